@@ -1,0 +1,234 @@
+"""The result of one judged implementation as plain data, and what follows from several of them.
+
+A result is a JSON-ready dict (`Result`).  Keys that a run has nothing to say about may be left out: `completed` fills
+them in.  `case` counts: `cases` is all that a check met, so executed = cases - unsupported - skipped.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, TypedDict
+
+SCHEMA = 1
+WORST_FIRST = ("fail", "error", "unsupported", "pass")
+
+
+class Check(TypedDict, total=False):
+    """One check on one implementation; `worst` is the largest fraction of a bound that was used, > 1 fails."""
+
+    name: str
+    cases: int
+    failed: int
+    unsupported: int
+    skipped: int
+    seconds: float
+    worst: float | None
+
+
+class Heatmap(TypedDict, total=False):
+    """Error over the output in multiples of the bound, at most 64x64 cells; None is a NaN.
+
+    `shape` is the shape of the output itself where cells stand for several elements.
+    """
+
+    rows: str
+    columns: str
+    values: list[list[float | None]]
+    shape: list[int]
+
+
+class Diagnosis(TypedDict):
+    """A known fault that explains the output, and how well."""
+
+    fault: str
+    evidence: str
+
+
+class Failure(TypedDict, total=False):
+    """One failed case: what was compared, where, how far off, the likely cause and the line that repeats it."""
+
+    check: str
+    case: str
+    message: str
+    headroom: float | None
+    where: dict[str, Any]
+    looks_like: list[str]
+    diagnosis: list[Diagnosis]
+    replay: str
+    heatmap: Heatmap | None
+    impl: str
+
+
+class Unsupported(TypedDict):
+    """Inputs that the implementation refuses, with its own words."""
+
+    reason: str
+    cases: int
+    example: str
+
+
+class Skipped(TypedDict):
+    """Cases that this run could not execute, and why."""
+
+    what: str
+    reason: str
+    cases: int
+
+
+class Coverage(TypedDict):
+    """The ledger: what was executed, what was not and why, and how often each value of each axis was met."""
+
+    executed: int
+    unsupported: list[Unsupported]
+    skipped: list[Skipped]
+    axes: dict[str, dict[str, int]]
+
+
+class Result(TypedDict, total=False):
+    """Everything that a run found out about one implementation."""
+
+    schema: int
+    verdict: str
+    stage: str
+    impl: str
+    device: str
+    dtypes: list[str]
+    profile: str
+    config: str | None
+    seed: int
+    seconds: float
+    versions: dict[str, str | None]
+    declared: dict[str, Any]
+    error: str | None
+    interrupted: bool
+    checks: list[Check]
+    failures: list[Failure]
+    coverage: Coverage
+    statistics: dict[str, Any]
+    observations: list[dict[str, str]]
+
+
+def completed(result: Result) -> dict[str, Any]:
+    """The result with every absent or null collection replaced by an empty one, so that reports need not ask."""
+    empty: dict[str, Any] = {"executed": 0, "unsupported": [], "skipped": [], "axes": {}}
+    full: dict[str, Any] = {"verdict": "error", "stage": "?", "impl": "?", "error": None, "interrupted": False}
+    full |= result
+    for key, kind in {"versions": dict, "declared": dict, "statistics": dict}.items():
+        full[key] = full.get(key) or kind()
+    for key in ("checks", "failures", "observations", "dtypes"):
+        full[key] = full.get(key) or []
+    full["coverage"] = empty | {key: value for key, value in (full.get("coverage") or {}).items() if value is not None}
+    return full
+
+
+def executed(result: Result) -> int:
+    """Cases that ran to a judgement."""
+    return completed(result)["coverage"]["executed"]
+
+
+def verdict_of(result: Result) -> str:
+    """The verdict as it counts: a "pass" with a failure beside it, or over nothing at all, is not one."""
+    full = completed(result)
+    if full["failures"] or any(check.get("failed", 0) for check in full["checks"]):
+        return "fail"
+    if full["verdict"] == "pass" and executed(result) == 0:
+        return "error"
+    return full["verdict"]
+
+
+def worst_verdict(results: Iterable[Result]) -> str:
+    """The worst verdict of several implementations; "error" where there are none."""
+    verdicts = {verdict_of(result) for result in results}
+    return next((verdict for verdict in WORST_FIRST if verdict in verdicts), "error")
+
+
+def exit_status(results: Sequence[Result]) -> int:
+    """0 every check passed, 1 a check failed, 3 could not judge (error, unsupported, nothing executed, cut short)."""
+    verdict = worst_verdict(results)
+    if verdict == "fail":
+        return 1
+    if verdict == "pass" and not any(result.get("interrupted") for result in results):
+        return 0
+    return 3
+
+
+def to_json(results: Sequence[Result]) -> dict[str, Any]:
+    """The document of `--json`: one result as it is; several summed up, each whole under "runs"."""
+    if len(results) == 1:
+        return finite(results[0] | {"schema": SCHEMA, "verdict": verdict_of(results[0])})
+    full = [completed(result) for result in results]
+    merged = {
+        "schema": SCHEMA,
+        "verdict": worst_verdict(results),
+        "stage": full[0]["stage"] if full else None,
+        "impl": [result["impl"] for result in full],
+        "interrupted": any(result["interrupted"] for result in full),
+        "checks": sum_checks(full),
+        "failures": [failure | {"impl": result["impl"]} for result in full for failure in result["failures"]],
+        "coverage": sum_coverage([result["coverage"] for result in full]),
+        "runs": [result | {"schema": SCHEMA, "verdict": verdict_of(result)} for result in results],
+    }
+    return finite(merged)
+
+
+def sum_checks(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Counts of each check over all implementations; `worst` is the largest."""
+    sums: dict[str, dict[str, Any]] = {}
+    for check in (check for result in results for check in result["checks"]):
+        into = sums.setdefault(check["name"], {"name": check["name"], "worst": None})
+        for key in ("cases", "failed", "unsupported", "skipped", "seconds"):
+            into[key] = into.get(key, 0) + check.get(key, 0)
+        if check.get("worst") is not None:
+            into["worst"] = max(check["worst"], into["worst"] or 0.0)
+    return list(sums.values())
+
+
+def sum_coverage(ledgers: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """One ledger for several: counts added where the reason is the same."""
+    total: dict[str, Any] = {"executed": 0, "unsupported": [], "skipped": [], "axes": {}}
+    for ledger in ledgers:
+        total["executed"] += ledger["executed"]
+        for key, same in (("unsupported", ("reason",)), ("skipped", ("what", "reason"))):
+            add_entries(total[key], ledger[key], same)
+        for axis, counts in ledger["axes"].items():
+            into = total["axes"].setdefault(axis, {})
+            for value, cases in counts.items():
+                into[value] = into.get(value, 0) + cases
+    return total
+
+
+def add_entries(total: list[dict[str, Any]], entries: Iterable[dict[str, Any]], same: tuple[str, ...]) -> None:
+    """Add each entry's cases to the one of `total` that agrees in the keys `same`, or append a copy."""
+    for entry in entries:
+        for known in total:
+            if all(known.get(key) == entry.get(key) for key in same):
+                known["cases"] += entry["cases"]
+                break
+        else:
+            total.append(dict(entry))
+
+
+def finite(value: Any) -> Any:
+    """The same data with None for NaN and infinities, which JSON cannot write."""
+    if isinstance(value, dict):
+        return {str(key): finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def dumps(results: Sequence[Result]) -> str:
+    """The text of `--json`: indented, but a row of numbers on one line, since a heat map has thousands."""
+    return _indented(to_json(results), "") + "\n"
+
+
+def _indented(value: Any, margin: str) -> str:
+    inner = margin + "  "
+    if isinstance(value, dict) and value:
+        lines = [f"{inner}{json.dumps(key)}: {_indented(entry, inner)}" for key, entry in value.items()]
+        return "{\n" + ",\n".join(lines) + f"\n{margin}}}"
+    if isinstance(value, list) and any(isinstance(entry, dict | list) for entry in value):
+        return "[\n" + ",\n".join(inner + _indented(entry, inner) for entry in value) + f"\n{margin}]"
+    return json.dumps(value, allow_nan=False)
