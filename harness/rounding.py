@@ -1,0 +1,243 @@
+r"""The one home of bounds: unit roundoffs, ulps, and the variance of rounding errors carried through each stage.
+
+A result is judged by z = (out - value) / sigma, elementwise: value in fp64, sigma^2 the variance that rounding at the
+permitted places gives.  Rounding x to a dtype has variance ulp(x)^2 / 12; a sum of n products in an accumulator of unit
+roundoff u has variance (1 + n/4) u^2 sum (w x)^2, which a sequential sum in random order stays under (its partial sums
+grow as sqrt(n), so n/6 is what it needs).
+
+Rounding errors are bounded and independent, hence strictly sub-Gaussian: P(|z| > t) <= 2 exp(-t^2 / 2).  Both limits
+below follow from that and from the false alarms wanted, FALSE_ALARMS in a whole run; there is no other tolerance.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from math import log, sqrt
+
+import torch
+from torch import Tensor
+
+from harness.contracts import ROUNDINGS
+from reference.experts import expert_steps, local_ids, routed_rows
+from reference.grouped_linear import row_experts
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+ACCUMULATOR = 2.0**-24  # unit roundoff of fp32, the least the contract allows
+TF32 = 2.0**-11
+FALSE_ALARMS = 1e-9
+ELEMENTS_PER_RUN = 1e8  # a quick run judges about 2e6 elements, a full one 5e7
+STATISTICS_PER_RUN = 1e6  # rows, columns, experts and tiles
+
+
+def ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Distance between neighbours of `dtype` at |x|, in fp64; never under that at its smallest normal number."""
+    info = torch.finfo(dtype)
+    # 2^floor(log2 |x|), exactly; below the smallest normal a device may flush to zero, so ulps do not shrink further
+    # except in fp16, which every device handles with subnormals.
+    _, exponent = torch.frexp(x.abs().clamp(min=info.smallest_normal))
+    return torch.ldexp(torch.ones_like(x, dtype=torch.float64), exponent - 1) * info.eps
+
+
+def store(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Variance of rounding x to `dtype`."""
+    variance = ulp(x, dtype).square_().div_(12)
+    if dtype != torch.float16:
+        variance += torch.finfo(dtype).smallest_normal ** 2  # flushed to zero instead of stored as a subnormal
+    return variance
+
+
+def accumulation(terms: int) -> float:
+    """Variance factor of an fp32 sum of `terms` products, relative to the sum of their squares."""
+    return (1 + terms / 4) * ACCUMULATOR**2
+
+
+def product_variance(terms: int, rounds: frozenset[str]) -> float:
+    """As `accumulation`, with both operands rounded to tf32 first where that is declared."""
+    return accumulation(terms) + (2 * TF32**2 / 3 if "tf32" in rounds else 0.0)
+
+
+def permitted(declared: tuple[str, ...] | None) -> frozenset[str]:
+    """The set of roundings a result may hold: what is declared, or all of them."""
+    return frozenset(ROUNDINGS if declared is None else declared)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a result may be: fp64 value and variance, both of the output's shape.
+
+    `shared` is the part of the variance whose sources are common to a whole row (the rounding of a routing weight) and
+    `sources` the number of independent sources behind a row, [rows, 2]: (of the rest, of the shared part); both bound the
+    degrees of freedom of rms statistics.
+    """
+
+    value: Tensor
+    variance: Tensor
+    shared: Tensor
+    sources: Tensor
+
+    def z(self, output: Tensor) -> Tensor:
+        """(output - value) / sigma in fp64; where value and output are both infinite of one sign, 0."""
+        error = output.double() - self.value
+        error = torch.where(output.double() == self.value, torch.zeros_like(error), error)
+        return error / self.variance.sqrt()
+
+
+def finish(value: Tensor, variance: Tensor, dtype: torch.dtype) -> Tensor:
+    """Add the store of the output: at the edge of a binade the result may fall on the side of the larger ulp."""
+    return variance + store(value.abs() + variance.sqrt(), dtype)
+
+
+@cache
+def max_limit(elements: float = ELEMENTS_PER_RUN) -> float:
+    """Limit of |z| for every element of a run."""
+    return sqrt(2 * log(2 * elements / FALSE_ALARMS))
+
+
+@cache
+def _mean_square_quantile(dof: int) -> float:
+    from scipy.stats import chi2
+
+    return float(chi2.isf(FALSE_ALARMS / STATISTICS_PER_RUN / 2, dof)) / dof
+
+
+def rms_limit(dof: float, shared_dof: float = 1, shared_share: float = 0.0) -> float:
+    """Limit of an rms of z with `dof` independent sources, `shared_share` of its variance having only `shared_dof`."""
+    own = (1 - shared_share) * _mean_square_quantile(_rounded_down(dof))
+    return sqrt(own + (shared_share * _mean_square_quantile(_rounded_down(shared_dof)) if shared_share > 0 else 0.0))
+
+
+def _rounded_down(dof: float) -> int:
+    """A power of sqrt(2) below, so that few quantiles are computed; fewer degrees of freedom are the safe side."""
+    exact = max(1, int(dof))
+    return exact if exact < 8 else int(2 ** (int(2 * log(exact, 2)) / 2))
+
+
+# ---------------------------------------------------------------------------------------------------------- stages
+
+
+def activation_derivative(gate: Tensor, activation: str) -> Tensor:
+    """d act / d gate, elementwise."""
+    if activation == "silu":
+        s = gate.sigmoid()
+        return s * (1 + gate * (1 - s))
+    root, cubic = sqrt(2 / torch.pi), 0.044715
+    t = torch.tanh(root * (gate + cubic * gate**3))
+    return 0.5 * (1 + t) + 0.5 * gate * (1 - t * t) * root * (1 + 3 * cubic * gate * gate)
+
+
+def _hidden_variance(steps, square_products: Tensor, terms: int, activation: str, rounds, dtype) -> Tensor:
+    """Variance of act(g) * u, given sum (w x)^2 of both halves."""
+    variance = square_products * product_variance(terms, rounds)
+    if "gate_up" in rounds:
+        variance = variance + store(torch.cat([steps.gate, steps.up], dim=-1), dtype)
+    of_gate, of_up = variance.chunk(2, dim=-1)
+    # exp, tanh and the division in fp32: a few roundoffs of |g|, since silu and its argument's error are at most that
+    of_act = activation_derivative(steps.gate, activation).square() * of_gate + (4 * ACCUMULATOR * steps.gate).square()
+    if "activation" in rounds:
+        of_act = of_act + store(steps.activated, dtype)
+    hidden = steps.up.square() * of_act + steps.activated.square() * of_up
+    return hidden + (store(steps.hidden, dtype) if "activation" in rounds else store(steps.hidden, torch.float32))
+
+
+def expert_variance(rows: Tensor, gate_up: Tensor, down: Tensor, steps, activation: str, rounds, dtype) -> tuple:
+    """(variance of the output [n, H], variance that a second rounding of the hidden values adds)."""
+    products = rows.square() @ gate_up.double().square().T
+    hidden = _hidden_variance(steps, products, rows.shape[-1], activation, rounds, dtype)
+    down_squared = down.double().square().T
+    spread = hidden + product_variance(down.shape[-1], rounds) * steps.hidden.square()
+    again = store(steps.hidden, dtype) @ down_squared if "weighted" in rounds else 0.0
+    variance = spread @ down_squared
+    return variance + (store(steps.output, dtype) if "expert_output" in rounds else 0.0), again
+
+
+def experts(
+    hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, *, activation, expert_map, declared, weight_variance=None
+) -> Bound:
+    """Bound of the stage `experts`.  `weight_variance` [T, k] is that of routing weights which are themselves computed.
+
+    A duplicate of an expert in a row shares its error with the first, so a token's slots on one expert are taken
+    together, with the sum of their weights.
+    """
+    dtype, rounds = hidden_states.dtype, permitted(declared)
+    x, weights = hidden_states.double(), topk_weights.double()
+    value, variance, shared, squares = (torch.zeros(x.shape, dtype=torch.float64, device=x.device) for _ in range(4))
+    ids = local_ids(topk_ids, expert_map)
+    slots_of = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    inexact_weights = "routing_weight" in rounds and topk_weights.dtype != dtype
+    for expert, tokens, slots in routed_rows(ids):
+        unique, inverse = tokens.unique(return_inverse=True)
+        weight = x.new_zeros(len(unique), 1).index_add_(0, inverse, weights[tokens, slots, None])
+        copies = x.new_zeros(len(unique), 1).index_add_(0, inverse, torch.ones_like(weights[tokens, slots, None]))
+        steps = expert_steps(x[unique], gate_up_proj[expert], down_proj[expert], activation)
+        of_output, again = expert_variance(
+            x[unique], gate_up_proj[expert], down_proj[expert], steps, activation, rounds, dtype
+        )
+        weighted = weight * steps.output
+        of_row = weight.square() * (of_output + again)
+        of_row = of_row + copies * store(weighted, dtype if "weighted" in rounds else torch.float32)
+        if inexact_weights:
+            shared.index_add_(0, unique, copies * store(weight, dtype) * steps.output.square())
+        if weight_variance is not None:
+            of_weight = x.new_zeros(len(unique), 1).index_add_(0, inverse, weight_variance[tokens, slots, None].sqrt())
+            shared.index_add_(0, unique, of_weight.square() * steps.output.square())
+        value.index_add_(0, unique, weighted)
+        variance.index_add_(0, unique, of_row)
+        squares.index_add_(0, unique, weighted.square())
+        slots_of.index_add_(0, unique, copies[:, 0])
+    partial = torch.maximum(value.abs(), squares.sqrt())
+    sums = (slots_of - 1).clamp(min=0)[:, None] * store(partial, dtype if "partial_sum" in rounds else torch.float32)
+    variance = finish(value, variance + sums + shared, dtype)
+    inner = slots_of * down_proj.shape[-1]
+    sources = torch.stack([inner.clamp(min=1, max=x.shape[-1]), slots_of.clamp(min=1)], dim=-1)
+    return Bound(value, variance, shared, sources)
+
+
+def grouped_linear(x, weight, group_sizes, *, bias, declared) -> Bound:
+    """Bound of the stage `grouped_linear`: one product per row, at most one more rounding before the bias."""
+    rounds = permitted(declared)
+    rows = x.double()
+    value, squares = (torch.zeros(len(rows), weight.shape[1], dtype=torch.float64, device=x.device) for _ in range(2))
+    experts_of = row_experts(group_sizes)
+    for expert in experts_of.unique().tolist():
+        of_expert = (experts_of == expert).nonzero()[:, 0]
+        w = weight[expert].double()
+        value[of_expert] = rows[of_expert] @ w.T
+        squares[of_expert] = rows[of_expert].square() @ w.square().T
+    variance = squares * product_variance(x.shape[-1], rounds)
+    if bias is not None:
+        variance = variance + store(value, x.dtype)
+        value = value + bias.double()[experts_of]
+    variance = finish(value, variance, x.dtype)
+    sources = torch.full((len(rows), 2), float(weight.shape[1]), dtype=torch.float64, device=x.device)
+    return Bound(value, variance, torch.zeros_like(variance), sources)
+
+
+def gate_variance(logit: Tensor, squares: Tensor, terms: int, rounds, dtype) -> Tensor:
+    """Variance of sigmoid(logit): the product's, a store of the logit, exp in fp32, a store of the gate."""
+    gate = logit.sigmoid()
+    slope = gate * (1 - gate)
+    variance = slope.square() * (squares * product_variance(terms, rounds) + store(logit, dtype))
+    # exp(-logit) carries the rounding of its argument: |logit| roundoffs, which the slope keeps bounded
+    return variance + (4 * ACCUMULATOR * gate * (1 + logit.abs() * (1 - gate))).square() + store(gate, dtype)
+
+
+def shared_expert_gate(hidden_states, gate_weight, shared_output, *, declared) -> Bound:
+    """Bound of the stage `shared_expert_gate`; the gate's error is common to a row."""
+    dtype, rounds = hidden_states.dtype, permitted(declared)
+    x, w, y = hidden_states.double(), gate_weight.double(), shared_output.double()
+    logit, squares = x @ w.T, x.square() @ w.square().T
+    value = logit.sigmoid() * y
+    shared = y.square() * gate_variance(logit, squares, x.shape[-1], rounds, dtype)
+    variance = finish(value, shared + store(value, torch.float32), dtype)
+    sources = torch.ones(value.shape[:-1].numel(), 2, dtype=torch.float64, device=x.device)
+    sources[:, 0] = value.shape[-1]
+    return Bound(value, variance, shared, sources)
+
+
+def score_error(logits: Tensor, scoring: str) -> Tensor:
+    """Largest error of an fp32 score relative to its value, [T, E]; a score under the smallest normal may be 0."""
+    x = logits.double()
+    if scoring == "softmax":
+        distance = (x - x.amax(-1, keepdim=True)).abs()
+        terms = x.shape[-1]
+        return ACCUMULATOR * (6 + distance + sqrt(terms) * 2)
+    return ACCUMULATOR * (6 + x.abs())
