@@ -1,0 +1,20 @@
+"""The gate of the shared expert: sigmoid(x . w) * shared_output, one scalar per row."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["loop"]
+
+
+def loop(hidden_states: Tensor, gate_weight: Tensor, shared_output: Tensor) -> Tensor:
+    """The stage `shared_expert_gate`: hidden_states [..., H], gate_weight [1, H], shared_output [..., D] -> [..., D].
+
+    Computed in fp32 and rounded once.
+    """
+    wide = torch.promote_types(hidden_states.dtype, torch.float32)
+    gate = (hidden_states.to(wide) * gate_weight.to(wide)).sum(-1, keepdim=True).sigmoid()
+    return (gate * shared_output.to(wide)).to(hidden_states.dtype)
+
+
+loop.rounds = ()
+loop.deterministic = True
