@@ -12,7 +12,7 @@ def loop(hidden_states: Tensor, gate_weight: Tensor, shared_output: Tensor) -> T
     Computed in fp32 and rounded once.
     """
     wide = torch.promote_types(hidden_states.dtype, torch.float32)
-    gate = (hidden_states.to(wide) * gate_weight.to(wide)).sum(-1, keepdim=True).sigmoid()
+    gate = (hidden_states.to(wide) * gate_weight[0].to(wide)).sum(-1, keepdim=True).sigmoid()
     return (gate * shared_output.to(wide)).to(hidden_states.dtype)
 
 
