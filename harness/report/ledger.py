@@ -12,10 +12,11 @@ def cell(check: dict[str, Any] | None) -> tuple[str, str]:
     cases, failed = check.get("cases", 0), check.get("failed", 0)
     unsupported, skipped = check.get("unsupported", 0), check.get("skipped", 0)
     ran = max(failed, cases - unsupported - skipped)
+    refused = f", {unsupported} unsupported" if unsupported else ""
     if failed:
-        return "fail", f"{failed} of {ran} failed"
+        return "fail", f"{failed} of {ran} failed{refused}"
     if ran > 0:
-        return "pass", f"{ran} passed"
+        return "pass", f"{ran} passed{refused}"
     if unsupported:
         return "unsupported", f"{unsupported} unsupported"
     return ("skipped", f"{skipped} skipped") if skipped else ("none", "no cases")
