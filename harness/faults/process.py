@@ -22,7 +22,7 @@ def segfaults(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options)
 
 
-@fault("experts", "process", source=BUGS + "databricks/megablocks/pull/185", condition="T > 16", sign="process",
+@fault("experts", "process", source=BUGS + "vllm-project/vllm/pull/6029", condition="T > 16 (published: T > 65536)", sign="process",
        shows={"T": 17}, hidden=("T=16",),
        consequence="An offset overflows for larger batches only: small tests pass and the process dies later.")
 def segfaults_for_larger_batches(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
@@ -63,9 +63,9 @@ def never_returns(*call: Tensor, **options: Any) -> Tensor:
 @fault("experts", "process", condition="T = 0", sign="process", shows={"T": 0}, hidden=("T=1",),
        consequence="A loop over tiles never ends when there is no token.")
 def never_returns_without_tokens(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
-    tiles = 0
-    while tiles * 16 != max(hidden_states.shape[0] * 16, 16 if hidden_states.shape[0] else 8):
-        tiles = (tiles + 1) % 1024
+    left = hidden_states.shape[0] - 1
+    while left != 0:  # a do-while over tiles: it misses 0 when it starts below
+        left -= 1
     return run(hidden_states, *call, **options)
 
 
