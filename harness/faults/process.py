@@ -22,7 +22,8 @@ def segfaults(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options)
 
 
-@fault("experts", "process", source=BUGS + "vllm-project/vllm/pull/6029", condition="T > 16 (published: T > 65536)", sign="process",
+@fault("experts", "process", source=BUGS + "vllm-project/vllm/pull/6029", sign="process",
+       condition="T > 16 (published: T > 65536)",
        shows={"T": 17}, hidden=("T=16",),
        consequence="An offset overflows for larger batches only: small tests pass and the process dies later.")
 def segfaults_for_larger_batches(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:

@@ -561,7 +561,7 @@ def scaled_twice(logits: Tensor, **options: Any) -> Routed:
 
 
 @fault("router", "precision", source=BUGS + "vllm-project/vllm/pull/14027", condition="16-bit logits",
-       shows={"dtype": "bfloat16", "E": 64, "k": 8}, hidden=("dtype='float32'",),
+       shows={"dtype": "bfloat16", "E": 64, "k": 8, "spread": 0.05}, hidden=("dtype='float32'",),
        consequence="Scores are computed in the dtype of the logits: near scores become equal.")
 def scores_in_logit_dtype(logits: Tensor, **options: Any) -> Routed:
     def narrow(logits: Tensor, scoring: str) -> Tensor:
