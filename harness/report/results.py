@@ -26,14 +26,17 @@ class Check(TypedDict, total=False):
 
 
 class Heatmap(TypedDict, total=False):
-    """Error over the output in multiples of the bound, at most 64x64 cells; None is a NaN.
+    """Error over the output, at most 64x64 cells, pooled by the maximum; None (or 1e9) stands for NaN and infinity.
 
-    `shape` is the shape of the output itself where cells stand for several elements.
+    `limit` is the value at which an element fails, `unit` says what the values are ("|z|"), and `shape` is the shape
+    of the output itself where a cell stands for several elements.
     """
 
     rows: str
     columns: str
     values: list[list[float | None]]
+    limit: float | None
+    unit: str
     shape: list[int]
 
 
@@ -104,7 +107,7 @@ class Result(TypedDict, total=False):
     checks: list[Check]
     failures: list[Failure]
     coverage: Coverage
-    statistics: dict[str, Any]
+    statistics: dict[str, Any]  # {"z_histogram": {"edges", "counts", "limit"}, "elements"}; from 0 on it is one of |z|
     observations: list[dict[str, str]]
 
 

@@ -325,9 +325,19 @@ def test_histogram_marks_what_is_beyond_the_limits() -> None:
     assert histogram({}) is None
 
 
-@pytest.mark.parametrize("values", [[], [[]], [[None, math.nan]], [[0.0]], [[math.inf, 1.0]], [[1e30, 1.5]]])
-def test_any_heat_map_can_be_drawn(values: list[list[float | None]]) -> None:
-    drawing = {"rows": "tokens", "columns": "columns", "values": values}
+def test_histogram_of_absolute_values_may_have_an_open_last_bin() -> None:
+    drawn = histogram({"z_histogram": {"edges": [0.0, 1.0, 2.0], "counts": [683, 272, 45]}})
+    assert drawn is not None
+    assert drawn["one_sided"]
+    assert [round(bar["expected"]) for bar in drawn["bars"]] == [683, 272, 43]
+
+
+@pytest.mark.parametrize("limit", [None, 7.0])
+@pytest.mark.parametrize(
+    "values", [[], [[]], [[None, math.nan]], [[0.0]], [[math.inf, 1.0]], [[1e30, 1.5]], [[1e9, -1.0]]]
+)
+def test_any_heat_map_can_be_drawn(values: list[list[float | None]], limit: float | None) -> None:
+    drawing = {"rows": "tokens", "columns": "columns", "values": values, "limit": limit}
     assert "12.3 times the bound" in render([failed(failure(heatmap=drawing))])
 
 
