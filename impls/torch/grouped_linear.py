@@ -42,7 +42,6 @@ def grouped_mm(x: Tensor, weight: Tensor, group_sizes: Tensor, *, bias: Tensor |
     return (out.float() + bias[expert].float()).to(out.dtype)
 
 
-grouped_mm.rounds = ("gate_up", "expert_output")
 grouped_mm.deterministic = True
 
 
