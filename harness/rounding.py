@@ -25,6 +25,7 @@ ACCUMULATOR = 2.0**-24  # unit roundoff of fp32, the least the contract allows
 TF32 = 2.0**-11
 FALSE_ALARMS = 1e-9
 ELEMENTS_PER_RUN = 1e8  # a quick run judges about 2e6 elements, a full one 5e7
+MODEL = 1.05  # how far sigma itself is trusted; right implementations with every permitted rounding measure up to 1.01
 STATISTICS_PER_RUN = 1e6  # rows, columns, experts and tiles
 
 
@@ -102,7 +103,7 @@ def _mean_square_quantile(dof: int) -> float:
 def rms_limit(dof: float, shared_dof: float = 1, shared_share: float = 0.0) -> float:
     """Limit of an rms of z with `dof` independent sources, `shared_share` of its variance having only `shared_dof`."""
     own = (1 - shared_share) * _mean_square_quantile(_rounded_down(dof))
-    return sqrt(own + (shared_share * _mean_square_quantile(_rounded_down(shared_dof)) if shared_share > 0 else 0.0))
+    return MODEL * sqrt(own + (shared_share * _mean_square_quantile(_rounded_down(shared_dof)) if shared_share > 0 else 0.0))
 
 
 def _rounded_down(dof: float) -> int:
@@ -237,7 +238,7 @@ def score_error(logits: Tensor, scoring: str) -> Tensor:
     """Largest error of an fp32 score relative to its value, [T, E]; a score under the smallest normal may be 0."""
     x = logits.double()
     if scoring == "softmax":
-        distance = (x - x.amax(-1, keepdim=True)).abs()
+        distance = (x - x.amax(-1, keepdim=True)).abs().nan_to_num(nan=0.0, posinf=0.0)  # exp(-inf) is 0 without error
         terms = x.shape[-1]
         return ACCUMULATOR * (6 + distance + sqrt(terms) * 2)
-    return ACCUMULATOR * (6 + x.abs())
+    return ACCUMULATOR * (6 + x.abs().nan_to_num(nan=0.0, posinf=0.0))

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import cycle
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from harness.cases import boundaries as at
 from harness.cases.pairwise import pairwise
@@ -38,6 +38,9 @@ class ExpertsCase(Case):
     map: str = "none"
     weights: str = "fp32"  # dtype of topk_weights: fp32, or model (that of the activations)
     ints: str = "int64"  # dtype of topk_ids and expert_map
+
+    def resized(self) -> Self:
+        return self.but(T=2 * self.T + 1, H=self.H + 8, I=self.I + 8, seed=self.seed + 1)
 
 
 CaseType = ExpertsCase

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from harness.cases import boundaries as at
 from harness.cases.pairwise import pairwise
@@ -26,6 +26,9 @@ class GroupedLinearCase(Case):
     sizes: str = "random"
     bias: bool = False
     ints: str = "int64"
+
+    def resized(self) -> Self:
+        return self.but(S=2 * self.S + 1, K=self.K + 8, N=self.N + 8, seed=self.seed + 1)
 
 
 CaseType = GroupedLinearCase

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from harness.cases import boundaries as at
 from harness.cases.request import Request
@@ -23,6 +23,9 @@ class MoeBlockCase(Case):
     E: int = 16
     k: int = 4
     renorm: str = "default"  # norm_topk_prob: default (the key is absent), yes, no
+
+    def resized(self) -> Self:
+        return self.but(T=2 * self.T + 1, H=self.H + 8, I=self.I + 8, seed=self.seed + 1)
 
 
 CaseType = MoeBlockCase

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from harness.cases import boundaries as at
 from harness.cases.pairwise import pairwise
@@ -26,6 +26,9 @@ class RouterCase(Case):
     bias: str = "none"
     groups: str = "none"  # "8x4": num_expert_group x topk_group
     scale: float = 1.0
+
+    def resized(self) -> Self:
+        return self.but(T=2 * self.T + 1, seed=self.seed + 1)
 
 
 CaseType = RouterCase

@@ -31,6 +31,10 @@ class Case:
     def but(self, **changes) -> Self:
         return replace(self, **changes)
 
+    def resized(self) -> Self:
+        """A call of another shape, to be made in between."""
+        raise NotImplementedError
+
     def core(self) -> bool:
         """Whether this is an ordinary input that every implementation of the stage is for."""
         return not self.layout and not self.optional

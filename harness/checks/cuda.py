@@ -1,0 +1,95 @@
+"""Checks that only a GPU can make: graph replay, side streams, offsets beyond 2^31."""
+
+import torch
+
+from harness.cases import Case
+from harness.checks.memory import copies, refill, results_of
+from harness.checks.plain import plain
+from harness.findings import Record
+from harness.memory import poison_value
+from harness.stages.call import Call
+from harness.trial import Rejected, Trial
+
+REPLAYS = 12
+SLEEP_CYCLES = 20_000_000  # about 10 ms at 2 GHz: far longer than a launch, so that a wrong stream runs ahead
+
+
+def graph_replay(trial: Trial, case: Case) -> Record:
+    """Capture once; replay with other inputs and poisoned outputs, after the allocator was churned by another shape."""
+    record = Record()
+    if not trial.subject.declared.graph_capturable:
+        record.skipped = "not declared graph_capturable"
+        return record
+    call = trial.build(case)
+    trial.invoke(call)
+    graph, result = _capture(trial, call)
+    _churn(trial, case)
+    for turn in range(REPLAYS):
+        refill(call, trial.build(case.but(seed=case.seed + 1000 + turn)))
+        for tensor in results_of(result):
+            tensor.fill_(poison_value(tensor.dtype))
+        graph.replay()
+        torch.cuda.synchronize()
+        record.merge(trial.judge(call, copies(result) if isinstance(result, tuple) else result.clone()), f"replay {turn}: ")
+        if record.findings:
+            break
+    return record
+
+
+def _capture(trial: Trial, call: Call):
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), torch.no_grad():
+        for _ in range(2):
+            trial.subject.call(call.args, call.keywords)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        result = trial.subject.call(call.args, call.keywords)
+    return graph, result
+
+
+def _churn(trial: Trial, case: Case) -> None:
+    try:
+        trial.invoke(trial.build(case.resized()))
+    except Rejected:
+        pass
+    junk = [torch.full((1 << size,), float("nan"), device="cuda") for size in range(8, 22)]
+    del junk
+
+
+def side_stream(trial: Trial, case: Case) -> Record:
+    """Inputs arrive late on a stream of its own: a kernel launched on another one reads what was there before."""
+    late, values = trial.build(case.but(seed=case.seed + 5)), trial.build(case)
+    trial.invoke(late)  # compile and tune outside
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream), torch.no_grad():
+        torch.cuda._sleep(SLEEP_CYCLES)
+        refill_quietly(late, values)
+        result = trial.subject.call(late.args, late.keywords)
+        kept = copies(result)
+    torch.cuda.synchronize()
+    return trial.judge(values, kept if isinstance(result, tuple) else kept[0])
+
+
+def refill_quietly(call: Call, values: Call) -> None:
+    """As `refill`, without the snapshots that would wait for the device."""
+    from harness.checks.memory import tensors
+
+    for name, tensor in tensors(call).items():
+        tensor.copy_(tensors(values)[name], non_blocking=True)
+
+
+def large_offsets(trial: Trial, case: Case) -> Record:
+    """More than 2^31 elements in one operand, judged exactly."""
+    free, _ = torch.cuda.mem_get_info()
+    needed = 110 << 30
+    if free < needed:
+        record = Record()
+        record.skipped = f"needs {needed >> 30} GiB of free device memory for the fp64 reference, has {free >> 30}"
+        return record
+    try:
+        return plain(trial, case)
+    finally:
+        torch.cuda.empty_cache()

@@ -1,0 +1,61 @@
+"""Relations between results that hold without a reference."""
+
+import torch
+
+from harness.cases import Case
+from harness.compare import against_bound
+from harness.findings import Record
+from harness.laws import router as router_laws
+from harness.laws import terms
+from harness.rounding import ACCUMULATOR, Bound, score_error
+from harness.trial import Trial
+
+
+def laws(trial: Trial, case: Case) -> Record:
+    """The law that the case's variant names."""
+    call = trial.build(case)
+    record = _router_law(trial, call) if case.stage == "router" else _linear_law(trial, call)
+    for finding in record.findings:
+        finding.message = f"the law {case.variant} does not hold: {finding.message}"
+        finding.where["law"] = case.variant
+    return record
+
+
+def _linear_law(trial: Trial, call) -> Record:
+    """The sum of the terms against zero, with the variance of the sum."""
+    stage, declared = trial.stage, trial.subject.declared.rounds
+    residual = variance = shared = sources = None
+    for term in terms(call.case.stage, call.case.variant, call):
+        result = trial.invoke(term.call)
+        bound = stage.expect(term.call, declared)
+        parts = [term.coefficient * term.rows(result.double())]
+        parts += [term.coefficient**2 * term.rows(v) for v in (bound.variance, bound.shared)]
+        per_row = bound.sources.reshape(*bound.value.shape[:-1], 2)
+        if residual is None:
+            residual, variance, shared = parts
+            sources = term.rows(per_row)
+        else:
+            residual, variance, shared = residual + parts[0], variance + parts[1], shared + parts[2]
+    nothing = Bound(torch.zeros_like(residual), variance, shared, sources.reshape(-1, 2).clamp(min=1))
+    return against_bound(stage, call, nothing, residual)
+
+
+def _router_law(trial: Trial, call) -> Record:
+    law = getattr(router_laws, call.case.variant)(call)
+    first, second = trial.invoke(law.first), trial.invoke(law.second)
+    record = trial.judge(law.first, first)
+    record.merge(trial.judge(law.second, second), "the changed call: ")
+    if record.findings:
+        return record
+    same, difference = router_laws.disagreement(tuple(r[law.rows] for r in first), law.back(second))
+    keywords = law.first.keywords
+    of_scores = max(float(score_error(c.args["router_logits"], keywords["scoring"]).max()) for c in (law.first, law.second))
+    unit = torch.finfo(first[0].dtype).eps
+    limit = 4 * of_scores + 2 * (keywords["top_k"] + 4) * ACCUMULATOR + unit
+    used = torch.where(same, difference / limit, 0.0)
+    record.worst = max(record.worst, float(used.max()))
+    if record.worst > 1:
+        row = int(used.argmax())
+        record.fail(f"the weights of row {row} differ by {float(difference[row]):.3g} of their size, limit {limit:.3g}",
+                    headroom=float(used.max()), where={"token": row})  # fmt: skip
+    return record

@@ -1,0 +1,125 @@
+"""What an implementation does with memory beyond its result: inputs, earlier results, state, leaks."""
+
+import ctypes
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.cases import Case
+from harness.checks.plain import judged_call, watch
+from harness.findings import Record
+from harness.memory import poisoned_allocations
+from harness.stages.call import Call
+from harness.trial import Broken, Rejected, Trial
+
+LEAK_CALLS = 40
+WARM_UP_CALLS = 15
+
+
+def results_of(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    """Whether two results agree bit for bit; a NaN equals itself."""
+    pairs = zip(results_of(a), results_of(b), strict=True)
+    return all(torch.equal(_bits(x), _bits(y)) for x, y in pairs)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.detach().contiguous().view(kinds[tensor.element_size()])
+
+
+def copies(result: Any) -> tuple[Tensor, ...]:
+    return tuple(tensor.detach().clone() for tensor in results_of(result))
+
+
+def memory(trial: Trial, case: Case) -> Record:
+    """A sequence of calls over poisoned memory: this shape, other data, another shape, this one again, changed in place."""
+    record = Record()
+    with poisoned_allocations(trial.device):
+        first_call = trial.build(case)
+        first = trial.invoke(first_call)
+        kept = copies(first)
+        record.merge(trial.judge(first_call, first), "first call: ")
+        watch(first_call, record)
+        record.merge(judged_call(trial, trial.build(case.but(seed=case.seed + 77))), "second call, other data: ")
+        _kept_or_fail(record, first, kept, "a second call of the same shape")
+        _another_shape(trial, case, record)
+        _kept_or_fail(record, first, kept, "a call of another shape")
+        record.merge(judged_call(trial, trial.build(case)), "the first call repeated after others: ")
+        record.merge(_changed_in_place(trial, first_call), "inputs changed in place, same addresses: ")
+    return record
+
+
+def _kept_or_fail(record: Record, result: Any, kept: tuple[Tensor, ...], what: str) -> None:
+    if not same_bits(result, kept):
+        record.fail(f"the first result was changed by {what}, but a result belongs to the caller", headroom=float("inf"),
+                    looks_like=["the output lives in a buffer that is reused"])  # fmt: skip
+
+
+def _another_shape(trial: Trial, case: Case, record: Record) -> None:
+    try:
+        record.merge(judged_call(trial, trial.build(case.resized())), "a call of another shape: ")
+    except Rejected:
+        pass  # refusing the other shape is its right; the rest of the sequence still counts
+
+
+def _changed_in_place(trial: Trial, call: Call) -> Record:
+    """New values at the old addresses: whatever an implementation remembers by address is stale now."""
+    refill(call, trial.build(call.case.but(seed=call.case.seed + 99)))
+    return judged_call(trial, call)
+
+
+def refill(call: Call, values: Call) -> None:
+    """Copy the operands of `values` into those of `call`."""
+    for name, tensor in tensors(call).items():
+        tensor.copy_(tensors(values)[name])
+    call.arena.refresh()
+
+
+def tensors(call: Call) -> dict[str, Tensor]:
+    """Every operand of a call by name, those inside a dict of weights too."""
+    found: dict[str, Tensor] = {}
+    for name, value in {**call.args, **call.keywords}.items():
+        members = value if isinstance(value, dict) else {name: value}
+        found |= {k: v for k, v in members.items() if isinstance(v, Tensor)}
+    return found
+
+
+def leak(trial: Trial, case: Case) -> Record:
+    """The same call over and over: memory must not grow by anything like a result per call."""
+    record = Record()
+    call = trial.build(case)
+    size = sum(r.numel() * r.element_size() for r in results_of(trial.invoke(call)))
+    for _ in range(WARM_UP_CALLS):
+        trial.invoke(call)
+    before = _memory_in_use(trial.device)
+    for _ in range(LEAK_CALLS):
+        trial.invoke(call)
+    grown = _memory_in_use(trial.device) - before
+    record.worst = max(0.0, grown / (0.5 * LEAK_CALLS * size))
+    if record.worst > 1:
+        record.fail(f"memory grew by {grown / 2**20:.1f} MiB over {LEAK_CALLS} equal calls, {grown / LEAK_CALLS / size:.1f} "
+                    "results a call, but should stay as it is", headroom=record.worst)  # fmt: skip
+    return record
+
+
+def _memory_in_use(device: str) -> int:
+    """Bytes held by live tensors on CUDA; elsewhere the resident set, with freed memory given back first."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    pages = int(Path("/proc/self/statm").read_text().split()[1]) if Path("/proc/self/statm").exists() else 0
+    return pages * 4096
+
+
+__all__ = ["Broken", "copies", "leak", "memory", "refill", "results_of", "same_bits", "tensors"]

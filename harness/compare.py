@@ -1,0 +1,140 @@
+"""A result against its bound: the largest |z|, and the rms of z over everything, rows, columns, groups and tiles.
+
+Both statistics are needed: a lost column shows in the first, a weight off by one per cent only in the second.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.findings import HISTOGRAM_EDGES, Finding, Record
+from harness.rounding import Bound, max_limit, rms_limit
+from harness.structure import heatmap, structure
+
+TILE = (16, 64)
+
+
+def against_bound(stage, call, bound: Bound, result: Tensor) -> Record:
+    """Judge `result` elementwise and by its rms.  Elements whose value is NaN or infinite are judged by kind alone."""
+    value, out = _rows(bound.value), _rows(result.detach())
+    flat = Bound(value, _rows(bound.variance), _rows(bound.shared), bound.sources)
+    record = Record(elements=value.numel())
+    if not value.numel():
+        return record
+    finite = value.isfinite() & flat.variance.isfinite()
+    swallowed = value.isnan() & ~out.isnan() & _is_nan_certain(call, value)
+    if bool(swallowed.any()):
+        record.add(_located(stage, call, swallowed, "is {got}, but a NaN in the inputs reaches this element", flat, out))
+    z = torch.where(finite, flat.z(out), 0.0)
+    z = torch.where(finite & ~out.isfinite(), torch.inf, z).abs()
+    _add_histogram(record, z[finite])
+    _judge_largest(stage, call, flat, out, z, record)
+    if not record.findings and bool(finite.all()):
+        _judge_rms(stage, call, flat, out, z, record)
+    return record
+
+
+def exactly(stage, call, value: Tensor, result: Tensor) -> Record:
+    """Judge `result` bitwise (a zero of either sign is a zero)."""
+    value, out = _rows(value), _rows(result.detach().double())
+    record = Record(elements=value.numel())
+    wrong = out != value
+    if bool(wrong.any()):
+        message = "is {got}, but should be exactly {want}; on these data every rounding is exact"
+        flat = Bound(value, torch.zeros_like(value), torch.zeros_like(value), torch.zeros(len(value), 2))
+        finding = _located(stage, call, wrong, message, flat, out)
+        finding.headroom = float("inf")
+        record.add(finding)
+    return record
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """As a matrix: leading dimensions flattened, a vector as one row."""
+    return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor.reshape(1, 1)
+
+
+def _is_nan_certain(call, value: Tensor) -> Tensor:
+    """Where a NaN (not an infinity) among the inputs makes the value NaN, whatever way it is computed."""
+    return torch.full_like(value, call.case.data.endswith("nan"), dtype=torch.bool)
+
+
+def _add_histogram(record: Record, z: Tensor) -> None:
+    bins = (z.clamp(max=HISTOGRAM_EDGES[-1]) * 4).floor().long().clamp(max=len(HISTOGRAM_EDGES) - 1)
+    counts = torch.bincount(bins, minlength=len(HISTOGRAM_EDGES))
+    record.histogram = [a + b for a, b in zip(record.histogram, counts.tolist(), strict=True)]
+
+
+def _judge_largest(stage, call, bound: Bound, out: Tensor, z: Tensor, record: Record) -> None:
+    limit = max_limit()
+    largest = float(z.max())
+    record.worst = max(record.worst, largest / limit)
+    if largest <= limit:
+        return
+    message = "is {got}, but should be {want} within {sigma}: {z} sigma away, limit " + f"{limit:.1f}"
+    finding = _located(stage, call, z > limit, message, bound, out, z)
+    finding.headroom = largest / limit
+    record.add(finding)
+
+
+def _located(stage, call, wrong: Tensor, message: str, bound: Bound, out: Tensor, z: Tensor | None = None) -> Finding:
+    """A finding at the worst element, with what the pattern of wrong elements looks like."""
+    error = (out.double() - bound.value).abs().nan_to_num(nan=torch.inf)
+    score = torch.where(wrong, (error if z is None else z.nan_to_num(nan=torch.inf)), -1.0)
+    row, column = divmod(int(score.argmax()), out.shape[-1])
+    told = message.format(
+        got=f"{float(out[row, column]):.6g}", want=f"{float(bound.value[row, column]):.6g}",
+        sigma=f"{float(bound.variance[row, column]) ** 0.5:.3g}", z="" if z is None else f"{float(z[row, column]):.3g}",
+    )  # fmt: skip
+    count = int(wrong.sum())
+    return Finding(
+        f"element [{row}, {column}] {told} ({count} of {wrong.numel()} elements are wrong)",
+        where=stage.place_of(call, row, column),
+        looks_like=structure(stage, call, bound.value, out, wrong),
+        heatmap=heatmap(z if z is not None else error),
+    )
+
+
+def _judge_rms(stage, call, bound: Bound, out: Tensor, z: Tensor, record: Record) -> None:
+    for name, rms, limit in _statistics(stage, call, bound, z):
+        record.worst = max(record.worst, rms / limit)
+        if rms > limit:
+            message = f"the rms of the error over {name} is {rms:.3g} sigma, but should be under {limit:.3g}"
+            pattern = structure(stage, call, bound.value, out, z > 1.0)
+            record.add(Finding(message, rms / limit, {"over": name}, pattern, heatmap=heatmap(z)))
+            return
+
+
+def _statistics(stage, call, bound: Bound, z: Tensor) -> Iterator[tuple[str, float, float]]:
+    """(name, rms, limit), the widest groups first."""
+    squares = z.square()
+    share = (bound.shared / bound.variance).clamp(0, 1)
+    own, common = bound.sources[:, 0], bound.sources[:, 1]
+
+    def of(name: str, rows: Any, columns: Any = slice(None)) -> tuple[str, float, float]:
+        part = squares[rows][:, columns]
+        width = part.shape[-1] / squares.shape[-1]
+        dof = float(own[rows].clamp(max=max(1, part.shape[-1])).sum())
+        limit = rms_limit(dof if width < 1 else float(own[rows].sum()), float(common[rows].sum()),
+                          float(share[rows][:, columns].mean()))  # fmt: skip
+        return name, float(part.mean()) ** 0.5, limit
+
+    yield of("all elements", slice(None))
+    for name, rows in stage.row_groups(call).items():
+        if bool(rows.any()):
+            yield of(name, rows)
+    yield from _worst_rows_and_columns(squares, of)
+    for row in range(0, squares.shape[0], TILE[0]):
+        for column in range(0, squares.shape[1], TILE[1]):
+            if squares.shape[0] * squares.shape[1] > 4 * TILE[0] * TILE[1]:
+                columns = slice(column, column + TILE[1])
+                yield of(f"the tile at [{row}, {column}]", slice(row, row + TILE[0]), columns)
+
+
+def _worst_rows_and_columns(squares: Tensor, of) -> Iterator[tuple[str, float, float]]:
+    """The three rows and columns with the largest rms: the others are under the same limit or a lower statistic."""
+    for row in squares.mean(1).topk(min(3, squares.shape[0])).indices.tolist():
+        yield of(f"row {row}", slice(row, row + 1))
+    for column in squares.mean(0).topk(min(3, squares.shape[1])).indices.tolist():
+        yield of(f"column {column}", slice(None), slice(column, column + 1))

@@ -1,0 +1,90 @@
+"""The stage `shared_expert_gate`: data whose faults show, and the bound of a right result."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness import rounding
+from harness.cases.shared_expert_gate import GateCase
+from harness.stages.call import Builder, Call
+
+SATURATED = 110.0  # sigmoid(110) is 1 and sigmoid(-110) is 0 in fp32; exp(110) overflows there
+
+
+def build(case: GateCase, device: str) -> Call:
+    draw = Builder(case, device)
+    lead = [int(size) for size in case.lead.split("x")] if case.lead else []
+    if case.data == "exact":
+        hidden, weight, shared = _exact(case, lead, draw)
+    else:
+        hidden = draw.large_normal(*lead, case.H)
+        weight = draw.normal(1, case.H, scale=1.5 * case.H**-0.5)
+        shared = draw.large_normal(*lead, case.D)
+        _make_special(case, hidden, weight, shared)
+    args = {
+        "hidden_states": draw.place("hidden_states", hidden),
+        "gate_weight": draw.place("gate_weight", weight),
+        "shared_output": draw.place("shared_output", shared),
+    }
+    return Call(case, args, {}, draw.arena)
+
+
+def expect(call: Call, declared: tuple[str, ...] | None) -> rounding.Bound:
+    return rounding.shared_expert_gate(*call.args.values(), declared=declared)
+
+
+def exact_value(call: Call) -> Tensor:
+    """The only right result of an exact case, in fp64: logits are 0 or beyond saturation, so gates are 1/2, 1 or 0."""
+    hidden, weight, shared = (tensor.double() for tensor in call.args.values())
+    logit = hidden @ weight.T
+    return torch.where(logit == 0, 0.5, (logit > 0).double()) * shared
+
+
+def outputs(call: Call) -> list[tuple[str, tuple[int, ...], Any]]:
+    hidden, _, shared = call.args.values()
+    return [("the result", tuple(shared.shape), hidden.dtype)]
+
+
+def place_of(call: Call, row: int, column: int) -> dict[str, Any]:
+    return {"row": row, "column": column}
+
+
+def row_groups(call: Call) -> dict[str, Tensor]:
+    return {}
+
+
+def _exact(case: GateCase, lead: list[int], draw: Builder) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits 0, +128 or -128 from the last column and one more; the other columns have weight 0.
+
+    At -128 every way to write a sigmoid gives 0 in fp32 (at -104 some leave a subnormal), and halves of the even
+    integers are integers.
+    """
+    hidden = draw.integers(-4, 5, (*lead, case.H)).double()
+    weight = torch.zeros(1, case.H)
+    other = int(draw.integers(0, case.H, (1,)))
+    weight[0, other] += 16.0
+    weight[0, -1] += 16.0
+    pull = draw.integers(-1, 2, (*lead, 1)) * 4.0
+    hidden[..., other : other + 1], hidden[..., -1:] = pull, pull
+    return hidden, weight, draw.integers(-100, 101, (*lead, case.D)) * 2.0
+
+
+def _make_special(case: GateCase, hidden: Tensor, weight: Tensor, shared: Tensor) -> None:
+    rows = hidden.view(-1, case.H)
+    if case.data in ("row_nan", "row_inf"):
+        rows[len(rows) // 2, case.H // 3] = float(case.data.removeprefix("row_"))
+    elif case.data == "output_nan":
+        shared.view(-1, case.D)[len(rows) // 2, 1] = float("nan")
+    elif case.data == "tiny":
+        shared *= 2.0**-8
+    elif case.data == "huge":
+        shared *= 2.0**10
+    elif case.data == "cancelling":
+        hidden[..., 1::2] = hidden[..., 0::2][..., : hidden[..., 1::2].shape[-1]]
+        weight[..., 1::2] = -0.9375 * weight[..., 0::2][..., : weight[..., 1::2].shape[-1]]
+    elif case.data in ("saturated", "saturated_off"):
+        sign = 1.0 if case.data == "saturated" else -1.0
+        weight.fill_(0.0)
+        weight[0, -1] = sign * SATURATED
+        hidden[..., -1] = hidden[..., -1].abs() + 1.0

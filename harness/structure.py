@@ -1,0 +1,90 @@
+"""What the pattern of an error looks like: which rows, columns, experts, and how the result relates to the value."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOST = 5  # patterns told, best evidence first
+PIXELS = 64
+
+
+def structure(stage, call, value: Tensor, out: Tensor, wrong: Tensor) -> list[str]:
+    """Sentences about the wrong elements of `out` [rows, columns], most telling first."""
+    told = [*_of_values(value, out.double(), wrong), *_of_groups(stage, call, wrong), *_of_places(wrong)]
+    return told[:MOST]
+
+
+def _of_values(value: Tensor, out: Tensor, wrong: Tensor) -> list[str]:
+    got, want = out[wrong], value[wrong]
+    told = []
+    if bool(got.isnan().any()):
+        share = float(got.isnan().double().mean())
+        told.append(f"{share:.0%} of the wrong elements are NaN (poison or unwritten memory was read, or a NaN spread)")
+    if bool((got == 0).all()):
+        told.append("every wrong element is zero: never computed, or masked away")
+    elif float(got.abs().nan_to_num(0).max()) > 1e30:
+        told.append("values beyond 1e30: uninitialised memory was read")
+    ratio = got / want
+    ratio = ratio[ratio.isfinite() & (want.abs() > want.abs().mean() * 0.1)]
+    if len(ratio) > 3:
+        middle = float(ratio.median())
+        spread = float((ratio - middle).abs().median())
+        if spread < 0.02 * abs(middle) and abs(middle) > 1e-3:
+            told.append(f"the result is the value times {middle:.4g}")
+    return told + _permuted(value, out, wrong)
+
+
+def _permuted(value: Tensor, out: Tensor, wrong: Tensor) -> list[str]:
+    """Whether wrong rows of the result are other rows of the value, or its columns other columns."""
+    for axis, name in ((0, "rows"), (1, "columns")):
+        bad = wrong.any(1 - axis).nonzero()[:, 0]
+        a, b = (out, value) if axis == 0 else (out.T, value.T)
+        if not 2 <= len(bad) or len(value) * len(bad) > 1 << 16 or b.shape[1] < 4:
+            continue
+        distance = torch.cdist(a[bad].nan_to_num(1e30), b.nan_to_num(2e30))
+        scale = b.norm(dim=1).median()
+        nearest = distance.min(1)
+        hits = (nearest.values < 0.05 * scale) & (nearest.indices != bad)
+        if float(hits.double().mean()) > 0.8:
+            pairs = ", ".join(f"{int(i)} holds {int(j)}" for i, j in zip(bad[:4], nearest.indices[:4], strict=False))
+            return [f"{name} are permuted: {pairs}{', ...' if len(bad) > 4 else ''}"]
+    return []
+
+
+def _of_groups(stage, call, wrong: Tensor) -> list[str]:
+    rows = wrong.any(1)
+    if bool(rows.all()) or not bool(rows.any()):
+        return []
+    exact = [name for name, members in stage.row_groups(call).items() if torch.equal(members, rows)]
+    return [f"exactly the rows of {', '.join(exact[:3])} are wrong"] if exact else []
+
+
+def _of_places(wrong: Tensor) -> list[str]:
+    told = []
+    for axis, name in ((1, "row"), (0, "column")):
+        bad = wrong.any(axis).nonzero()[:, 0].tolist()
+        total = wrong.shape[1 - axis]
+        if len(bad) == total:
+            told.append(f"all {total} {name}s hold wrong elements")
+        elif len(bad) == 1:
+            told.append(f"only {name} {bad[0]} of {total} holds wrong elements")
+        elif bad and bad == list(range(bad[0], bad[-1] + 1)):
+            end = ", up to the last" if bad[-1] == total - 1 else ""
+            told.append(f"wrong {name}s are {bad[0]} to {bad[-1]} of {total}{end}")
+        elif len(bad) > 2 and len({b - a for a, b in zip(bad, bad[1:], strict=False)}) == 1:
+            told.append(f"every {bad[1] - bad[0]}th {name} from {bad[0]} on is wrong")
+        elif bad:
+            told.append(f"{len(bad)} of {total} {name}s hold wrong elements: {bad[:6]}{' ...' if len(bad) > 6 else ''}")
+    return told
+
+
+def heatmap(z: Tensor) -> dict[str, Any] | None:
+    """|z| pooled by its maximum to at most 64 x 64."""
+    rows, columns = z.shape
+    tall, wide = -(-rows // PIXELS), -(-columns // PIXELS)
+    padded = torch.nn.functional.pad(z.float().nan_to_num(nan=1e9, posinf=1e9).clamp(max=1e9),
+                                     (0, -columns % wide, 0, -rows % tall), value=0.0)  # fmt: skip
+    pooled = torch.nn.functional.max_pool2d(padded[None], (tall, wide))[0]
+    values = [[round(v, 3) for v in row] for row in pooled.tolist()]
+    return {"rows": f"rows ({tall} per cell)", "columns": f"columns ({wide} per cell)", "values": values}

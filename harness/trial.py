@@ -1,0 +1,118 @@
+"""Calling an implementation: what it may do (return, refuse) and what it may not (crash, lie about its result)."""
+
+import traceback
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.compare import against_bound, exactly
+from harness.contracts import REJECTIONS, Subject
+from harness.findings import Record
+from harness.stages import stage_module
+from harness.stages.call import Call
+
+
+class Rejected(Exception):
+    """The implementation refuses this input, as the contract allows."""
+
+
+class Broken(Exception):
+    """The implementation failed in a way that leaves no result to judge."""
+
+
+class Trial:
+    """One implementation on one device."""
+
+    def __init__(self, subject: Subject, device: str):
+        self.subject, self.device = subject, device
+        self.stage = stage_module(subject.stage)
+
+    def build(self, case) -> Call:
+        return self.stage.build(case, self.device)
+
+    def invoke(self, call: Call) -> Any:
+        """The result, checked for what the contract says of its form.
+
+        Raises:
+            Rejected: NotImplementedError, ValueError or TypeError (any exception at all on an optional case).
+            Broken: another exception, or a result of another form.
+        """
+        missing = self.subject.missing_keywords(call.keywords)
+        if missing:
+            raise Rejected(f"has no parameter {', '.join(missing)}")
+        try:
+            with torch.no_grad():
+                result = self.subject.call(call.args, call.keywords)
+            self.synchronize()
+        except REJECTIONS as error:
+            raise Rejected(f"{type(error).__name__}: {_first_line(error)}") from error
+        except (Exception, SystemExit) as error:
+            if call.case.optional:
+                raise Rejected(f"{type(error).__name__}: {_first_line(error)}") from error
+            raise Broken(f"raised {type(error).__name__}: {_first_line(error)}\n  at {_user_frame(error)}\n  the contract "
+                         "allows NotImplementedError, ValueError and TypeError, for inputs it refuses") from error
+        return self._checked(call, result)
+
+    def synchronize(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def judge(self, call: Call, result: Any) -> Record:
+        """The result against what a right one may be."""
+        declared = self.subject.declared.rounds
+        if hasattr(self.stage, "compare"):  # a stage with a judgement of its own: the router's choice is a set
+            return self.stage.compare(call, result, declared)
+        if call.case.data == "exact":
+            return exactly(self.stage, call, self.stage.exact_value(call), result)
+        return against_bound(self.stage, call, self.stage.expect(call, declared), result)
+
+    def _checked(self, call: Call, result: Any) -> Any:
+        wanted = self.stage.outputs(call)
+        results = result if isinstance(result, tuple | list) else (result,)
+        if len(results) != len(wanted) or (len(wanted) == 1 and result is not results[0]):
+            raise Broken(f"returned {_kind(result)}, but should return {_wanted(wanted)}")
+        for (name, shape, dtype), value in zip(wanted, results, strict=True):
+            self._check_form(call, name, shape, dtype, value)
+        return tuple(results) if len(wanted) > 1 else result
+
+    def _check_form(self, call: Call, name: str, shape: tuple, dtype: Any, value: Any) -> None:
+        if not isinstance(value, Tensor):
+            raise Broken(f"{name} is {_kind(value)}, but should be a tensor of shape {list(shape)}")
+        if tuple(value.shape) != tuple(shape):
+            raise Broken(f"{name} has the shape {list(value.shape)}, but should have {list(shape)}")
+        allowed = dtype if isinstance(dtype, tuple) else (dtype,)
+        if value.dtype not in allowed:
+            names = " or ".join(str(d).removeprefix("torch.") for d in allowed)
+            raise Broken(f"{name} has the dtype {str(value.dtype).removeprefix('torch.')}, but should have {names}")
+        if value.device.type != self.device:
+            raise Broken(f"{name} is on {value.device.type}, but should be on {self.device}, as the inputs are")
+        if value.layout is not torch.strided:
+            raise Broken(f"{name} has the layout {value.layout}, but should be a dense tensor")
+        owner = call.arena.aliased_by(value)
+        if owner is not None:
+            raise Broken(f"{name} shares its memory with the input {owner}, but should be a new tensor")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["(no message)"])[0][:300]
+
+
+def _user_frame(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "/harness/" not in f.filename and "/torch/" not in f.filename] or list(frames)
+    return f"{own[-1].filename}:{own[-1].lineno} in {own[-1].name}"
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"one tensor of shape {list(value.shape)}"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {len(value)}: ({', '.join(type(v).__name__ for v in value)})"
+    return f"{type(value).__name__}"
+
+
+def _wanted(wanted: list[tuple]) -> str:
+    if len(wanted) == 1:
+        return f"one tensor of shape {list(wanted[0][1])}"
+    return "a tuple (" + ", ".join(name for name, _, _ in wanted) + ")"
