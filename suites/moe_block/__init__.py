@@ -1,0 +1,1 @@
+"""Suites of the stage `moe_block`."""
