@@ -1,0 +1,77 @@
+r"""A product per expert over rows sorted by expert: the second product of the experts, and the grouped linear.
+
+    y[to(s)] = weight[e] @ a[s] (+ bias[e])        e: the expert whose run row s falls into
+
+`to(s)` is s, or slots[s] where the rows go back to the order of the slots.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from impls.triton._common import interpreting, on, product, tile_source
+from impls.triton._tiles import expert_runs, find_tile, row_tile, weight_tile
+from impls.triton.configs import Tiling, grid_size
+
+
+@triton.jit
+def _linear(
+    a, w, bias, y, counts, slots, E, K, N, a_row, a_col, w_e, w_n, w_k, b_e, b_n, c_e, y_row,
+    BLOCK_E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr, TMA: tl.constexpr, TMA_A: tl.constexpr, SWAP: tl.constexpr, WIDEN: tl.constexpr,
+    BIAS: tl.constexpr, SCATTER: tl.constexpr,
+):  # fmt: skip
+    """Tiles [BM rows, BN columns] of y."""
+    n_blocks = tl.cdiv(N, BN)
+    rows, starts, row_tiles, ends = expert_runs(counts, c_e, E, n_blocks, BLOCK_E, BM)
+    for tile in tl.range(tl.program_id(0), tl.max(ends, 0), tl.num_programs(0)):
+        e, count, start, m, n = find_tile(tile, rows, starts, row_tiles, ends, n_blocks, BLOCK_E, GROUP)
+        row = m * BM + tl.arange(0, BM)
+        live = row < count
+        shape: tl.constexpr = (BN, BM) if SWAP else (BM, BN)
+        acc = tl.zeros(shape, tl.float32)
+        for k0 in tl.range(0, K, BK):
+            if TMA_A:  # rows of the next expert may come along; their results are never stored
+                rows_a = a.load([start + m * BM, k0])
+            else:
+                rows_a = row_tile(a, start + row, live, k0, K, a_row, a_col, BK, EVEN_K)
+            w_n_tile = weight_tile(w, e, n * BN, k0, N, K, w_e, w_n, w_k, BN, BK, EVEN_K, TMA)
+            if SWAP:
+                acc = product(w_n_tile, rows_a.T, acc, WIDEN)
+            else:
+                acc = product(rows_a, w_n_tile.T, acc, WIDEN)
+        if SWAP:
+            acc = acc.T
+        col = n * BN + tl.arange(0, BN)
+        if BIAS:
+            b = tl.load(bias + e.to(tl.int64) * b_e + col.to(tl.int64) * b_n, mask=col < N, other=0.0)
+            acc += b[None, :].to(tl.float32)
+        to = start + row
+        if SCATTER:
+            to = tl.load(slots + to, mask=live, other=0)
+        at = y + to[:, None].to(tl.int64) * y_row + col[None, :]
+        tl.store(at, acc.to(y.dtype.element_ty), mask=live[:, None] & (col < N)[None, :])
+
+
+def linear(
+    a: Tensor, weight: Tensor, counts: Tensor, tiling: Tiling, *, slots: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """y [S, N] in the dtype of a [S, K], for weight [E, N, K] and int counts [E]; row s goes to slots[s] where given.
+
+    Rows past sum(counts) are not written.
+    """
+    num_experts, columns = weight.shape[0], weight.shape[1]
+    y = a.new_empty(a.shape[0], columns)
+    source, tma = tile_source(weight, [1, tiling.n, tiling.k], tiling.tma)
+    a_source, tma_a = tile_source(a, [tiling.m, tiling.k], tiling.tma)
+    bias_strides = (0, 0) if bias is None else bias.stride()
+    with on(a.device):
+        _linear[(grid_size(tiling, a.shape[0], num_experts, columns, a.device),)](
+            a_source, source, a if bias is None else bias, y, counts, counts if slots is None else slots,
+            num_experts, a.shape[1], columns,
+            *a.stride(), *weight.stride(), *bias_strides, counts.stride(0), y.stride(0),
+            BLOCK_E=triton.next_power_of_2(num_experts), BM=tiling.m, BN=tiling.n, BK=tiling.k, GROUP=tiling.group,
+            EVEN_K=a.shape[1] % tiling.k == 0, TMA=tma, TMA_A=tma_a, SWAP=tiling.swap, WIDEN=interpreting(),
+            BIAS=bias is not None, SCATTER=slots is not None, num_warps=tiling.warps, num_stages=tiling.stages,
+        )  # fmt: skip
+    return y

@@ -1,0 +1,125 @@
+r"""Alignment of rows to experts: which slots belong to which expert, in expert order.
+
+    slot   = token * top_k + j                                  0 <= slot < S = T * top_k
+    counts = how many slots each local expert has               int32 [E]
+    slots  = the slots sorted by expert, ties by slot           int32 [S], the first sum(counts) entries are written
+
+Masked slots (id -1, or an expert that lives elsewhere) appear nowhere.  The order is that of a stable sort, so it is the
+same in every run.  There is no padding: the grouped products find their row tiles from `counts` themselves, so nothing
+has to be known on the host and the launches can be captured in a CUDA graph.
+
+Up to ONE_LAUNCH slots one program per expert reads all ids; beyond, two launches: histograms of chunks, then each chunk
+places its slots from the histograms of the chunks before it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from impls.triton._common import on
+
+__all__ = ["align"]
+
+ONE_LAUNCH = 8192
+CHUNK = 1024
+RANKED = 128  # slots ranked at once by comparing all pairs: 16384 comparisons, 128 per thread
+
+
+@triton.jit
+def local_expert(ids, emap, slot, mask, top_k, id_row, id_col, map_len, E, HAS_MAP: tl.constexpr):
+    """Local expert of each slot, int32, -1 where the slot is masked or its expert lives elsewhere."""
+    token = slot // top_k
+    column = slot - token * top_k
+    e = tl.load(ids + token.to(tl.int64) * id_row + column.to(tl.int64) * id_col, mask=mask, other=-1)
+    if HAS_MAP:
+        e = tl.load(emap + e, mask=mask & (e >= 0) & (e < map_len), other=-1)
+    return tl.where(mask & (e >= 0) & (e < E), e, -1).to(tl.int32)
+
+
+@triton.jit
+def _align_small(
+    ids, emap, slots, counts, S, top_k, id_row, id_col, map_len, E, HAS_MAP: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Program e: its first position is the number of slots of lower experts; its slots follow in order."""
+    e = tl.program_id(0)
+    slot = tl.arange(0, BLOCK)
+    mine = local_expert(ids, emap, slot, slot < S, top_k, id_row, id_col, map_len, E, HAS_MAP)
+    start = tl.sum(((mine >= 0) & (mine < e)).to(tl.int32), 0)
+    hit = (mine == e).to(tl.int32)
+    rank = tl.cumsum(hit, 0) - 1
+    tl.store(slots + start + rank, slot, mask=hit == 1)
+    tl.store(counts + e, tl.sum(hit, 0))
+
+
+@triton.jit
+def _count_chunks(
+    ids, emap, table, S, top_k, id_row, id_col, map_len, E,
+    HAS_MAP: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program c: histogram of chunk c over the experts, one row of `table`; masked slots fall into bin E."""
+    chunk = tl.program_id(0)
+    slot = chunk * BLOCK + tl.arange(0, BLOCK)
+    e = local_expert(ids, emap, slot, slot < S, top_k, id_row, id_col, map_len, E, HAS_MAP)
+    bins = tl.histogram(tl.where(e < 0, E, e), BLOCK_E)
+    tl.store(table + chunk * BLOCK_E + tl.arange(0, BLOCK_E), bins)
+
+
+@triton.jit
+def _place_chunks(
+    ids, emap, table, slots, counts, S, top_k, id_row, id_col, map_len, E, chunks,
+    HAS_MAP: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """Program c: place the slots of chunk c behind those of lower experts and of earlier chunks."""
+    chunk = tl.program_id(0)
+    experts = tl.arange(0, BLOCK_E)
+    total = tl.zeros((BLOCK_E,), tl.int32)
+    before = tl.zeros((BLOCK_E,), tl.int32)
+    for c in range(chunks):
+        row = tl.load(table + c * BLOCK_E + experts)
+        total += row
+        before += tl.where(c < chunk, row, 0)
+    tl.store(counts + experts, total, mask=(experts < E) & (chunk == 0))
+    free = tl.cumsum(total, 0) - total + before  # the next free position of each expert
+    lane = tl.arange(0, PART)
+    for part in range(BLOCK // PART):
+        slot = chunk * BLOCK + part * PART + lane
+        e = local_expert(ids, emap, slot, slot < S, top_k, id_row, id_col, map_len, E, HAS_MAP)
+        binned = tl.where(e < 0, E, e)
+        earlier = (binned[:, None] == binned[None, :]) & (lane[None, :] < lane[:, None])
+        rank = tl.sum(earlier.to(tl.int32), 1)
+        tl.store(slots + tl.gather(free, binned, 0) + rank, slot, mask=e >= 0)
+        free += tl.histogram(binned, BLOCK_E)
+
+
+def align(topk_ids: Tensor, num_experts: int, expert_map: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Sort the slots of topk_ids [T, k] (int32 or int64, any strides) by local expert.
+
+    Args:
+        num_experts: E, the local experts; other ids, and -1, are masked.
+        expert_map: int [E_global], global id to local id or -1.
+
+    Returns:
+        counts int32 [E] and slots int32 [T * k]; entries of `slots` past sum(counts) are not written.
+    """
+    tokens, top_k = topk_ids.shape
+    total = tokens * top_k
+    counts = torch.empty(num_experts, dtype=torch.int32, device=topk_ids.device)
+    slots = torch.empty(total, dtype=torch.int32, device=topk_ids.device)
+    emap = topk_ids if expert_map is None else expert_map.contiguous()
+    shared = (total, top_k, topk_ids.stride(0), topk_ids.stride(1), emap.numel(), num_experts)
+    has_map = expert_map is not None
+    with on(topk_ids.device):
+        if total <= ONE_LAUNCH:
+            block = max(16, triton.next_power_of_2(total))
+            warps = min(16, max(1, block // 256))
+            _align_small[(num_experts,)](
+                topk_ids, emap, slots, counts, *shared, HAS_MAP=has_map, BLOCK=block, num_warps=warps
+            )
+            return counts, slots
+        block_e, chunks = triton.next_power_of_2(num_experts + 1), triton.cdiv(total, CHUNK)
+        table = torch.empty(chunks, block_e, dtype=torch.int32, device=topk_ids.device)
+        flags = {"HAS_MAP": has_map, "BLOCK_E": block_e, "BLOCK": CHUNK}
+        _count_chunks[(chunks,)](topk_ids, emap, table, *shared, **flags)
+        _place_chunks[(chunks,)](topk_ids, emap, table, slots, counts, *shared, chunks, **flags, PART=RANKED)
+    return counts, slots

@@ -1,0 +1,180 @@
+"""Tile sizes as data: one JSON file per device and shape under tuned/, the nearest one is used, rules fill the gap.
+
+A file holds the shape it was tuned for and, per number of tokens, how to run: the walk for few tokens, or the tilings of
+the two products.  Lookup: same device and same element size, the nearest shape by the sum of |log2| ratios of
+(E, H, I, k) within NEAR, then the entry whose rows per expert are nearest.  Otherwise the generic rules below.
+"""
+
+import functools
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+
+from impls.triton._common import programs_at_once
+
+__all__ = ["Entry", "Shape", "Tiling", "Walk", "choose", "entry_from", "entry_to", "generic", "grid_size", "tuned_files"]
+
+TUNED = Path(__file__).parent / "tuned"
+NEAR = 2.0  # doublings: beyond a factor of four in all dimensions together another shape's tiles are no guide
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a configuration is looked up by: local experts, hidden size, intermediate size, slots per token, bytes."""
+
+    experts: int
+    hidden: int
+    width: int
+    top_k: int
+    element_size: int = 2
+
+    def distance(self, other: "Shape") -> float:
+        """Doublings between two shapes, infinite across element sizes."""
+        if self.element_size != other.element_size:
+            return math.inf
+        pairs = zip(tuple(asdict(self).values())[:4], tuple(asdict(other).values())[:4], strict=True)
+        return sum(abs(math.log2(a / b)) for a, b in pairs)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """One grouped product: tile m x n, step k, row tiles walked per column, warps, pipeline stages.
+
+    `waves` is the grid in programs per multiprocessor (0: one program per possible tile); `tma` reads tiles through the
+    copy engine where the layout allows; `swap` computes the tile transposed, weights first.
+    """
+
+    m: int
+    n: int
+    k: int
+    group: int = 8
+    warps: int = 4
+    stages: int = 3
+    waves: int = 0
+    tma: bool = True
+    swap: bool = False
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The few-token path: columns and step of each walk, and its warps."""
+
+    up_n: int = 8
+    up_k: int = 512
+    up_warps: int = 4
+    down_n: int = 8
+    down_k: int = 256
+    down_warps: int = 4
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How to run one number of tokens: `walk`, or the two tilings."""
+
+    walk: Walk | None = None
+    gate_up: Tiling | None = None
+    down: Tiling | None = None
+
+
+def grid_size(tiling: Tiling, slots: int, experts: int, columns: int, device: torch.device) -> int:
+    """Programs to launch: every tile that the data could need, capped where the tiling is persistent.
+
+    Row tiles are at most one per slot, and at most one more per expert than full ones.
+    """
+    tiles = max(1, min(slots, experts + slots // tiling.m) * triton.cdiv(columns, tiling.n))
+    return min(tiles, tiling.waves * programs_at_once(device)) if tiling.waves else tiles
+
+
+def entry_from(data: dict) -> Entry:
+    """Entry from its JSON object."""
+    kinds = {"walk": Walk, "gate_up": Tiling, "down": Tiling}
+    return Entry(**{name: kinds[name](**value) for name, value in data.items()})
+
+
+def entry_to(entry: Entry) -> dict:
+    """JSON object of an entry, without what it does not use."""
+    return {name: value for name, value in asdict(entry).items() if value is not None}
+
+
+def device_name(device: torch.device) -> str:
+    """Name of the device as used in file names."""
+    return torch.cuda.get_device_name(device).replace(" ", "_") if device.type == "cuda" else "cpu"
+
+
+@functools.cache
+def tuned_files(name: str) -> tuple[tuple[Shape, tuple[tuple[int, Entry], ...]], ...]:
+    """(shape, ((tokens, entry), ...)) of every tuned file of device `name`."""
+    files = []
+    for path in sorted(TUNED.glob(f"{name}.*.json")):
+        data = json.loads(path.read_text())
+        entries = tuple(sorted((int(tokens), entry_from(e)) for tokens, e in data["entries"].items()))
+        files.append((Shape(**data["shape"]), entries))
+    return tuple(files)
+
+
+def generic(shape: Shape, tokens: int) -> Entry:
+    """Rules for a shape or device without a tuned file: the row tile follows the rows per expert."""
+    slots = tokens * shape.top_k
+    if slots <= 16:
+        return Entry(walk=Walk())
+    if shape.element_size == 4:  # fp32 products do not use the tensor cores: small tiles keep them in registers
+        tiling = Tiling(16 if slots < 32 * shape.experts else 32, 64, 32, warps=4, stages=2, tma=False)
+        return Entry(gate_up=tiling, down=tiling)
+    rows = slots / shape.experts
+    if rows <= 24:
+        tiling = Tiling(16 if rows <= 12 else 32, 64, 128, warps=4, stages=3)
+    elif rows <= 96:
+        tiling = Tiling(64, 128, 64, warps=4, stages=3)
+    else:
+        tiling = Tiling(128, 128, 64, warps=8, stages=3, waves=1)
+    return Entry(gate_up=tiling, down=tiling)
+
+
+def small(shape: Shape, tokens: int) -> Entry:
+    """Tiles for the interpreter, where time goes with the number of operations and not their size."""
+    if tokens * shape.top_k <= 4:
+        return Entry(walk=Walk(up_n=16, up_k=64, down_n=16, down_k=64))
+    tiling = Tiling(16, 32, 32, waves=1, tma=False)
+    return Entry(gate_up=tiling, down=tiling)
+
+
+@functools.cache
+def choose(shape: Shape, tokens: int, device: torch.device) -> Entry:
+    """The entry to run: nearest tuned shape and number of rows, else the generic rules."""
+    if device.type != "cuda":
+        return small(shape, tokens)
+    near = [(shape.distance(known), known, entries) for known, entries in tuned_files(device_name(device))]
+    near = sorted((n for n in near if n[0] <= NEAR and n[2]), key=lambda n: n[0])
+    if not near:
+        return generic(shape, tokens)
+    _, known, entries = near[0]
+    rows = tokens * shape.top_k / shape.experts
+    return min(entries, key=lambda e: abs(math.log2(e[0] * known.top_k / known.experts / rows)))[1]
+
+
+@functools.cache
+def choose_linear(shape: Shape, rows: int, device: torch.device) -> Tiling:
+    """Tiling of the grouped linear alone: the experts' second product at the nearest number of rows per expert.
+
+    `shape.hidden` is the depth K and `shape.width` the columns N, so H of a tuned file is N and its I is K.
+    """
+    if device.type != "cuda":
+        return small(shape, 1024).down
+    near = []
+    for known, entries in tuned_files(device_name(device)):
+        seen = Shape(shape.experts, shape.width, shape.hidden, known.top_k, shape.element_size)
+        near += [(seen.distance(known), known, t, e.down) for t, e in entries if e.down is not None]
+    near = [n for n in near if n[0] <= NEAR]
+    if not near:
+        return generic(shape, max(rows, 17)).down
+    closest = min(n[0] for n in near)
+    wanted = rows / shape.experts
+
+    def gap(n: tuple[float, Shape, int, Tiling]) -> float:
+        return abs(math.log2(n[2] * n[1].top_k / n[1].experts / wanted))
+
+    return min((n for n in near if n[0] == closest), key=gap)[3]

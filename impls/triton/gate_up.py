@@ -1,0 +1,74 @@
+r"""First product of the experts, with the gather before it and the activation behind it.
+
+    [g; u] = gate_up[e] @ x[token of slot]          act = activation(g) * u          for every routed slot
+
+Each program holds one accumulator for BN gate rows and one for the BN up rows that belong to them, so the [S, 2I]
+intermediate never exists.  Rounded to the input dtype: act alone.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from impls.triton._common import gated, interpreting, on, product, tile_source
+from impls.triton._tiles import expert_runs, find_tile, row_tile, weight_tile
+from impls.triton.configs import Tiling, grid_size
+
+__all__ = ["gate_up"]
+
+
+@triton.jit
+def _gate_up(
+    x, w, act, counts, slots, E, H, I, top_k, x_row, x_col, w_e, w_n, w_k, act_row,
+    BLOCK_E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr, TMA: tl.constexpr, SWAP: tl.constexpr, GELU: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Tiles [BM slots, BN columns of act]; SWAP computes them transposed, so that few rows still fill a wide product."""
+    n_blocks = tl.cdiv(I, BN)
+    rows, starts, row_tiles, ends = expert_runs(counts, 1, E, n_blocks, BLOCK_E, BM)
+    for tile in tl.range(tl.program_id(0), tl.max(ends, 0), tl.num_programs(0)):
+        e, count, start, m, n = find_tile(tile, rows, starts, row_tiles, ends, n_blocks, BLOCK_E, GROUP)
+        row = m * BM + tl.arange(0, BM)
+        live = row < count
+        token = tl.load(slots + start + row, mask=live, other=0) // top_k
+        shape: tl.constexpr = (BN, BM) if SWAP else (BM, BN)
+        g = tl.zeros(shape, tl.float32)
+        u = tl.zeros(shape, tl.float32)
+        for k0 in tl.range(0, H, BK):
+            rows_x = row_tile(x, token, live, k0, H, x_row, x_col, BK, EVEN_K)
+            w_g = weight_tile(w, e, n * BN, k0, I, H, w_e, w_n, w_k, BN, BK, EVEN_K, TMA)
+            w_u = weight_tile(w, e, n * BN + I, k0, 2 * I, H, w_e, w_n, w_k, BN, BK, EVEN_K, TMA)
+            if SWAP:
+                g = product(w_g, rows_x.T, g, WIDEN)
+                u = product(w_u, rows_x.T, u, WIDEN)
+            else:
+                g = product(rows_x, w_g.T, g, WIDEN)
+                u = product(rows_x, w_u.T, u, WIDEN)
+        out = gated(g, u, GELU).to(act.dtype.element_ty)
+        if SWAP:
+            out = out.T
+        col = n * BN + tl.arange(0, BN)
+        at = act + (start + row)[:, None].to(tl.int64) * act_row + col[None, :]
+        tl.store(at, out, mask=live[:, None] & (col < I)[None, :])
+
+
+def gate_up(
+    x: Tensor, weight: Tensor, counts: Tensor, slots: Tensor, top_k: int, activation: str, tiling: Tiling
+) -> Tensor:
+    """Activated rows [S, I] in the order of `slots`, in the dtype of x [T, H], for weight [E, 2I, H].
+
+    Rows past sum(counts) are not written.  Rows start 16-byte aligned, so that the second product may read tiles of
+    them through the copy engine.
+    """
+    num_experts, width = weight.shape[0], weight.shape[1] // 2
+    act = x.new_empty(len(slots), triton.cdiv(width, 8) * 8)[:, :width]
+    source, tma = tile_source(weight, [1, tiling.n, tiling.k], tiling.tma)
+    with on(x.device):
+        _gate_up[(grid_size(tiling, len(slots), num_experts, width, x.device),)](
+            x, source, act, counts, slots, num_experts, x.shape[1], width, top_k,
+            *x.stride(), *weight.stride(), act.stride(0),
+            BLOCK_E=triton.next_power_of_2(num_experts), BM=tiling.m, BN=tiling.n, BK=tiling.k, GROUP=tiling.group,
+            EVEN_K=x.shape[1] % tiling.k == 0, TMA=tma, SWAP=tiling.swap, GELU=activation == "gelu_tanh",
+            WIDEN=interpreting(), num_warps=tiling.warps, num_stages=tiling.stages,
+        )  # fmt: skip
+    return act

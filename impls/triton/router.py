@@ -1,0 +1,212 @@
+r"""Top-k routing in one launch, from logits to weights and ids.
+
+    scores  = softmax(logits)  or  sigmoid(logits)            fp32, a whole row in registers
+    chosen  = the top_k experts by  scores + correction_bias  inside the best groups, smaller id first among equals
+    weights = scores[chosen]  (/ their sum)  * routed_scaling_factor
+
+The choice is made on integers: the bits of the selection score, made to compare like the number, above the bits of the
+expert's index.  One maximum then gives value and index, ties have one answer, a NaN is a number like any other (it counts
+as -inf), and lanes behind the last expert hold the smallest integer, which no score reaches.
+
+`router_from_hidden` runs the gate's product first: one more launch, parallel over rows and experts, logits in fp32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from impls.triton._common import exact_exp, exact_sigmoid, interpreting, on, product, require
+
+__all__ = ["router", "router_from_hidden"]
+
+
+@triton.jit
+def _ordered(value):
+    """int64 that compares like the fp32 value, with 32 free low bits; NaN counts as -inf."""
+    value = tl.where(value == value, value, float("-inf")) + 0.0  # + 0.0 turns -0 into 0
+    bits = value.to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) * 4294967296
+
+
+@triton.jit
+def _allowed(selection, lane, E, GROUPS: tl.constexpr, TOP: tl.constexpr, SUM2: tl.constexpr, BLOCK_G: tl.constexpr):
+    """Selection scores [BM, BE] with every expert outside the best TOP of GROUPS runs at -inf."""
+    size = E // GROUPS
+    group = lane // size
+    groups = tl.arange(0, BLOCK_G)
+    minus: tl.constexpr = float("-inf")
+    scores = tl.full((selection.shape[0], BLOCK_G), minus, tl.float32)
+    for g in range(GROUPS):
+        inside = tl.where((group == g)[None, :], selection, minus)
+        best = tl.max(inside, 1)
+        if SUM2:
+            first = tl.min(tl.where(inside == best[:, None], lane[None, :], E), 1)
+            best += tl.max(tl.where(lane[None, :] == first[:, None], minus, inside), 1)
+        scores = tl.where(groups[None, :] == g, best[:, None], scores)
+    least: tl.constexpr = -9223372036854775807
+    keys = tl.where(groups[None, :] < GROUPS, _ordered(scores) + (BLOCK_G - groups)[None, :], least)
+    keep = tl.zeros((selection.shape[0], selection.shape[1]), tl.int1)
+    for _ in range(TOP):
+        best_key = tl.max(keys, 1)
+        chosen = BLOCK_G - (best_key & 0xFFFFFFFF).to(tl.int32)
+        keep = keep | (group[None, :] == chosen[:, None])
+        keys = tl.where(groups[None, :] == chosen[:, None], least, keys)
+    return tl.where(keep, selection, minus)
+
+
+@triton.jit
+def _router(
+    logits, bias, weights, ids, T, E, scale, l_row, l_col, b_col, K,
+    BM: tl.constexpr, BE: tl.constexpr, BLOCK_K: tl.constexpr, SIGMOID: tl.constexpr, RENORM: tl.constexpr,
+    BIAS: tl.constexpr, GROUPS: tl.constexpr, TOP: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """BM rows: weights fp32 [T, K] and ids int64 [T, K]."""
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    lane = tl.arange(0, BE)
+    real = (lane < E)[None, :]
+    mask = (row < T)[:, None] & real
+    at = logits + row[:, None].to(tl.int64) * l_row + lane[None, :].to(tl.int64) * l_col
+    x = tl.load(at, mask=mask, other=float("-inf")).to(tl.float32)
+    if SIGMOID:
+        scores = tl.where(real, exact_sigmoid(x), 0.0)
+    else:
+        shifted = exact_exp(x - tl.max(x, 1)[:, None])
+        shifted = tl.where(real, shifted, 0.0)
+        scores = shifted / tl.sum(shifted, 1)[:, None]
+    selection = scores
+    if BIAS:
+        selection += tl.load(bias + lane.to(tl.int64) * b_col, mask=lane < E, other=0.0).to(tl.float32)[None, :]
+    if GROUPS > 0:
+        selection = _allowed(tl.where(real, selection, float("-inf")), lane, E, GROUPS, TOP, BIAS, BLOCK_G)
+    least: tl.constexpr = -9223372036854775807
+    keys = tl.where(real, _ordered(selection) + (BE - lane)[None, :], least)
+    slot = tl.arange(0, BLOCK_K)[None, :]
+    w = tl.zeros((BM, BLOCK_K), tl.float32)
+    chosen_ids = tl.zeros((BM, BLOCK_K), tl.int32)
+    for j in range(K):
+        chosen = BE - (tl.max(keys, 1) & 0xFFFFFFFF).to(tl.int32)
+        hit = lane[None, :] == chosen[:, None]
+        value = tl.sum(tl.where(hit, scores, 0.0), 1)
+        keys = tl.where(hit, least, keys)
+        w = tl.where(slot == j, value[:, None], w)
+        chosen_ids = tl.where(slot == j, chosen[:, None], chosen_ids)
+    if RENORM:
+        total = tl.sum(w, 1)
+        w = w / tl.where(total == 0.0, 1.0, total)[:, None]
+    out = row[:, None].to(tl.int64) * K + slot
+    live = (row < T)[:, None] & (slot < K)
+    tl.store(weights + out, w * scale, mask=live)
+    tl.store(ids + out, chosen_ids.to(tl.int64), mask=live)
+
+
+@triton.jit
+def _gate_logits(
+    x, w, out, T, E, H, x_row, x_col, w_row, w_col,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """out[BM rows, BN experts] in fp32."""
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    e = tl.program_id(1) * BN + tl.arange(0, BN)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k0 in tl.range(0, H, BK):
+        k = k0 + tl.arange(0, BK)
+        at_x = x + row[:, None].to(tl.int64) * x_row + k[None, :].to(tl.int64) * x_col
+        at_w = w + e[:, None].to(tl.int64) * w_row + k[None, :].to(tl.int64) * w_col
+        rows = tl.load(at_x, mask=(row < T)[:, None] & (k < H)[None, :], other=0.0)
+        acc = product(rows, tl.load(at_w, mask=(e < E)[:, None] & (k < H)[None, :], other=0.0).T, acc, WIDEN)
+    tl.store(out + row[:, None].to(tl.int64) * E + e[None, :], acc, mask=(row < T)[:, None] & (e < E)[None, :])
+
+
+def _check(experts: int, top_k: int, scoring: str, num_expert_group: int | None, topk_group: int | None) -> None:
+    """Refuse options that no routing satisfies."""
+    if scoring not in ("softmax", "sigmoid"):
+        raise ValueError(f"scoring is {scoring!r}, but should be 'softmax' or 'sigmoid'")
+    if not 1 <= top_k <= experts:
+        raise ValueError(f"top_k is {top_k}, but should be in 1..{experts}")
+    if (num_expert_group is None) != (topk_group is None):
+        raise ValueError("num_expert_group and topk_group should be given together")
+    if num_expert_group is not None and experts % num_expert_group:
+        raise ValueError(f"num_expert_group is {num_expert_group}, but should divide the {experts} experts")
+
+
+def router(
+    router_logits: Tensor,
+    *,
+    top_k: int,
+    scoring: str = "softmax",
+    renormalize: bool = True,
+    correction_bias: Tensor | None = None,
+    num_expert_group: int | None = None,
+    topk_group: int | None = None,
+    routed_scaling_factor: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Choose `top_k` experts for each token.
+
+    Args:
+        router_logits: [T, E], fp32, fp16 or bf16, any strides.
+        correction_bias: [E], any floating dtype, added for the selection only.
+
+    Returns:
+        topk_weights fp32 [T, k] and topk_ids int64 [T, k], highest selection score first.  Scores that are all zero are
+        not renormalised (their weights are 0).
+
+    Raises:
+        ValueError: unknown scoring, top_k or groups that do not fit E.
+        TypeError, NotImplementedError: dtype or device the kernel does not run on.
+    """
+    tokens, experts = router_logits.shape
+    _check(experts, top_k, scoring, num_expert_group, topk_group)
+    require(router_logits)
+    weights = torch.empty(tokens, top_k, dtype=torch.float32, device=router_logits.device)
+    ids = torch.empty(tokens, top_k, dtype=torch.int64, device=router_logits.device)
+    if tokens == 0:
+        return weights, ids
+    block_e = max(16, triton.next_power_of_2(experts))
+    rows, warps = _rows(tokens, block_e)
+    groups = num_expert_group or 0
+    with on(router_logits.device):
+        _router[(triton.cdiv(tokens, rows),)](
+            router_logits, router_logits if correction_bias is None else correction_bias, weights, ids,
+            tokens, experts, routed_scaling_factor, *router_logits.stride(),
+            0 if correction_bias is None else correction_bias.stride(0), top_k,
+            BM=rows, BE=block_e, BLOCK_K=triton.next_power_of_2(top_k), SIGMOID=scoring == "sigmoid",
+            RENORM=renormalize, BIAS=correction_bias is not None, GROUPS=groups, TOP=topk_group or 0,
+            BLOCK_G=triton.next_power_of_2(max(groups, 1)), num_warps=warps,
+        )  # fmt: skip
+    return weights, ids
+
+
+def _rows(tokens: int, block_e: int) -> tuple[int, int]:
+    """Rows per program and warps: one warp per row, so that the k maxima need no barrier."""
+    if interpreting():
+        return min(16, triton.next_power_of_2(tokens)), 1
+    if block_e > 1024:
+        return 1, 4
+    return (1, 1) if tokens <= 512 else (4, 4)
+
+
+def router_from_hidden(hidden_states: Tensor, gate_weight: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+    """Route hidden_states [T, H] with the gate's weight [E, H]; `options` as for `router`.
+
+    The logits are kept in fp32, which may choose another expert than logits rounded to the model's dtype.
+    """
+    require(hidden_states, gate_weight)
+    (tokens, depth), experts = hidden_states.shape, gate_weight.shape[0]
+    logits = torch.empty(tokens, experts, dtype=torch.float32, device=hidden_states.device)
+    rows = 16 if tokens <= 2048 else 64
+    columns = 16 if tokens <= 1024 else 64
+    if tokens:
+        with on(hidden_states.device):
+            _gate_logits[(triton.cdiv(tokens, rows), triton.cdiv(experts, columns))](
+                hidden_states, gate_weight, logits, tokens, experts, depth,
+                *hidden_states.stride(), *gate_weight.stride(),
+                BM=rows, BN=columns, BK=32 if hidden_states.element_size() == 4 else 128, WIDEN=interpreting(),
+            )  # fmt: skip
+    return router(logits, **options)
+
+
+router.deterministic = True
+router.graph_capturable = True
+router.rounds = ()
+router.batch_invariant = True
