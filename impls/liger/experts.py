@@ -1,8 +1,9 @@
 """Liger's `LigerFusedMoEFunction`: routing metadata, gather + gate_up + SwiGLU, down projection, weighted sum.
 
 Read in liger-kernel 0.8.5: Triton kernels with fp32 accumulators.  The activation and each expert's output are stored
-in the dtype of hidden_states, the weighted sum over slots is made in fp32.  Products of fp32 operands use Triton's
-default, tf32, which is declared.  Ids are indices into the weights and nothing else: there is no masked slot.
+in the dtype of hidden_states, the weighted sum over slots is made in fp32.  Products of fp32 operands go through tf32,
+cut off rather than rounded, so fp32 is refused.  Ids are indices into the weights and nothing else: there is no
+masked slot.
 """
 
 from collections.abc import Callable
@@ -26,11 +27,13 @@ def experts(
     """The stage `experts`: hidden_states [T, H], gate_up_proj [E, 2I, H], down_proj [E, H, I] -> [T, H].
 
     Raises:
-        NotImplementedError: liger-kernel is not installed, the tensors are not on a CUDA device, an activation other
-            than silu, a masked slot, no token.
+        NotImplementedError: liger-kernel is not installed, the tensors are not on a CUDA device, fp32, an activation
+            other than silu, a masked slot, no token.
     """
     if hidden_states.device.type != "cuda":
         raise NotImplementedError(f"liger runs on CUDA devices only, and hidden_states are on {hidden_states.device}")
+    if hidden_states.dtype not in (torch.float16, torch.bfloat16):
+        raise NotImplementedError(f"liger multiplies in tf32 or less: fp16 and bf16 only, not {hidden_states.dtype}")
     if activation != "silu":
         raise NotImplementedError(f"liger's fused MoE has silu only, not {activation!r}")
     function = _fused_moe()
@@ -46,7 +49,8 @@ def experts(
 
 
 experts.devices = ("cuda",)
-experts.rounds = ("activation", "expert_output", "tf32")
+experts.dtypes = ("fp16", "bf16")
+experts.rounds = ("activation", "expert_output")
 
 
 def _fused_moe() -> Callable[..., Tensor]:

@@ -41,6 +41,7 @@ def loop(
 
 loop.rounds = ()
 loop.deterministic = True
+loop.graph_capturable = True
 
 
 def _check(num_experts: int, top_k: int, scoring: str, num_expert_group: int | None, topk_group: int | None) -> None:

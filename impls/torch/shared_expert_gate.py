@@ -18,3 +18,4 @@ def loop(hidden_states: Tensor, gate_weight: Tensor, shared_output: Tensor) -> T
 
 loop.rounds = ()
 loop.deterministic = True
+loop.graph_capturable = True
