@@ -131,7 +131,7 @@ def padding_is_row_zero(*call: Tensor, **options: Any) -> Tensor:
 @fault("experts", "alignment", source=BUGS + "vllm-project/vllm/pull/35161",
        condition="unused blocks at the end of the plan; slot 0 not routed to expert 0",
        consequence="Blocks beyond the used ones belong to expert 0 and overwrite the first slot.",
-       shows={"only": "odd"}, hidden=("E=1",))
+       shows={"only": "odd"}, hidden=("E=1, only=None",))
 def unused_blocks_belong_to_expert_zero(*call: Tensor, **options: Any) -> Tensor:
     def unbounded(ids: Tensor, num_experts: int) -> Plan:
         plan = align(ids, num_experts)

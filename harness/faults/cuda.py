@@ -79,15 +79,15 @@ def replays_accumulate(*call: Tensor, **options: Any) -> Tensor:
        condition="replay after a call of another shape", stateful=True,
        consequence="Ids are computed from a buffer that was freed after the capture and belongs to somebody else.")
 def graph_reads_freed_memory(*call: Tensor, **options: Any) -> Tensor:
+    shape = call[4].shape
     if not _capturing():
-        for key in [key for key in _kept if key[0] == "freed" and key[1] != call[4].shape]:
-            # Emulated safely: the buffer stays alive, and a call of another shape writes into it.
+        # Emulated safely: the buffer stays alive, and a call of another shape writes into it.
+        for key in [key for key in _kept if key[0] == "freed" and key[1] != shape]:
             _kept[key].zero_()
+        _kept.setdefault(("freed", shape, call[4].dtype), torch.ones_like(call[4]))
         return run_captured(*call, **options)
-    ids = _kept.setdefault(("freed", call[4].shape, call[4].dtype), call[4].clone())
-    # The copy is part of the graph but for entries that were overwritten, which stay expert 0.
-    ids.copy_(torch.where(ids.abs().sum() == 0, ids, call[4]))
-    return run_captured(*call[:4], ids, **options)
+    owned = _kept.get(("freed", shape, call[4].dtype), torch.ones_like(call[4]))
+    return run_captured(*call[:4], torch.where(owned == 1, call[4], 0), **options)
 
 
 @fault("experts", "graph", source=BUGS + "sgl-project/sglang/issues/16972", devices=CUDA, graph_capturable=True,

@@ -74,7 +74,7 @@ def activation_stored_in_fp16(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault("experts", "precision", source=BUGS + "NVIDIA/Megatron-LM/pull/6458", condition="fp32 or fp16 inputs, k > 1",
-       shows={"k": 4}, hidden=("dtype='bfloat16'",),
+       shows={"k": 4}, hidden=("bf16 inputs, where partial sums may be rounded to bf16",),
        consequence="The slots are summed in bf16, which only a bf16 model may do.")
 def combined_in_bf16(*call: Tensor, **options: Any) -> Tensor:
     def running(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ _calls = {"sixteen_bit_atomics": 0}  # stands for the scheduler, which starts th
 
 
 @fault("experts", "bits", source=BUGS + "vllm-project/vllm/pull/36488", condition="the same row in another batch size",
-       sign="batch", batch_invariant=True, shows={"T": 33, "H": 64}, hidden=("T=5",),
+       sign="batch", batch_invariant=True, shows={"T": 33, "H": 64}, hidden=("at most 16 tokens",),
        consequence="The number of K splits follows the batch: a row's bits depend on who else is served.")
 def splits_follow_the_batch(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
     def split_sums(rows: Tensor, weight: Tensor) -> Tensor:

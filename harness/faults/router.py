@@ -277,7 +277,7 @@ def largest_starts_at_zero(logits: Tensor, **options: Any) -> Routed:
 
 
 @fault("router", "selection", source=BUGS + "sgl-project/sglang/pull/30079", condition="a row of NaN",
-       sign="shape", shows={"nan_row": True}, hidden=("nan_row=False",),
+       shows={"nan_row": True}, hidden=("nan_row=False",),
        consequence="The smallest index equal to the maximum is E when nothing is equal: an id out of range.")
 def nan_row_gives_id_e(logits: Tensor, **options: Any) -> Routed:
     weights, ids = run(logits, **options)
@@ -285,7 +285,7 @@ def nan_row_gives_id_e(logits: Tensor, **options: Any) -> Routed:
 
 
 @fault("router", "selection", source=BUGS + "lightseekorg/tokenspeed/pull/605", condition="equal scores in a row",
-       sign="shape", shows={"ties": True}, hidden=("ties=False",),
+       shows={"ties": True}, hidden=("ties=False",),
        consequence="The index is recovered from the value: tied experts give the same id twice.")
 def index_recovered_from_value(logits: Tensor, **options: Any) -> Routed:
     def first_equal(selection: Tensor, top_k: int) -> Tensor:
@@ -301,17 +301,16 @@ def index_recovered_from_value(logits: Tensor, **options: Any) -> Routed:
        consequence="A chosen value is masked wherever it occurs: the other tied experts are skipped.")
 def ties_masked_together(logits: Tensor, **options: Any) -> Routed:
     def by_value(selection: Tensor, top_k: int) -> Tensor:
-        lower = torch.zeros_like(selection, dtype=torch.bool)
-        order = selection.argsort(-1, descending=True, stable=True)
+        order = selection.argsort(dim=-1, descending=True, stable=True)
         ranked = selection.gather(-1, order)
         repeated = torch.cat((torch.zeros_like(ranked[:, :1]), (ranked[:, 1:] == ranked[:, :-1])), -1).bool()
         # First of each value in order, then the repeated ones, so that ids stay distinct.
-        return order.gather(-1, (repeated | lower).int().argsort(-1, stable=True))[:, :top_k]
+        return order.gather(-1, repeated.int().argsort(dim=-1, stable=True))[:, :top_k]
 
     return run(logits, **options, choose=by_value)
 
 
-@fault("router", "selection", source=BUGS + "vllm-project/vllm/pull/42608", condition="k = E, E > 1", sign="shape",
+@fault("router", "selection", source=BUGS + "vllm-project/vllm/pull/42608", condition="k = E, E > 1",
        shows={"E": 4, "k": 4}, hidden=("k=3",),
        consequence="When the experts are exhausted, expert 0 is chosen again.")
 def expert_zero_when_exhausted(logits: Tensor, **options: Any) -> Routed:
@@ -399,7 +398,7 @@ def ties_broken_by_arrival(logits: Tensor, **options: Any) -> Routed:
     def arrival(selection: Tensor, top_k: int) -> Tensor:
         shift = _calls["ties"] % selection.shape[-1]
         rolled = selection.roll(shift, -1)
-        order = rolled.argsort(-1, descending=True, stable=True)[:, :top_k]
+        order = rolled.argsort(dim=-1, descending=True, stable=True)[:, :top_k]
         return (order - shift) % selection.shape[-1]
 
     _calls["ties"] += 1

@@ -1,0 +1,460 @@
+"""The catalogue of faults is well-formed, and each fault does what its entry says.
+
+Every entry carries a small case on which it shows (`shows`) and changes of that case under which it does not
+(`hidden`); both are run here, against the references in fp64.
+"""
+
+import ast
+import contextlib
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness.contracts import REJECTIONS, SIGNATURES
+from harness.faults import Fault, all_faults, get
+from harness.faults import catalogue as entries
+from reference.experts import experts
+from reference.grouped_linear import grouped_linear
+from reference.moe_block import moe_block
+from reference.router import combine_weights, expert_scores, router, selection_scores
+from reference.shared_expert_gate import shared_expert_gate
+
+FAULTS = all_faults()
+REFERENCES = {f.__name__: f for f in (experts, router, grouped_linear, shared_expert_gate, moe_block)}
+EXAMPLES = [fault for fault in FAULTS if fault.shows is not None and fault.sign != "process" and "cpu" in fault.devices]
+
+
+class Call(NamedTuple):
+    """One call of a stage: positional and keyword arguments."""
+
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+# Cases: a few named parameters -> the arguments of a call -----------------------------------------------------------
+
+
+def experts_call(
+    *, T: int = 5, H: int = 32, I: int = 24, E: int = 6, k: int = 2, dtype: str = "float32", seed: int = 0,  # noqa: E741
+    activation: str = "silu", ids: str = "distinct", ids_dtype: str = "int64", only: str | None = None,
+    expert_map: str | None = None, weights: str = "random", layout: str = "contiguous", gain: float = 1.0,
+    special: str | None = None,
+) -> Call:  # fmt: skip
+    random, kind = torch.Generator().manual_seed(seed), getattr(torch, dtype)
+    table, local = expert_table(expert_map, E)
+    chosen = expert_ids(T, E, k, ids, only, random)
+    hidden = (gain * torch.randn(T, H, generator=random)).to(kind)
+    gate_up = (torch.randn(local, 2 * I, H, generator=random) / H**0.5).to(kind)
+    down = (torch.randn(local, H, I, generator=random) / max(I, 1) ** 0.5).to(kind)
+    shares = routing_weights(chosen, weights, random)
+    if special == "nan_token":
+        hidden[0, 0] = torch.nan
+    if special == "inf_weight":
+        shares[0] = torch.inf
+    if special == "nan_expert":
+        gate_up[chosen[0, 0]] = torch.nan
+    chosen = chosen.to(getattr(torch, ids_dtype))
+    if layout in ("padded_rows", "transposed"):
+        hidden = laid_out(hidden, layout)
+    if layout == "padded_weights":
+        gate_up, down = laid_out(gate_up), laid_out(down)
+    if layout == "padded_routing":
+        shares, chosen = laid_out(shares), laid_out(chosen)
+    return Call((hidden, gate_up, down, shares, chosen), {"activation": activation, "expert_map": table})
+
+
+def expert_table(kind: str | None, experts: int) -> tuple[Tensor | None, int]:
+    """An expert map over `experts` global experts and the number of local ones."""
+    everyone = torch.arange(experts)
+    owned = {
+        None: everyone >= 0, "identity": everyone >= 0, "reversed": everyone >= 0,
+        "half": everyone >= experts // 2, "strided": everyone % 2 == 1,
+    }[kind]  # fmt: skip
+    table = torch.where(owned, owned.cumsum(0) - 1, -1)
+    if kind == "reversed":
+        table = table.flip(0)
+    return (None if kind is None else table), int(owned.sum())
+
+
+def expert_ids(tokens: int, experts: int, slots: int, kind: str, only: str | None, random: torch.Generator) -> Tensor:
+    """[T, k] ids of the wanted kind, distinct in a row unless the kind says otherwise."""
+    pool = torch.arange({None: 0, "even": 0, "odd": 1}[only], experts, 1 if only is None else 2)
+    ids = pool[torch.rand(tokens, len(pool), generator=random).argsort(1)[:, : min(slots, len(pool))]]
+    if kind == "high":
+        ids = experts - 1 - ids % 8
+    if kind == "one_expert":
+        ids = torch.full((tokens, slots), min(1, experts - 1))
+    if kind == "duplicates":
+        ids[:, 1] = ids[:, 0]
+    masked = {
+        "masked": (slice(None, None, 2), slice(-1, None)), "masked_first": (slice(None, None, 2), slice(0, 1)),
+        "masked_rows": (slice(None, None, 2),), "all_masked": (slice(None),),
+    }  # fmt: skip
+    if kind in masked:
+        ids[masked[kind]] = -1
+    return ids
+
+
+def routing_weights(ids: Tensor, kind: str, random: torch.Generator) -> Tensor:
+    """[T, k] weights of the wanted kind."""
+    weights = 0.1 + torch.rand(ids.shape, generator=random)
+    if kind == "ones":
+        weights = torch.ones_like(weights)
+    if kind == "normalised":
+        weights = weights / weights.sum(1, keepdim=True)
+    if kind == "signed":
+        weights[:, 0] *= -1
+    if kind == "nan_masked":
+        weights[ids < 0] = torch.nan
+    return weights
+
+
+def laid_out(tensor: Tensor, layout: str = "padded_rows") -> Tensor:
+    """The same values with other strides; what lies between the rows is NaN, or a huge integer."""
+    if layout == "transposed":
+        return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+    filler = torch.nan if tensor.is_floating_point() else 2**30
+    wide = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 8), filler, dtype=tensor.dtype)
+    wide[..., : tensor.shape[-1]] = tensor
+    return wide[..., : tensor.shape[-1]]
+
+
+def router_call(
+    *, T: int = 7, E: int = 12, k: int = 2, dtype: str = "float32", seed: int = 0, scoring: str = "softmax",
+    renormalize: bool = True, bias: str | None = None, groups: tuple[int, int] | None = None, scale: float = 1.0,
+    shift: float = 0.0, spread: float = 2.0, nan_row: bool = False, ties: bool = False, layout: str = "contiguous",
+) -> Call:  # fmt: skip
+    random = torch.Generator().manual_seed(seed)
+    logits = torch.randn(T, E, generator=random) * spread + shift
+    if ties:
+        logits[:, ::2] = logits[:, :1] + 5  # more equal logits than slots, above all others
+    if nan_row:
+        logits[0] = torch.nan
+    biases = {
+        None: None, "zero": torch.zeros(E), "random": torch.randn(E, generator=random),
+        "around_seven": 6.9 + 0.2 * torch.rand(E, generator=random), "negative": torch.full((E,), -3.0),
+    }  # fmt: skip
+    logits = logits.to(getattr(torch, dtype))
+    options = {"top_k": k, "scoring": scoring, "renormalize": renormalize, "correction_bias": biases[bias]}
+    options |= {"routed_scaling_factor": scale}
+    options |= dict(zip(("num_expert_group", "topk_group"), groups or (None, None), strict=True))
+    return Call((laid_out(logits) if layout == "padded_rows" else logits,), options)
+
+
+def grouped_linear_call(
+    *, sizes: tuple[int, ...] = (5, 7, 3), K: int = 32, N: int = 24, dtype: str = "float32", seed: int = 0,
+    bias: bool = False, sizes_dtype: str = "int64", layout: str = "contiguous", special: str | None = None,
+) -> Call:  # fmt: skip
+    random, kind = torch.Generator().manual_seed(seed), getattr(torch, dtype)
+    x = torch.randn(sum(sizes), K, generator=random).to(kind)
+    weight = (torch.randn(len(sizes), N, K, generator=random) / K**0.5).to(kind)
+    added = torch.randn(len(sizes), N, generator=random).to(kind) if bias else None
+    if special == "nan_expert":
+        weight[0] = torch.nan
+    if layout in ("padded_rows", "transposed"):
+        x = laid_out(x, layout)
+    if layout == "padded_weight":
+        weight = laid_out(weight)
+    return Call((x, weight, torch.tensor(sizes, dtype=getattr(torch, sizes_dtype))), {"bias": added})
+
+
+def shared_expert_gate_call(
+    *, lead: tuple[int, ...] = (5,), H: int = 32, D: int = 24, dtype: str = "float32", seed: int = 0,
+    gain: float = 1.0, layout: str = "contiguous", special: str | None = None,
+) -> Call:  # fmt: skip
+    random, kind = torch.Generator().manual_seed(seed), getattr(torch, dtype)
+    hidden = (gain * torch.randn(*lead, H, generator=random)).to(kind)
+    gate = (torch.randn(1, H, generator=random) / H**0.5).to(kind)
+    shared = torch.randn(*lead, D, generator=random).to(kind)
+    if special == "nan_token":
+        hidden[0, 0] = torch.nan
+    if layout == "padded_rows":
+        hidden = laid_out(hidden)
+    if layout == "padded_output":
+        shared = laid_out(shared)
+    if layout == "strided_gate":
+        gate = laid_out(gate.T).T
+    return Call((hidden, gate, shared), {})
+
+
+def moe_block_call(
+    *, family: str = "qwen3_moe", T: int = 5, H: int = 32, I: int = 24, E: int = 8, k: int = 3,  # noqa: E741
+    dtype: str = "float32", seed: int = 0, **config: Any,
+) -> Call:  # fmt: skip
+    random, kind = torch.Generator().manual_seed(seed), getattr(torch, dtype)
+
+    def normal(*shape: int) -> Tensor:
+        return (torch.randn(*shape, generator=random) / shape[-1] ** 0.5).to(kind)
+
+    weights = {"gate.weight": 2 * normal(E, H), "experts.gate_up_proj": normal(E, 2 * I, H)}
+    weights["experts.down_proj"] = normal(E, H, I)
+    prefix = {"qwen3_moe": None, "mixtral": None, "deepseek_v2": "shared_experts", "deepseek_v3": "shared_experts"}
+    if shared := prefix.get(family, "shared_expert"):
+        shapes = {"gate_proj": (16, H), "up_proj": (16, H), "down_proj": (H, 16)}
+        weights |= {f"{shared}.{name}.weight": normal(*shape) for name, shape in shapes.items()}
+    if shared == "shared_expert":
+        weights["shared_expert_gate.weight"] = normal(1, H)
+    if family == "deepseek_v3":
+        weights["gate.e_score_correction_bias"] = torch.randn(E, generator=random)
+        config = {"n_group": 2, "topk_group": 2, **config}
+    return Call((normal(T, H) * H**0.5, weights, {"model_type": family, "num_experts_per_tok": k, **config}), {})
+
+
+BUILDERS: dict[str, Callable[..., Call]] = {
+    "experts": experts_call, "router": router_call, "grouped_linear": grouped_linear_call,
+    "shared_expert_gate": shared_expert_gate_call, "moe_block": moe_block_call,
+}  # fmt: skip
+
+# What another call before the judged one looks like.
+BEFORE: dict[str, dict[str, Any]] = {
+    "unmasked": {"ids": "distinct"}, "fewer_tokens": {"T": 3}, "other_ids": {"seed": 1}, "other_weights": {"seed": 1},
+    "other_logits": {"seed": 1}, "other_sizes": {"sizes": (3, 5, 7)},
+}  # fmt: skip
+
+
+# Judging one example ------------------------------------------------------------------------------------------------
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in a structure of tuples and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors(part)
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same structure with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: map_tensors(part, change) for name, part in value.items()}
+    if isinstance(value, tuple):
+        parts = [map_tensors(part, change) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
+
+
+def in_fp64(call: Call) -> Call:
+    return map_tensors(call, lambda t: t.double() if t.is_floating_point() else t.clone())
+
+
+def storages(call: Call) -> list[bytes]:
+    """All bytes behind the arguments, what lies between and around the rows included."""
+    return [bytes(t.untyped_storage().tolist()) for t in tensors(call)]
+
+
+def error(out: Tensor, want: Tensor) -> tuple[float, float]:
+    """(largest, root mean square) deviation; infinite where NaN or infinities are not the same."""
+    out, want = out.double(), want.double()
+    finite = want.isfinite()
+    if not torch.equal(out.isfinite(), finite) or not torch.equal(out.isnan(), want.isnan()):
+        return torch.inf, torch.inf
+    if not finite.any():
+        return 0.0, 0.0
+    off = (out - want)[finite]
+    return off.abs().max().item(), off.square().mean().sqrt().item()
+
+
+def differs(stage: str, out: Any, call: Call) -> bool:
+    """Is `out` further from the reference than a right implementation is on the same data?"""
+    if stage == "router":
+        return routing_differs(out, call)
+    want = REFERENCES[stage](*in_fp64(call).args, **in_fp64(call).options)
+    right = importlib.import_module(f"harness.faults.{stage}").run(*call.args, **call.options)
+    (largest, mean), (known_largest, known_mean) = error(out, want), error(right, want)
+    single = out.dtype in (torch.float32, torch.float64)
+    tiny = 1e-7 if single else 0.0
+    return largest > 8 * known_largest + tiny or mean > (4 if single else 1.5) * known_mean + tiny
+
+
+def routing_differs(out: tuple[Tensor, Tensor], call: Call) -> bool:
+    """Wrong ids, another set than the best but for ties, or wrong weights for the ids."""
+    weights, ids = out
+    logits, options = call.args[0].double(), call.options
+    want_ids = router(logits, **options)[1]
+    if ids.numel() == 0:
+        return ids.shape != want_ids.shape
+    if ids.min() < 0 or ids.max() >= logits.shape[1] or (ids.sort(1).values.diff(dim=1) == 0).any():
+        return True
+    scores = expert_scores(logits, options["scoring"])
+    selection = selection_scores(scores, options["correction_bias"])
+    known = ~logits.isnan().any(1)
+    chosen, best = (selection.gather(1, i.long()).sort(1).values[known] for i in (ids, want_ids))
+    keys = {"renormalize": options["renormalize"], "routed_scaling_factor": options["routed_scaling_factor"]}
+    want = combine_weights(scores, ids, **keys)[known]
+    got = weights.double()[known]
+    set_differs = not torch.allclose(chosen, best, rtol=3e-6, atol=0)
+    # Weights may be returned in the dtype of the logits.
+    rounding = 3e-6 if call.args[0].dtype == torch.float32 else 2**-8
+    return set_differs or not torch.allclose(got, want, rtol=rounding, atol=0)
+
+
+@contextlib.contextmanager
+def dirty_memory() -> Iterator[None]:
+    """torch.empty returns NaN and huge integers inside."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def forget() -> None:
+    """Stateful faults start afresh."""
+    for module in entries.MODULES:
+        for name in ("_kept", "_sums"):
+            getattr(importlib.import_module(f"harness.faults.{module}"), name, {}).clear()
+
+
+def visible(fault: Fault, parameters: Mapping[str, Any]) -> bool:
+    """Does the fault show its sign on this case?"""
+    parameters = dict(parameters)
+    poison, before = parameters.pop("poison", False), parameters.pop("before", None)
+    parameters.pop("calls", None)
+    build = BUILDERS[fault.stage]
+    forget()
+    with dirty_memory() if poison else contextlib.nullcontext():
+        if before is not None:
+            earlier = build(**{**parameters, **BEFORE[before]})
+            fault.function(*earlier.args, **earlier.options)
+        return SEEN[fault.sign](fault, build(**parameters))
+
+
+def seen_raising(fault: Fault, call: Call) -> bool:
+    try:
+        fault.function(*call.args, **call.options)
+    except REJECTIONS:
+        return False
+    except Exception:
+        return True
+    return False
+
+
+def seen_value(fault: Fault, call: Call) -> bool:
+    return differs(fault.stage, fault.function(*call.args, **call.options), call)
+
+
+def seen_dtype(fault: Fault, call: Call) -> bool:
+    out = fault.function(*call.args, **call.options)
+    if fault.stage == "router":
+        return not out[0].is_floating_point() or out[1].dtype not in (torch.int32, torch.int64)
+    return out.dtype != call.args[0].dtype
+
+
+def seen_shape(fault: Fault, call: Call) -> bool:
+    want = REFERENCES[fault.stage](*in_fp64(call).args, **in_fp64(call).options)
+    out = fault.function(*call.args, **call.options)
+    shapes = [[t.shape for t in tensors(value)] for value in (out, want)]
+    return type(out) is not type(want) or shapes[0] != shapes[1]
+
+
+def seen_inputs(fault: Fault, call: Call) -> bool:
+    before = map_tensors(call, Tensor.clone)
+    fault.function(*call.args, **call.options)
+    pairs = list(zip(tensors(before), tensors(call), strict=False))
+    same = len(list(tensors(before))) == len(list(tensors(call)))
+    return not same or any(not torch.equal(was.nan_to_num(), now.nan_to_num()) for was, now in pairs)
+
+
+def seen_guards(fault: Fault, call: Call) -> bool:
+    """Memory around the arguments changed while the arguments did not."""
+    before, values = storages(call), map_tensors(call, Tensor.clone)
+    fault.function(*call.args, **call.options)
+    same = all(torch.equal(was, now) for was, now in zip(tensors(values), tensors(call), strict=True))
+    return same and storages(call) != before
+
+
+def seen_earlier(fault: Fault, call: Call) -> bool:
+    out = fault.function(*call.args, **call.options)
+    owned = {t.untyped_storage().data_ptr() for t in tensors(call)}
+    kept, other = out.clone(), Call((call.args[0] * 2 + 1, *call.args[1:]), call.options)
+    fault.function(*other.args, **other.options)
+    return out.untyped_storage().data_ptr() in owned or not torch.equal(out, kept)
+
+
+def seen_repeat(fault: Fault, call: Call) -> bool:
+    first, *others = (tuple(tensors(fault.function(*call.args, **call.options))) for _ in range(4))
+    return any(not torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+def seen_batch(fault: Fault, call: Call) -> bool:
+    whole = fault.function(*call.args, **call.options)
+    hidden, gate_up, down, weights, ids = call.args
+    alone = [
+        fault.function(hidden[t : t + 1], gate_up, down, weights[t : t + 1], ids[t : t + 1], **call.options)
+        for t in range(len(hidden))
+    ]
+    # fp32 products of other heights may differ in the last bit on a CPU; a fault has to differ in many rows.
+    return (torch.cat(alone) != whole).any(1).float().mean().item() > 0.9
+
+
+SEEN: dict[str, Callable[[Fault, Call], bool]] = {
+    "value": seen_value, "raises": seen_raising, "dtype": seen_dtype, "shape": seen_shape, "inputs": seen_inputs,
+    "guards": seen_guards, "earlier": seen_earlier, "repeat": seen_repeat, "batch": seen_batch,
+}  # fmt: skip
+
+
+def hidden_examples() -> Iterator[Any]:
+    """One parameter per `hidden` entry that is data; "a=1, b=2" changes two parameters at once."""
+    for fault in EXAMPLES:
+        for change in fault.hidden:
+            try:
+                keywords = ast.parse(f"dict({change})", mode="eval").body.keywords  # type: ignore[attr-defined]
+            except SyntaxError:  # words, for people only
+                continue
+            changes = {keyword.arg: ast.literal_eval(keyword.value) for keyword in keywords}
+            yield pytest.param(fault, {**fault.shows, **changes}, id=f"{fault.name}[{change}]")
+
+
+# Tests --------------------------------------------------------------------------------------------------------------
+
+
+def test_enough_faults_of_every_stage() -> None:
+    assert len(FAULTS) >= 120
+    assert {fault.stage for fault in FAULTS} == set(SIGNATURES)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_entry_is_well_formed(fault: Fault) -> None:
+    assert fault.condition
+    assert fault.consequence.endswith(".")
+    assert fault.source is None or fault.source.startswith("https://")
+    assert set(fault.devices) <= {"cpu", "cuda"}
+    assert fault.function.devices == fault.devices
+    assert inspect.signature(fault.function) == SIGNATURES[fault.stage]
+    module, _, name = fault.spec.partition(":")
+    assert getattr(importlib.import_module(module), name) is fault.function
+    assert get(fault.name) is fault
+    assert fault.shows is not None or "cpu" not in fault.devices
+
+
+@pytest.mark.parametrize("fault", EXAMPLES, ids=lambda fault: fault.name)
+def test_fault_shows_in_its_example(fault: Fault) -> None:
+    assert visible(fault, fault.shows)
+
+
+@pytest.mark.parametrize(("fault", "parameters"), list(hidden_examples()))
+def test_fault_is_hidden_where_it_says_so(fault: Fault, parameters: dict[str, Any]) -> None:
+    assert not visible(fault, parameters)
+
+
+@pytest.mark.parametrize("stage", [stage for stage in SIGNATURES if stage != "moe_block"])
+def test_building_block_is_right(stage: str) -> None:
+    run = importlib.import_module(f"harness.faults.{stage}").run
+    for seed in range(5):
+        call = BUILDERS[stage](seed=seed)
+        want = REFERENCES[stage](*in_fp64(call).args, **in_fp64(call).options)
+        for got, wanted in zip(tensors(run(*call.args, **call.options)), tensors(want), strict=True):
+            torch.testing.assert_close(got.double(), wanted.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_unknown_name_tells_the_nearest() -> None:
+    with pytest.raises(KeyError, match="gate_up_swapped"):
+        get("gate_up_swaped")
