@@ -1,0 +1,163 @@
+"""The recording communicator: every collective of this process, with operation, shapes, splits and bytes.
+
+`install` replaces the functions of torch.distributed once per worker process, before any implementation is loaded,
+so that a stranger's dispatcher is recorded unmodified.  Calls inside calls (object collectives, deprecated names) are
+recorded once, at the level that moves tensors.
+"""
+
+import functools
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+from harness.ranks.calls import Call
+from harness.ranks.describe import OPERATIONS, Movement, Place
+from harness.ranks.heartbeat import Heartbeat, State
+from harness.ranks.inject import Injector
+
+_LIBRARY = os.path.dirname(torch.__file__) + os.sep
+_OWN = os.path.dirname(__file__)
+
+
+class Recorder:
+    """What one rank called since `start`, and its voice in the shared heartbeat."""
+
+    def __init__(self, rank: int, heartbeat: Heartbeat | None):
+        self.rank, self.heartbeat = rank, heartbeat
+        self.calls: list[Call] = []
+        self.inside = False
+        self.failed: Call | None = None  # the call out of which an exception came
+        self.injector = Injector()
+
+    def start(self, injector: Injector) -> None:
+        self.calls, self.injector, self.inside, self.failed = [], injector, False, None
+        self.say(State.RUNNING)
+
+    def say(self, state: State, call: Call | None = None) -> None:
+        if self.heartbeat is not None:
+            self.heartbeat.write(self.rank, state, call)
+
+    def record(self, op: str, given: dict[str, Any], moved: Movement, place: Place) -> Call:
+        tensor = next(iter([*moved.inputs, *moved.outputs]), None)
+        width = tensor.element_size() if tensor is not None else 0
+        call = Call(
+            index=len(self.calls),
+            op=op,
+            group=place.members,
+            dtype="" if tensor is None else str(tensor.dtype).removeprefix("torch."),
+            inputs=tuple(tuple(t.shape) for t in moved.inputs),
+            outputs=tuple(tuple(t.shape) for t in moved.outputs),
+            sends=tuple(moved.sends),
+            receives=tuple(moved.receives),
+            root=moved.root,
+            reduce=_reduction(given.get("op")),
+            sent=moved.sent * width,
+            received=moved.received * width,
+            site=call_site(),
+        )
+        self.calls.append(call)
+        return call
+
+
+def _reduction(op: Any) -> str:
+    return "" if op is None else str(op).rpartition(".")[2]
+
+
+def call_site() -> str:
+    """file:line and function of the nearest frame outside torch and this package."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if not path.startswith((_LIBRARY, "<")) and os.path.dirname(path) != _OWN:
+            return f"{os.path.basename(path)}:{frame.f_lineno} {frame.f_code.co_name}"
+        frame = frame.f_back
+    return ""
+
+
+class RecordedWork:
+    """A pending operation whose `wait` is visible in the heartbeat; all else is the work's own."""
+
+    def __init__(self, work: Any, recorder: Recorder, call: Call):
+        self._work, self._recorder, self._call = work, recorder, call
+
+    def wait(self, *args: Any, **keywords: Any) -> Any:
+        self._recorder.say(State.WAITING, self._call)
+        try:
+            result = self._work.wait(*args, **keywords)
+        except BaseException:
+            self._recorder.failed = self._call
+            raise
+        self._recorder.say(State.RUNNING, self._call)
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)
+
+
+def place_of(group: Any) -> Place | None:
+    """Members and position of this rank in `group` (None: the world); None where this rank is not a member."""
+    group = dist.group.WORLD if group is None else group
+    if group is None or group is dist.GroupMember.NON_GROUP_MEMBER:
+        return None
+    members = tuple(dist.get_process_group_ranks(group))
+    return Place(members, members.index(dist.get_rank()))
+
+
+def recorded(name: str, original: Callable[..., Any], recorder: Recorder) -> Callable[..., Any]:
+    """`original` of torch.distributed with a record before it and the injected fault, if any, around it."""
+    op, describe = OPERATIONS[name]
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def call(*args: Any, **keywords: Any) -> Any:
+        if recorder.inside:
+            return original(*args, **keywords)
+        bound = signature.bind(*args, **keywords)
+        bound.apply_defaults()
+        place = place_of(bound.arguments.get("group"))
+        if place is None:
+            return original(*args, **keywords)
+
+        def execute() -> Any:
+            entry = recorder.record(op, bound.arguments, describe(bound.arguments, place), place)
+            waits = not bound.arguments.get("async_op") and op not in ("isend", "irecv")
+            return _run(recorder, entry, waits, lambda: original(*bound.args, **bound.kwargs))
+
+        return recorder.injector.around(len(recorder.calls), name, bound.arguments, execute)
+
+    return call
+
+
+def _run(recorder: Recorder, entry: Call, waits: bool, original: Callable[[], Any]) -> Any:
+    recorder.inside = True
+    if waits:
+        recorder.say(State.WAITING, entry)
+    try:
+        result = original()
+    except BaseException:
+        recorder.failed = entry
+        raise
+    finally:
+        recorder.inside = False
+    recorder.say(State.RUNNING, entry)
+    if waits:
+        return result
+    return None if result is None else RecordedWork(result, recorder, entry)
+
+
+def install(recorder: Recorder) -> None:
+    """Replace the collectives of torch.distributed in this process, for good.  Object collectives stay as they are:
+    the tensor operations inside them are what is recorded."""
+    for name in OPERATIONS:
+        original = getattr(c10d, name, None)
+        if original is None:  # a name that this version of torch lacks
+            continue
+        wrapper = recorded(name, original, recorder)
+        setattr(c10d, name, wrapper)
+        setattr(dist, name, wrapper)
