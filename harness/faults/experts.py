@@ -728,7 +728,7 @@ def nan_swallowed(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options).nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
 
 
-@fault("experts", "special values", condition="infinite outputs", shows={"special": "inf_weight"},
+@fault("experts", "special values", condition="infinite outputs", shows={"special": "inf_expert"},
        hidden=("special=None",),
        consequence="Infinities are clamped to the largest finite number.")
 def infinity_clamped(*call: Tensor, **options: Any) -> Tensor:

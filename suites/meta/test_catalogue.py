@@ -54,8 +54,8 @@ def experts_call(
     shares = routing_weights(chosen, weights, random)
     if special == "nan_token":
         hidden[0, 0] = torch.nan
-    if special == "inf_weight":
-        shares[0] = torch.inf
+    if special == "inf_expert":
+        down[chosen[0, 0], 0, 0] = torch.inf
     if special == "nan_expert":
         gate_up[chosen[0, 0]] = torch.nan
     chosen = chosen.to(getattr(torch, ids_dtype))
@@ -445,9 +445,14 @@ def test_fault_is_hidden_where_it_says_so(fault: Fault, parameters: dict[str, An
     assert not visible(fault, parameters)
 
 
-@pytest.mark.parametrize("stage", [stage for stage in SIGNATURES if stage != "moe_block"])
-def test_building_block_is_right(stage: str) -> None:
-    run = importlib.import_module(f"harness.faults.{stage}").run
+BUILDING_BLOCKS = [(stage, f"harness.faults.{stage}", "run") for stage in SIGNATURES]
+BUILDING_BLOCKS += [("experts", "harness.faults.alignment", "run_aligned")]
+BUILDING_BLOCKS += [("experts", "harness.faults.cuda", "run_captured")]
+
+
+@pytest.mark.parametrize(("stage", "module", "name"), BUILDING_BLOCKS)
+def test_building_block_is_right(stage: str, module: str, name: str) -> None:
+    run = getattr(importlib.import_module(module), name)
     for seed in range(5):
         call = BUILDERS[stage](seed=seed)
         want = REFERENCES[stage](*in_fp64(call).args, **in_fp64(call).options)

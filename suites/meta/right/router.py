@@ -95,12 +95,12 @@ def weights_in_logit_dtype(
     logits, *, top_k, scoring="softmax", renormalize=True, correction_bias=None, num_expert_group=None,
     topk_group=None, routed_scaling_factor=1.0,
 ):  # fmt: skip
-    """fp32 inside, weights handed over in the dtype of the logits."""
+    """fp32 inside, weights handed over in the dtype of the logits, but for fp16, where small scores would vanish."""
     weights, ids = plain_topk(
         logits, top_k=top_k, scoring=scoring, renormalize=renormalize, correction_bias=correction_bias,
         num_expert_group=num_expert_group, topk_group=topk_group, routed_scaling_factor=routed_scaling_factor,
     )  # fmt: skip
-    return weights.to(logits.dtype), ids
+    return (weights if logits.dtype == torch.float16 else weights.to(logits.dtype)), ids
 
 
 def repeated_argmax(
