@@ -36,7 +36,7 @@ def times_the_bound(headroom: float | None) -> str | None:
         return None
     if math.isnan(headroom):
         return "not comparable: NaN"
-    return "unbounded (NaN or infinite)" if math.isinf(headroom) else f"{number(headroom)} times the bound"
+    return "beyond any bound" if math.isinf(headroom) else f"{number(headroom)} times the bound"
 
 
 def place(where: dict[str, Any] | None) -> str | None:
