@@ -27,6 +27,9 @@ def against_bound(stage, call, bound: Bound, result: Tensor) -> Record:
     swallowed = value.isnan() & ~out.isnan() & _is_nan_certain(call, value)
     if bool(swallowed.any()):
         record.add(_located(stage, call, swallowed, "is {got}, but a NaN in the inputs reaches this element", flat, out))
+    lost = value.isinf() & (out.double() != value) & _is_infinity_certain(call, value)
+    if bool(lost.any()):
+        record.add(_located(stage, call, lost, "is {got}, but should be {want}: one product is infinite", flat, out))
     z = torch.where(finite, flat.z(out), 0.0)
     z = torch.where(finite & ~out.isfinite(), torch.inf, z).abs()
     _add_histogram(record, z[finite])
@@ -58,6 +61,11 @@ def _rows(tensor: Tensor) -> Tensor:
 def _is_nan_certain(call, value: Tensor) -> Tensor:
     """Where a NaN (not an infinity) among the inputs makes the value NaN, whatever way it is computed."""
     return torch.full_like(value, call.case.data.endswith("nan"), dtype=torch.bool)
+
+
+def _is_infinity_certain(call, value: Tensor) -> Tensor:
+    """Where one infinite product among finite ones makes the value infinite, in whatever order they are summed."""
+    return torch.full_like(value, call.case.data == "down_inf", dtype=torch.bool)
 
 
 def _add_histogram(record: Record, z: Tensor) -> None:

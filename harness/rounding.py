@@ -95,9 +95,9 @@ def max_limit(elements: float = ELEMENTS_PER_RUN) -> float:
 
 @cache
 def _mean_square_quantile(dof: int) -> float:
-    from scipy.stats import chi2
+    from scipy.special import chdtri
 
-    return float(chi2.isf(FALSE_ALARMS / STATISTICS_PER_RUN / 2, dof)) / dof
+    return float(chdtri(dof, FALSE_ALARMS / STATISTICS_PER_RUN / 2)) / dof
 
 
 def rms_limit(dof: float, shared_dof: float = 1, shared_share: float = 0.0) -> float:

@@ -36,7 +36,7 @@ class Trial:
 
         Raises:
             Rejected: NotImplementedError, ValueError or TypeError (any exception at all on an optional case).
-            Broken: another exception, or a result of another form.
+            Broken: another exception, an input that was written to, or a result of another form.
         """
         missing = self.subject.missing_keywords(call.keywords)
         if missing:
@@ -52,6 +52,10 @@ class Trial:
                 raise Rejected(f"{type(error).__name__}: {_first_line(error)}") from error
             raise Broken(f"raised {type(error).__name__}: {_first_line(error)}\n  at {_user_frame(error)}\n  the contract "
                          "allows NotImplementedError, ValueError and TypeError, for inputs it refuses") from error
+        modified = call.arena.violations()
+        if modified:
+            operand, what = modified[0]
+            raise Broken(f"the input {operand} {what}, but no input may be written, nor anything around it")
         return self._checked(call, result)
 
     def synchronize(self) -> None:

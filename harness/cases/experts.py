@@ -15,7 +15,8 @@ MASKS = ("none", "some", "rows")
 MAPS = ("none", "alternate", "block")
 OPERANDS = ("hidden_states", "gate_up_proj", "down_proj", "topk_weights", "topk_ids", "expert_map")
 SPECIALS = (
-    "token_nan", "token_inf", "expert_nan", "expert_inf", "unused_expert_nan", "tiny", "huge", "cancelling",
+    "token_nan", "token_inf", "expert_nan", "expert_inf", "down_inf", "unused_expert_nan", "tiny", "huge", "cancelling",
+    "signed_weights",
 )  # fmt: skip
 LAWS = (
     "token_permutation", "expert_relabelling", "slot_permutation", "batch_split", "row_alone", "weight_linearity",
@@ -133,6 +134,7 @@ def _numeric(request: Request) -> Iterator[Case]:
             for weights in ("fp32", "model"):
                 yield ExpertsCase(T=64, H=192, I=96, k=3, dtype=dtype, activation=activation, weights=weights)
             yield ExpertsCase(T=33, H=130, I=257, E=16, k=4, dtype=dtype, activation=activation)
+            yield ExpertsCase(T=1, H=128, I=48, k=3, dtype=dtype, activation=activation)
             yield ExpertsCase(T=4, H=512, I=200, E=128, k=8, dtype=dtype, activation=activation)
     axes = _axes(request) | {"H": request.pick((16, 33, 96, 256), at.WIDTHS_FULL)}
     axes |= {"I": request.pick((24, 63, 130), at.INNER_FULL)}

@@ -118,6 +118,12 @@ def _layouts(request: Request) -> Iterator[Case]:
                 )
 
 
+    for kind in at.LAYOUTS[:5]:  # square, where strides of one operand fit another
+        for dtype in request.dtypes:
+            yield GroupedLinearCase(S=32, K=32, N=32, E=3, layout=f"x:{kind}", data="exact", dtype=dtype)
+            yield GroupedLinearCase(S=32, K=32, N=32, E=3, layout=f"weight:{kind}", data="exact", dtype=dtype)
+
+
 def _memory(request: Request) -> Iterator[Case]:
     for dtype in request.dtypes:
         yield GroupedLinearCase(S=33, K=128, N=40, dtype=dtype)

@@ -37,7 +37,19 @@ def _linear_law(trial: Trial, call) -> Record:
         else:
             residual, variance, shared = residual + parts[0], variance + parts[1], shared + parts[2]
     nothing = Bound(torch.zeros_like(residual), variance, shared, sources.reshape(-1, 2).clamp(min=1))
-    return against_bound(stage, call, nothing, residual)
+    return against_bound(_Rows, call, nothing, residual)
+
+
+class _Rows:
+    """Names the rows of a relation, which need not be those of any one call."""
+
+    @staticmethod
+    def place_of(call, row: int, column: int) -> dict[str, int]:
+        return {"row": row, "column": column}
+
+    @staticmethod
+    def row_groups(call) -> dict:
+        return {}
 
 
 def _router_law(trial: Trial, call) -> Record:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from harness.cases import Case
-from harness.checks.plain import judged_call, watch
+from harness.checks.plain import judged_call
 from harness.findings import Record
 from harness.memory import poisoned_allocations
 from harness.stages.call import Call
-from harness.trial import Broken, Rejected, Trial
+from harness.trial import Rejected, Trial
 
 LEAK_CALLS = 40
 WARM_UP_CALLS = 15
@@ -46,12 +46,13 @@ def memory(trial: Trial, case: Case) -> Record:
         first = trial.invoke(first_call)
         kept = copies(first)
         record.merge(trial.judge(first_call, first), "first call: ")
-        watch(first_call, record)
         record.merge(judged_call(trial, trial.build(case.but(seed=case.seed + 77))), "second call, other data: ")
         _kept_or_fail(record, first, kept, "a second call of the same shape")
         _another_shape(trial, case, record)
         _kept_or_fail(record, first, kept, "a call of another shape")
         record.merge(judged_call(trial, trial.build(case)), "the first call repeated after others: ")
+        for operand, what in first_call.arena.violations():
+            record.fail(f"a later call: the first call's input {operand} {what}", headroom=float("inf"))
         record.merge(_changed_in_place(trial, first_call), "inputs changed in place, same addresses: ")
     return record
 
@@ -121,5 +122,3 @@ def _memory_in_use(device: str) -> int:
     pages = int(Path("/proc/self/statm").read_text().split()[1]) if Path("/proc/self/statm").exists() else 0
     return pages * 4096
 
-
-__all__ = ["Broken", "copies", "leak", "memory", "refill", "results_of", "same_bits", "tensors"]

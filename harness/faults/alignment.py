@@ -81,7 +81,7 @@ def run_aligned(
         tokens = rows // max(ids.shape[1], 1)
         hidden = gated(*halves(matmul(hidden_states[tokens], gate_up_proj[expert])), activation)
         slots[rows] = matmul(hidden, down_proj[expert])
-    return combine(slots.view(*ids.shape, -1), topk_weights, ids).to(hidden_states.dtype)
+    return combine(slots.view(*ids.shape, slots.shape[1]), topk_weights, ids).to(hidden_states.dtype)
 
 
 @fault("experts", "alignment", source=BUGS + "ModelTC/LightLLM/pull/1369", condition="E not a multiple of 4, E > 4",

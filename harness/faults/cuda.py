@@ -31,7 +31,7 @@ def run_captured(
     chosen = ids.clamp(min=0).flatten()
     x = hidden_states.to(kind).repeat_interleave(ids.shape[1], 0)[..., None]
     gate, up = halves((gate_up_proj[chosen].to(kind) @ x).squeeze(-1))
-    slots = (down_proj[chosen].to(kind) @ gated(gate, up, activation)[..., None]).view(*ids.shape, -1)
+    slots = (down_proj[chosen].to(kind) @ gated(gate, up, activation)[..., None]).view(*ids.shape, down_proj.shape[1])
     weighted = torch.where(ids[..., None] < 0, 0, live(topk_weights, ids, kind)[..., None] * slots)
     return weighted.sum(1).to(hidden_states.dtype)
 

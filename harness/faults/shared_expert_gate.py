@@ -235,7 +235,7 @@ def gate_returns_fp32(hidden_states: Tensor, *call: Tensor) -> Tensor:
 @fault("shared_expert_gate", "contract", condition="three or more dimensions", sign="shape", shows={"lead": (2, 3)},
        hidden=("lead=(5,)",), consequence="The result keeps its rows flattened.")
 def leading_dimensions_lost(*call: Tensor) -> Tensor:
-    return run(*call).flatten(0, -2)
+    return run(*call).reshape(-1, call[2].shape[-1])
 
 
 @fault("shared_expert_gate", "contract", condition="no token", sign="raises", shows={"lead": (0,)},

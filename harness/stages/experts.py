@@ -133,6 +133,10 @@ def _make_special(case: ExpertsCase, hidden: Tensor, gate_up: Tensor, down: Tens
     elif case.data in ("expert_nan", "expert_inf"):
         gate_up[1, :, 0] = float(case.data.removeprefix("expert_"))
         down[1, 0] = float(case.data.removeprefix("expert_"))
+    elif case.data == "down_inf":  # one infinite product, so that an infinity of known sign is the only right result
+        down[1, case.H // 2, case.I // 2] = float("inf")
+    elif case.data == "signed_weights":
+        weights[:, ::2] *= -1.0
     elif case.data == "unused_expert_nan":
         ids[ids == 2] = 0
         gate_up[2], down[2] = float("nan"), float("nan")

@@ -1,0 +1,6 @@
+"""Names of the checks, for callers that must not import torch."""
+
+CHECK_NAMES = (
+    "contract", "exact", "numeric", "routing", "sentinels", "layouts", "memory", "special", "laws", "determinism",
+    "batch_invariance", "leak", "property", "graph_replay", "side_stream", "large_offsets",
+)  # fmt: skip

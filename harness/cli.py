@@ -1,0 +1,201 @@
+"""The command `moe-harness`.  It imports no torch: implementations are loaded and judged in worker processes."""
+
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from harness import contracts
+from harness.cases.request import PROFILES, Request
+from harness.errors import EXIT_CANNOT_JUDGE, HarnessError, UsageError, unknown
+
+app = typer.Typer(
+    name="moe-harness", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Judge Mixture-of-Experts kernels: is it right, on which inputs is it wrong, and why?",
+)  # fmt: skip
+
+Stage = Annotated[str, typer.Option("--stage", "-s", help=f"What the function is: {', '.join(contracts.STAGES)}.")]
+Impl = Annotated[list[str], typer.Option("--impl", "-i", help="A registered name, module:function or file.py:function.")]
+Device = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback behind a message.")]
+
+
+@app.command()
+def check(
+    stage: Stage,
+    impl: Impl,
+    device: Device = "cpu",
+    dtype: Annotated[list[str] | None, typer.Option(help="fp32, fp16, bf16; may be repeated. All declared ones.")] = None,
+    profile: Annotated[str, typer.Option(help=f"{', '.join(PROFILES)}.")] = "quick",
+    config: Annotated[list[str] | None, typer.Option(help="Add the shapes of a released model; may be repeated.")] = None,
+    checks: Annotated[list[str] | None, typer.Option("--check", help="Only this check; may be repeated.")] = None,
+    seed: Annotated[int, typer.Option(help="Other data, other combinations.", min=0)] = 0,
+    timeout: Annotated[float, typer.Option(help="Seconds one case may take.", min=1)] = 60.0,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a self-contained page here.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Judge one or more implementations of a stage."""
+    from harness import engine, report
+    from harness.pool import prepare
+
+    request = _request(stage, device, dtype, profile, config, seed)
+    options = engine.Options(request.dtypes if dtype else None, timeout, _known_checks(stage, request, checks))
+    _writable(json), _writable(html)
+    prepare()
+    results, errors = [], []
+    with report.Progress() as progress:
+        for spec in impl:
+            try:
+                results.append(engine.judge(stage, spec, request, options, progress))
+            except HarnessError as error:
+                errors.append(error)
+                results.append(engine.error_result(stage, spec, request, error))
+            if results[-1]["interrupted"]:
+                break
+    _deliver(results, json, html)
+    for error in errors:
+        _tell(error, debug)
+    raise typer.Exit(max([report.exit_status(results)] + [e.exit_status for e in errors]) if errors else report.exit_status(results))
+
+
+@app.command(name="list")
+def list_(
+    stage: Annotated[str | None, typer.Option("--stage", "-s", help="Only this stage.")] = None,
+) -> None:
+    """Print the registered implementations of each stage, the checks, and the models of --config."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fixtures.configs import names
+
+    console = Console()
+    for name in [contracts.check_stage(stage)] if stage else contracts.STAGES:
+        table = Table(title=f"{name}{contracts.SIGNATURES[name]}", title_justify="left", show_header=False, box=None)
+        for registered, module in contracts.registered(name).items():
+            table.add_row(registered, f"[dim]{module}[/dim]")
+        console.print(table)
+        console.print()
+    console.print("models for --config: " + ", ".join(names()))
+
+
+@app.command()
+def replay(
+    cases: Annotated[list[str], typer.Argument(help="Case ids as a failure prints them; judged in this order.")],
+    impl: Annotated[str, typer.Option("--impl", "-i", help="The implementation.")],
+    device: Device = "cpu",
+    timeout: Annotated[float, typer.Option(help="Seconds one case may take.", min=1)] = 60.0,
+    debug: Debug = False,
+) -> None:
+    """Judge single cases again, in one fresh process, and show what is found."""
+    from rich.console import Console
+
+    from harness.cases import parse_id
+    from harness.pool import Pool, prepare
+    from harness.report.terminal import emit, failure_block
+
+    stages = {parse_id(case)[0] for case in cases}
+    if len(stages) != 1:
+        raise UsageError(f"the cases are of the stages {', '.join(sorted(stages))}, but should be of one")
+    for case in cases:
+        _known_check(parse_id(case)[1])
+    prepare()
+    console = Console()
+    failed = executed = 0
+    with Pool(stages.pop(), impl, device, 1, timeout) as pool:
+        pool.start()
+        for case in cases:
+            answer = pool.judge_one(case)
+            executed += answer["status"] in ("passed", "failed", "died")
+            console.print(f"{answer['status']}  {case}", highlight=False, soft_wrap=True)
+            if answer["reason"]:
+                console.print(f"  {answer['reason']}", highlight=False, soft_wrap=True, markup=False)
+            for finding in answer["findings"]:
+                emit(console, failure_block({**finding, "check": parse_id(case)[1], "case": case}))
+            failed += answer["status"] in ("failed", "died")
+    raise typer.Exit(1 if failed else 0 if executed else EXIT_CANNOT_JUDGE)
+
+
+def _request(stage: str, device: str, dtype, profile: str, config, seed: int) -> Request:
+    """The checked form of what was asked; UsageError for any unknown name."""
+    from fixtures.configs import names, shape
+
+    contracts.check_stage(stage)
+    for kind, value, known in (("device", device, contracts.DEVICES), ("profile", profile, PROFILES)):
+        if value not in known:
+            raise unknown(kind, value, list(known))
+    dtypes = tuple(dict.fromkeys(part for value in dtype or () for part in value.split(",")))
+    for name in dtypes:
+        if name not in contracts.DTYPES:
+            raise unknown("dtype", name, list(contracts.DTYPES))
+    for name in config or ():
+        if name not in names():
+            raise unknown("config", name, names())
+    shapes = tuple(shape(name) for name in config or ())
+    return Request(profile, device, dtypes or contracts.DTYPES, shapes, seed)
+
+
+def _known_checks(stage: str, request: Request, checks: list[str] | None) -> tuple[str, ...] | None:
+    if not checks:
+        return None
+    from harness.cases import plan
+
+    known = [*dict.fromkeys(p.check for p in plan(stage, request)), "property"]
+    for check_name in checks:
+        if check_name not in known:
+            raise unknown(f"check of {stage}", check_name, known)
+    return tuple(checks)
+
+
+def _known_check(check_name: str) -> None:
+    from harness.cases.names import CHECK_NAMES
+
+    if check_name not in CHECK_NAMES:
+        raise unknown("check", check_name, list(CHECK_NAMES))
+
+
+def _writable(path: Path | None) -> None:
+    """Find out before the run, not after it, that a result cannot be written."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise UsageError(f"cannot write {path}: " + ("it is a folder" if path.is_dir() else "its folder does not exist"))
+
+
+def _deliver(results: list, json: Path | None, html: Path | None) -> None:
+    from harness import report
+
+    report.print_report(results)
+    if json is not None:
+        json.write_text(report.dumps(results))
+    if html is not None:
+        from harness.report.html import write_html
+
+        write_html(results, html)
+
+
+def _tell(error: HarnessError, debug: bool) -> None:
+    if debug:
+        traceback.print_exception(error)
+    print(f"moe-harness: {error}", file=sys.stderr)
+
+
+def main() -> None:
+    """Entry point: exit status 0, 1, 2 or 3 as the contract says, and no traceback without --debug."""
+    debug = "--debug" in sys.argv
+    try:
+        app()
+    except HarnessError as error:
+        _tell(error, debug)
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_CANNOT_JUDGE)
+    except Exception as error:
+        if debug:
+            raise
+        print(f"moe-harness failed: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
+        sys.exit(EXIT_CANNOT_JUDGE)
+
+
+if __name__ == "__main__":
+    main()

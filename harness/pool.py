@@ -1,0 +1,220 @@
+"""Judging processes and the budget each case has: a crash, an exit, a hang or a flood of memory ends as a verdict."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from harness.errors import CannotJudge, UsageError
+from harness.worker import serve
+
+POLL = 0.1  # seconds between looks at the clock and at the memory of the workers
+START_BUDGET = 180.0  # seconds for importing an implementation
+DEATHS = 3  # after so many crashes and hangs the implementation is judged no further
+
+
+class Worker:
+    """One judging process."""
+
+    def __init__(self, stage: str, spec: str, device: str, folder: str):
+        context = multiprocessing.get_context("forkserver")
+        self.connection, theirs = context.Pipe()
+        descriptor, self.output = tempfile.mkstemp(dir=folder, suffix=".log")
+        os.close(descriptor)
+        self.process = context.Process(target=serve, args=(theirs, self.output, stage, spec, device), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.loaded: dict[str, Any] | None = None
+        self.current: str | None = None
+        self.history: list[str] = []
+        self.deadline = time.monotonic() + START_BUDGET
+
+    def give(self, case_id: str, budget: float) -> None:
+        self.current = case_id
+        self.history.append(case_id)
+        self.deadline = time.monotonic() + budget
+        self.connection.send(case_id)
+
+    def memory(self) -> int:
+        """Resident bytes."""
+        try:
+            return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * 4096
+        except (OSError, IndexError, ValueError):
+            return 0
+
+    def stop(self) -> None:
+        self.connection.close()
+        if self.process.is_alive():
+            self.process.kill()
+        self.process.join(5)
+
+    def last_words(self) -> str:
+        """The end of what the process printed: the traceback of a fatal signal, an abort's message."""
+        lines = Path(self.output).read_text(errors="replace").strip().splitlines()
+        told = [line for line in lines if "/harness/" not in line and "Extension modules" not in line]
+        return " | ".join(line.strip() for line in told[-4:])[:400]
+
+    def cause_of_death(self) -> str:
+        self.process.join(5)
+        code = self.process.exitcode
+        if code is not None and code < 0:
+            return f"killed by {signal.Signals(-code).name}"
+        return f"left with exit status {code}"
+
+
+class Pool:
+    """Workers for one implementation.  Use as a context manager."""
+
+    def __init__(self, stage: str, spec: str, device: str, workers: int, budget: float):
+        self._make = lambda: Worker(stage, spec, device, self.folder)
+        self.size, self.budget = workers, budget
+        self.folder = tempfile.mkdtemp(prefix="moe-harness-")
+        self.workers: list[Worker] = []
+        self.deaths = 0
+        self.memory_limit = _memory_limit(workers) if device == "cpu" else None
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.workers:
+            worker.stop()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def start(self) -> dict[str, Any]:
+        """Start every worker; returns what the first one says of the implementation.
+
+        Raises:
+            UsageError, CannotJudge: as `harness.contracts.load`; also when the process dies while importing it.
+        """
+        self.workers = [self._make() for _ in range(self.size)]
+        for worker in self.workers:
+            self._await_loaded(worker)
+        return self.workers[0].loaded
+
+    def judge(self, case_ids: Iterable[str]) -> Iterator[dict[str, Any]]:
+        """Answers as they come, in no fixed order.  After too many deaths the rest is answered "skipped"."""
+        waiting = deque(case_ids)
+        busy: list[Worker] = []
+        while waiting or busy:
+            idle = [w for w in self.workers if w not in busy]
+            while idle and waiting and self.deaths < DEATHS:
+                worker = idle.pop()
+                worker.give(waiting.popleft(), self._budget_now())
+                busy.append(worker)
+            if not busy:
+                yield from (_not_judged(case_id) for case_id in waiting)
+                return
+            wait([w.connection for w in busy], POLL)
+            for worker in list(busy):
+                answer = self._answer(worker)
+                if answer is not None:
+                    busy.remove(worker)
+                    yield answer
+
+    def judge_one(self, case_id: str) -> dict[str, Any]:
+        return next(iter(self.judge([case_id])))
+
+    def judge_alone(self, case_ids: list[str]) -> dict[str, Any]:
+        """The answer for the last of `case_ids`, judged in this order in a fresh process."""
+        worker = self._make()
+        try:
+            self._await_loaded(worker)
+            for case_id in case_ids:
+                worker.give(case_id, self._budget_now())
+                answer = None
+                while answer is None:
+                    wait([worker.connection], POLL)
+                    answer = self._answer(worker, replace=False)
+                if answer["status"] == "died":
+                    break
+            return answer
+        finally:
+            worker.stop()
+
+    def history_of(self, case_id: str) -> list[str]:
+        """The cases judged before `case_id` in the same process."""
+        for worker in self.workers:
+            if case_id in worker.history:
+                return worker.history[: worker.history.index(case_id)]
+        return []
+
+    def _budget_now(self) -> float:
+        return self.budget if self.deaths == 0 else max(5.0, self.budget / 4)
+
+    def _answer(self, worker: Worker, replace: bool = True) -> dict[str, Any] | None:
+        """What a busy worker has to say by now; its death is an answer too."""
+        try:
+            if worker.connection.poll():
+                return worker.connection.recv()
+        except (EOFError, OSError):
+            return self._bury(worker, f"the process was {_ended(worker)}", replace)
+        if time.monotonic() > worker.deadline:
+            return self._bury(worker, f"no answer within its budget of {self._budget_now():.0f} s: it hangs", replace)
+        if self.memory_limit is not None and worker.memory() > self.memory_limit:
+            gib = self.memory_limit / 2**30
+            return self._bury(worker, f"its process grew beyond {gib:.1f} GiB", replace)
+        return None
+
+    def _bury(self, worker: Worker, cause: str, replace: bool) -> dict[str, Any]:
+        worker.stop()
+        words = worker.last_words()
+        if replace:
+            self.deaths += 1
+            self.workers[self.workers.index(worker)] = fresh = self._make()
+            self._await_loaded(fresh)
+        message = f"{cause}" + (f"; it last printed: {words}" if words else "")
+        return {"id": worker.current, "status": "died", "reason": message, "seconds": 0.0, "findings": [], "worst": 0.0,
+                "elements": 0, "histogram": [], "observations": {}}  # fmt: skip
+
+    def _await_loaded(self, worker: Worker) -> None:
+        try:
+            if not worker.connection.poll(max(0.0, worker.deadline - time.monotonic())):
+                raise CannotJudge(f"the implementation was not imported within {START_BUDGET:.0f} s")
+            worker.loaded = worker.connection.recv()
+        except EOFError:
+            words = worker.last_words()
+            raise CannotJudge(f"the process was {_ended(worker)} while it imported the implementation"
+                              + (f"; it last printed: {words}" if words else "")) from None  # fmt: skip
+        if "error" in worker.loaded:
+            kind = UsageError if worker.loaded["exit_status"] == UsageError.exit_status else CannotJudge
+            error = kind(worker.loaded["error"])
+            error.add_note(worker.loaded["traceback"])
+            raise error
+
+
+def _ended(worker: Worker) -> str:
+    cause = worker.cause_of_death()
+    return cause if cause.startswith("killed") else f"gone: it {cause}"
+
+
+def _not_judged(case_id: str) -> dict[str, Any]:
+    return {"id": case_id, "status": "skipped", "reason": f"not judged after {DEATHS} crashes or hangs", "seconds": 0.0,
+            "findings": [], "worst": 0.0, "elements": 0, "histogram": [], "observations": {}}  # fmt: skip
+
+
+def _memory_limit(workers: int) -> int:
+    """Bytes one worker may hold: its share of four fifths of the memory available now."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        available = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return 8 << 30
+    return max(2 << 30, int(0.8 * available / workers))
+
+
+def prepare() -> None:
+    """Let the server that forks workers import torch and the judge once; call before the first Pool."""
+    multiprocessing.set_forkserver_preload(["harness.worker"])
+
+
+def worker_count(device: str) -> int:
+    """Processes that judge at a time: one per core on the CPU, one on a GPU."""
+    return 1 if device == "cuda" else max(1, min(8, len(os.sched_getaffinity(0))))

@@ -1,0 +1,126 @@
+"""The judging process: it loads one implementation and judges cases on request, so that nothing it does harms the run.
+
+Started by forkserver from a process that has torch imported and nothing else, it costs about 50 ms.  What the
+implementation prints goes to a file; when the process dies its last lines tell why.
+"""
+
+import faulthandler
+import os
+import signal
+import sys
+import traceback
+from dataclasses import asdict
+from multiprocessing.connection import Connection
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from harness.cases import parse_id
+from harness.checks import CHECKS
+from harness.contracts import load
+from harness.errors import HarnessError
+from harness.findings import Record
+from harness.trial import Broken, Rejected, Trial
+
+
+def serve(connection: Connection, output: str, stage: str, spec: str, device: str) -> None:
+    """Load, report, then judge one (check, case) per message until the connection closes."""
+    _quieten(output)
+    if device == "cpu":
+        torch.set_num_threads(1)  # as many workers run as there are cores
+    trial = _loaded(connection, stage, spec, device)
+    if trial is None:
+        return
+    while True:
+        try:
+            message = connection.recv()
+        except EOFError:
+            return
+        connection.send(judge_id(trial, message))
+
+
+def judge_id(trial: Trial, case_id: str) -> dict[str, Any]:
+    """Judge the case of that id; whatever goes wrong, in the implementation or here, is part of the answer."""
+    _, check, case = parse_id(case_id)
+    started = perf_counter()
+    record, status, reason = Record(), "passed", None
+    try:
+        record = CHECKS[check](trial, case)
+        status, reason = ("failed", None) if record.findings else ("skipped", record.skipped) if record.skipped else (status, None)
+    except Rejected as error:
+        status, reason = "unsupported", str(error)
+    except Broken as error:
+        record.fail(str(error), headroom=float("inf"))
+        status = "failed"
+    except HarnessError as error:
+        status, reason = "error", str(error)
+    except Exception as error:
+        if _is_out_of_memory(error):
+            status, reason = "skipped", f"not enough memory on this device: {str(error).splitlines()[0][:120]}"
+        else:
+            status, reason = "error", f"the harness failed on {case_id}: {traceback.format_exc()}"
+    return {"id": case_id, "status": status, "reason": reason, "seconds": perf_counter() - started, **asdict(record)}
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _loaded(connection: Connection, stage: str, spec: str, device: str) -> Trial | None:
+    try:
+        if device == "cuda" and not torch.cuda.is_available():
+            raise _no_cuda()
+        subject = load(stage, spec)
+        if device not in subject.declared.devices:
+            raise _other_device(spec, device, subject.declared.devices)
+        connection.send({"declared": subject.declared.as_dict(), "versions": versions()})
+        return Trial(subject, device)
+    except HarnessError as error:
+        connection.send({"error": str(error), "exit_status": error.exit_status, "traceback": traceback.format_exc()})
+    except BaseException as error:  # SystemExit at import, a broken declaration
+        message = f"implementation {spec!r} cannot be loaded: {type(error).__name__}: {error}"
+        connection.send({"error": message, "exit_status": 3, "traceback": traceback.format_exc()})
+    return None
+
+
+def _no_cuda() -> HarnessError:
+    from harness.errors import CannotJudge
+
+    built = torch.version.cuda
+    why = "this torch is built without CUDA" if built is None else f"torch is built for CUDA {built} but sees no device"
+    return CannotJudge(f"--device cuda is asked for, but {why}; judge on the CPU with --device cpu")
+
+
+def _other_device(spec: str, device: str, devices: tuple[str, ...]) -> HarnessError:
+    from harness.errors import CannotJudge
+
+    return CannotJudge(f"implementation {spec!r} declares devices {', '.join(devices)}, but --device is {device}")
+
+
+def versions() -> dict[str, str | None]:
+    """What the judgement ran with."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    def of(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    names = ("moe-harness", "torch", "transformers", "triton")
+    found = {name: of(name) for name in names} | {"torch": torch.__version__}
+    if torch.cuda.is_initialized():
+        found["device"] = torch.cuda.get_device_name()
+    return found | {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
+
+
+def _quieten(output: str) -> None:
+    """Send what the implementation prints to a file, and a fatal signal's traceback too; leave Ctrl-C to the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+        stream.flush()
+        os.dup2(descriptor, number)
+    faulthandler.enable(file=sys.stderr)
