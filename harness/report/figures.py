@@ -39,7 +39,7 @@ def heatmap(spec: dict[str, Any] | None) -> dict[str, Any] | None:
         "columns": spec.get("columns", "columns"),
         "unit": "error, in times the bound" if limit else spec.get("unit", "error"),
         "last": [max(size - 1, 0) for size in shape],
-        "height": max(72, min(360, 10 * len(values))),
+        "height": max(140, min(360, 10 * len(values))),
         "top": top,
         "limit": limit,
         "any_nan": any(not _is_number(value) for row in values for value in row),
