@@ -8,6 +8,8 @@ import ast
 import contextlib
 import importlib
 import inspect
+import multiprocessing
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -445,6 +447,30 @@ def test_fault_is_hidden_where_it_says_so(fault: Fault, parameters: dict[str, An
     assert not visible(fault, parameters)
 
 
+RETURNED = 77
+
+
+def call_and_leave(fault: Fault, call: Call) -> None:
+    """In the child: leave with a status that no fault uses, so that a return is told from every other end."""
+    fault.function(*call.args, **call.options)
+    os._exit(RETURNED)
+
+
+@pytest.mark.parametrize("fault", [f for f in FAULTS if f.sign == "process"], ids=lambda fault: fault.name)
+def test_process_fault_does_not_return(fault: Fault) -> None:
+    if fault.name == "leaks_memory":
+        pytest.skip("returns; its memory is seen over many calls only")
+    call = experts_call(**fault.shows)
+    child = multiprocessing.get_context("fork").Process(target=call_and_leave, args=(fault, call))
+    child.start()
+    child.join(timeout=1)
+    hung = child.exitcode is None
+    child.kill()
+    child.join()
+    assert hung == fault.name.startswith("never_returns")
+    assert child.exitcode != RETURNED
+
+
 BUILDING_BLOCKS = [(stage, f"harness.faults.{stage}", "run") for stage in SIGNATURES]
 BUILDING_BLOCKS += [("experts", "harness.faults.alignment", "run_aligned")]
 BUILDING_BLOCKS += [("experts", "harness.faults.cuda", "run_captured")]
@@ -453,8 +479,9 @@ BUILDING_BLOCKS += [("experts", "harness.faults.cuda", "run_captured")]
 @pytest.mark.parametrize(("stage", "module", "name"), BUILDING_BLOCKS)
 def test_building_block_is_right(stage: str, module: str, name: str) -> None:
     run = getattr(importlib.import_module(module), name)
-    for seed in range(5):
-        call = BUILDERS[stage](seed=seed)
+    idle = {"grouped_linear": {"sizes": (0, 0)}, "shared_expert_gate": {"lead": (0,)}}.get(stage, {"T": 0})
+    for parameters in (idle, *({"seed": seed} for seed in range(5))):
+        call = BUILDERS[stage](**parameters)
         want = REFERENCES[stage](*in_fp64(call).args, **in_fp64(call).options)
         for got, wanted in zip(tensors(run(*call.args, **call.options)), tensors(want), strict=True):
             torch.testing.assert_close(got.double(), wanted.double(), rtol=1e-5, atol=1e-5)
