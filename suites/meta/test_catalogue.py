@@ -6,6 +6,7 @@ Every entry carries a small case on which it shows (`shows`) and changes of that
 
 import ast
 import contextlib
+import faulthandler
 import importlib
 import inspect
 import multiprocessing
@@ -452,6 +453,7 @@ RETURNED = 77
 
 def call_and_leave(fault: Fault, call: Call) -> None:
     """In the child: leave with a status that no fault uses, so that a return is told from every other end."""
+    faulthandler.disable()  # the crash is wanted, its trace is not
     fault.function(*call.args, **call.options)
     os._exit(RETURNED)
 
