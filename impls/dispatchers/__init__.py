@@ -1,0 +1,1 @@
+"""Expert-parallel dispatchers, one file per scheme; `dispatcher` holds their registered names."""

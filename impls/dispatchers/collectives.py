@@ -1,0 +1,60 @@
+"""Collectives over ranks that hold different numbers of rows, zero included.
+
+Every rank makes the same calls whatever its own number is: a rank without tokens that leaves one out is the commonest
+hang of expert parallelism.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def gather_counts(count: int, group: dist.ProcessGroup, device: torch.device) -> list[int]:
+    """`count` of every rank, in order of ranks."""
+    own = torch.tensor([count], device=device)
+    counts = own.new_empty(dist.get_world_size(group))
+    dist.all_gather_single(counts, own, group=group)
+    return counts.tolist()
+
+
+def exchange_counts(counts: Tensor, group: dist.ProcessGroup) -> list[int]:
+    """counts[r] rows go to rank r; returns how many come from each."""
+    received = torch.empty_like(counts)
+    dist.all_to_all_single(received, counts, group=group)
+    return received.tolist()
+
+
+def gather_rows(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """The rows of all ranks, in order of ranks: [sum(counts), ...]."""
+    gathered = rows.new_empty(sum(counts), *rows.shape[1:])
+    if len(set(counts)) == 1:
+        dist.all_gather_single(gathered, rows.contiguous(), group=group)
+        return gathered
+    blocks = list(gathered.split(list(counts)))
+    if dist.get_backend(group) == "nccl":
+        dist.all_gather(blocks, rows.contiguous(), group=group)
+        return gathered
+    # gloo refuses blocks of different sizes; one broadcast per rank moves the same bytes.
+    blocks[dist.get_rank(group)].copy_(rows)
+    for source, block in enumerate(blocks):
+        dist.broadcast(block, group=group, group_src=source)
+    return gathered
+
+
+def scatter_sum(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """The sum over ranks of `rows` [sum(counts), H]; each rank gets its own block [counts[rank], H]."""
+    own = rows.new_empty(counts[dist.get_rank(group)], *rows.shape[1:])
+    if len(set(counts)) == 1:
+        dist.reduce_scatter_single(own, rows.contiguous(), group=group)
+    else:
+        dist.reduce_scatter(own, list(rows.contiguous().split(list(counts))), group=group)
+    return own
+
+
+def exchange_rows(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """rows is grouped by destination, sent[r] for rank r; returns what came, grouped by source."""
+    result = rows.new_empty(sum(received), *rows.shape[1:])
+    dist.all_to_all_single(result, rows.contiguous(), list(received), list(sent), group=group)
+    return result

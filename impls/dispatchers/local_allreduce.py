@@ -1,0 +1,51 @@
+"""local_allreduce: every rank already holds the same tokens; each runs its own experts, one all_reduce sums.
+
+Nothing is dispatched.  2 (R-1)/R T H s bytes per rank.  On tokens that differ between ranks the sum would mix the
+tokens of different requests without any sign of it, so `dispatch` compares checksums; `verify = False` leaves that
+out where the caller knows (it costs a small collective and a read of its result).
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from impls.dispatchers.common import Dispatched, Dispatcher
+
+
+class LocalAllreduce(Dispatcher):
+    """all_reduce of each rank's part; needs identical tokens, weights and ids on every rank."""
+
+    scheme = "local_allreduce"
+    requires_replicated_tokens = True
+    verify = True
+
+    def dispatch(self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Dispatched:
+        """hidden_states [T, H], topk_weights and topk_ids [T, k] -> the same rows.
+
+        Raises:
+            ValueError: on every rank, where tokens, weights or ids differ between ranks.
+        """
+        if self.verify:
+            self._check_replicated(hidden_states, topk_weights, topk_ids)
+        return Dispatched(hidden_states.clone(), topk_weights.clone(), self.own_ids(topk_ids))
+
+    def combine(self, expert_output: Tensor, d: Dispatched) -> Tensor:
+        """expert_output [T, H] -> the sum over ranks, [T, H], on every rank."""
+        total = expert_output.clone()
+        dist.all_reduce(total, group=self.group)
+        return total
+
+    def _check_replicated(self, *tensors: Tensor) -> None:
+        own = torch.stack([tensors[0].new_tensor(len(tensors[0]), dtype=torch.int64), *map(_checksum, tensors)])
+        sums = own.new_empty(self.world_size * len(own))
+        dist.all_gather_single(sums, own, group=self.group)
+        differs = (sums.view(self.world_size, -1) != sums[: len(own)]).any(1).nonzero().flatten().tolist()
+        if differs:
+            raise ValueError(f"local_allreduce needs the same tokens on every rank; ranks {differs} differ from rank 0")
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """A number that changes with any bit and with the order of the elements."""
+    bits = tensor.contiguous().view(torch.uint8).flatten().to(torch.int64)
+    places = torch.arange(1, len(bits) + 1, device=bits.device)
+    return ((bits + 1) * (places * 2654435761 % 1000003)).sum()
