@@ -106,7 +106,7 @@ def test_output_offset_wraps_beyond_two_to_the_31() -> None:
 
 def test_weight_offset_wraps_beyond_two_to_the_31() -> None:
     args = arguments(T=4, H=4096, I=2048, E=130, k=8)
-    args[4].clamp_(min=120)
+    args[4].clamp_(min=128)  # 128 * 4096 * 4096 = 2^31
     assert wrong(get("weight_offset_in_32_bits").function(*args), args)
     assert not wrong(run(*args), args)
 
