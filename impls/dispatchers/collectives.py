@@ -11,11 +11,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def all_gather(gathered: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:
+    """Equal blocks of all ranks into one tensor; torch before 2.13 knows it by the older name."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(gathered, own, group=group)
+
+
+def reduce_scatter(own: Tensor, rows: Tensor, group: dist.ProcessGroup) -> None:
+    """The sum over ranks of `rows`, in equal blocks; torch before 2.13 knows it by the older name."""
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    scatter(own, rows, group=group)
+
+
 def gather_counts(count: int, group: dist.ProcessGroup, device: torch.device) -> list[int]:
     """`count` of every rank, in order of ranks."""
     own = torch.tensor([count], device=device)
     counts = own.new_empty(dist.get_world_size(group))
-    dist.all_gather_single(counts, own, group=group)
+    all_gather(counts, own, group)
     return counts.tolist()
 
 
@@ -30,7 +42,7 @@ def gather_rows(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -
     """The rows of all ranks, in order of ranks: [sum(counts), ...]."""
     gathered = rows.new_empty(sum(counts), *rows.shape[1:])
     if len(set(counts)) == 1:
-        dist.all_gather_single(gathered, rows.contiguous(), group=group)
+        all_gather(gathered, rows.contiguous(), group)
         return gathered
     blocks = list(gathered.split(list(counts)))
     if dist.get_backend(group) == "nccl":
@@ -47,7 +59,7 @@ def scatter_sum(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -
     """The sum over ranks of `rows` [sum(counts), H]; each rank gets its own block [counts[rank], H]."""
     own = rows.new_empty(counts[dist.get_rank(group)], *rows.shape[1:])
     if len(set(counts)) == 1:
-        dist.reduce_scatter_single(own, rows.contiguous(), group=group)
+        reduce_scatter(own, rows.contiguous(), group)
     else:
         dist.reduce_scatter(own, list(rows.contiguous().split(list(counts))), group=group)
     return own

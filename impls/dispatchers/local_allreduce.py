@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from impls.dispatchers.collectives import all_gather
 from impls.dispatchers.common import Dispatched, Dispatcher
 
 
@@ -38,7 +39,7 @@ class LocalAllreduce(Dispatcher):
     def _check_replicated(self, *tensors: Tensor) -> None:
         own = torch.stack([tensors[0].new_tensor(len(tensors[0]), dtype=torch.int64), *map(_checksum, tensors)])
         sums = own.new_empty(self.world_size * len(own))
-        dist.all_gather_single(sums, own, group=self.group)
+        all_gather(sums, own, self.group)
         differs = (sums.view(self.world_size, -1) != sums[: len(own)]).any(1).nonzero().flatten().tolist()
         if differs:
             raise ValueError(f"local_allreduce needs the same tokens on every rank; ranks {differs} differ from rank 0")

@@ -1,0 +1,1 @@
+"""Sharded layers and the place of the one reduction."""
