@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from harness.contracts import ROUNDINGS
+from reference import moe_block as block
 from reference.experts import expert_steps, local_ids, routed_rows
 from reference.grouped_linear import row_experts
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ACCUMULATOR = 2.0**-24  # unit roundoff of fp32, the least the contract allows
-TF32 = 2.0**-11
+TF32 = 2.0**-10  # Hopper's tensor cores truncate fp32 operands to 10 bits: errors up to this, and all of one sign
 FALSE_ALARMS = 1e-9
 ELEMENTS_PER_RUN = 1e8  # a quick run judges about 2e6 elements, a full one 5e7
 MODEL = 1.05  # how far sigma itself is trusted; right implementations with every permitted rounding measure up to 1.01
@@ -51,9 +52,12 @@ def accumulation(terms: int) -> float:
     return (1 + terms / 4) * ACCUMULATOR**2
 
 
-def product_variance(terms: int, rounds: frozenset[str]) -> float:
-    """As `accumulation`, with both operands rounded to tf32 first where that is declared."""
-    return accumulation(terms) + (2 * TF32**2 / 3 if "tf32" in rounds else 0.0)
+def product_variance(terms: int, rounds: frozenset[str], dtype: torch.dtype) -> float:
+    """As `accumulation`; fp32 operands are cut to tf32 first where that is declared.
+
+    The cut's variance is TF32^2 / 12 an operand, and its mean shrinks every product by TF32, the whole sum with them.
+    """
+    return accumulation(terms) + (7 / 6 * TF32**2 if "tf32" in rounds and dtype == torch.float32 else 0.0)
 
 
 def permitted(declared: tuple[str, ...] | None) -> frozenset[str]:
@@ -127,7 +131,7 @@ def activation_derivative(gate: Tensor, activation: str) -> Tensor:
 
 def _hidden_variance(steps, square_products: Tensor, terms: int, activation: str, rounds, dtype) -> Tensor:
     """Variance of act(g) * u, given sum (w x)^2 of both halves."""
-    variance = square_products * product_variance(terms, rounds)
+    variance = square_products * product_variance(terms, rounds, dtype)
     if "gate_up" in rounds:
         variance = variance + store(torch.cat([steps.gate, steps.up], dim=-1), dtype)
     of_gate, of_up = variance.chunk(2, dim=-1)
@@ -144,7 +148,7 @@ def expert_variance(rows: Tensor, gate_up: Tensor, down: Tensor, steps, activati
     products = rows.square() @ gate_up.double().square().T
     hidden = _hidden_variance(steps, products, rows.shape[-1], activation, rounds, dtype)
     down_squared = down.double().square().T
-    spread = hidden + product_variance(down.shape[-1], rounds) * steps.hidden.square()
+    spread = hidden + product_variance(down.shape[-1], rounds, dtype) * steps.hidden.square()
     again = store(steps.hidden, dtype) @ down_squared if "weighted" in rounds else 0.0
     variance = spread @ down_squared
     return variance + (store(steps.output, dtype) if "expert_output" in rounds else 0.0), again
@@ -203,7 +207,7 @@ def grouped_linear(x, weight, group_sizes, *, bias, declared) -> Bound:
         w = weight[expert].double()
         value[of_expert] = rows[of_expert] @ w.T
         squares[of_expert] = rows[of_expert].square() @ w.square().T
-    variance = squares * product_variance(x.shape[-1], rounds)
+    variance = squares * product_variance(x.shape[-1], rounds, x.dtype)
     if bias is not None:
         variance = variance + store(value, x.dtype)
         value = value + bias.double()[experts_of]
@@ -216,7 +220,7 @@ def gate_variance(logit: Tensor, squares: Tensor, terms: int, rounds, dtype) -> 
     """Variance of sigmoid(logit): the product's, a store of the logit, exp in fp32, a store of the gate."""
     gate = logit.sigmoid()
     slope = gate * (1 - gate)
-    variance = slope.square() * (squares * product_variance(terms, rounds) + store(logit, dtype))
+    variance = slope.square() * (squares * product_variance(terms, rounds, dtype) + store(logit, dtype))
     # exp(-logit) carries the rounding of its argument: |logit| roundoffs, which the slope keeps bounded
     return variance + (4 * ACCUMULATOR * gate * (1 + logit.abs() * (1 - gate))).square() + store(gate, dtype)
 
@@ -242,3 +246,62 @@ def score_error(logits: Tensor, scoring: str) -> Tensor:
         terms = x.shape[-1]
         return ACCUMULATOR * (6 + distance + sqrt(terms) * 2)
     return ACCUMULATOR * (6 + x.abs().nan_to_num(nan=0.0, posinf=0.0))
+
+
+def _routing_variance(logits: Tensor, of_logits: Tensor, ids: Tensor, weights: Tensor, rule) -> tuple[Tensor, Tensor]:
+    """Variance of the routing weights' own errors [T, k], and of the relative error of what normalises them [T, 1].
+
+    A softmax weight moves by w_j (d_j - sum_i w_i d_i) with the errors d of the logits; the sum runs over the chosen
+    experts where they are renormalised, over all of them otherwise.
+    """
+    if rule.scoring == "sigmoid":
+        of_logits = of_logits * (1 - logits.sigmoid()).square()
+    chosen = of_logits.gather(-1, ids)
+    own = weights.square() * chosen
+    if rule.renormalize:
+        share = weights / weights.sum(-1, keepdim=True)
+        return own, (share.square() * chosen).sum(-1, keepdim=True)
+    if rule.scoring == "sigmoid":
+        return own, torch.zeros_like(own[:, :1])
+    return own, (logits.softmax(-1).square() * of_logits).sum(-1, keepdim=True)
+
+
+def moe_block(hidden_states, weights: dict[str, Tensor], config: dict, *, declared) -> Bound:
+    """Bound of the stage `moe_block`, for tokens whose choice of experts no permitted rounding changes."""
+    dtype, rounds = hidden_states.dtype, permitted(declared)
+    x, wide = hidden_states.double(), {name: w.double() for name, w in weights.items() if not name.startswith("experts.")}
+    logits = block.router_logits(x, wide, config)
+    of_logits = (x.square() @ wide["gate.weight"].square().T) * product_variance(x.shape[-1], rounds, dtype)
+    of_logits = of_logits + store(logits, torch.float32 if block.family(config).router_in_fp32 else dtype)
+    topk_weights, ids = block.routing(logits, wide, config)
+    own, common = _routing_variance(logits, of_logits, ids, topk_weights, block.routing_rule(config))
+    act = block.activation(config)
+    routed = experts(hidden_states, weights["experts.gate_up_proj"], weights["experts.down_proj"], topk_weights, ids,
+                     activation=act, expert_map=None, declared=declared, weight_variance=2 * own)  # fmt: skip
+    of_norm = 2 * common * routed.value.square()
+    value, variance, shared = routed.value, routed.variance + of_norm, routed.shared + of_norm
+    extra = _shared_expert(x, wide, act, rounds, dtype)
+    if extra is not None:
+        value, variance, shared = value + extra[0], variance + extra[1], shared + extra[2]
+        variance = finish(value, variance, dtype)
+    return Bound(value, variance, shared, routed.sources)
+
+
+def _shared_expert(x: Tensor, wide: dict[str, Tensor], act: str, rounds, dtype) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(value, variance, the part of it common to a row) of the shared expert's term."""
+    prefix = next((p for p in ("shared_expert", "shared_experts") if f"{p}.down_proj.weight" in wide), None)
+    if prefix is None:
+        return None
+    gate, up, down = (wide[f"{prefix}.{name}"] for name in block.SHARED_EXPERT)
+    gate_up = torch.cat([gate, up])
+    steps = expert_steps(x, gate_up, down, act)
+    variance, _ = expert_variance(x, gate_up, down, steps, act, rounds, dtype)
+    variance = variance + store(steps.output, dtype)
+    if prefix == "shared_experts":
+        return steps.output, variance, torch.zeros_like(variance)
+    weight = wide["shared_expert_gate.weight"]
+    logit, squares = x @ weight.T, x.square() @ weight.square().T
+    scale = logit.sigmoid()
+    value = scale * steps.output
+    common = steps.output.square() * gate_variance(logit, squares, x.shape[-1], rounds, dtype)
+    return value, scale.square() * variance + common + store(value, dtype), common

@@ -133,6 +133,7 @@ def _numeric(request: Request) -> Iterator[Case]:
         for dtype in request.dtypes:
             for weights in ("fp32", "model"):
                 yield ExpertsCase(T=64, H=192, I=96, k=3, dtype=dtype, activation=activation, weights=weights)
+            yield ExpertsCase(T=48, H=1024, I=384, E=4, dtype=dtype, activation=activation)
             yield ExpertsCase(T=33, H=130, I=257, E=16, k=4, dtype=dtype, activation=activation)
             yield ExpertsCase(T=1, H=128, I=48, k=3, dtype=dtype, activation=activation)
             yield ExpertsCase(T=4, H=512, I=200, E=128, k=8, dtype=dtype, activation=activation)

@@ -9,18 +9,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from impls.triton._common import on
+from impls.triton._common import after_previous, early_start, on
 from impls.triton.alignment import local_expert
 
 
 @triton.jit
 def _combine(
     y, weights, ids, emap, out, H, E, map_len, id_row, id_col, r_row, r_col,
-    HAS_MAP: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, UNROLL: tl.constexpr,
+    HAS_MAP: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, UNROLL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[t, BN columns]; UNROLL rows are loaded before the first is added."""
     t = tl.program_id(0)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
+    after_previous(PDL)
     acc = tl.zeros((BN,), tl.float32)
     for first in range(0, K, UNROLL):
         for i in tl.static_range(UNROLL):
@@ -41,10 +42,11 @@ def combine(y: Tensor, weights: Tensor, ids: Tensor, experts: int, expert_map: T
     emap = ids if expert_map is None else expert_map.contiguous()
     # Small batches are cut into narrow pieces so that every multiprocessor gets some; wide ones amortise the ids.
     block = min(triton.next_power_of_2(hidden), 2048 if tokens >= 512 else 512)
+    early = early_start(y.device)
     with on(y.device):
         _combine[(tokens, triton.cdiv(hidden, block))](
             y, weights, ids, emap, out, hidden, experts, emap.numel(), *ids.stride(), *weights.stride(),
             HAS_MAP=expert_map is not None, K=top_k, BN=block, UNROLL=min(8, triton.next_power_of_2(top_k)),
-            num_warps=max(1, min(8, block // 256)),
+            PDL=early, launch_pdl=early, num_warps=max(1, min(8, block // 256)),
         )  # fmt: skip
     return out

@@ -1,4 +1,4 @@
-"""What every kernel module shares: where it runs, descriptors for tiles of weights, exact enough exponentials, products."""
+"""What every kernel module shares: where it runs, tiles of weights, exponentials, products."""
 
 import contextlib
 import os
@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -42,6 +43,15 @@ def programs_at_once(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
+def early_start(device: torch.device) -> bool:
+    """Whether a kernel may be launched before the one it depends on has ended (programmatic dependent launch).
+
+    Only kernels inside one call do this, and every one of them waits before it reads or writes anything that those
+    before it touch.  The first kernel of a call starts in the ordinary way, when everything before it has ended.
+    """
+    return device.type == "cuda" and not interpreting() and torch.cuda.get_device_capability(device)[0] >= 9
+
+
 def descriptor_strides(t: Tensor) -> list[int] | None:
     """Strides for a tensor-memory descriptor of `t`, or None where the layout does not allow one.
 
@@ -65,6 +75,20 @@ def tile_source(t: Tensor, block: list[int], wanted: bool) -> tuple[object, bool
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor(t, list(t.shape), strides, block), True
+
+
+@triton.jit
+def let_next_start(PDL: tl.constexpr):
+    """Let the next kernel of the call occupy multiprocessors that this one no longer fills."""
+    if PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def after_previous(PDL: tl.constexpr):
+    """Wait until the previous kernel has ended and its writes are visible."""
+    if PDL:
+        gdc_wait()
 
 
 @triton.jit

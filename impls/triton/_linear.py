@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from impls.triton._common import interpreting, on, product, tile_source
+from impls.triton._common import after_previous, early_start, interpreting, let_next_start, on, product, tile_source
 from impls.triton._tiles import expert_runs, find_tile, row_tile, weight_tile
 from impls.triton.configs import Tiling, grid_size
 
@@ -19,12 +19,14 @@ def _linear(
     a, w, bias, y, counts, slots, E, K, N, a_row, a_col, w_e, w_n, w_k, b_e, b_n, c_e, y_row,
     BLOCK_E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     EVEN_K: tl.constexpr, TMA: tl.constexpr, TMA_A: tl.constexpr, SWAP: tl.constexpr, WIDEN: tl.constexpr,
-    BIAS: tl.constexpr, SCATTER: tl.constexpr,
+    PDL: tl.constexpr, FLAT: tl.constexpr, BIAS: tl.constexpr, SCATTER: tl.constexpr,
 ):  # fmt: skip
     """Tiles [BM rows, BN columns] of y."""
+    after_previous(PDL)
+    let_next_start(PDL)
     n_blocks = tl.cdiv(N, BN)
     rows, starts, row_tiles, ends = expert_runs(counts, c_e, E, n_blocks, BLOCK_E, BM)
-    for tile in tl.range(tl.program_id(0), tl.max(ends, 0), tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tl.max(ends, 0), tl.num_programs(0), flatten=FLAT):
         e, count, start, m, n = find_tile(tile, rows, starts, row_tiles, ends, n_blocks, BLOCK_E, GROUP)
         row = m * BM + tl.arange(0, BM)
         live = row < count
@@ -35,11 +37,8 @@ def _linear(
                 rows_a = a.load([start + m * BM, k0])
             else:
                 rows_a = row_tile(a, start + row, live, k0, K, a_row, a_col, BK, EVEN_K)
-            w_n_tile = weight_tile(w, e, n * BN, k0, N, K, w_e, w_n, w_k, BN, BK, EVEN_K, TMA)
-            if SWAP:
-                acc = product(w_n_tile, rows_a.T, acc, WIDEN)
-            else:
-                acc = product(rows_a, w_n_tile.T, acc, WIDEN)
+            w_tile = weight_tile(w, e, n * BN, k0, N, K, w_e, w_n, w_k, BN, BK, EVEN_K, TMA)
+            acc = product(w_tile, rows_a.T, acc, WIDEN) if SWAP else product(rows_a, w_tile.T, acc, WIDEN)
         if SWAP:
             acc = acc.T
         col = n * BN + tl.arange(0, BN)
@@ -54,24 +53,33 @@ def _linear(
 
 
 def linear(
-    a: Tensor, weight: Tensor, counts: Tensor, tiling: Tiling, *, slots: Tensor | None = None, bias: Tensor | None = None
+    a: Tensor,
+    weight: Tensor,
+    counts: Tensor,
+    tiling: Tiling,
+    expected: int,
+    *,
+    slots: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """y [S, N] in the dtype of a [S, K], for weight [E, N, K] and int counts [E]; row s goes to slots[s] where given.
 
-    Rows past sum(counts) are not written.
+    `expected` is the number of rows the grid is sized for; more are handled.  Rows past sum(counts) are not written.
     """
     num_experts, columns = weight.shape[0], weight.shape[1]
     y = a.new_empty(a.shape[0], columns)
     source, tma = tile_source(weight, [1, tiling.n, tiling.k], tiling.tma)
     a_source, tma_a = tile_source(a, [tiling.m, tiling.k], tiling.tma)
     bias_strides = (0, 0) if bias is None else bias.stride()
+    early = slots is not None and early_start(a.device)
     with on(a.device):
-        _linear[(grid_size(tiling, a.shape[0], num_experts, columns, a.device),)](
+        _linear[(grid_size(tiling, expected, num_experts, columns, a.device),)](
             a_source, source, a if bias is None else bias, y, counts, counts if slots is None else slots,
             num_experts, a.shape[1], columns,
             *a.stride(), *weight.stride(), *bias_strides, counts.stride(0), y.stride(0),
             BLOCK_E=triton.next_power_of_2(num_experts), BM=tiling.m, BN=tiling.n, BK=tiling.k, GROUP=tiling.group,
             EVEN_K=a.shape[1] % tiling.k == 0, TMA=tma, TMA_A=tma_a, SWAP=tiling.swap, WIDEN=interpreting(),
-            BIAS=bias is not None, SCATTER=slots is not None, num_warps=tiling.warps, num_stages=tiling.stages,
+            PDL=early, FLAT=tiling.flat, launch_pdl=early, BIAS=bias is not None, SCATTER=slots is not None,
+            num_warps=tiling.warps, num_stages=tiling.stages,
         )  # fmt: skip
     return y

@@ -46,17 +46,16 @@ def find_tile(tile, rows, starts, row_tiles, ends, n_blocks, BLOCK_E: tl.constex
 def weight_tile(
     w, e, n0, k0, N, K, w_e, w_n, w_k, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr
 ):
-    """Tile [BN, BK] of w[e] ([N, K]) at (n0, k0), zero outside; `w` is a descriptor with TMA, else a pointer."""
+    """Tile [BN, BK] of w[e] at (n0, k0), zero outside; `w` is a descriptor with TMA, else a pointer."""
     if TMA:
-        return tl.reshape(w.load([e, n0, k0]), (BN, BK))
+        tile = tl.reshape(w.load([e, n0, k0]), (BN, BK))
     else:
         n = n0 + tl.arange(0, BN)
         k = k0 + tl.arange(0, BK)
         at = w + e.to(tl.int64) * w_e + n[:, None].to(tl.int64) * w_n + k[None, :].to(tl.int64) * w_k
-        if EVEN_K:
-            return tl.load(at, mask=(n < N)[:, None], other=0.0)
-        else:
-            return tl.load(at, mask=(n < N)[:, None] & (k < K)[None, :], other=0.0)
+        mask = (n < N)[:, None] if EVEN_K else (n < N)[:, None] & (k < K)[None, :]
+        tile = tl.load(at, mask=mask, other=0.0)
+    return tile
 
 
 @triton.jit
@@ -64,7 +63,5 @@ def row_tile(a, row, live, k0, K, a_row, a_col, BK: tl.constexpr, EVEN_K: tl.con
     """Rows `row` [BM] of a at columns k0..k0+BK, zero where not `live` or past K."""
     k = k0 + tl.arange(0, BK)
     at = a + row[:, None].to(tl.int64) * a_row + k[None, :].to(tl.int64) * a_col
-    if EVEN_K:
-        return tl.load(at, mask=live[:, None], other=0.0)
-    else:
-        return tl.load(at, mask=live[:, None] & (k < K)[None, :], other=0.0)
+    mask = live[:, None] if EVEN_K else live[:, None] & (k < K)[None, :]
+    return tl.load(at, mask=mask, other=0.0)

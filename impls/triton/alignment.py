@@ -4,8 +4,8 @@ r"""Alignment of rows to experts: which slots belong to which expert, in expert 
     counts = how many slots each local expert has               int32 [E]
     slots  = the slots sorted by expert, ties by slot           int32 [S], the first sum(counts) entries are written
 
-Masked slots (id -1, or an expert that lives elsewhere) appear nowhere.  The order is that of a stable sort, so it is the
-same in every run.  There is no padding: the grouped products find their row tiles from `counts` themselves, so nothing
+Masked slots (id -1, or an expert that lives elsewhere) appear nowhere.  The order is that of a stable sort, so it is
+the same in every run.  There is no padding: the grouped products find their row tiles from `counts` themselves, so nothing
 has to be known on the host and the launches can be captured in a CUDA graph.
 
 Up to ONE_LAUNCH slots one program per expert reads all ids; beyond, two launches: histograms of chunks, then each chunk
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from impls.triton._common import on
+from impls.triton._common import early_start, let_next_start, on
 
 __all__ = ["align"]
 
@@ -39,10 +39,23 @@ def local_expert(ids, emap, slot, mask, top_k, id_row, id_col, map_len, E, HAS_M
 
 @triton.jit
 def _align_small(
-    ids, emap, slots, counts, S, top_k, id_row, id_col, map_len, E, HAS_MAP: tl.constexpr, BLOCK: tl.constexpr
+    ids,
+    emap,
+    slots,
+    counts,
+    S,
+    top_k,
+    id_row,
+    id_col,
+    map_len,
+    E,
+    HAS_MAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Program e: its first position is the number of slots of lower experts; its slots follow in order."""
     e = tl.program_id(0)
+    let_next_start(PDL)
     slot = tl.arange(0, BLOCK)
     mine = local_expert(ids, emap, slot, slot < S, top_k, id_row, id_col, map_len, E, HAS_MAP)
     start = tl.sum(((mine >= 0) & (mine < e)).to(tl.int32), 0)
@@ -69,8 +82,10 @@ def _count_chunks(
 def _place_chunks(
     ids, emap, table, slots, counts, S, top_k, id_row, id_col, map_len, E, chunks,
     HAS_MAP: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Program c: place the slots of chunk c behind those of lower experts and of earlier chunks."""
+    let_next_start(PDL)
     chunk = tl.program_id(0)
     experts = tl.arange(0, BLOCK_E)
     total = tl.zeros((BLOCK_E,), tl.int32)
@@ -109,17 +124,18 @@ def align(topk_ids: Tensor, num_experts: int, expert_map: Tensor | None = None) 
     emap = topk_ids if expert_map is None else expert_map.contiguous()
     shared = (total, top_k, topk_ids.stride(0), topk_ids.stride(1), emap.numel(), num_experts)
     has_map = expert_map is not None
+    early = early_start(topk_ids.device)
     with on(topk_ids.device):
         if total <= ONE_LAUNCH:
             block = max(16, triton.next_power_of_2(total))
             warps = min(16, max(1, block // 256))
             _align_small[(num_experts,)](
-                topk_ids, emap, slots, counts, *shared, HAS_MAP=has_map, BLOCK=block, num_warps=warps
+                topk_ids, emap, slots, counts, *shared, HAS_MAP=has_map, BLOCK=block, PDL=early, num_warps=warps
             )
             return counts, slots
         block_e, chunks = triton.next_power_of_2(num_experts + 1), triton.cdiv(total, CHUNK)
         table = torch.empty(chunks, block_e, dtype=torch.int32, device=topk_ids.device)
         flags = {"HAS_MAP": has_map, "BLOCK_E": block_e, "BLOCK": CHUNK}
         _count_chunks[(chunks,)](topk_ids, emap, table, *shared, **flags)
-        _place_chunks[(chunks,)](topk_ids, emap, table, slots, counts, *shared, chunks, **flags, PART=RANKED)
+        _place_chunks[(chunks,)](topk_ids, emap, table, slots, counts, *shared, chunks, **flags, PART=RANKED, PDL=early)
     return counts, slots

@@ -1,4 +1,4 @@
-"""Tile sizes as data: one JSON file per device and shape under tuned/, the nearest one is used, rules fill the gap.
+"""Tile sizes as data: one JSON file per device and shape under tuned/, the nearest is used, rules fill the gap.
 
 A file holds the shape it was tuned for and, per number of tokens, how to run: the walk for few tokens, or the tilings of
 the two products.  Lookup: same device and same element size, the nearest shape by the sum of |log2| ratios of
@@ -16,7 +16,18 @@ import triton
 
 from impls.triton._common import programs_at_once
 
-__all__ = ["Entry", "Shape", "Tiling", "Walk", "choose", "entry_from", "entry_to", "generic", "grid_size", "tuned_files"]
+__all__ = [
+    "Entry",
+    "Shape",
+    "Tiling",
+    "Walk",
+    "choose",
+    "entry_from",
+    "entry_to",
+    "generic",
+    "grid_size",
+    "tuned_files",
+]
 
 TUNED = Path(__file__).parent / "tuned"
 NEAR = 2.0  # doublings: beyond a factor of four in all dimensions together another shape's tiles are no guide
@@ -45,7 +56,8 @@ class Tiling:
     """One grouped product: tile m x n, step k, row tiles walked per column, warps, pipeline stages.
 
     `waves` is the grid in programs per multiprocessor (0: one program per possible tile); `tma` reads tiles through the
-    copy engine where the layout allows; `swap` computes the tile transposed, weights first.
+    copy engine where the layout allows; `swap` computes the tile transposed, weights first; `flat` makes one loop
+    of the loops over tiles and over k, so that the next tile is being read while this one is written.
     """
 
     m: int
@@ -57,17 +69,18 @@ class Tiling:
     waves: int = 0
     tma: bool = True
     swap: bool = False
+    flat: bool = False
 
 
 @dataclass(frozen=True)
 class Walk:
     """The few-token path: columns and step of each walk, and its warps."""
 
-    up_n: int = 8
-    up_k: int = 512
+    up_n: int = 4
+    up_k: int = 1024
     up_warps: int = 4
-    down_n: int = 8
-    down_k: int = 256
+    down_n: int = 2
+    down_k: int = 1024
     down_warps: int = 4
 
 
@@ -81,11 +94,11 @@ class Entry:
 
 
 def grid_size(tiling: Tiling, slots: int, experts: int, columns: int, device: torch.device) -> int:
-    """Programs to launch: every tile that the data could need, capped where the tiling is persistent.
+    """Programs to launch for `slots` routed rows as expected; a program takes further tiles if there are more.
 
     Row tiles are at most one per slot, and at most one more per expert than full ones.
     """
-    tiles = max(1, min(slots, experts + slots // tiling.m) * triton.cdiv(columns, tiling.n))
+    tiles = max(1, min(slots, experts + slots // tiling.m)) * triton.cdiv(columns, tiling.n)
     return min(tiles, tiling.waves * programs_at_once(device)) if tiling.waves else tiles
 
 
@@ -116,9 +129,8 @@ def tuned_files(name: str) -> tuple[tuple[Shape, tuple[tuple[int, Entry], ...]],
     return tuple(files)
 
 
-def generic(shape: Shape, tokens: int) -> Entry:
+def generic(shape: Shape, slots: int) -> Entry:
     """Rules for a shape or device without a tuned file: the row tile follows the rows per expert."""
-    slots = tokens * shape.top_k
     if slots <= 16:
         return Entry(walk=Walk())
     if shape.element_size == 4:  # fp32 products do not use the tensor cores: small tiles keep them in registers
@@ -134,26 +146,28 @@ def generic(shape: Shape, tokens: int) -> Entry:
     return Entry(gate_up=tiling, down=tiling)
 
 
-def small(shape: Shape, tokens: int) -> Entry:
+def small(slots: int) -> Entry:
     """Tiles for the interpreter, where time goes with the number of operations and not their size."""
-    if tokens * shape.top_k <= 4:
+    if slots <= 4:
         return Entry(walk=Walk(up_n=16, up_k=64, down_n=16, down_k=64))
     tiling = Tiling(16, 32, 32, waves=1, tma=False)
     return Entry(gate_up=tiling, down=tiling)
 
 
 @functools.cache
-def choose(shape: Shape, tokens: int, device: torch.device) -> Entry:
-    """The entry to run: nearest tuned shape and number of rows, else the generic rules."""
+def choose(shape: Shape, slots: int, device: torch.device) -> Entry:
+    """The entry to run for `slots` slots that are expected to have a local expert.
+
+    Nearest tuned shape, then nearest number of rows per expert; else the generic rules.
+    """
     if device.type != "cuda":
-        return small(shape, tokens)
+        return small(slots)
     near = [(shape.distance(known), known, entries) for known, entries in tuned_files(device_name(device))]
     near = sorted((n for n in near if n[0] <= NEAR and n[2]), key=lambda n: n[0])
     if not near:
-        return generic(shape, tokens)
+        return generic(shape, slots)
     _, known, entries = near[0]
-    rows = tokens * shape.top_k / shape.experts
-    return min(entries, key=lambda e: abs(math.log2(e[0] * known.top_k / known.experts / rows)))[1]
+    return min(entries, key=lambda e: abs(math.log2(e[0] * known.top_k / known.experts * shape.experts / slots)))[1]
 
 
 @functools.cache
@@ -163,7 +177,7 @@ def choose_linear(shape: Shape, rows: int, device: torch.device) -> Tiling:
     `shape.hidden` is the depth K and `shape.width` the columns N, so H of a tuned file is N and its I is K.
     """
     if device.type != "cuda":
-        return small(shape, 1024).down
+        return small(1024).down
     near = []
     for known, entries in tuned_files(device_name(device)):
         seen = Shape(shape.experts, shape.width, shape.hidden, known.top_k, shape.element_size)

@@ -2,8 +2,8 @@ r"""The routed experts as fused Triton kernels.
 
     [g; u] = gate_up_proj[e] @ x[t]        a = act(g) * u        out[t] = sum over j of w[t, j] * (down_proj[e] @ a)
 
-Few tokens: two launches (`_few_tokens`).  Otherwise four to five: alignment of slots to experts, gate_up with gather and
-activation, down with scatter back to slots, weighted sum per token.  The sum runs over slots in order, so results are
+Few tokens: two launches (`_few_tokens`).  Otherwise four or five: alignment of slots to experts, gate_up with gather
+and activation, down with scatter back to slots, weighted sum per token.  The sum runs over slots in order, so results are
 bitwise the same in every run; nothing waits for the device, so the call can be captured in a CUDA graph.
 
 Rounded to the input dtype on the way: `activation` (act(g) * u) and `expert_output` (down @ a); weights enter in fp32.
@@ -33,8 +33,8 @@ def _check(x: Tensor, up: Tensor, down: Tensor, weights: Tensor, ids: Tensor, ac
     num_experts, hidden, width = down.shape
     if x.shape[1] != hidden or tuple(up.shape) != (num_experts, 2 * width, hidden):
         raise ValueError(
-            f"shapes are hidden_states {tuple(x.shape)}, gate_up_proj {tuple(up.shape)}, down_proj {tuple(down.shape)}, "
-            "but should be [T, H], [E, 2 * I, H], [E, H, I]"
+            f"shapes are hidden_states {tuple(x.shape)}, gate_up_proj {tuple(up.shape)}, "
+            f"down_proj {tuple(down.shape)}, but should be [T, H], [E, 2 * I, H], [E, H, I]"
         )
     if weights.shape != ids.shape or ids.shape[0] != x.shape[0]:
         raise ValueError(f"topk shapes are {tuple(weights.shape)} and {tuple(ids.shape)}, but should be [T, k] both")
@@ -42,14 +42,17 @@ def _check(x: Tensor, up: Tensor, down: Tensor, weights: Tensor, ids: Tensor, ac
 
 def run_entry(
     entry: configs.Entry, x: Tensor, up: Tensor, down: Tensor, weights: Tensor, ids: Tensor,
-    activation: str, expert_map: Tensor | None,
+    activation: str, expert_map: Tensor | None, expected: int,
 ) -> Tensor:  # fmt: skip
-    """[T, H] computed as `entry` says; arguments as in `experts`, with at least one slot."""
+    """[T, H] computed as `entry` says; arguments as in `experts`, with at least one slot.
+
+    Grids are sized for `expected` slots with a local expert; more are handled.
+    """
     if entry.walk is not None:
         return few_tokens(x, up, down, weights, ids, activation, expert_map, entry.walk)
     counts, slots = align(ids, up.shape[0], expert_map)
-    act = gate_up(x, up, counts, slots, ids.shape[1], activation, entry.gate_up)
-    y = linear(act, down, counts, entry.down, slots=slots)
+    act = gate_up(x, up, counts, slots, ids.shape[1], activation, entry.gate_up, expected)
+    y = linear(act, down, counts, entry.down, expected, slots=slots)
     return combine(y, weights, ids, up.shape[0], expert_map)
 
 
@@ -86,9 +89,12 @@ def experts(
         return torch.zeros(hidden_states.shape, dtype=hidden_states.dtype, device=hidden_states.device)
     num_experts, hidden, width = down_proj.shape
     shape = configs.Shape(num_experts, hidden, width, topk_ids.shape[1], hidden_states.element_size())
-    entry = configs.choose(shape, hidden_states.shape[0], hidden_states.device)
+    # On one rank of many only a share of the slots is expected to be local; more are handled, only slower.
+    spread = num_experts if expert_map is None else max(num_experts, expert_map.numel())
+    slots = max(1, topk_ids.numel() * num_experts // spread)
+    entry = configs.choose(shape, slots, hidden_states.device)
     return run_entry(
-        entry, hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, activation, expert_map
+        entry, hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, activation, expert_map, slots
     )
 
 

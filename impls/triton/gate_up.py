@@ -10,7 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from impls.triton._common import gated, interpreting, on, product, tile_source
+from impls.triton._common import (
+    after_previous,
+    early_start,
+    gated,
+    interpreting,
+    let_next_start,
+    on,
+    product,
+    tile_source,
+)
 from impls.triton._tiles import expert_runs, find_tile, row_tile, weight_tile
 from impls.triton.configs import Tiling, grid_size
 
@@ -19,14 +28,17 @@ __all__ = ["gate_up"]
 
 @triton.jit
 def _gate_up(
-    x, w, act, counts, slots, E, H, I, top_k, x_row, x_col, w_e, w_n, w_k, act_row,
+    x, w, act, counts, slots, E, H, WIDTH, top_k, x_row, x_col, w_e, w_n, w_k, act_row,
     BLOCK_E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     EVEN_K: tl.constexpr, TMA: tl.constexpr, SWAP: tl.constexpr, GELU: tl.constexpr, WIDEN: tl.constexpr,
+    PDL: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
-    """Tiles [BM slots, BN columns of act]; SWAP computes them transposed, so that few rows still fill a wide product."""
-    n_blocks = tl.cdiv(I, BN)
+    """Tiles [BM slots, BN columns of act]; SWAP computes them transposed: few rows still fill a wide product."""
+    after_previous(PDL)
+    let_next_start(PDL)
+    n_blocks = tl.cdiv(WIDTH, BN)
     rows, starts, row_tiles, ends = expert_runs(counts, 1, E, n_blocks, BLOCK_E, BM)
-    for tile in tl.range(tl.program_id(0), tl.max(ends, 0), tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tl.max(ends, 0), tl.num_programs(0), flatten=FLAT):
         e, count, start, m, n = find_tile(tile, rows, starts, row_tiles, ends, n_blocks, BLOCK_E, GROUP)
         row = m * BM + tl.arange(0, BM)
         live = row < count
@@ -36,8 +48,8 @@ def _gate_up(
         u = tl.zeros(shape, tl.float32)
         for k0 in tl.range(0, H, BK):
             rows_x = row_tile(x, token, live, k0, H, x_row, x_col, BK, EVEN_K)
-            w_g = weight_tile(w, e, n * BN, k0, I, H, w_e, w_n, w_k, BN, BK, EVEN_K, TMA)
-            w_u = weight_tile(w, e, n * BN + I, k0, 2 * I, H, w_e, w_n, w_k, BN, BK, EVEN_K, TMA)
+            w_g = weight_tile(w, e, n * BN, k0, WIDTH, H, w_e, w_n, w_k, BN, BK, EVEN_K, TMA)
+            w_u = weight_tile(w, e, n * BN + WIDTH, k0, 2 * WIDTH, H, w_e, w_n, w_k, BN, BK, EVEN_K, TMA)
             if SWAP:
                 g = product(w_g, rows_x.T, g, WIDEN)
                 u = product(w_u, rows_x.T, u, WIDEN)
@@ -49,26 +61,28 @@ def _gate_up(
             out = out.T
         col = n * BN + tl.arange(0, BN)
         at = act + (start + row)[:, None].to(tl.int64) * act_row + col[None, :]
-        tl.store(at, out, mask=live[:, None] & (col < I)[None, :])
+        tl.store(at, out, mask=live[:, None] & (col < WIDTH)[None, :])
 
 
 def gate_up(
-    x: Tensor, weight: Tensor, counts: Tensor, slots: Tensor, top_k: int, activation: str, tiling: Tiling
+    x: Tensor, weight: Tensor, counts: Tensor, slots: Tensor, top_k: int, activation: str, tiling: Tiling, expected: int
 ) -> Tensor:
     """Activated rows [S, I] in the order of `slots`, in the dtype of x [T, H], for weight [E, 2I, H].
 
-    Rows past sum(counts) are not written.  Rows start 16-byte aligned, so that the second product may read tiles of
+    `expected` is the number of rows the grid is sized for; more are handled.  Rows past sum(counts) are not written.  Rows start 16-byte aligned, so that the second product may read tiles of
     them through the copy engine.
     """
     num_experts, width = weight.shape[0], weight.shape[1] // 2
     act = x.new_empty(len(slots), triton.cdiv(width, 8) * 8)[:, :width]
     source, tma = tile_source(weight, [1, tiling.n, tiling.k], tiling.tma)
+    early = early_start(x.device)
     with on(x.device):
-        _gate_up[(grid_size(tiling, len(slots), num_experts, width, x.device),)](
+        _gate_up[(grid_size(tiling, expected, num_experts, width, x.device),)](
             x, source, act, counts, slots, num_experts, x.shape[1], width, top_k,
             *x.stride(), *weight.stride(), act.stride(0),
             BLOCK_E=triton.next_power_of_2(num_experts), BM=tiling.m, BN=tiling.n, BK=tiling.k, GROUP=tiling.group,
             EVEN_K=x.shape[1] % tiling.k == 0, TMA=tma, SWAP=tiling.swap, GELU=activation == "gelu_tanh",
-            WIDEN=interpreting(), num_warps=tiling.warps, num_stages=tiling.stages,
+            WIDEN=interpreting(), PDL=early, FLAT=tiling.flat, launch_pdl=early,
+            num_warps=tiling.warps, num_stages=tiling.stages,
         )  # fmt: skip
     return act

@@ -49,7 +49,8 @@ def grouped_linear(x: Tensor, weight: Tensor, group_sizes: Tensor, *, bias: Tens
     if x.shape[0] == 0 or weight.numel() == 0:
         return torch.zeros(x.shape[0], columns, dtype=x.dtype, device=x.device)
     shape = configs.Shape(num_experts, depth, columns, 1, x.element_size())
-    return linear(x, weight, group_sizes, configs.choose_linear(shape, x.shape[0], x.device), bias=bias)
+    tiling = configs.choose_linear(shape, x.shape[0], x.device)
+    return linear(x, weight, group_sizes, tiling, x.shape[0], bias=bias)
 
 
 grouped_linear.deterministic = True

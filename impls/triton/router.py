@@ -5,8 +5,7 @@ r"""Top-k routing in one launch, from logits to weights and ids.
     weights = scores[chosen]  (/ their sum)  * routed_scaling_factor
 
 The choice is made on integers: the bits of the selection score, made to compare like the number, above the bits of the
-expert's index.  One maximum then gives value and index, ties have one answer, a NaN is a number like any other (it counts
-as -inf), and lanes behind the last expert hold the smallest integer, which no score reaches.
+expert's index.  One maximum then gives value and index, ties have one answer, a NaN counts as -inf, and lanes behind the last expert hold the smallest integer, which no score reaches.
 
 `router_from_hidden` runs the gate's product first: one more launch, parallel over rows and experts, logits in fp32.
 """

@@ -3,8 +3,8 @@ r"""The gate of the shared expert as one row kernel.
     y = sigmoid(x . w) * shared_output       dot product, sigmoid and product in fp32, one rounding
 
 The plain expression takes three kernels and writes the gate in between.  Leading dimensions are folded into rows; where
-their strides cannot be folded, that operand is copied (a `reshape`).  Rows longer than LONGEST do not fit in the registers
-of one program, and are left to the plain expression in fp32: `fits` is the rule.
+their strides cannot be folded, that operand is copied (a `reshape`).  Rows longer than LONGEST do not fit in the
+registers of one program, and are left to the plain expression in fp32: `fits` is the rule.
 """
 
 import torch
