@@ -17,7 +17,9 @@ app = typer.Typer(
 )  # fmt: skip
 
 Stage = Annotated[str, typer.Option("--stage", "-s", help=f"What the function is: {', '.join(contracts.STAGES)}.")]
-Impl = Annotated[list[str], typer.Option("--impl", "-i", help="A registered name, module:function or file.py:function.")]
+Impl = Annotated[
+    list[str], typer.Option("--impl", "-i", help="A registered name, module:function or file.py:function.")
+]
 Device = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback behind a message.")]
 
@@ -27,9 +29,13 @@ def check(
     stage: Stage,
     impl: Impl,
     device: Device = "cpu",
-    dtype: Annotated[list[str] | None, typer.Option(help="fp32, fp16, bf16; may be repeated. All declared ones.")] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="fp32, fp16, bf16; may be repeated. All declared ones.")
+    ] = None,
     profile: Annotated[str, typer.Option(help=f"{', '.join(PROFILES)}.")] = "quick",
-    config: Annotated[list[str] | None, typer.Option(help="Add the shapes of a released model; may be repeated.")] = None,
+    config: Annotated[
+        list[str] | None, typer.Option(help="Add the shapes of a released model; may be repeated.")
+    ] = None,
     checks: Annotated[list[str] | None, typer.Option("--check", help="Only this check; may be repeated.")] = None,
     seed: Annotated[int, typer.Option(help="Other data, other combinations.", min=0)] = 0,
     timeout: Annotated[float, typer.Option(help="Seconds one case may take.", min=1)] = 60.0,
@@ -58,7 +64,9 @@ def check(
     _deliver(results, json, html)
     for error in errors:
         _tell(error, debug)
-    raise typer.Exit(max([report.exit_status(results)] + [e.exit_status for e in errors]) if errors else report.exit_status(results))
+    raise typer.Exit(
+        max([report.exit_status(results)] + [e.exit_status for e in errors]) if errors else report.exit_status(results)
+    )
 
 
 @app.command(name="list")
@@ -159,7 +167,9 @@ def _known_check(check_name: str) -> None:
 def _writable(path: Path | None) -> None:
     """Find out before the run, not after it, that a result cannot be written."""
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise UsageError(f"cannot write {path}: " + ("it is a folder" if path.is_dir() else "its folder does not exist"))
+        raise UsageError(
+            f"cannot write {path}: " + ("it is a folder" if path.is_dir() else "its folder does not exist")
+        )
 
 
 def _deliver(results: list, json: Path | None, html: Path | None) -> None:

@@ -26,7 +26,9 @@ def against_bound(stage, call, bound: Bound, result: Tensor) -> Record:
     finite = value.isfinite() & flat.variance.isfinite()
     swallowed = value.isnan() & ~out.isnan() & _is_nan_certain(call, value)
     if bool(swallowed.any()):
-        record.add(_located(stage, call, swallowed, "is {got}, but a NaN in the inputs reaches this element", flat, out))
+        record.add(
+            _located(stage, call, swallowed, "is {got}, but a NaN in the inputs reaches this element", flat, out)
+        )
     lost = value.isinf() & (out.double() != value) & _is_infinity_certain(call, value)
     if bool(lost.any()):
         record.add(_located(stage, call, lost, "is {got}, but should be {want}: one product is infinite", flat, out))

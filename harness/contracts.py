@@ -41,9 +41,7 @@ def _router(
 ): ...
 
 
-def _experts(
-    hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, *, activation="silu", expert_map=None
-): ...
+def _experts(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, *, activation="silu", expert_map=None): ...
 
 
 def _grouped_linear(x, weight, group_sizes, *, bias=None): ...
@@ -143,8 +141,10 @@ def load(stage: str, spec: str) -> Subject:
     check_stage(stage)
     function = _find(stage, spec)
     if not callable(function):
-        raise UsageError(f"{spec!r} is {type(function).__name__}, but should be a function with the signature\n"
-                         f"  {stage}{SIGNATURES[stage]}")
+        raise UsageError(
+            f"{spec!r} is {type(function).__name__}, but should be a function with the signature\n"
+            f"  {stage}{SIGNATURES[stage]}"
+        )
     return Subject(stage, spec, function, Declarations.of(function), _check_signature(stage, spec, function))
 
 
@@ -191,8 +191,10 @@ def _find(stage: str, spec: str) -> Any:
 
 def _unknown_implementation(stage: str, spec: str, names: dict[str, str]) -> UsageError:
     message = str(unknown(f"{stage} implementation", spec, list(names)))
-    return UsageError(f"{message}\nan implementation is a registered name (moe-harness list --stage {stage}), "
-                      "package.module:function or path/to/file.py:function")
+    return UsageError(
+        f"{message}\nan implementation is a registered name (moe-harness list --stage {stage}), "
+        "package.module:function or path/to/file.py:function"
+    )
 
 
 def _module_exists(name: str) -> bool:
@@ -252,8 +254,10 @@ class _telling_import_errors:
         where = f"{frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}"
         if isinstance(error, SyntaxError):
             where = f"{error.filename}:{error.lineno}"
-        raise CannotJudge(f"implementation {self.spec!r} cannot be imported: {kind.__name__}: {error}\n"
-                          f"  raised at {where}\n  importing {self.what} has to work by itself first") from error
+        raise CannotJudge(
+            f"implementation {self.spec!r} cannot be imported: {kind.__name__}: {error}\n"
+            f"  raised at {where}\n  importing {self.what} has to work by itself first"
+        ) from error
 
 
 def _attribute(spec: str, module: Any, attribute: str) -> Any:
@@ -281,6 +285,8 @@ def _check_signature(stage: str, spec: str, function: Callable) -> frozenset[str
             raise TypeError(f"missing the argument {required[0]!r}")
         signature.bind(*[None] * len(positional), **passed)
     except TypeError as error:
-        raise UsageError(f"implementation {spec!r} has another signature ({error})\n"
-                         f"  got:    {getattr(function, '__name__', spec)}{signature}\n  wanted: {stage}{contract}") from None
+        raise UsageError(
+            f"implementation {spec!r} has another signature ({error})\n"
+            f"  got:    {getattr(function, '__name__', spec)}{signature}\n  wanted: {stage}{contract}"
+        ) from None
     return None if takes_any else frozenset(signature.parameters)

@@ -11,7 +11,7 @@ from harness.cases import Case, parse_id, plan
 from harness.cases.plans import ON_CUDA_ONLY, Planned
 from harness.cases.request import Request
 from harness.errors import CannotJudge, HarnessError
-from harness.findings import HISTOGRAM_EDGES
+from harness.findings import HISTOGRAM_EDGES, MAX_Z
 from harness.pool import Pool, worker_count
 from harness.report import Result
 
@@ -51,7 +51,13 @@ class Tally:
     def as_dict(self, name: str) -> dict[str, Any]:
         keys = ("failed", "unsupported", "skipped")
         counted = {key: self.counts[key] for key in keys}
-        return {"name": name, "cases": self.counts.total(), **counted, "seconds": round(self.seconds, 3), "worst": self.worst}
+        return {
+            "name": name,
+            "cases": self.counts.total(),
+            **counted,
+            "seconds": round(self.seconds, 3),
+            "worst": self.worst,
+        }
 
 
 class Run:
@@ -93,7 +99,7 @@ class Run:
         sizes = Counter(p.check for p in planned)
         self.listener.start(self.spec, {**sizes, **({"property": self._examples()} if self._wants("property") else {})})
         for answer in pool.judge(self._runnable(planned)):
-            self._take(answer)
+            self.take(answer)
         if self._wants("property"):
             self._search(pool)
         self._confirm(pool)
@@ -114,7 +120,9 @@ class Run:
         if not dtypes:
             raise CannotJudge(f"{self.spec!r} declares the dtypes {', '.join(self.loaded['declared']['dtypes'])}, "
                               f"but --dtype asks for {', '.join(self.options.dtypes or ())}")  # fmt: skip
-        self.request = Request(self.request.profile, self.request.device, dtypes, self.request.configs, self.request.seed)
+        self.request = Request(
+            self.request.profile, self.request.device, dtypes, self.request.configs, self.request.seed
+        )
         return [p for p in plan(self.stage, self.request) if self._wants(p.check)]
 
     def _wants(self, check: str) -> bool:
@@ -125,14 +133,15 @@ class Run:
         ids = []
         for p in planned:
             if p.check in ON_CUDA_ONLY and self.request.device != "cuda":
-                self._take({"id": p.id, "status": "skipped", "reason": "needs --device cuda"})
+                self.take({"id": p.id, "status": "skipped", "reason": "needs --device cuda"})
             else:
                 ids.append(p.id)
         return ids
 
     # ------------------------------------------------------------------------------------------------ what comes back
 
-    def _take(self, answer: dict[str, Any]) -> None:
+    def take(self, answer: dict[str, Any]) -> None:
+        """Count one answer of a worker."""
         _, check, case = parse_id(answer["id"])
         tally = self.tallies.setdefault(check, Tally())
         status = {"died": "failed", "error": "skipped"}.get(answer["status"], answer["status"])
@@ -142,7 +151,9 @@ class Run:
         if status == "unsupported":
             self.refused[answer["reason"]].append(answer["id"])
         elif status == "skipped":
-            self.skipped[check, answer["reason"].splitlines()[-1] if answer["status"] == "error" else answer["reason"]] += 1
+            self.skipped[
+                check, answer["reason"].splitlines()[-1] if answer["status"] == "error" else answer["reason"]
+            ] += 1
             if answer["status"] == "error":
                 self.error = answer["reason"]
         else:
@@ -190,14 +201,16 @@ class Run:
         def judge(case: Case) -> bool:
             answer = pool.judge_one(Planned("property", case).id)
             answers[case.id()] = answer
-            self.listener.advance("property", {"died": "failed", "error": "skipped"}.get(answer["status"], answer["status"]))
+            self.listener.advance(
+                "property", {"died": "failed", "error": "skipped"}.get(answer["status"], answer["status"])
+            )
             return answer["status"] not in ("failed", "died")
 
         smallest = strategies.search(self.stage, self.request.dtypes, judge, examples=self._examples(),
                                      start=self.request.seed, out_of_time=lambda: time.monotonic() > end)  # fmt: skip
         for name, answer in answers.items():
             if answer["status"] not in ("failed", "died") or (smallest is not None and name == smallest.id()):
-                self._take(answer)
+                self.take(answer)
 
     def _confirm(self, pool: Pool) -> None:
         """Judge failures again, alone in a fresh process: one that passes there depends on the calls before it."""
@@ -210,8 +223,8 @@ class Run:
                 continue
             before = pool.history_of(failure["case"])[-1:]
             again = before and pool.judge_alone([*before, failure["case"]])["status"] in ("failed", "died")
-            failure["looks_like"] = ["it passes alone in a fresh process: the result depends on earlier calls"
-                                     + (", the one before suffices" if again else "") , *failure["looks_like"]]  # fmt: skip
+            told = "it passes alone in a fresh process: the result depends on earlier calls"
+            failure["looks_like"].insert(0, told + (", the one before suffices" if again else ""))
             failure["replay"] = self._replay_line([*before, failure["case"]] if again else [failure["case"]])
 
     def _check_declared_dtypes(self) -> None:
@@ -227,7 +240,8 @@ class Run:
 
     def result(self) -> Result:
         return {
-            "schema": 1, "verdict": self._verdict(), "stage": self.stage, "impl": self.spec, "device": self.request.device,
+            "schema": 1, "verdict": self._verdict(), "stage": self.stage, "impl": self.spec,
+            "device": self.request.device,
             "dtypes": list(self.request.dtypes), "profile": self.request.profile,
             "config": ", ".join(shape.name for shape in self.request.configs) or None, "seed": self.request.seed,
             "seconds": round(time.monotonic() - self.started, 2), "versions": self.loaded["versions"],
@@ -235,7 +249,8 @@ class Run:
             "interrupted": self.interrupted,
             "checks": [tally.as_dict(name) for name, tally in self.tallies.items()],
             "failures": self.failures, "coverage": self._coverage(),
-            "statistics": {"z_histogram": {"edges": [*HISTOGRAM_EDGES, None], "counts": self.histogram},
+            "statistics": {"z_histogram": {"edges": [*HISTOGRAM_EDGES, None], "counts": self.histogram,
+                                           "limit": MAX_Z},
                            "elements": self.elements},
             "observations": self._observations(),
         }  # fmt: skip

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 HISTOGRAM_EDGES = tuple(i / 4 for i in range(41))  # |z| from 0 to 10 in quarters; the last bin holds all beyond
+MAX_Z = 8.92  # harness.rounding.max_limit(), here for reports that import no torch; suites/meta compares the two
 
 
 @dataclass

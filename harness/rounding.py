@@ -70,8 +70,8 @@ class Bound:
     """What a result may be: fp64 value and variance, both of the output's shape.
 
     `shared` is the part of the variance whose sources are common to a whole row (the rounding of a routing weight) and
-    `sources` the number of independent sources behind a row, [rows, 2]: (of the rest, of the shared part); both bound the
-    degrees of freedom of rms statistics.
+    `sources` the number of independent sources behind a row, [rows, 2]: (of the rest, of the shared part); both bound
+    the degrees of freedom of rms statistics.
     """
 
     value: Tensor
@@ -107,7 +107,9 @@ def _mean_square_quantile(dof: int) -> float:
 def rms_limit(dof: float, shared_dof: float = 1, shared_share: float = 0.0) -> float:
     """Limit of an rms of z with `dof` independent sources, `shared_share` of its variance having only `shared_dof`."""
     own = (1 - shared_share) * _mean_square_quantile(_rounded_down(dof))
-    return MODEL * sqrt(own + (shared_share * _mean_square_quantile(_rounded_down(shared_dof)) if shared_share > 0 else 0.0))
+    return MODEL * sqrt(
+        own + (shared_share * _mean_square_quantile(_rounded_down(shared_dof)) if shared_share > 0 else 0.0)
+    )
 
 
 def _rounded_down(dof: float) -> int:
@@ -155,7 +157,16 @@ def expert_variance(rows: Tensor, gate_up: Tensor, down: Tensor, steps, activati
 
 
 def experts(
-    hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, *, activation, expert_map, declared, weight_variance=None
+    hidden_states,
+    gate_up_proj,
+    down_proj,
+    topk_weights,
+    topk_ids,
+    *,
+    activation,
+    expert_map,
+    declared,
+    weight_variance=None,
 ) -> Bound:
     """Bound of the stage `experts`.  `weight_variance` [T, k] is that of routing weights which are themselves computed.
 
@@ -269,7 +280,10 @@ def _routing_variance(logits: Tensor, of_logits: Tensor, ids: Tensor, weights: T
 def moe_block(hidden_states, weights: dict[str, Tensor], config: dict, *, declared) -> Bound:
     """Bound of the stage `moe_block`, for tokens whose choice of experts no permitted rounding changes."""
     dtype, rounds = hidden_states.dtype, permitted(declared)
-    x, wide = hidden_states.double(), {name: w.double() for name, w in weights.items() if not name.startswith("experts.")}
+    x, wide = (
+        hidden_states.double(),
+        {name: w.double() for name, w in weights.items() if not name.startswith("experts.")},
+    )
     logits = block.router_logits(x, wide, config)
     of_logits = (x.square() @ wide["gate.weight"].square().T) * product_variance(x.shape[-1], rounds, dtype)
     of_logits = of_logits + store(logits, torch.float32 if block.family(config).router_in_fp32 else dtype)

@@ -34,7 +34,8 @@ def _experts(draw: Callable, dtypes: st.SearchStrategy[str]) -> Case:
 def _router(draw: Callable, dtypes: st.SearchStrategy[str]) -> Case:
     count = draw(EXPERTS)
     row: dict[str, Any] = {
-        "experts": (count, draw(st.integers(1, min(10, count)))), "scoring": draw(st.sampled_from(("softmax", "sigmoid"))),
+        "experts": (count, draw(st.integers(1, min(10, count)))),
+        "scoring": draw(st.sampled_from(("softmax", "sigmoid"))),
         "bias": draw(st.sampled_from(router.BIASES)), "groups": draw(st.sampled_from(router.GROUPS)),
     }  # fmt: skip
     if not router.allowed(row):
@@ -95,9 +96,15 @@ class _Falsified(Exception):
 
 
 def search(
-    stage: str, dtypes: tuple[str, ...], judge: Callable[[Case], bool], *, examples: int, start: int, out_of_time: Callable[[], bool]
+    stage: str,
+    dtypes: tuple[str, ...],
+    judge: Callable[[Case], bool],
+    *,
+    examples: int,
+    start: int,
+    out_of_time: Callable[[], bool],
 ) -> Case | None:
-    """Draw `examples` cases and return the smallest one that `judge` rejects, or None.  Once `out_of_time`, stop there."""
+    """Draw `examples` cases and return the smallest one that `judge` rejects, or None; stop once `out_of_time`."""
     known: dict[str, bool] = {}
     rejected: list[Case] = []
 

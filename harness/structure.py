@@ -40,7 +40,7 @@ def _permuted(value: Tensor, out: Tensor, wrong: Tensor) -> list[str]:
     for axis, name in ((0, "rows"), (1, "columns")):
         bad = wrong.any(1 - axis).nonzero()[:, 0]
         a, b = (out, value) if axis == 0 else (out.T, value.T)
-        if not 2 <= len(bad) or len(value) * len(bad) > 1 << 16 or b.shape[1] < 4:
+        if not len(bad) >= 2 or len(value) * len(bad) > 1 << 16 or b.shape[1] < 4:
             continue
         distance = torch.cdist(a[bad].nan_to_num(1e30), b.nan_to_num(2e30))
         scale = b.norm(dim=1).median()

@@ -50,8 +50,10 @@ class Trial:
         except (Exception, SystemExit) as error:
             if call.case.optional:
                 raise Rejected(f"{type(error).__name__}: {_first_line(error)}") from error
-            raise Broken(f"raised {type(error).__name__}: {_first_line(error)}\n  at {_user_frame(error)}\n  the contract "
-                         "allows NotImplementedError, ValueError and TypeError, for inputs it refuses") from error
+            raise Broken(
+                f"raised {type(error).__name__}: {_first_line(error)}\n  at {_user_frame(error)}\n  the contract "
+                "allows NotImplementedError, ValueError and TypeError, for inputs it refuses"
+            ) from error
         modified = call.arena.violations()
         if modified:
             operand, what = modified[0]

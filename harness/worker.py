@@ -47,7 +47,9 @@ def judge_id(trial: Trial, case_id: str) -> dict[str, Any]:
     record, status, reason = Record(), "passed", None
     try:
         record = CHECKS[check](trial, case)
-        status, reason = ("failed", None) if record.findings else ("skipped", record.skipped) if record.skipped else (status, None)
+        status, reason = (
+            ("failed", None) if record.findings else ("skipped", record.skipped) if record.skipped else (status, None)
+        )
     except Rejected as error:
         status, reason = "unsupported", str(error)
     except Broken as error:

@@ -117,7 +117,6 @@ def _layouts(request: Request) -> Iterator[Case]:
                     layout=f"{operand}:{kind}", K=37, data="exact", dtype=dtype, bias=operand == "bias", **shape
                 )
 
-
     for kind in at.LAYOUTS[:5]:  # square, where strides of one operand fit another
         for dtype in request.dtypes:
             yield GroupedLinearCase(S=32, K=32, N=32, E=3, layout=f"x:{kind}", data="exact", dtype=dtype)
@@ -139,7 +138,9 @@ def _special(request: Request) -> Iterator[Case]:
 def _laws(request: Request) -> Iterator[Case]:
     for law in LAWS:
         for dtype in request.dtypes:
-            yield GroupedLinearCase(S=40, K=48, N=32, dtype=dtype, variant=law, bias=law not in ("power_of_two", "additivity"))
+            yield GroupedLinearCase(
+                S=40, K=48, N=32, dtype=dtype, variant=law, bias=law not in ("power_of_two", "additivity")
+            )
 
 
 def _cuda_cases(request: Request) -> dict[str, list[Case]]:

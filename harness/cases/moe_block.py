@@ -8,7 +8,15 @@ from harness.cases import boundaries as at
 from harness.cases.request import Request
 from harness.cases.spec import Case
 
-FAMILIES = ("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe_talker_text", "mixtral", "deepseek_v2", "deepseek_v3")
+FAMILIES = (
+    "qwen2_moe",
+    "qwen3_moe",
+    "qwen3_next",
+    "qwen3_omni_moe_talker_text",
+    "mixtral",
+    "deepseek_v2",
+    "deepseek_v3",
+)
 LAWS = ("token_permutation", "batch_split", "row_alone")
 
 
@@ -67,11 +75,19 @@ def _numeric(request: Request) -> Iterator[Case]:
 
 
 def _layouts(request: Request) -> Iterator[Case]:
-    operands = ("hidden_states", "gate.weight", "experts.gate_up_proj", "experts.down_proj", "shared_expert_gate.weight")
+    operands = (
+        "hidden_states",
+        "gate.weight",
+        "experts.gate_up_proj",
+        "experts.down_proj",
+        "shared_expert_gate.weight",
+    )
     for operand in operands:
         for kind in at.LAYOUTS:
             if kind not in ("unit", "expanded"):
-                yield MoeBlockCase(family="qwen2_moe", T=13, H=37, I=21, layout=f"{operand}:{kind}", dtype=request.dtypes[-1])
+                yield MoeBlockCase(
+                    family="qwen2_moe", T=13, H=37, I=21, layout=f"{operand}:{kind}", dtype=request.dtypes[-1]
+                )
 
 
 def _small(request: Request) -> Iterator[Case]:

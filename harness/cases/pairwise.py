@@ -14,11 +14,12 @@ def pairwise(
     """Rows (axis -> value) covering every pair that `allowed` permits; the same seed gives the same rows."""
     rng = Random(seed)
     names = list(axes)
-    missing = {
-        ((a, va), (b, vb)) for a, b in combinations(names, 2) for va in range(len(axes[a])) for vb in range(len(axes[b]))
-    }
+    values = {name: range(len(axes[name])) for name in names}
+    pairs = [((a, va), (b, vb)) for a, b in combinations(names, 2) for va in values[a] for vb in values[b]]
+    missing = set(pairs)
+    rng.shuffle(pairs)
     rows: list[dict[str, Any]] = []
-    for pair in sorted(missing, key=lambda _: rng.random()):
+    for pair in pairs:
         if pair not in missing:
             continue
         best, covered = None, set()

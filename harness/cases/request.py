@@ -1,6 +1,6 @@
 """What the caller asks for, and the helpers by which a plan answers: profiles, dtypes, models, seeds."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -52,4 +52,3 @@ class Request:
         if self.device == "cuda":
             return "none" if weights < (24 << 30) else "rank8"
         return "none" if weights < WEIGHT_BYTES_ON_CPU else "rank8" if weights < 8 * WEIGHT_BYTES_ON_CPU else "rank32"
-

@@ -141,7 +141,9 @@ def _layouts(request: Request) -> Iterator[Case]:
         for dtype in request.dtypes:
             shape = {"T": 1, "E": 1, "k": 1} if kind == "unit" else {"T": 13, "E": 37, "k": 5}
             yield RouterCase(layout=f"router_logits:{kind}", dtype=dtype, **shape)
-        yield RouterCase(T=6, E=32, k=4, layout=f"correction_bias:{kind}", bias="small", scoring="sigmoid", groups="4x2")
+        yield RouterCase(
+            T=6, E=32, k=4, layout=f"correction_bias:{kind}", bias="small", scoring="sigmoid", groups="4x2"
+        )
 
 
 def _memory(request: Request) -> Iterator[Case]:
@@ -162,4 +164,8 @@ def _laws(request: Request) -> Iterator[Case]:
 
 def _cuda_cases(request: Request) -> dict[str, list[Case]]:
     small = [RouterCase(T=tokens, dtype=dtype) for tokens in (1, 8, 64) for dtype in request.dtypes]
-    return {"graph_replay": small, "side_stream": small, "large_offsets": [RouterCase(T=5_000_000, E=512, k=2, dtype="bf16")]}
+    return {
+        "graph_replay": small,
+        "side_stream": small,
+        "large_offsets": [RouterCase(T=5_000_000, E=512, k=2, dtype="bf16")],
+    }

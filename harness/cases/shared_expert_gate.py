@@ -70,7 +70,13 @@ def _exact(request: Request) -> Iterator[Case]:
 
 def _numeric(request: Request) -> Iterator[Case]:
     for dtype in request.dtypes:
-        for lead, width, depth in (("33", 256, 96), ("2x5", 1024, 130), ("129", 33, 257), ("4", 2048, 2048), ("64", 7, 8)):
+        for lead, width, depth in (
+            ("33", 256, 96),
+            ("2x5", 1024, 130),
+            ("129", 33, 257),
+            ("4", 2048, 2048),
+            ("64", 7, 8),
+        ):
             yield GateCase(lead=lead, H=width, D=depth, dtype=dtype)
     axes = {"lead": LEADS[:-1], "H": (1, 16, 33, 129, 256), "D": (1, 5, 24, 63, 130), "dtype": request.dtypes}
     for row in pairwise(axes, request.seed + 1):
@@ -83,7 +89,9 @@ def _layouts(request: Request) -> Iterator[Case]:
     for operand in OPERANDS:
         for kind in at.LAYOUTS:
             for dtype in request.dtypes:
-                yield GateCase(lead="1" if kind == "unit" else "13", H=37, D=21, layout=f"{operand}:{kind}", dtype=dtype)
+                yield GateCase(
+                    lead="1" if kind == "unit" else "13", H=37, D=21, layout=f"{operand}:{kind}", dtype=dtype
+                )
                 yield GateCase(lead="2x1x5", H=40, D=24, layout=f"{operand}:{kind}", dtype=dtype)
 
 

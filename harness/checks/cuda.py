@@ -1,5 +1,7 @@
 """Checks that only a GPU can make: graph replay, side streams, offsets beyond 2^31."""
 
+import contextlib
+
 import torch
 
 from harness.cases import Case
@@ -30,7 +32,9 @@ def graph_replay(trial: Trial, case: Case) -> Record:
             tensor.fill_(poison_value(tensor.dtype))
         graph.replay()
         torch.cuda.synchronize()
-        record.merge(trial.judge(call, copies(result) if isinstance(result, tuple) else result.clone()), f"replay {turn}: ")
+        record.merge(
+            trial.judge(call, copies(result) if isinstance(result, tuple) else result.clone()), f"replay {turn}: "
+        )
         if record.findings:
             break
     return record
@@ -50,10 +54,8 @@ def _capture(trial: Trial, call: Call):
 
 
 def _churn(trial: Trial, case: Case) -> None:
-    try:
+    with contextlib.suppress(Rejected):
         trial.invoke(trial.build(case.resized()))
-    except Rejected:
-        pass
     junk = [torch.full((1 << size,), float("nan"), device="cuda") for size in range(8, 22)]
     del junk
 

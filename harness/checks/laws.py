@@ -61,7 +61,9 @@ def _router_law(trial: Trial, call) -> Record:
         return record
     same, difference = router_laws.disagreement(tuple(r[law.rows] for r in first), law.back(second))
     keywords = law.first.keywords
-    of_scores = max(float(score_error(c.args["router_logits"], keywords["scoring"]).max()) for c in (law.first, law.second))
+    of_scores = max(
+        float(score_error(c.args["router_logits"], keywords["scoring"]).max()) for c in (law.first, law.second)
+    )
     unit = torch.finfo(first[0].dtype).eps
     limit = 4 * of_scores + 2 * (keywords["top_k"] + 4) * ACCUMULATOR + unit
     used = torch.where(same, difference / limit, 0.0)

@@ -1,5 +1,6 @@
 """What an implementation does with memory beyond its result: inputs, earlier results, state, leaks."""
 
+import contextlib
 import ctypes
 import gc
 from pathlib import Path
@@ -39,7 +40,7 @@ def copies(result: Any) -> tuple[Tensor, ...]:
 
 
 def memory(trial: Trial, case: Case) -> Record:
-    """A sequence of calls over poisoned memory: this shape, other data, another shape, this one again, changed in place."""
+    """A sequence of calls over poisoned memory: this shape, other data, another shape, this one, changed in place."""
     record = Record()
     with poisoned_allocations(trial.device):
         first_call = trial.build(case)
@@ -59,15 +60,13 @@ def memory(trial: Trial, case: Case) -> Record:
 
 def _kept_or_fail(record: Record, result: Any, kept: tuple[Tensor, ...], what: str) -> None:
     if not same_bits(result, kept):
-        record.fail(f"the first result was changed by {what}, but a result belongs to the caller", headroom=float("inf"),
-                    looks_like=["the output lives in a buffer that is reused"])  # fmt: skip
+        message = f"the first result was changed by {what}, but a result belongs to the caller"
+        record.fail(message, headroom=float("inf"), looks_like=["the output lives in a buffer that is reused"])
 
 
 def _another_shape(trial: Trial, case: Case, record: Record) -> None:
-    try:
+    with contextlib.suppress(Rejected):  # refusing the other shape is its right; the rest of the sequence still counts
         record.merge(judged_call(trial, trial.build(case.resized())), "a call of another shape: ")
-    except Rejected:
-        pass  # refusing the other shape is its right; the rest of the sequence still counts
 
 
 def _changed_in_place(trial: Trial, call: Call) -> Record:
@@ -105,8 +104,9 @@ def leak(trial: Trial, case: Case) -> Record:
     grown = _memory_in_use(trial.device) - before
     record.worst = max(0.0, grown / (0.5 * LEAK_CALLS * size))
     if record.worst > 1:
-        record.fail(f"memory grew by {grown / 2**20:.1f} MiB over {LEAK_CALLS} equal calls, {grown / LEAK_CALLS / size:.1f} "
-                    "results a call, but should stay as it is", headroom=record.worst)  # fmt: skip
+        message = f"memory grew by {grown / 2**20:.1f} MiB over {LEAK_CALLS} equal calls, but should stay as it is"
+        looks_like = [f"{grown / LEAK_CALLS / size:.1f} results are kept for each call"]
+        record.fail(message, headroom=record.worst, looks_like=looks_like)
     return record
 
 
@@ -121,4 +121,3 @@ def _memory_in_use(device: str) -> int:
         trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1]) if Path("/proc/self/statm").exists() else 0
     return pages * 4096
-

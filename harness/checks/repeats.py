@@ -58,4 +58,6 @@ def _together_and_alone(trial: Trial, call) -> tuple:
 def _report(record: Record, name: str, declared: bool, attribute: str, equal: int, count: int, what: str) -> None:
     record.observations[name] = "all equal" if equal == count else "differ"
     if declared and equal < count:
-        record.fail(f"is declared {attribute}, but only {equal} of {count} {what} have the same bits", headroom=float("inf"))
+        record.fail(
+            f"is declared {attribute}, but only {equal} of {count} {what} have the same bits", headroom=float("inf")
+        )

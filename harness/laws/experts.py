@@ -130,5 +130,7 @@ def unused_expert_removed(call: Call) -> list[Term]:
     ids = a["topk_ids"].long()
     ids = torch.where(ids == gone, (gone + 1) % call.case.E, ids)
     keep = [e for e in range(call.case.E) if e != gone]
-    fewer = changed(call, gate_up_proj=a["gate_up_proj"][keep], down_proj=a["down_proj"][keep], topk_ids=ids - (ids > gone).long())
+    fewer = changed(
+        call, gate_up_proj=a["gate_up_proj"][keep], down_proj=a["down_proj"][keep], topk_ids=ids - (ids > gone).long()
+    )
     return [Term(changed(call, topk_ids=ids)), Term(fewer, -1.0)]

@@ -70,7 +70,11 @@ def empty_expert_inserted(call: Call) -> list[Term]:
     def inserted(values, new):
         return torch.cat([values[:at], new, values[at:]])
 
-    more = changed(call, weight=inserted(a["weight"], torch.full_like(a["weight"][:1], float("nan"))),
-                   group_sizes=inserted(a["group_sizes"], a["group_sizes"].new_zeros(1)),
-                   **({} if bias is None else {"bias": inserted(bias, torch.full_like(bias[:1], float("nan")))}))  # fmt: skip
+    operands = {
+        "weight": inserted(a["weight"], torch.full_like(a["weight"][:1], float("nan"))),
+        "group_sizes": inserted(a["group_sizes"], a["group_sizes"].new_zeros(1)),
+    }
+    if bias is not None:
+        operands["bias"] = inserted(bias, torch.full_like(bias[:1], float("nan")))
+    more = changed(call, **operands)
     return [Term(call), Term(more, -1.0)]

@@ -65,4 +65,8 @@ class Builder:
         if rows * population > 1 << 24:  # a random start and a random odd step instead of a sort of every row
             start = self.integers(0, population, (rows, 1))
             return (start + torch.arange(count)) % population
-        return self.uniform(rows, population).topk(count, dim=-1).indices if rows else torch.empty(0, count, dtype=torch.int64)
+        return (
+            self.uniform(rows, population).topk(count, dim=-1).indices
+            if rows
+            else torch.empty(0, count, dtype=torch.int64)
+        )

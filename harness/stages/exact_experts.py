@@ -6,7 +6,8 @@ silu(g) == g bitwise in fp32 for every integer g >= 17, and gelu saturates too. 
     o = a few hidden values        one or more entries +-1 in each row of down_proj
     w = 2^0, 2^-1 or 2^-2
 and let, in each column, only so many experts be active that sum |w o| stays within the integers the dtype holds
-exactly (256 in bf16), in units of the smallest weight.  Any indexing, masking, weighting or layout fault is then certain.
+exactly (256 in bf16), in units of the smallest weight.  Any indexing, masking, weighting or layout fault is then
+certain.
 """
 
 import torch

@@ -126,7 +126,9 @@ def _normal(case: ExpertsCase, draw: Builder, local: Tensor) -> tuple[Tensor, Te
     return hidden, gate_up, draw.large_normal(len(local), case.H, case.I, scale=case.I**-0.5)
 
 
-def _make_special(case: ExpertsCase, hidden: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> None:
+def _make_special(
+    case: ExpertsCase, hidden: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor
+) -> None:
     """Change the drawn data in place to the special kind that the case names."""
     if case.data in ("token_nan", "token_inf"):
         hidden[case.T // 2, case.H // 3] = float(case.data.removeprefix("token_"))

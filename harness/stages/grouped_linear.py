@@ -66,7 +66,9 @@ def _sizes(case: GroupedLinearCase, draw: Builder) -> Tensor:
         owners = torch.arange(case.S) % everyone
     elif case.sizes == "ones":  # one row each, the rest on one expert in the middle
         owners = torch.arange(case.S).where(torch.arange(case.S) < everyone, torch.tensor(everyone // 2))
-    elif case.sizes == "sparse":  # every third expert has rows, so that runs of empty groups lie between and at the ends
+    elif (
+        case.sizes == "sparse"
+    ):  # every third expert has rows, so that runs of empty groups lie between and at the ends
         owners = draw.integers(0, max(1, everyone // 3), (case.S,)) * 3 + (1 if everyone > 3 else 0)
     else:
         owners = draw.integers(0, everyone, (case.S,))

@@ -63,7 +63,9 @@ class Selection:
         self.error = self.scores * rounding.score_error(logits, keywords["scoring"]) + TINY
         bias = keywords["correction_bias"]
         self.selection = reference.selection_scores(self.scores, bias)
-        self.slack = self.error + (0.0 if bias is None else 2 * rounding.ACCUMULATOR * (self.selection.abs() + self.error))
+        self.slack = self.error + (
+            0.0 if bias is None else 2 * rounding.ACCUMULATOR * (self.selection.abs() + self.error)
+        )
         self.defined = logits.isfinite().all(-1) | (logits.isfinite() | (logits == -torch.inf)).all(-1)
         self.groups, self.best = keywords["num_expert_group"], keywords["topk_group"]
         if self.groups is not None and self.best is not None:
@@ -147,17 +149,23 @@ def _try_other_groups(truth: Selection, rows: Tensor, ids: Tensor, excess: Tenso
         for choice in truth.group_choices(row)[:64]:
             allowed = torch.zeros(1, truth.groups, dtype=torch.bool, device=ids.device)
             allowed[0, list(choice)] = True
-            again, _, _ = truth.excess(rows[place : place + 1], ids[row : row + 1], allowed.repeat_interleave(size, dim=-1))
+            again, _, _ = truth.excess(
+                rows[place : place + 1], ids[row : row + 1], allowed.repeat_interleave(size, dim=-1)
+            )
             excess[place] = torch.minimum(excess[place], again[0])
 
 
-def _wrong_choice(truth: Selection, row: int, ids: Tensor, left_out: int, slot: int, excess: Tensor, open_to) -> Finding:
+def _wrong_choice(
+    truth: Selection, row: int, ids: Tensor, left_out: int, slot: int, excess: Tensor, open_to
+) -> Finding:
     chosen = int(ids[row, slot])
     wrong = int((excess > 1).sum())
     told = f"row {row} chose expert {chosen} (selection score {float(truth.selection[row, chosen]):.7g}"
     if not bool(open_to[chosen]):
         told += ", in a group that is not among the best"
-    told += f") and left out expert {left_out} ({float(truth.selection[row, left_out]):.7g}); {wrong} of {len(excess)} rows"
+    told += (
+        f") and left out expert {left_out} ({float(truth.selection[row, left_out]):.7g}); {wrong} of {len(excess)} rows"
+    )
     looks = []
     if bool((truth.scores[row, ids[row]].argsort(descending=True) == 0).any()) and truth.groups is not None:
         in_groups = sorted({int(i) * truth.groups // truth.selection.shape[-1] for i in ids[row]})
@@ -195,7 +203,7 @@ def _weight_patterns(truth: Selection, call: Call, weights: Tensor, ids: Tensor,
     """What simple mistakes would give, compared with what was got."""
     keywords = call.keywords
     scores, scale = truth.scores.gather(-1, ids), keywords["routed_scaling_factor"]
-    normal = scores / scores.sum(-1, keepdim=True)
+    normal, biased = scores / scores.sum(-1, keepdim=True), truth.selection.gather(-1, ids)
     candidates = {
         "not renormalised": scores * scale,
         "renormalised, which was not asked for": normal * scale,
@@ -203,17 +211,16 @@ def _weight_patterns(truth: Selection, call: Call, weights: Tensor, ids: Tensor,
         "scaled twice": value * scale,
         "softmax over the chosen logits only": call.args["router_logits"].double().gather(-1, ids).softmax(-1) * scale,
         "the raw logits": call.args["router_logits"].double().gather(-1, ids),
-        "biased scores": truth.selection.gather(-1, ids) * scale,
-        "biased scores, renormalised": truth.selection.gather(-1, ids) / truth.selection.gather(-1, ids).sum(-1, keepdim=True)
-        * scale,
+        "biased scores": biased * scale,
+        "biased scores, renormalised": biased / biased.sum(-1, keepdim=True) * scale,
     }  # fmt: skip
     told = []
     rows = truth.defined
     for name, candidate in candidates.items():
-        difference = (candidate - value)[rows].abs().max()
-        if float(difference) > 1e-4 * float(value[rows].abs().max()):
-            if bool(((weights - candidate)[rows].abs() <= 1e-2 * difference + 1e-2 * candidate[rows].abs()).all()):
-                told.append(f"the weights are {name}")
+        apart = float((candidate - value)[rows].abs().max())
+        close = (weights - candidate)[rows].abs() <= 1e-2 * apart + 1e-2 * candidate[rows].abs()
+        if apart > 1e-4 * float(value[rows].abs().max()) and bool(close.all()):
+            told.append(f"the weights are {name}")
     return told
 
 

@@ -1,0 +1,1 @@
+"""Commands of `moe-harness` that have a file of their own; `harness.cli` registers them."""

@@ -1,0 +1,176 @@
+"""Cases of the stages that run on many ranks: frozen specs with ids that replay, the planned list, no torch.
+
+dispatcher/dense/R=2,E=3,k=1,T=0+2              tokens of rank 0 and rank 1; fields at their default left out
+parallel_linear/shard/R=2,kind=row,E=3,K=8,N=6,S=3+0+2
+"""
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+from harness.cases import spec as spec_module
+from harness.cases.spec import Case
+from harness.errors import UsageError, unknown
+
+OWNERS = ("block", "cyclic", "random", "last_empty", "one")
+ROUTINGS = ("plain", "masked", "duplicates", "hot", "none", "nan")
+KINDS = ("replicated", "column", "merged_column", "row")
+DTYPES = ("fp32", "bf16", "fp16")
+
+
+def numbers(text: str) -> list[int]:
+    """ "0+2" -> [0, 2]; what a case says once per rank or per expert."""
+    try:
+        return [int(part) for part in text.split("+")]
+    except ValueError:
+        raise UsageError(f"{text!r} should be whole numbers joined by '+', such as 0+2") from None
+
+
+def _one_of(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise unknown(name, value, list(known))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DispatcherCase(Case):
+    """R ranks with T tokens each, E experts placed by `owner`, routed as `ids` says."""
+
+    stage: ClassVar[str] = "dispatcher"
+    R: int
+    E: int
+    k: int
+    T: str
+    H: int = 16
+    owner: str = "block"
+    ids: str = "plain"
+
+    def __post_init__(self) -> None:
+        _one_of("owner", self.owner, OWNERS)
+        _one_of("ids", self.ids, ROUTINGS)
+        _one_of("dtype", self.dtype, DTYPES)
+        if len(self.tokens) != self.R:
+            raise UsageError(f"T is {self.T!r}, which is {len(self.tokens)} ranks, but R is {self.R}")
+        if not 1 <= self.k <= min(self.E, 10):
+            raise UsageError(f"k is {self.k}, but should be in 1..{min(self.E, 10)} (exact sums need k <= 10)")
+        if self.H < 8:
+            raise UsageError(f"H is {self.H}, but should be at least 8: six columns hold the tag of the token")
+
+    @property
+    def tokens(self) -> list[int]:
+        return numbers(self.T)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearCase(Case):
+    """A layer of `kind` over R ranks: E experts, K in, N out per weight, S rows of each expert."""
+
+    stage: ClassVar[str] = "parallel_linear"
+    R: int
+    E: int
+    K: int
+    N: int
+    S: str
+    kind: str
+
+    def __post_init__(self) -> None:
+        _one_of("kind", self.kind, KINDS)
+        _one_of("dtype", self.dtype, DTYPES)
+        if len(self.rows) != self.E:
+            raise UsageError(f"S is {self.S!r}, which is {len(self.rows)} experts, but E is {self.E}")
+
+    @property
+    def rows(self) -> list[int]:
+        return numbers(self.S)
+
+
+CASES: dict[str, type[Case]] = {kind.stage: kind for kind in (DispatcherCase, LinearCase)}
+CHECKS = {"dispatcher": ("dense", "live"), "parallel_linear": ("shard",)}
+
+
+def case_id(check: str, case: Case) -> str:
+    """stage/check/fields: what `parse_id` takes back."""
+    return f"{case.stage}/{check}/{case.id()}"
+
+
+def parse_id(text: str) -> tuple[str, Case]:
+    """(check, case) of an id; UsageError tells what does not fit."""
+    stage, check, values = (text.strip().split("/", 2) + ["", ""])[:3]
+    if stage not in CASES:
+        raise unknown("stage", stage, list(CASES))
+    _one_of("check", check, CHECKS[stage])
+    types = {f.name: f.type for f in fields(CASES[stage])}
+    given: dict[str, object] = {}
+    for item in filter(None, values.split(",")):
+        name, _, value = item.partition("=")
+        if name not in types:
+            raise UsageError(f"in the case {text!r}: {unknown('field', name, list(types))}")
+        given[name] = spec_module._value(name, value, types[name])
+    try:
+        return check, CASES[stage](**given)
+    except TypeError as error:
+        raise UsageError(f"the case {text!r} is incomplete: {error}") from None
+
+
+# The planned list -----------------------------------------------------------------------------------------------
+
+# (E, k): E below, at and not divisible by the ranks; k = 1, k = E, released pairs
+EXPERTS = ((1, 1), (2, 1), (3, 2), (5, 5), (7, 3), (8, 2), (60, 4), (128, 8))
+
+
+def _token_counts(ranks: int) -> list[list[int]]:
+    """Equal, one empty rank first and last, all empty, a single token, ragged."""
+    ragged = [3, 0, 5, 1, 2, 4, 0, 7]
+    counts = [[4] * ranks, [0, *[2] * (ranks - 1)], [*[3] * (ranks - 1), 0], [0] * ranks, [1, *[0] * (ranks - 1)]]
+    return [*counts, ragged[:ranks], [17, *[1] * (ranks - 1)]]
+
+
+def dispatcher_cases(
+    worlds: Sequence[int], *, profile: str = "quick", seed: int = 0
+) -> Iterator[tuple[str, DispatcherCase]]:
+    """(check, case) in a fixed order; every pair of axis values occurs, in "full" with three seeds."""
+    for ranks, repeat in itertools.product(worlds, range(1 if profile == "quick" else 3)):
+        counts = _token_counts(ranks)
+        for i in range(max(len(EXPERTS) * 3, len(counts) * len(ROUTINGS))):
+            experts, top_k = EXPERTS[(i + i // len(EXPERTS)) % len(EXPERTS)]
+            case = DispatcherCase(
+                R=ranks,
+                E=experts,
+                k=top_k,
+                T="+".join(map(str, counts[i % len(counts)])),
+                H=(16, 8, 33)[i % 3],
+                owner=OWNERS[(i + i // len(OWNERS)) % len(OWNERS)],
+                ids=ROUTINGS[(i // len(counts)) % len(ROUTINGS)],
+                dtype=DTYPES[(i // 2) % len(DTYPES)],
+                seed=seed + repeat * 1000 + i,
+            )
+            yield ("live" if i % 5 == 4 else "dense"), case
+
+
+def linear_cases(
+    worlds: Sequence[int], kind: str, *, profile: str = "quick", seed: int = 0
+) -> Iterator[tuple[str, LinearCase]]:
+    """(check, case): square and tall weights, empty experts, no rows at all; sizes that the ranks share evenly."""
+    rows = ("3+0+2", "0+0+0", "1+1+1", "0+0+9", "17+4+0")
+    for ranks, repeat in itertools.product(worlds, range(1 if profile == "quick" else 3)):
+        for i, (inner, outer) in enumerate(((1, 1), (2, 1), (1, 2), (3, 2), (4, 4))):
+            dtype, number = DTYPES[i % len(DTYPES)], seed + repeat * 1000 + i
+            size = {"K": 4 * inner * ranks, "N": 4 * outer * ranks, "S": rows[i], "E": 3}
+            yield "shard", LinearCase(R=ranks, kind=kind, dtype=dtype, seed=number, **size)
+
+
+def draw(rng: random.Random, worlds: Sequence[int]) -> DispatcherCase:
+    """A random case, for counting false alarms without Hypothesis."""
+    ranks, experts = rng.choice(list(worlds)), rng.choice([1, 2, 3, 5, 8, 13])
+    return DispatcherCase(
+        R=ranks,
+        E=experts,
+        k=rng.randint(1, min(experts, 6)),
+        T="+".join(str(rng.choice([0, 0, 1, 2, 3, 7])) for _ in range(ranks)),
+        H=rng.choice([8, 16]),
+        owner=rng.choice(OWNERS),
+        ids=rng.choice(ROUTINGS),
+        dtype=rng.choice(DTYPES),
+        seed=rng.randrange(10**6),
+    )

@@ -1,0 +1,102 @@
+"""The judgement of the stages that run on many ranks, from the controller's side.  Imports no torch.
+
+verdict = judge("dispatchers:all_to_all", "dispatcher/dense/R=2,E=3,k=1,T=0+2")
+verdict.findings       plain dicts: check, case, message, where, headroom, diagnosis
+verdict.unsupported    why every rank refused the case, or None
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from harness import errors
+from harness.ranks import pool
+from harness.ranks.calls import Call
+from harness.ranks.cases import parse_id
+from harness.ranks.failure import Failure
+from harness.ranks.jobs import Injection
+
+Finding = dict[str, Any]
+TASKS = {
+    "dispatcher": "harness.ranks.dispatcher_task:run",
+    "parallel_linear": "harness.ranks.linear_task:run",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one case; passed where there are no findings and nobody refused."""
+
+    case: str
+    findings: list[Finding] = field(default_factory=list)
+    unsupported: str | None = None
+    failure: Failure | None = None
+    observed: list[dict[str, Any]] = field(default_factory=list)  # one per rank
+    traces: list[list[Call]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        return not self.findings and self.unsupported is None
+
+
+def judge(
+    spec: str, case: str, *, backend: str = "gloo", injection: Injection | None = None, budget: float = pool.BUDGET
+) -> Verdict:
+    """Run the implementation `spec` on `case` ("stage/check/fields") over as many ranks as the case says.
+
+    Raises:
+        UsageError, CannotJudge: the case or the implementation cannot be found or imported.
+    """
+    _, parsed = parse_id(case)
+    ranks: int = parsed.R  # type: ignore[attr-defined]
+    task = {"impl": spec, "case": case}
+    stage = parsed.stage
+    outcome = pool.run(TASKS[stage], task, ranks=ranks, backend=backend, injection=injection, budget=budget)
+    reports = [result for result in outcome.results if result is not None]
+    findings = [{**finding, "case": case} for report in reports for finding in report["findings"]]
+    refused = {report["rank"]: report["rejected"] for report in reports if report["rejected"] is not None}
+    unsupported = None
+    if len(refused) == ranks:
+        unsupported = refused[0]
+    elif refused:
+        findings.insert(0, _refused_alone(refused, ranks, case))
+    elif outcome.failure is not None:
+        _raise_usage(outcome.failure)
+        findings.insert(0, _from_failure(outcome.failure, case))
+    observed = [report["observed"] for report in reports]
+    return Verdict(case, findings, unsupported, outcome.failure, observed, outcome.traces, outcome.seconds)
+
+
+def judge_case(spec: str, case: str, *, backend: str = "gloo") -> list[Finding]:
+    """The findings of `judge`; a case that every rank refuses has none."""
+    return judge(spec, case, backend=backend).findings
+
+
+def judge_all(spec: str, cases: Sequence[str], *, backend: str = "gloo") -> Iterator[Verdict]:
+    """One verdict per case, as they come."""
+    for case in cases:
+        yield judge(spec, case, backend=backend)
+
+
+def _raise_usage(failure: Failure) -> None:
+    """An implementation that cannot be found or imported is no finding about it."""
+    kind, _, message = failure.cause.partition(": ")
+    error = {"UsageError": errors.UsageError, "CannotJudge": errors.CannotJudge}.get(kind)
+    if failure.kind == "raised" and error is not None:
+        raise error(message)
+
+
+def _refused_alone(refused: dict[int, str], ranks: int, case: str) -> Finding:
+    ones = ", ".join(f"rank {rank} raises {message.splitlines()[0]}" for rank, message in sorted(refused.items()))
+    others = [rank for rank in range(ranks) if rank not in refused]
+    message = f"{ones}, but ranks {others} go on; an implementation that needs more has to raise on every rank"
+    return {"check": "refusal", "case": case, "message": message, "headroom": None,
+            "where": {"rank": min(refused)}, "diagnosis": []}  # fmt: skip
+
+
+def _from_failure(failure: Failure, case: str) -> Finding:
+    evidence = [{"fault": "secondary error", "evidence": line} for line in failure.secondary]
+    where = {"rank": failure.rank, "call": failure.call}
+    return {"check": "ranks", "case": case, "message": f"{failure.kind}: {failure.headline()}", "headroom": None,
+            "where": where, "diagnosis": evidence, "trace": failure.trace}  # fmt: skip

@@ -1,0 +1,45 @@
+"""Hypothesis strategies over case specs; only the controller draws, tensors are made from the spec on each rank."""
+
+from collections.abc import Sequence
+
+from hypothesis import strategies as st
+
+from harness.ranks.cases import DTYPES, KINDS, OWNERS, ROUTINGS, DispatcherCase, LinearCase
+
+
+@st.composite
+def dispatcher_cases(
+    draw: st.DrawFn, worlds: Sequence[int] = (1, 2, 4), dtypes: Sequence[str] = DTYPES
+) -> DispatcherCase:
+    """Cases that shrink to few ranks, experts, slots and tokens, and to the plainest routing."""
+    ranks = draw(st.sampled_from(sorted(worlds)))
+    experts = draw(st.integers(1, 9))
+    tokens = draw(st.lists(st.integers(0, 5), min_size=ranks, max_size=ranks))
+    return DispatcherCase(
+        R=ranks,
+        E=experts,
+        k=draw(st.integers(1, min(experts, 5))),
+        T="+".join(map(str, tokens)),
+        H=draw(st.sampled_from([8, 16])),
+        owner=draw(st.sampled_from(OWNERS)),
+        ids=draw(st.sampled_from(ROUTINGS)),
+        dtype=draw(st.sampled_from(list(dtypes))),
+        seed=draw(st.integers(0, 99)),
+    )
+
+
+@st.composite
+def linear_cases(draw: st.DrawFn, worlds: Sequence[int] = (1, 2, 4), kinds: Sequence[str] = KINDS) -> LinearCase:
+    """Cases whose sizes the ranks share evenly."""
+    ranks, experts = draw(st.sampled_from(sorted(worlds))), draw(st.integers(1, 4))
+    rows = draw(st.lists(st.integers(0, 4), min_size=experts, max_size=experts))
+    return LinearCase(
+        R=ranks,
+        E=experts,
+        K=ranks * draw(st.integers(1, 6)),
+        N=ranks * draw(st.integers(1, 6)),
+        S="+".join(map(str, rows)),
+        kind=draw(st.sampled_from(list(kinds))),
+        dtype=draw(st.sampled_from(DTYPES)),
+        seed=draw(st.integers(0, 99)),
+    )

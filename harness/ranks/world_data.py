@@ -1,0 +1,118 @@
+"""From a dispatcher case to the tensors of all ranks, exact in their dtype, and the experts they are run through.
+
+Hidden states and routing weights are integers (in fp32 with a fraction, so that rounding to 16 bits would show) small
+enough that every product and every sum is exact in the dtype of the case, in any order.  Six columns spell the number
+of the token in base 7, so that a received row tells which token of which rank it is.
+
+    f_e(x) = sign_e * x[permutation_e] + constant_e        distinct for each expert, not symmetric in the columns
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from harness.ranks.cases import DispatcherCase
+from reference.dispatcher import Batch
+
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Largest |x|.  Sums reach (|x| + 1) * (1 + ... + 10): 220 <= 2^8 in bf16, 1925 <= 2^11 in fp16; in fp32 the weights
+# have six more bits, 2^15.6 in units of 2^-6 fit into 24 bits.
+LARGEST = {"fp32": 511, "fp16": 34, "bf16": 3}
+TAG_COLUMNS = 6
+_EXPERT_FIELDS = ("owner", "signs", "permutations", "constants")
+
+
+@dataclass(frozen=True)
+class World:
+    """What all ranks hold together."""
+
+    batches: list[Batch]  # one per rank, on the CPU
+    owner: Tensor  # [E]
+    signs: Tensor  # [E, H]
+    permutations: Tensor  # [E, H]
+    constants: Tensor  # [E, H]
+
+    def with_experts_of(self, other: "World") -> "World":
+        """These tokens, the experts and their owners of `other`."""
+        return replace(self, **{name: getattr(other, name) for name in _EXPERT_FIELDS})
+
+    def expert(self, expert: int, rows: Tensor) -> Tensor:
+        """f_e of rows [n, H], in their dtype."""
+        rows = rows[:, self.permutations[expert]]
+        return self.signs[expert].to(rows.dtype) * rows + self.constants[expert].to(rows.dtype)
+
+
+def build(case: DispatcherCase, *, replicated: bool = False) -> World:
+    """Tensors of every rank from the spec alone; `replicated` gives every rank the tokens of the longest."""
+    random = torch.Generator().manual_seed(case.seed * 7919 + case.E * 101 + case.R)
+    counts = [max(case.tokens)] if replicated else case.tokens
+    total = sum(counts)
+    hidden, weights = _hidden(case, total, random), _weights(case, total, random)
+    ids = _ids(case, total, random)
+    weights = weights.masked_fill(ids < 0, torch.nan)  # a masked slot's weight must not matter
+    batches = [Batch(*parts) for parts in zip(*(t.split(counts) for t in (hidden, weights, ids)), strict=True)]
+    shape = (case.E, case.H)
+    return World(
+        batches * case.R if replicated else batches,
+        _owner(case, random),
+        torch.randint(0, 2, shape, generator=random) * 2 - 1,
+        torch.stack([torch.randperm(case.H, generator=random) for _ in range(case.E)]),
+        torch.randint(-1, 2, shape, generator=random),
+    )
+
+
+def _hidden(case: DispatcherCase, total: int, random: torch.Generator) -> Tensor:
+    largest = LARGEST[case.dtype]
+    hidden = torch.randint(-largest, largest + 1, (total, case.H), generator=random)
+    hidden[:, :TAG_COLUMNS] = tags(total)
+    hidden = hidden.to(TORCH_DTYPES[case.dtype])
+    if case.ids == "nan" and total:
+        hidden[total // 2, -1] = torch.nan  # one token of one rank; no other row may change
+    return hidden
+
+
+def tags(total: int) -> Tensor:
+    """Digits -3..3 of each token's number, [total, 6]."""
+    return torch.arange(total)[:, None] // 7 ** torch.arange(TAG_COLUMNS) % 7 - 3
+
+
+def tagged_token(row: Tensor) -> int:
+    """The number that a row's tag spells; -1 where it spells none."""
+    digits = row[:TAG_COLUMNS].double() + 3
+    if not bool(((digits >= 0) & (digits <= 6) & (digits == digits.round())).all()):
+        return -1
+    return int((digits.long() * 7 ** torch.arange(TAG_COLUMNS)).sum())
+
+
+def _weights(case: DispatcherCase, total: int, random: torch.Generator) -> Tensor:
+    """1..k in an order of its own for each token, so that no two slots of a token weigh the same."""
+    order = torch.rand(total, case.k, generator=random).argsort(1) + 1.0
+    return order + torch.randint(0, 64, order.shape, generator=random) / 64 if case.dtype == "fp32" else order
+
+
+def _ids(case: DispatcherCase, total: int, random: torch.Generator) -> Tensor:
+    ids = torch.rand(total, case.E, generator=random).argsort(1)[:, : case.k]
+    if case.ids == "none":
+        return torch.full_like(ids, -1)
+    if case.ids == "hot":
+        ids[:, 0] = case.E - 1
+        ids[:, 1:] = torch.where(ids[:, 1:] == case.E - 1, -1, ids[:, 1:])
+    if case.ids == "duplicates":
+        ids[:, -1] = ids[:, 0]
+    if case.ids == "masked":
+        ids[torch.rand(ids.shape, generator=random) < 0.4] = -1
+    return ids.contiguous()
+
+
+def _owner(case: DispatcherCase, random: torch.Generator) -> Tensor:
+    experts, ranks = torch.arange(case.E), case.R
+    if case.owner == "block":  # the first ranks hold one more where E does not divide
+        return torch.tensor([r for r in range(ranks) for _ in range(len(range(r, case.E, ranks)))])
+    if case.owner == "cyclic":
+        return experts % ranks
+    if case.owner == "last_empty":
+        return experts % max(ranks - 1, 1)
+    if case.owner == "one":
+        return torch.full_like(experts, ranks // 2)
+    return torch.randint(0, ranks, (case.E,), generator=random)
