@@ -15,41 +15,60 @@ from impls.triton.configs import Tiling, grid_size
 
 
 @triton.jit
+def _linear_tile(
+    a, w, bias, y, slots, e, count, start, first, n0, K, N, a_row, a_col, w_e, w_n, w_k, b_e, b_n, y_row,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr,
+    TMA_A: tl.constexpr, SWAP: tl.constexpr, WIDEN: tl.constexpr, BIAS: tl.constexpr, SCATTER: tl.constexpr,
+):  # fmt: skip
+    """y of BM rows of expert e from its row `first` on, at BN columns from n0 on."""
+    row = first + tl.arange(0, BM)
+    live = row < count
+    shape: tl.constexpr = (BN, BM) if SWAP else (BM, BN)
+    acc = tl.zeros(shape, tl.float32)
+    for k0 in tl.range(0, K, BK):
+        if TMA_A:  # rows of the next expert may come along; their results are never stored
+            rows_a = a.load([start + first, k0])
+        else:
+            rows_a = row_tile(a, start + row, live, k0, K, a_row, a_col, BK, EVEN_K)
+        w_tile = weight_tile(w, e, n0, k0, N, K, w_e, w_n, w_k, BN, BK, EVEN_K, TMA)
+        acc = product(w_tile, rows_a.T, acc, WIDEN) if SWAP else product(rows_a, w_tile.T, acc, WIDEN)
+    if SWAP:
+        acc = acc.T
+    col = n0 + tl.arange(0, BN)
+    if BIAS:
+        b = tl.load(bias + e.to(tl.int64) * b_e + col.to(tl.int64) * b_n, mask=col < N, other=0.0)
+        acc += b[None, :].to(tl.float32)
+    to = start + row
+    if SCATTER:
+        to = tl.load(slots + to, mask=live, other=0)
+    at = y + to[:, None].to(tl.int64) * y_row + col[None, :]
+    tl.store(at, acc.to(y.dtype.element_ty), mask=live[:, None] & (col < N)[None, :])
+
+
+@triton.jit
 def _linear(
-    a, w, bias, y, counts, slots, E, K, N, a_row, a_col, w_e, w_n, w_k, b_e, b_n, c_e, y_row,
+    a, a_half, w, bias, y, counts, slots, E, K, N, a_row, a_col, w_e, w_n, w_k, b_e, b_n, c_e, y_row,
     BLOCK_E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     EVEN_K: tl.constexpr, TMA: tl.constexpr, TMA_A: tl.constexpr, SWAP: tl.constexpr, WIDEN: tl.constexpr,
-    PDL: tl.constexpr, FLAT: tl.constexpr, BIAS: tl.constexpr, SCATTER: tl.constexpr,
+    PDL: tl.constexpr, FLAT: tl.constexpr, TAIL: tl.constexpr, BIAS: tl.constexpr, SCATTER: tl.constexpr,
 ):  # fmt: skip
-    """Tiles [BM rows, BN columns] of y."""
+    """Tiles [BM rows, BN columns] of y; `a_half` is `a` with a descriptor for half the rows."""
     after_previous(PDL)
     let_next_start(PDL)
     n_blocks = tl.cdiv(N, BN)
     rows, starts, row_tiles, ends = expert_runs(counts, c_e, E, n_blocks, BLOCK_E, BM)
     for tile in tl.range(tl.program_id(0), tl.max(ends, 0), tl.num_programs(0), flatten=FLAT):
         e, count, start, m, n = find_tile(tile, rows, starts, row_tiles, ends, n_blocks, BLOCK_E, GROUP)
-        row = m * BM + tl.arange(0, BM)
-        live = row < count
-        shape: tl.constexpr = (BN, BM) if SWAP else (BM, BN)
-        acc = tl.zeros(shape, tl.float32)
-        for k0 in tl.range(0, K, BK):
-            if TMA_A:  # rows of the next expert may come along; their results are never stored
-                rows_a = a.load([start + m * BM, k0])
-            else:
-                rows_a = row_tile(a, start + row, live, k0, K, a_row, a_col, BK, EVEN_K)
-            w_tile = weight_tile(w, e, n * BN, k0, N, K, w_e, w_n, w_k, BN, BK, EVEN_K, TMA)
-            acc = product(w_tile, rows_a.T, acc, WIDEN) if SWAP else product(rows_a, w_tile.T, acc, WIDEN)
-        if SWAP:
-            acc = acc.T
-        col = n * BN + tl.arange(0, BN)
-        if BIAS:
-            b = tl.load(bias + e.to(tl.int64) * b_e + col.to(tl.int64) * b_n, mask=col < N, other=0.0)
-            acc += b[None, :].to(tl.float32)
-        to = start + row
-        if SCATTER:
-            to = tl.load(slots + to, mask=live, other=0)
-        at = y + to[:, None].to(tl.int64) * y_row + col[None, :]
-        tl.store(at, acc.to(y.dtype.element_ty), mask=live[:, None] & (col < N)[None, :])
+        if TAIL and count - m * BM <= BM // 2:
+            _linear_tile(
+                a_half, w, bias, y, slots, e, count, start, m * BM, n * BN, K, N, a_row, a_col, w_e, w_n, w_k,
+                b_e, b_n, y_row, BM // 2, BN, BK, EVEN_K, TMA, TMA_A, SWAP, WIDEN, BIAS, SCATTER,
+            )  # fmt: skip
+        else:
+            _linear_tile(
+                a, w, bias, y, slots, e, count, start, m * BM, n * BN, K, N, a_row, a_col, w_e, w_n, w_k,
+                b_e, b_n, y_row, BM, BN, BK, EVEN_K, TMA, TMA_A, SWAP, WIDEN, BIAS, SCATTER,
+            )  # fmt: skip
 
 
 def linear(
@@ -70,16 +89,17 @@ def linear(
     y = a.new_empty(a.shape[0], columns)
     source, tma = tile_source(weight, [1, tiling.n, tiling.k], tiling.tma)
     a_source, tma_a = tile_source(a, [tiling.m, tiling.k], tiling.tma)
+    a_half, _ = tile_source(a, [tiling.m // 2, tiling.k], tiling.tma)
     bias_strides = (0, 0) if bias is None else bias.stride()
     early = slots is not None and early_start(a.device)
     with on(a.device):
         _linear[(grid_size(tiling, expected, num_experts, columns, a.device),)](
-            a_source, source, a if bias is None else bias, y, counts, counts if slots is None else slots,
+            a_source, a_half, source, a if bias is None else bias, y, counts, counts if slots is None else slots,
             num_experts, a.shape[1], columns,
             *a.stride(), *weight.stride(), *bias_strides, counts.stride(0), y.stride(0),
             BLOCK_E=triton.next_power_of_2(num_experts), BM=tiling.m, BN=tiling.n, BK=tiling.k, GROUP=tiling.group,
             EVEN_K=a.shape[1] % tiling.k == 0, TMA=tma, TMA_A=tma_a, SWAP=tiling.swap, WIDEN=interpreting(),
-            PDL=early, FLAT=tiling.flat, launch_pdl=early, BIAS=bias is not None, SCATTER=slots is not None,
+            PDL=early, FLAT=tiling.flat, TAIL=tiling.tail, launch_pdl=early, BIAS=bias is not None, SCATTER=slots is not None,
             num_warps=tiling.warps, num_stages=tiling.stages,
         )  # fmt: skip
     return y

@@ -5,8 +5,8 @@ r"""Alignment of rows to experts: which slots belong to which expert, in expert 
     slots  = the slots sorted by expert, ties by slot           int32 [S], the first sum(counts) entries are written
 
 Masked slots (id -1, or an expert that lives elsewhere) appear nowhere.  The order is that of a stable sort, so it is
-the same in every run.  There is no padding: the grouped products find their row tiles from `counts` themselves, so nothing
-has to be known on the host and the launches can be captured in a CUDA graph.
+the same in every run.  There is no padding: the grouped products find their row tiles from `counts`, so nothing has
+to be known on the host and the launches can be captured in a CUDA graph.
 
 Up to ONE_LAUNCH slots one program per expert reads all ids; beyond, two launches: histograms of chunks, then each chunk
 places its slots from the histograms of the chunks before it.
@@ -81,30 +81,33 @@ def _count_chunks(
 @triton.jit
 def _place_chunks(
     ids, emap, table, slots, counts, S, top_k, id_row, id_col, map_len, E, chunks,
-    HAS_MAP: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
+    HAS_MAP: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program c: place the slots of chunk c behind those of lower experts and of earlier chunks."""
+    """Program (c, p): place part p of chunk c behind lower experts, earlier chunks and earlier parts."""
     let_next_start(PDL)
-    chunk = tl.program_id(0)
+    chunk, part = tl.program_id(0), tl.program_id(1)
     experts = tl.arange(0, BLOCK_E)
     total = tl.zeros((BLOCK_E,), tl.int32)
     before = tl.zeros((BLOCK_E,), tl.int32)
-    for c in range(chunks):
-        row = tl.load(table + c * BLOCK_E + experts)
-        total += row
-        before += tl.where(c < chunk, row, 0)
-    tl.store(counts + experts, total, mask=(experts < E) & (chunk == 0))
+    for first in range(0, chunks, ROWS):
+        c = first + tl.arange(0, ROWS)
+        rows = tl.load(table + c[:, None] * BLOCK_E + experts[None, :], mask=(c < chunks)[:, None], other=0)
+        total += tl.sum(rows, 0)
+        before += tl.sum(tl.where((c < chunk)[:, None], rows, 0), 0)
+    tl.store(counts + experts, total, mask=(experts < E) & (chunk + part == 0))
+    whole = tl.arange(0, BLOCK)
+    slot = chunk * BLOCK + whole
+    earlier = (slot < S) & (whole < part * PART)
+    e = local_expert(ids, emap, slot, earlier, top_k, id_row, id_col, map_len, E, HAS_MAP)
+    before += tl.histogram(tl.where(e < 0, E, e), BLOCK_E)
     free = tl.cumsum(total, 0) - total + before  # the next free position of each expert
     lane = tl.arange(0, PART)
-    for part in range(BLOCK // PART):
-        slot = chunk * BLOCK + part * PART + lane
-        e = local_expert(ids, emap, slot, slot < S, top_k, id_row, id_col, map_len, E, HAS_MAP)
-        binned = tl.where(e < 0, E, e)
-        earlier = (binned[:, None] == binned[None, :]) & (lane[None, :] < lane[:, None])
-        rank = tl.sum(earlier.to(tl.int32), 1)
-        tl.store(slots + tl.gather(free, binned, 0) + rank, slot, mask=e >= 0)
-        free += tl.histogram(binned, BLOCK_E)
+    slot = chunk * BLOCK + part * PART + lane
+    e = local_expert(ids, emap, slot, slot < S, top_k, id_row, id_col, map_len, E, HAS_MAP)
+    binned = tl.where(e < 0, E, e)
+    same = (binned[:, None] == binned[None, :]) & (lane[None, :] < lane[:, None])
+    tl.store(slots + tl.gather(free, binned, 0) + tl.sum(same.to(tl.int32), 1), slot, mask=e >= 0)
 
 
 def align(topk_ids: Tensor, num_experts: int, expert_map: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -122,7 +125,10 @@ def align(topk_ids: Tensor, num_experts: int, expert_map: Tensor | None = None) 
     counts = torch.empty(num_experts, dtype=torch.int32, device=topk_ids.device)
     slots = torch.empty(total, dtype=torch.int32, device=topk_ids.device)
     emap = topk_ids if expert_map is None else expert_map.contiguous()
-    shared = (total, top_k, topk_ids.stride(0), topk_ids.stride(1), emap.numel(), num_experts)
+    row, column = topk_ids.stride()
+    if row == top_k * column:  # rows without gaps are one long row: no division, wide loads
+        top_k, row = 1, column
+    shared = (total, top_k, row, column, emap.numel(), num_experts)
     has_map = expert_map is not None
     early = early_start(topk_ids.device)
     with on(topk_ids.device):
@@ -137,5 +143,8 @@ def align(topk_ids: Tensor, num_experts: int, expert_map: Tensor | None = None) 
         table = torch.empty(chunks, block_e, dtype=torch.int32, device=topk_ids.device)
         flags = {"HAS_MAP": has_map, "BLOCK_E": block_e, "BLOCK": CHUNK}
         _count_chunks[(chunks,)](topk_ids, emap, table, *shared, **flags)
-        _place_chunks[(chunks,)](topk_ids, emap, table, slots, counts, *shared, chunks, **flags, PART=RANKED, PDL=early)
+        _place_chunks[(chunks, CHUNK // RANKED)](
+            topk_ids, emap, table, slots, counts, *shared, chunks, **flags,
+            PART=RANKED, ROWS=max(1, 4096 // block_e), PDL=early,
+        )  # fmt: skip
     return counts, slots

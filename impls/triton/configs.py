@@ -1,4 +1,4 @@
-"""Tile sizes as data: one JSON file per device and shape under tuned/, the nearest is used, rules fill the gap.
+"""Tile sizes as data: one JSON file per device and shape under tuned/, rules fill the gaps.
 
 A file holds the shape it was tuned for and, per number of tokens, how to run: the walk for few tokens, or the tilings of
 the two products.  Lookup: same device and same element size, the nearest shape by the sum of |log2| ratios of
@@ -56,8 +56,9 @@ class Tiling:
     """One grouped product: tile m x n, step k, row tiles walked per column, warps, pipeline stages.
 
     `waves` is the grid in programs per multiprocessor (0: one program per possible tile); `tma` reads tiles through the
-    copy engine where the layout allows; `swap` computes the tile transposed, weights first; `flat` makes one loop
-    of the loops over tiles and over k, so that the next tile is being read while this one is written.
+    copy engine where the layout allows; `swap` computes the tile transposed, weights first; `flat` makes one loop of the
+    loops over tiles and over k, so that the next tile is being read while this one is written; `tail` gives the last rows
+    of an expert a tile of half the height where they fit.
     """
 
     m: int
@@ -70,18 +71,21 @@ class Tiling:
     tma: bool = True
     swap: bool = False
     flat: bool = False
+    tail: bool = False
 
 
 @dataclass(frozen=True)
 class Walk:
-    """The few-token path: columns and step of each walk, and its warps."""
+    """The few-token path: columns, step, warps and pipeline stages of its two kernels."""
 
-    up_n: int = 4
-    up_k: int = 1024
+    up_n: int = 32
+    up_k: int = 128
     up_warps: int = 4
-    down_n: int = 2
-    down_k: int = 1024
+    up_stages: int = 3
+    down_n: int = 16
+    down_k: int = 128
     down_warps: int = 4
+    down_stages: int = 4
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ def tuned_files(name: str) -> tuple[tuple[Shape, tuple[tuple[int, Entry], ...]],
 def generic(shape: Shape, slots: int) -> Entry:
     """Rules for a shape or device without a tuned file: the row tile follows the rows per expert."""
     if slots <= 16:
-        return Entry(walk=Walk())
+        return Entry(walk=Walk() if shape.element_size == 2 else Walk(up_k=32, up_stages=2, down_k=32, down_stages=2))
     if shape.element_size == 4:  # fp32 products do not use the tensor cores: small tiles keep them in registers
         tiling = Tiling(16 if slots < 32 * shape.experts else 32, 64, 32, warps=4, stages=2, tma=False)
         return Entry(gate_up=tiling, down=tiling)
@@ -149,7 +153,7 @@ def generic(shape: Shape, slots: int) -> Entry:
 def small(slots: int) -> Entry:
     """Tiles for the interpreter, where time goes with the number of operations and not their size."""
     if slots <= 4:
-        return Entry(walk=Walk(up_n=16, up_k=64, down_n=16, down_k=64))
+        return Entry(walk=Walk(up_n=16, up_k=32, down_n=16, down_k=32))
     tiling = Tiling(16, 32, 32, waves=1, tma=False)
     return Entry(gate_up=tiling, down=tiling)
 

@@ -2,8 +2,8 @@ r"""The routed experts as fused Triton kernels.
 
     [g; u] = gate_up_proj[e] @ x[t]        a = act(g) * u        out[t] = sum over j of w[t, j] * (down_proj[e] @ a)
 
-Few tokens: two launches (`_few_tokens`).  Otherwise four or five: alignment of slots to experts, gate_up with gather
-and activation, down with scatter back to slots, weighted sum per token.  The sum runs over slots in order, so results are
+Few tokens: two launches (`_few_tokens`).  Otherwise four or five: alignment of slots to experts, gate_up with
+gather and activation, down with scatter back to slots, weighted sum per token.  The sum runs over slots in order, so results are
 bitwise the same in every run; nothing waits for the device, so the call can be captured in a CUDA graph.
 
 Rounded to the input dtype on the way: `activation` (act(g) * u) and `expert_output` (down @ a); weights enter in fp32.

@@ -27,11 +27,42 @@ __all__ = ["gate_up"]
 
 
 @triton.jit
+def _gate_up_tile(
+    x, w, act, slots, e, count, start, first, n0, H, WIDTH, top_k, x_row, x_col, w_e, w_n, w_k, act_row,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr,
+    SWAP: tl.constexpr, GELU: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """act of BM rows of expert e from its row `first` on, at BN columns from n0 on."""
+    row = first + tl.arange(0, BM)
+    live = row < count
+    token = tl.load(slots + start + row, mask=live, other=0) // top_k
+    shape: tl.constexpr = (BN, BM) if SWAP else (BM, BN)
+    g = tl.zeros(shape, tl.float32)
+    u = tl.zeros(shape, tl.float32)
+    for k0 in tl.range(0, H, BK):
+        rows_x = row_tile(x, token, live, k0, H, x_row, x_col, BK, EVEN_K)
+        w_g = weight_tile(w, e, n0, k0, WIDTH, H, w_e, w_n, w_k, BN, BK, EVEN_K, TMA)
+        w_u = weight_tile(w, e, n0 + WIDTH, k0, 2 * WIDTH, H, w_e, w_n, w_k, BN, BK, EVEN_K, TMA)
+        if SWAP:
+            g = product(w_g, rows_x.T, g, WIDEN)
+            u = product(w_u, rows_x.T, u, WIDEN)
+        else:
+            g = product(rows_x, w_g.T, g, WIDEN)
+            u = product(rows_x, w_u.T, u, WIDEN)
+    out = gated(g, u, GELU).to(act.dtype.element_ty)
+    if SWAP:
+        out = out.T
+    col = n0 + tl.arange(0, BN)
+    at = act + (start + row)[:, None].to(tl.int64) * act_row + col[None, :]
+    tl.store(at, out, mask=live[:, None] & (col < WIDTH)[None, :])
+
+
+@triton.jit
 def _gate_up(
     x, w, act, counts, slots, E, H, WIDTH, top_k, x_row, x_col, w_e, w_n, w_k, act_row,
     BLOCK_E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     EVEN_K: tl.constexpr, TMA: tl.constexpr, SWAP: tl.constexpr, GELU: tl.constexpr, WIDEN: tl.constexpr,
-    PDL: tl.constexpr, FLAT: tl.constexpr,
+    PDL: tl.constexpr, FLAT: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Tiles [BM slots, BN columns of act]; SWAP computes them transposed: few rows still fill a wide product."""
     after_previous(PDL)
@@ -40,28 +71,16 @@ def _gate_up(
     rows, starts, row_tiles, ends = expert_runs(counts, 1, E, n_blocks, BLOCK_E, BM)
     for tile in tl.range(tl.program_id(0), tl.max(ends, 0), tl.num_programs(0), flatten=FLAT):
         e, count, start, m, n = find_tile(tile, rows, starts, row_tiles, ends, n_blocks, BLOCK_E, GROUP)
-        row = m * BM + tl.arange(0, BM)
-        live = row < count
-        token = tl.load(slots + start + row, mask=live, other=0) // top_k
-        shape: tl.constexpr = (BN, BM) if SWAP else (BM, BN)
-        g = tl.zeros(shape, tl.float32)
-        u = tl.zeros(shape, tl.float32)
-        for k0 in tl.range(0, H, BK):
-            rows_x = row_tile(x, token, live, k0, H, x_row, x_col, BK, EVEN_K)
-            w_g = weight_tile(w, e, n * BN, k0, WIDTH, H, w_e, w_n, w_k, BN, BK, EVEN_K, TMA)
-            w_u = weight_tile(w, e, n * BN + WIDTH, k0, 2 * WIDTH, H, w_e, w_n, w_k, BN, BK, EVEN_K, TMA)
-            if SWAP:
-                g = product(w_g, rows_x.T, g, WIDEN)
-                u = product(w_u, rows_x.T, u, WIDEN)
-            else:
-                g = product(rows_x, w_g.T, g, WIDEN)
-                u = product(rows_x, w_u.T, u, WIDEN)
-        out = gated(g, u, GELU).to(act.dtype.element_ty)
-        if SWAP:
-            out = out.T
-        col = n * BN + tl.arange(0, BN)
-        at = act + (start + row)[:, None].to(tl.int64) * act_row + col[None, :]
-        tl.store(at, out, mask=live[:, None] & (col < WIDTH)[None, :])
+        if TAIL and count - m * BM <= BM // 2:
+            _gate_up_tile(
+                x, w, act, slots, e, count, start, m * BM, n * BN, H, WIDTH, top_k, x_row, x_col, w_e, w_n, w_k,
+                act_row, BM // 2, BN, BK, EVEN_K, TMA, SWAP, GELU, WIDEN,
+            )  # fmt: skip
+        else:
+            _gate_up_tile(
+                x, w, act, slots, e, count, start, m * BM, n * BN, H, WIDTH, top_k, x_row, x_col, w_e, w_n, w_k,
+                act_row, BM, BN, BK, EVEN_K, TMA, SWAP, GELU, WIDEN,
+            )  # fmt: skip
 
 
 def gate_up(
@@ -69,8 +88,8 @@ def gate_up(
 ) -> Tensor:
     """Activated rows [S, I] in the order of `slots`, in the dtype of x [T, H], for weight [E, 2I, H].
 
-    `expected` is the number of rows the grid is sized for; more are handled.  Rows past sum(counts) are not written.  Rows start 16-byte aligned, so that the second product may read tiles of
-    them through the copy engine.
+    `expected` is the number of rows the grid is sized for; more are handled.  Rows past sum(counts) are not written.
+    Rows start 16-byte aligned, so that the second product may read tiles of them through the copy engine.
     """
     num_experts, width = weight.shape[0], weight.shape[1] // 2
     act = x.new_empty(len(slots), triton.cdiv(width, 8) * 8)[:, :width]
@@ -82,7 +101,7 @@ def gate_up(
             *x.stride(), *weight.stride(), act.stride(0),
             BLOCK_E=triton.next_power_of_2(num_experts), BM=tiling.m, BN=tiling.n, BK=tiling.k, GROUP=tiling.group,
             EVEN_K=x.shape[1] % tiling.k == 0, TMA=tma, SWAP=tiling.swap, GELU=activation == "gelu_tanh",
-            WIDEN=interpreting(), PDL=early, FLAT=tiling.flat, launch_pdl=early,
+            WIDEN=interpreting(), PDL=early, FLAT=tiling.flat, TAIL=tiling.tail, launch_pdl=early,
             num_warps=tiling.warps, num_stages=tiling.stages,
         )  # fmt: skip
     return act

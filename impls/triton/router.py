@@ -4,8 +4,9 @@ r"""Top-k routing in one launch, from logits to weights and ids.
     chosen  = the top_k experts by  scores + correction_bias  inside the best groups, smaller id first among equals
     weights = scores[chosen]  (/ their sum)  * routed_scaling_factor
 
-The choice is made on integers: the bits of the selection score, made to compare like the number, above the bits of the
-expert's index.  One maximum then gives value and index, ties have one answer, a NaN counts as -inf, and lanes behind the last expert hold the smallest integer, which no score reaches.
+The choice is made on integers: the bits of the selection score, made to compare like the number.  A maximum over
+integers is one instruction per warp; the smallest lane that holds it is the expert, so ties have one answer.  A NaN
+counts as -inf, and lanes behind the last expert, like those already chosen, hold an integer that no score reaches.
 
 `router_from_hidden` runs the gate's product first: one more launch, parallel over rows and experts, logits in fp32.
 """
@@ -19,13 +20,21 @@ from impls.triton._common import exact_exp, exact_sigmoid, interpreting, on, pro
 
 __all__ = ["router", "router_from_hidden"]
 
+LEAST: tl.constexpr = tl.constexpr(-2147483648)
+
 
 @triton.jit
 def _ordered(value):
-    """int64 that compares like the fp32 value, with 32 free low bits; NaN counts as -inf."""
+    """int32 that compares like the fp32 value; NaN counts as -inf, and nothing reaches LEAST."""
     value = tl.where(value == value, value, float("-inf")) + 0.0  # + 0.0 turns -0 into 0
     bits = value.to(tl.int32, bitcast=True)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) * 4294967296
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _best(keys, lane, NONE: tl.constexpr):
+    """Lane [BM] of the largest key in each row of keys [BM, lanes], the smallest lane among equals."""
+    return tl.min(tl.where(keys == tl.max(keys, 1)[:, None], lane[None, :], NONE), 1)
 
 
 @triton.jit
@@ -43,14 +52,12 @@ def _allowed(selection, lane, E, GROUPS: tl.constexpr, TOP: tl.constexpr, SUM2: 
             first = tl.min(tl.where(inside == best[:, None], lane[None, :], E), 1)
             best += tl.max(tl.where(lane[None, :] == first[:, None], minus, inside), 1)
         scores = tl.where(groups[None, :] == g, best[:, None], scores)
-    least: tl.constexpr = -9223372036854775807
-    keys = tl.where(groups[None, :] < GROUPS, _ordered(scores) + (BLOCK_G - groups)[None, :], least)
+    keys = tl.where(groups[None, :] < GROUPS, _ordered(scores), LEAST)
     keep = tl.zeros((selection.shape[0], selection.shape[1]), tl.int1)
     for _ in range(TOP):
-        best_key = tl.max(keys, 1)
-        chosen = BLOCK_G - (best_key & 0xFFFFFFFF).to(tl.int32)
+        chosen = _best(keys, groups, BLOCK_G)
         keep = keep | (group[None, :] == chosen[:, None])
-        keys = tl.where(groups[None, :] == chosen[:, None], least, keys)
+        keys = tl.where(groups[None, :] == chosen[:, None], LEAST, keys)
     return tl.where(keep, selection, minus)
 
 
@@ -78,18 +85,14 @@ def _router(
         selection += tl.load(bias + lane.to(tl.int64) * b_col, mask=lane < E, other=0.0).to(tl.float32)[None, :]
     if GROUPS > 0:
         selection = _allowed(tl.where(real, selection, float("-inf")), lane, E, GROUPS, TOP, BIAS, BLOCK_G)
-    least: tl.constexpr = -9223372036854775807
-    keys = tl.where(real, _ordered(selection) + (BE - lane)[None, :], least)
+    keys = tl.where(real, _ordered(selection), LEAST)
     slot = tl.arange(0, BLOCK_K)[None, :]
-    w = tl.zeros((BM, BLOCK_K), tl.float32)
     chosen_ids = tl.zeros((BM, BLOCK_K), tl.int32)
     for j in range(K):
-        chosen = BE - (tl.max(keys, 1) & 0xFFFFFFFF).to(tl.int32)
-        hit = lane[None, :] == chosen[:, None]
-        value = tl.sum(tl.where(hit, scores, 0.0), 1)
-        keys = tl.where(hit, least, keys)
-        w = tl.where(slot == j, value[:, None], w)
+        chosen = _best(keys, lane, BE)
+        keys = tl.where(lane[None, :] == chosen[:, None], LEAST, keys)
         chosen_ids = tl.where(slot == j, chosen[:, None], chosen_ids)
+    w = tl.where(slot < K, tl.gather(scores, chosen_ids, 1), 0.0)
     if RENORM:
         total = tl.sum(w, 1)
         w = w / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -182,7 +185,7 @@ def _rows(tokens: int, block_e: int) -> tuple[int, int]:
         return min(16, triton.next_power_of_2(tokens)), 1
     if block_e > 1024:
         return 1, 4
-    return (1, 1) if tokens <= 512 else (4, 4)
+    return (1, 1) if tokens <= 512 or block_e > 256 else (4, 4)
 
 
 def router_from_hidden(hidden_states: Tensor, gate_weight: Tensor, **options: object) -> tuple[Tensor, Tensor]:
