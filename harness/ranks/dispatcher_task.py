@@ -113,8 +113,8 @@ def _check_result(me: Rank, out: Any, world: world_data.World, d: Any, report: R
         column = int(differing_rows(got[token, :, None], expected[token, :, None])[0])
         report.fail(
             "dense",
-            f"{which}rank {me.rank}: {len(wrong)} of {len(expected)} tokens differ from the dense layer; first is token "
-            f"{token}, column {column}: {got[token, column]:g}, but should be {expected[token, column]:g}",
+            f"{which}rank {me.rank}: {len(wrong)} of {len(expected)} tokens differ from the dense layer; first is "
+            f"token {token}, column {column}: {got[token, column]:g}, but should be {expected[token, column]:g}",
             where={"rank": me.rank, "token": token, "column": column, "tokens": wrong.tolist()[:32]},
             diagnosis=[
                 *received_rows.fit(got, parts, wrong),
@@ -141,6 +141,6 @@ def _check_volume(me: Rank, dispatcher: Any, world: world_data.World, report: Re
     needed = volume.floor(scheme, world.batches, world.owner, me.rank) if isinstance(scheme, str) else None
     sent = sum(call.sent for call in me.recorder.calls)
     report.observed["sent"], report.observed["needed"] = sent, needed
-    if needed is not None and sent > needed + volume.CONTROL_BYTES * (me.world_size - 1):
+    if needed is not None and sent >= needed + volume.CONTROL_BYTES * (me.world_size - 1) + 1:
         report.fail("volume", f"rank {me.rank} sent {sent:g} bytes, but {scheme} needs {needed:g} for these ids",
                     headroom=sent / needed if needed else None, where={"rank": me.rank})  # fmt: skip

@@ -1,0 +1,149 @@
+"""What one rank does for a case of the stage `parallel_linear`: load, run, compare with its part of the reference.
+
+No rank talks to another: what a rank's part of the result is follows from the shard functions of the reference alone,
+exactly, and a row-parallel layer's parts are judged unreduced, so that a layer which reduces by itself is caught.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.contracts import REJECTIONS
+from harness.errors import UsageError
+from harness.ranks.cases import LinearCase, parse_id
+from harness.ranks.loading import load
+from harness.ranks.results import Report, differing_rows
+from harness.ranks.worker import Rank
+from harness.ranks.world_data import TORCH_DTYPES
+from reference import parallel_linear as reference
+from reference.grouped_linear import grouped_linear
+
+# By the class's name, longest first; a class may also say it in the attribute `kind`.
+NAMES = {"merged": "merged_column", "column": "column", "row": "row", "replicated": "replicated"}
+
+
+def kind_of(subject: Any) -> str:
+    """Which layer a class is.
+
+    Raises:
+        UsageError: neither its attribute `kind` nor its name tells.
+    """
+    name = getattr(subject, "__name__", "")
+    kind = getattr(subject, "kind", None) or next((k for part, k in NAMES.items() if part in name.lower()), None)
+    if kind not in reference.KINDS:
+        raise UsageError(f"{name} is of no known kind; its name should hold Replicated, Column, MergedColumn or Row, "
+                         f"or its attribute 'kind' be one of {', '.join(reference.KINDS)}")  # fmt: skip
+    return kind
+
+
+def run(me: Rank, spec: dict[str, str], seed: int) -> dict[str, Any]:
+    """Task: spec = {"impl": ..., "case": id}.  Returns a Report as plain data."""
+    _, case = parse_id(spec["case"])
+    subject = load("parallel_linear", spec["impl"])
+    report = Report(me.rank)
+    if kind_of(subject) != case.kind:  # type: ignore[attr-defined]
+        report.rejected = f"{spec['impl']} is {kind_of(subject)}, the case asks for {case.kind}"  # type: ignore
+        return report.as_dict()
+    try:
+        _judge(me, subject, case, report)  # type: ignore[arg-type]
+    except REJECTIONS as error:
+        report.rejected = f"{type(error).__name__}: {error}"
+    return report.as_dict()
+
+
+def weights_of(case: LinearCase) -> tuple[list[list[Tensor]], Tensor]:
+    """Checkpoint tensors [expert][part] of [N, K], and x [S, K]; small integers, so that products are exact."""
+    random = torch.Generator().manual_seed(case.seed * 31 + case.K)
+    dtype, parts = TORCH_DTYPES[case.dtype], 2 if case.kind == "merged_column" else 1
+    # Each column of the weights has few entries, so that sums over K stay within 8 bits.
+    keep = max(1, min(case.K, 16))
+    weights = []
+    for _ in range(case.E):
+        whole = torch.randint(-3, 4, (parts, case.N, case.K), generator=random)
+        rank = torch.rand(parts, case.N, case.K, generator=random).argsort(-1).argsort(-1)
+        weights.append(list((whole * (rank < keep)).to(dtype)))
+    return weights, torch.randint(-3, 4, (sum(case.rows), case.K), generator=random).to(dtype)
+
+
+def _judge(me: Rank, subject: Any, case: LinearCase, report: Report) -> None:
+    weights, x = weights_of(case)
+    place = {"rank": me.rank, "world_size": me.world_size, "dtype": x.dtype, "device": me.device}
+    outer: int | list[int] = [case.N, case.N] if case.kind == "merged_column" else case.N
+    layer = subject(case.E, case.K, outer, **place)
+    loaded = [[part.clone().to(me.device) for part in parts] for parts in weights]
+    for expert in _load_order(case):
+        for number, part in enumerate(loaded[expert]):
+            layer.load(expert, part, **({"shard_id": number} if len(loaded[expert]) > 1 else {}))
+    for part in (part for parts in loaded for part in parts):
+        part.fill_(torch.nan)  # the layer keeps its own copy; the checkpoint's memory goes away
+    mine = reference.input_shard(x, me.rank, me.world_size).contiguous() if case.kind == "row" else x.clone()
+    given = mine.to(me.device)
+    before = given.clone()
+    out = layer(given, torch.tensor(case.rows, device=me.device))
+    if not torch.equal(given, before):
+        report.fail("inputs", "x was modified")
+    if case.kind == "row" and getattr(layer, "output", None) != "partial":
+        said = getattr(layer, "output", None)
+        report.fail("contract", f"attribute output is {said!r}, but should be 'partial': the result is unreduced")
+    _compare(me, out, weights, x, case, report)
+
+
+def _load_order(case: LinearCase) -> list[int]:
+    """Experts arrive in the order of the files, which is not theirs."""
+    return sorted(range(case.E), key=lambda expert: (expert * 7 + 3) % 5)
+
+
+def expected_part(weights: list[list[Tensor]], x: Tensor, case: LinearCase, rank: int) -> Tensor:
+    """This rank's part of the result in fp64, [S, N or N / R]."""
+    ranks, stacked = case.R, []
+    for parts in weights:
+        if case.kind == "column":
+            stacked.append(reference.column_shard(parts[0], rank, ranks))
+        elif case.kind == "merged_column":
+            stacked.append(reference.merged_column_shard(parts, rank, ranks))
+        else:
+            stacked.append(reference.row_shard(parts[0], rank, ranks) if case.kind == "row" else parts[0])
+    rows = reference.input_shard(x, rank, ranks) if case.kind == "row" else x
+    return grouped_linear(rows.double(), torch.stack(stacked).double(), torch.tensor(case.rows))
+
+
+def _compare(me: Rank, out: Any, weights: list[list[Tensor]], x: Tensor, case: LinearCase, report: Report) -> None:
+    expected = expected_part(weights, x, case, me.rank)
+    if not isinstance(out, Tensor) or out.shape != expected.shape or out.dtype != x.dtype:
+        got = f"{out.dtype} {list(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+        report.fail("contract", f"the result is {got}, but should be {x.dtype} {list(expected.shape)}")
+        return
+    got = out.cpu().double()
+    wrong = differing_rows(got, expected)
+    if not len(wrong):
+        return
+    row = int(wrong[0])
+    column = int(differing_rows(got[row, :, None], expected[row, :, None])[0])
+    expert = int(torch.bucketize(row, torch.tensor(case.rows).cumsum(0), right=True))
+    report.fail(
+        "shard",
+        f"rank {me.rank}: {len(wrong)} of {len(expected)} rows differ; first is row {row} (expert {expert}), column "
+        f"{column}: {got[row, column]:g}, but should be {expected[row, column]:g}",
+        where={"rank": me.rank, "row": row, "expert": expert, "column": column},
+        diagnosis=_explain(got, weights, x, case, me.rank),
+    )
+
+
+def _explain(got: Tensor, weights: list[list[Tensor]], x: Tensor, case: LinearCase, rank: int) -> list[dict[str, str]]:
+    """Other shards and other splits that the result equals."""
+    found = []
+    for other in range(case.R):
+        if other != rank and _equal(got, expected_part(weights, x, case, other)):
+            found.append({"fault": "shard of another rank", "evidence": f"the result is that of rank {other}"})
+    whole = grouped_linear(x.double(), torch.stack([torch.cat(p) for p in weights]).double(), torch.tensor(case.rows))
+    if case.kind == "row" and _equal(got, whole):
+        found.append({"fault": "reduced already", "evidence": "the result is the whole sum, not this rank's part"})
+    if case.kind == "merged_column" and _equal(got, whole.chunk(case.R, dim=1)[rank]):
+        evidence = "the result is a shard of the stacked weight, not the stack of each weight's shard"
+        found.append({"fault": "fused weight split in one piece", "evidence": evidence})
+    return found
+
+
+def _equal(got: Tensor, other: Tensor) -> bool:
+    return got.shape == other.shape and not len(differing_rows(got, other))
