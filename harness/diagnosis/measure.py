@@ -1,0 +1,119 @@
+"""How often the diagnosis is right: every fault of the catalogue, hidden behind another implementation's rounding.
+
+    python -m harness.diagnosis.measure --json docs/diagnosis.json
+
+Each fault is judged like an implementation, case after case in the order of a quick run; the first failing case is
+handed to `explain`, as the worker does.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness.cases import Case, plan
+from harness.cases.request import Request
+from harness.checks import CHECKS
+from harness.contracts import DTYPES, Declarations, Subject
+from harness.diagnosis.hiding import hidden
+from harness.diagnosis.inquiry import explain
+from harness.diagnosis.suspects import DEADLY, forget, suspects
+from harness.errors import HarnessError
+from harness.faults.catalogue import Fault
+from harness.trial import Broken, Rejected, Trial
+
+STAGES = ("experts", "router", "grouped_linear", "shared_expert_gate", "moe_block")
+SKIPPED = ("leak", "determinism", "batch_invariance", "graph_replay", "side_stream", "large_offsets")
+
+# Faults that are one function of the data, under every input the contract allows: the name of either is right.
+EQUAL: tuple[frozenset[str], ...] = ()
+
+
+def measured(stage: str) -> list[Fault]:
+    """The faults of a stage on which the diagnosis is measured."""
+    return [fault for fault in suspects(stage, "cpu") if fault.family not in DEADLY]
+
+
+def trial_of(fault: Fault) -> Trial:
+    function = hidden(fault)
+    return Trial(Subject(fault.stage, fault.spec, function, Declarations.of(function), None), "cpu")
+
+
+def first_failure(trial: Trial) -> tuple[str, Case] | None:
+    """(check, case) that a quick run sees fail first."""
+    dtypes = tuple(d for d in DTYPES if d in trial.subject.declared.dtypes)
+    for check, case in plan(trial.subject.stage, Request(dtypes=dtypes)):
+        if check in SKIPPED:
+            continue
+        try:
+            if CHECKS[check](trial, case).findings:
+                return check, case
+        except (Rejected, HarnessError):
+            continue
+        except Broken:
+            return check, case
+    return None
+
+
+def measure(fault: Fault) -> dict[str, Any]:
+    """What is told about one hidden fault."""
+    if fault.stateful:
+        forget(fault)
+    trial = trial_of(fault)
+    found = first_failure(trial)
+    if found is None:
+        return {"fault": fault.name, "stage": fault.stage, "failed": None, "told": [], "seconds": 0.0, "place": None}
+    check, case = found
+    started = time.perf_counter()
+    told = [entry["fault"] for entry in explain(trial, case)]
+    seconds = round(time.perf_counter() - started, 2)
+    names = next((group for group in EQUAL if fault.name in group), frozenset({fault.name}))
+    place = next((number for number, name in enumerate(told, 1) if name in names), None)
+    return {"fault": fault.name, "stage": fault.stage, "failed": f"{fault.stage}/{check}/{case.id()}", "told": told,
+            "seconds": seconds, "place": place}  # fmt: skip
+
+
+def summary(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Shares over the faults that a quick run sees."""
+    rows = [row for row in rows if row["failed"]]
+    first = sum(row["place"] == 1 for row in rows)
+    three = sum(row["place"] is not None for row in rows)
+    longest = max((row["seconds"] for row in rows), default=0.0)
+    return {"faults": len(rows), "first": first, "among_three": three, "longest_seconds": longest}
+
+
+def measure_all(stages: Iterable[str]) -> Iterator[dict[str, Any]]:
+    for stage in stages:
+        for fault in measured(stage):
+            yield measure(fault)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--stage", action="append", choices=STAGES)
+    parser.add_argument("--fault", action="append")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for stage in options.stage or STAGES:
+        for fault in measured(stage):
+            if options.fault and fault.name not in options.fault:
+                continue
+            rows.append(measure(fault))
+            if rows[-1]["place"] != 1:
+                print(rows[-1], flush=True)
+    print(summary(rows))
+    if options.json:
+        by_stage = {stage: summary(r for r in rows if r["stage"] == stage) for stage in STAGES}
+        result = {"command": "python -m harness.diagnosis.measure --json docs/diagnosis.json", "all": summary(rows),
+                  "stages": by_stage, "equal": [sorted(group) for group in EQUAL], "faults": rows}  # fmt: skip
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Running a fault of the catalogue as a suspect: on fresh state, guarded, and on inputs changed by a few roundings."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.faults.catalogue import Fault, all_faults
+from harness.memory import poisoned_allocations
+from harness.stages.call import Call
+
+WOBBLES = 6  # repetitions; a value within a rounding of an edge is missed by all of them once in a hundred times
+WOBBLE = 4.0  # unit roundoffs
+DEADLY = ("process", "cuda")
+
+
+def suspects(stage: str, device: str) -> list[Fault]:
+    """The faults of a stage that change values and can be run here."""
+    return [f for f in all_faults(stage) if f.sign == "value" and f.family not in DEADLY and device in f.devices]
+
+
+def results(stage: Any, fault: Fault, calls: Sequence[Call]) -> list[Any] | None:
+    """What the fault returns on the calls, one after the other; None where it raises or returns another form."""
+    if fault.stateful:
+        forget(fault)
+    found = []
+    for call in calls:
+        result = _result(stage, fault, call)
+        if result is None:
+            return None
+        found.append(result)
+    return found
+
+
+def _result(stage: Any, fault: Fault, call: Call) -> Any:
+    try:
+        with torch.no_grad(), poisoned_allocations("cpu"):
+            result = fault.function(*call.args.values(), **call.keywords)
+    except Exception:
+        return None
+    wanted = stage.outputs(call)
+    parts = result if isinstance(result, tuple) else (result,)
+    fits = len(parts) == len(wanted) and all(
+        isinstance(part, Tensor) and tuple(part.shape) == tuple(shape)
+        for part, (_, shape, _) in zip(parts, wanted, strict=True)
+    )
+    return result if fits and not call.arena.violations() else None
+
+
+def forget(fault: Fault) -> None:
+    """Clear what the fault's module keeps between calls: its private dicts; counters go back to 0."""
+    for name, value in vars(sys.modules[fault.function.__module__]).items():
+        if name.startswith("_") and not name.startswith("__") and isinstance(value, dict):
+            counters = {key: 0 for key, count in value.items() if type(count) is int}
+            value.clear()
+            value.update(counters)
+
+
+def wobbled(stage: Any, fault: Fault, call: Call) -> tuple[Any, ...]:
+    """Results of the fault on activations changed by a few unit roundoffs: where it jumps, and how far."""
+    name, values = next((n, v) for n, v in call.args.items() if isinstance(v, Tensor) and v.is_floating_point())
+    random = torch.Generator().manual_seed(call.case.seed)
+    unit = WOBBLE * torch.finfo(values.dtype).eps / 2
+    kept, found = values.clone(), []
+    for _ in range(WOBBLES):
+        noise = torch.rand(values.shape, generator=random, dtype=torch.float64).to(values.device) * 2 - 1
+        values.copy_(kept.double() * (1 + unit * noise))
+        call.arena.refresh()
+        found.append(_result(stage, fault, call))
+    values.copy_(kept)
+    call.arena.refresh()
+    return tuple(result for result in found if result is not None)
