@@ -19,8 +19,11 @@ from harness.ranks.worker import Rank
 from reference.dispatcher import Batch, owned_experts
 
 
-def run(me: Rank, spec: dict[str, str], seed: int) -> dict[str, Any]:
-    """Task: spec = {"impl": ..., "case": id}.  Returns a Report as plain data."""
+def run(me: Rank, spec: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Task: spec = {"impl": ..., "case": id, "explain": bool}.  Returns a Report as plain data.
+
+    With "explain" every rank tells what is odd about the rows it received, also where its own tokens are right.
+    """
     check, case = parse_id(spec["case"])
     subject = load("dispatcher", spec["impl"])
     replicated = bool(getattr(subject, "requires_replicated_tokens", False))
@@ -32,7 +35,8 @@ def run(me: Rank, spec: dict[str, str], seed: int) -> dict[str, Any]:
     try:
         dispatcher = subject(me.group, num_experts=case.E, owner=worlds[0].owner.clone())
         limit = getattr(dispatcher, "max_live", None)
-        _judge(me, dispatcher, worlds if limit is None or limit >= len(worlds) else worlds[:1], report)
+        worlds = worlds if limit is None or limit >= len(worlds) else worlds[:1]
+        _judge(me, dispatcher, worlds, report, bool(spec.get("explain")))
     except REJECTIONS as error:
         if me.recorder.failed is not None:
             raise
@@ -40,12 +44,15 @@ def run(me: Rank, spec: dict[str, str], seed: int) -> dict[str, Any]:
     return report.as_dict()
 
 
-def _judge(me: Rank, dispatcher: Any, worlds: list[world_data.World], report: Report) -> None:
+def _judge(me: Rank, dispatcher: Any, worlds: list[world_data.World], report: Report, explain: bool) -> None:
     """Dispatch all, combine in reverse order, then look at everything."""
     inputs = [Batch(*(t.clone().to(me.device) for t in world.batches[me.rank])) for world in worlds]
     dispatched = [dispatcher.dispatch(*batch) for batch in inputs]
     for world, d in zip(worlds, dispatched, strict=True):
-        if not _check_contract(me, d, world, report):
+        sound = _check_contract(me, d, world, report)
+        if explain and hasattr(d, "topk_ids"):
+            report.observed["received"] = received_rows.explain(d, world, me.rank)
+        if not sound:
             return
     outputs: list[Tensor] = []
     for number in reversed(range(len(worlds))):
@@ -79,8 +86,7 @@ def _check_contract(me: Rank, d: Any, world: world_data.World, report: Report) -
     local = len(owned_experts(world.owner, me.rank))
     if ids.is_floating_point() or (ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < local):
         found = f"{int(ids.min())}..{int(ids.max())}" if ids.numel() else str(ids.dtype)
-        report.fail("contract", f"d.topk_ids holds {found}, but should hold local ids in -1..{local - 1}",
-                    diagnosis=received_rows.explain(d, world, me.rank))  # fmt: skip
+        report.fail("contract", f"d.topk_ids holds {found}, but should hold local ids in -1..{local - 1}")
     return len(report.findings) == before
 
 
@@ -119,7 +125,6 @@ def _check_result(me: Rank, out: Any, world: world_data.World, d: Any, report: R
             diagnosis=[
                 *received_rows.fit(got, parts, wrong),
                 *received_rows.displaced(got, world, me.rank, wrong),
-                *received_rows.explain(d, world, me.rank),
             ],
         )
 

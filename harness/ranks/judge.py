@@ -61,9 +61,12 @@ def judge(
         unsupported = refused[0]
     elif refused:
         findings.insert(0, _refused_alone(refused, ranks, case))
-    elif outcome.failure is not None:
+    elif outcome.failure is not None and not _stopped_by_findings(outcome.failure, reports):
         _raise_usage(outcome.failure)
         findings.insert(0, _from_failure(outcome.failure, case))
+    if findings and outcome.ok and stage == "dispatcher" and injection is None:
+        again = pool.run(TASKS[stage], {**task, "explain": True}, ranks=ranks, backend=backend, budget=budget)
+        findings[0]["diagnosis"] += _received(again.results)
     observed = [report["observed"] for report in reports]
     return Verdict(case, findings, unsupported, outcome.failure, observed, outcome.traces, outcome.seconds)
 
@@ -85,6 +88,18 @@ def _raise_usage(failure: Failure) -> None:
     error = {"UsageError": errors.UsageError, "CannotJudge": errors.CannotJudge}.get(kind)
     if failure.kind == "raised" and error is not None:
         raise error(message)
+
+
+def _stopped_by_findings(failure: Failure, reports: list[dict[str, Any]]) -> bool:
+    """Whether the others only wait because this rank broke the contract and was judged no further."""
+    stopped = {r["rank"] for r in reports if any(f["check"] == "contract" for f in r["findings"])}
+    return failure.kind == "deadlock" and failure.rank in stopped
+
+
+def _received(results: list[Any]) -> list[dict[str, str]]:
+    """What each rank found odd about the rows that came to it."""
+    statements = [s for result in results if result is not None for s in result["observed"].get("received", [])]
+    return statements[:6]
 
 
 def _refused_alone(refused: dict[int, str], ranks: int, case: str) -> Finding:

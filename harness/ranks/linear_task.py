@@ -139,10 +139,19 @@ def _explain(got: Tensor, weights: list[list[Tensor]], x: Tensor, case: LinearCa
     whole = grouped_linear(x.double(), torch.stack([torch.cat(p) for p in weights]).double(), torch.tensor(case.rows))
     if case.kind == "row" and _equal(got, whole):
         found.append({"fault": "reduced already", "evidence": "the result is the whole sum, not this rank's part"})
+    if case.kind == "replicated" and case.R > 1 and _equal(got, _row_part(weights, x, case, rank)):
+        evidence = "the result is the product over this rank's columns of the weight only, a partial sum"
+        found.append({"fault": "row-parallel where replicated is meant", "evidence": evidence})
     if case.kind == "merged_column" and _equal(got, whole.chunk(case.R, dim=1)[rank]):
         evidence = "the result is a shard of the stacked weight, not the stack of each weight's shard"
         found.append({"fault": "fused weight split in one piece", "evidence": evidence})
     return found
+
+
+def _row_part(weights: list[list[Tensor]], x: Tensor, case: LinearCase, rank: int) -> Tensor:
+    parts = torch.stack([reference.row_shard(part[0], rank, case.R) for part in weights])
+    rows = reference.input_shard(x, rank, case.R)
+    return grouped_linear(rows.double(), parts.double(), torch.tensor(case.rows))
 
 
 def _equal(got: Tensor, other: Tensor) -> bool:

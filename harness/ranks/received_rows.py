@@ -85,7 +85,21 @@ def explain(d: Any, world: World, rank: int) -> list[Statement]:
         if (token, expert) not in wanted:
             what = _name(numbers, token) if token in numbers else "a row that is no token (padding or changed payload)"
             statements.append(_say("row not wanted", f"{what} was given to expert {expert} of rank {rank}"))
-    return statements[:FEW]
+    return [*statements, *_changed_payload(d, world)][:FEW]
+
+
+def _changed_payload(d: Any, world: World) -> list[Statement]:
+    """Rows that carry a token's tag but not its values."""
+    originals = {tagged_token(row): row for batch in world.batches for row in batch.hidden_states}
+    found = []
+    for s, row in enumerate(d.hidden_states.cpu()):
+        original = originals.get(tagged_token(row))
+        used = s < len(d.topk_ids) and bool((d.topk_ids[s] >= 0).any())
+        if used and original is not None and not torch.equal(row.nan_to_num(), original.nan_to_num()):
+            column = int((row.nan_to_num() != original.nan_to_num()).nonzero()[0])
+            found.append(_say("payload changed", f"row {s} has {row[column]:g} in column {column}, but was sent as "
+                              f"{original[column]:g}"))  # fmt: skip
+    return found
 
 
 def _say(fault: str, evidence: str) -> Statement:

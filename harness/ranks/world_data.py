@@ -7,6 +7,7 @@ of the token in base 7, so that a received row tells which token of which rank i
     f_e(x) = sign_e * x[permutation_e] + constant_e        distinct for each expert, not symmetric in the columns
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +18,7 @@ from reference.dispatcher import Batch
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Largest |x|.  Sums reach (|x| + 1) * (1 + ... + 10): 220 <= 2^8 in bf16, 1925 <= 2^11 in fp16; in fp32 the weights
-# have six more bits, 2^15.6 in units of 2^-6 fit into 24 bits.
+# have the remaining bits of 24 behind the point.
 LARGEST = {"fp32": 511, "fp16": 34, "bf16": 3}
 TAG_COLUMNS = 6
 _EXPERT_FIELDS = ("owner", "signs", "permutations", "constants")
@@ -88,7 +89,11 @@ def tagged_token(row: Tensor) -> int:
 def _weights(case: DispatcherCase, total: int, random: torch.Generator) -> Tensor:
     """1..k in an order of its own for each token, so that no two slots of a token weigh the same."""
     order = torch.rand(total, case.k, generator=random).argsort(1) + 1.0
-    return order + torch.randint(0, 64, order.shape, generator=random) / 64 if case.dtype == "fp32" else order
+    if case.dtype != "fp32":
+        return order
+    # As many bits behind the point as leave the largest sum exact: 14 for k = 1, 8 for k = 10.
+    unit = 2 ** (24 - math.ceil(math.log2((LARGEST["fp32"] + 1) * case.k * (case.k + 3) / 2)))
+    return order + (torch.randint(0, unit // 2, order.shape, generator=random) * 2 + 1) / unit
 
 
 def _ids(case: DispatcherCase, total: int, random: torch.Generator) -> Tensor:
