@@ -1,0 +1,69 @@
+"""`moe-harness faults`: prove that the checks can fail, by running all of them against every fault of the catalogue."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from harness import contracts
+from harness.errors import EXIT_FAIL, UsageError, unknown
+
+
+def faults(
+    stage: Annotated[str | None, typer.Option("--stage", "-s", help="Only the faults of this stage.")] = None,
+    fault: Annotated[list[str] | None, typer.Option("--fault", help="Only this fault; may be repeated.")] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    json: Annotated[Path | None, typer.Option("--json", help="Write the matrix here.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a self-contained page here.")] = None,
+    picture: Annotated[Path | None, typer.Option("--picture", help="Write an SVG here, its data beside it.")] = None,
+    jobs: Annotated[int, typer.Option(help="Faults judged at a time; 0: one per core.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Other data, other combinations.", min=0)] = 0,
+) -> None:
+    """Run every check against every fault and print who kills it.  A survivor fails the command."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from harness import kill_matrix, kill_matrix_view
+    from harness.cases.request import Request
+    from harness.pool import prepare
+
+    for path in (json, html, picture):
+        _writable(path)
+    chosen = _chosen(stage, fault)
+    if device not in contracts.DEVICES:
+        raise unknown("device", device, list(contracts.DEVICES))
+    prepare()
+    options = kill_matrix.Options(Request(device=device, seed=seed), 1 if device == "cuda" else jobs)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("faults", total=len(chosen))
+        result = kill_matrix.run(chosen, options, lambda row: progress.advance(bar))
+    kill_matrix_view.print_matrix(result, Console())
+    if json is not None:
+        kill_matrix_view.write_json(result, json)
+    if html is not None:
+        kill_matrix_view.write_html(result, html)
+    if picture is not None:
+        kill_matrix_view.write_picture(result, picture)
+        kill_matrix_view.write_json(kill_matrix_view.picture_facts(result), picture.with_suffix(".json"))
+    whole = stage is None and not fault
+    useless = kill_matrix.unjustified(result) if whole else []
+    for name in useless:
+        print(f"the check {name} is the first killer of no fault and has no justification")
+    raise typer.Exit(EXIT_FAIL if result["survivors"] or useless else 0)
+
+
+def _chosen(stage: str | None, names: list[str] | None) -> list:
+    from harness.faults import all_faults
+
+    found = all_faults(contracts.check_stage(stage) if stage else None)
+    known = [entry.name for entry in found]
+    for name in names or ():
+        if name not in known:
+            raise unknown("fault" if stage is None else f"fault of {stage}", name, known)
+    return [entry for entry in found if not names or entry.name in names]
+
+
+def _writable(path: Path | None) -> None:
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        why = "it is a folder" if path.is_dir() else "its folder does not exist"
+        raise UsageError(f"cannot write {path}: {why}")
