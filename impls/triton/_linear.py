@@ -9,7 +9,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from impls.triton._common import after_previous, early_start, interpreting, let_next_start, on, product, tile_source
+from impls.triton._common import (
+    after_previous,
+    early_start,
+    interpreting,
+    let_next_start,
+    lines,
+    on,
+    prefetch_rows,
+    product,
+    tile_source,
+)
 from impls.triton._tiles import expert_runs, find_tile, row_tile, weight_tile
 from impls.triton.configs import Tiling, grid_size
 
@@ -47,28 +57,44 @@ def _linear_tile(
 
 @triton.jit
 def _linear(
-    a, a_half, w, bias, y, counts, slots, E, K, N, a_row, a_col, w_e, w_n, w_k, b_e, b_n, c_e, y_row,
+    a, a_half, w, raw, bias, y, counts, slots, E, K, N, a_row, a_col, w_e, w_n, w_k, b_e, b_n, c_e, y_row,
     BLOCK_E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     EVEN_K: tl.constexpr, TMA: tl.constexpr, TMA_A: tl.constexpr, SWAP: tl.constexpr, WIDEN: tl.constexpr,
-    PDL: tl.constexpr, FLAT: tl.constexpr, TAIL: tl.constexpr, BIAS: tl.constexpr, SCATTER: tl.constexpr,
+    PDL: tl.constexpr, FLAT: tl.constexpr, TAIL: tl.constexpr, BY_EXPERT: tl.constexpr, BIAS: tl.constexpr,
+    SCATTER: tl.constexpr, LINES: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
     """Tiles [BM rows, BN columns] of y; `a_half` is `a` with a descriptor for half the rows."""
-    after_previous(PDL)
-    let_next_start(PDL)
     n_blocks = tl.cdiv(N, BN)
-    rows, starts, row_tiles, ends = expert_runs(counts, c_e, E, n_blocks, BLOCK_E, BM)
-    for tile in tl.range(tl.program_id(0), tl.max(ends, 0), tl.num_programs(0), flatten=FLAT):
-        e, count, start, m, n = find_tile(tile, rows, starts, row_tiles, ends, n_blocks, BLOCK_E, GROUP)
-        if TAIL and count - m * BM <= BM // 2:
+    if BY_EXPERT:
+        # `counts` may be read before the previous kernel ends: that one has waited for the one that wrote them.
+        e = tl.program_id(0) // n_blocks
+        n0 = tl.program_id(0) % n_blocks * BN
+        count, start = tl.load(counts + e), tl.load(counts + E + e)
+        if PDL and TMA and count > 0:
+            prefetch_rows(raw, e, n0, N, K, w_e, w_n, BN, LINES, LINE)
+        after_previous(PDL)
+        let_next_start(PDL)
+        for m in range(tl.cdiv(count, BM)):
             _linear_tile(
-                a_half, w, bias, y, slots, e, count, start, m * BM, n * BN, K, N, a_row, a_col, w_e, w_n, w_k,
-                b_e, b_n, y_row, BM // 2, BN, BK, EVEN_K, TMA, TMA_A, SWAP, WIDEN, BIAS, SCATTER,
-            )  # fmt: skip
-        else:
-            _linear_tile(
-                a, w, bias, y, slots, e, count, start, m * BM, n * BN, K, N, a_row, a_col, w_e, w_n, w_k,
+                a, w, bias, y, slots, e, count, start, m * BM, n0, K, N, a_row, a_col, w_e, w_n, w_k,
                 b_e, b_n, y_row, BM, BN, BK, EVEN_K, TMA, TMA_A, SWAP, WIDEN, BIAS, SCATTER,
             )  # fmt: skip
+    else:
+        after_previous(PDL)
+        let_next_start(PDL)
+        rows, starts, row_tiles, ends = expert_runs(counts, c_e, E, n_blocks, BLOCK_E, BM)
+        for tile in tl.range(tl.program_id(0), tl.max(ends, 0), tl.num_programs(0), flatten=FLAT):
+            e, count, start, m, n = find_tile(tile, rows, starts, row_tiles, ends, n_blocks, BLOCK_E, GROUP)
+            if TAIL and count - m * BM <= BM // 2:
+                _linear_tile(
+                    a_half, w, bias, y, slots, e, count, start, m * BM, n * BN, K, N, a_row, a_col, w_e, w_n, w_k,
+                    b_e, b_n, y_row, BM // 2, BN, BK, EVEN_K, TMA, TMA_A, SWAP, WIDEN, BIAS, SCATTER,
+                )  # fmt: skip
+            else:
+                _linear_tile(
+                    a, w, bias, y, slots, e, count, start, m * BM, n * BN, K, N, a_row, a_col, w_e, w_n, w_k,
+                    b_e, b_n, y_row, BM, BN, BK, EVEN_K, TMA, TMA_A, SWAP, WIDEN, BIAS, SCATTER,
+                )  # fmt: skip
 
 
 def linear(
@@ -81,7 +107,8 @@ def linear(
     slots: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """y [S, N] in the dtype of a [S, K], for weight [E, N, K] and int counts [E]; row s goes to slots[s] where given.
+    """y [S, N] in the dtype of a [S, K], for weight [E, N, K] and int counts [E] (of `align` where
+    slots are given); row s goes to slots[s] where given.
 
     `expected` is the number of rows the grid is sized for; more are handled.  Rows past sum(counts) are not written.
     """
@@ -93,13 +120,14 @@ def linear(
     bias_strides = (0, 0) if bias is None else bias.stride()
     early = slots is not None and early_start(a.device)
     with on(a.device):
-        _linear[(grid_size(tiling, expected, num_experts, columns, a.device),)](
-            a_source, a_half, source, a if bias is None else bias, y, counts, counts if slots is None else slots,
+        _linear[(grid_size(tiling, expected, num_experts, columns, a.device, slots is not None),)](
+            a_source, a_half, source, weight, a if bias is None else bias, y, counts, counts if slots is None else slots,
             num_experts, a.shape[1], columns,
-            *a.stride(), *weight.stride(), *bias_strides, counts.stride(0), y.stride(0),
+            *a.stride(), *weight.stride(), *bias_strides, counts.stride(-1), y.stride(0),
             BLOCK_E=triton.next_power_of_2(num_experts), BM=tiling.m, BN=tiling.n, BK=tiling.k, GROUP=tiling.group,
             EVEN_K=a.shape[1] % tiling.k == 0, TMA=tma, TMA_A=tma_a, SWAP=tiling.swap, WIDEN=interpreting(),
-            PDL=early, FLAT=tiling.flat, TAIL=tiling.tail, launch_pdl=early, BIAS=bias is not None, SCATTER=slots is not None,
+            PDL=early, FLAT=tiling.flat, TAIL=tiling.tail, BY_EXPERT=tiling.by_expert and slots is not None,
+            **lines(a.shape[1], a), launch_pdl=early, BIAS=bias is not None, SCATTER=slots is not None,
             num_warps=tiling.warps, num_stages=tiling.stages,
         )  # fmt: skip
     return y

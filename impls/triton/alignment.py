@@ -1,15 +1,15 @@
 r"""Alignment of rows to experts: which slots belong to which expert, in expert order.
 
     slot   = token * top_k + j                                  0 <= slot < S = T * top_k
-    counts = how many slots each local expert has               int32 [E]
+    counts = how many slots each local expert has, and where they start      int32 [2, E]
     slots  = the slots sorted by expert, ties by slot           int32 [S], the first sum(counts) entries are written
 
 Masked slots (id -1, or an expert that lives elsewhere) appear nowhere.  The order is that of a stable sort, so it is
 the same in every run.  There is no padding: the grouped products find their row tiles from `counts`, so nothing has
 to be known on the host and the launches can be captured in a CUDA graph.
 
-Up to ONE_LAUNCH slots one program per expert reads all ids; beyond, two launches: histograms of chunks, then each chunk
-places its slots from the histograms of the chunks before it.
+Up to ONE_LAUNCH slots one program per expert reads all ids; beyond, two launches: histograms of chunks, then each part
+of a chunk places its slots from the histograms before it, ranking them by comparing all pairs of the part.
 """
 
 import torch
@@ -17,13 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from impls.triton._common import early_start, let_next_start, on
+from impls.triton._common import after_previous, early_start, let_next_start, on
 
 __all__ = ["align"]
 
 ONE_LAUNCH = 8192
-CHUNK = 1024
-RANKED = 128  # slots ranked at once by comparing all pairs: 16384 comparisons, 128 per thread
 
 
 @triton.jit
@@ -63,6 +61,7 @@ def _align_small(
     rank = tl.cumsum(hit, 0) - 1
     tl.store(slots + start + rank, slot, mask=hit == 1)
     tl.store(counts + e, tl.sum(hit, 0))
+    tl.store(counts + E + e, start)
 
 
 @triton.jit
@@ -85,6 +84,7 @@ def _place_chunks(
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (c, p): place part p of chunk c behind lower experts, earlier chunks and earlier parts."""
+    after_previous(PDL)
     let_next_start(PDL)
     chunk, part = tl.program_id(0), tl.program_id(1)
     experts = tl.arange(0, BLOCK_E)
@@ -95,13 +95,16 @@ def _place_chunks(
         rows = tl.load(table + c[:, None] * BLOCK_E + experts[None, :], mask=(c < chunks)[:, None], other=0)
         total += tl.sum(rows, 0)
         before += tl.sum(tl.where((c < chunk)[:, None], rows, 0), 0)
-    tl.store(counts + experts, total, mask=(experts < E) & (chunk + part == 0))
+    starts = tl.cumsum(total, 0) - total
+    first_program = (experts < E) & (chunk + part == 0)
+    tl.store(counts + experts, total, mask=first_program)
+    tl.store(counts + E + experts, starts, mask=first_program)
     whole = tl.arange(0, BLOCK)
     slot = chunk * BLOCK + whole
     earlier = (slot < S) & (whole < part * PART)
     e = local_expert(ids, emap, slot, earlier, top_k, id_row, id_col, map_len, E, HAS_MAP)
     before += tl.histogram(tl.where(e < 0, E, e), BLOCK_E)
-    free = tl.cumsum(total, 0) - total + before  # the next free position of each expert
+    free = starts + before  # the next free position of each expert
     lane = tl.arange(0, PART)
     slot = chunk * BLOCK + part * PART + lane
     e = local_expert(ids, emap, slot, slot < S, top_k, id_row, id_col, map_len, E, HAS_MAP)
@@ -118,11 +121,12 @@ def align(topk_ids: Tensor, num_experts: int, expert_map: Tensor | None = None) 
         expert_map: int [E_global], global id to local id or -1.
 
     Returns:
-        counts int32 [E] and slots int32 [T * k]; entries of `slots` past sum(counts) are not written.
+        int32 [2, E], the number of slots of each expert and the position of its first one, and slots int32 [T * k];
+        entries of `slots` past the last routed one are not written.
     """
     tokens, top_k = topk_ids.shape
     total = tokens * top_k
-    counts = torch.empty(num_experts, dtype=torch.int32, device=topk_ids.device)
+    counts = torch.empty(2, num_experts, dtype=torch.int32, device=topk_ids.device)
     slots = torch.empty(total, dtype=torch.int32, device=topk_ids.device)
     emap = topk_ids if expert_map is None else expert_map.contiguous()
     row, column = topk_ids.stride()
@@ -139,12 +143,14 @@ def align(topk_ids: Tensor, num_experts: int, expert_map: Tensor | None = None) 
                 topk_ids, emap, slots, counts, *shared, HAS_MAP=has_map, BLOCK=block, PDL=early, num_warps=warps
             )
             return counts, slots
-        block_e, chunks = triton.next_power_of_2(num_experts + 1), triton.cdiv(total, CHUNK)
+        chunk, part = (1024, 128) if total <= 32768 else (2048, 256)
+        block_e, chunks = triton.next_power_of_2(num_experts + 1), triton.cdiv(total, chunk)
         table = torch.empty(chunks, block_e, dtype=torch.int32, device=topk_ids.device)
-        flags = {"HAS_MAP": has_map, "BLOCK_E": block_e, "BLOCK": CHUNK}
+        flags = {"HAS_MAP": has_map, "BLOCK_E": block_e, "BLOCK": chunk}
         _count_chunks[(chunks,)](topk_ids, emap, table, *shared, **flags)
-        _place_chunks[(chunks, CHUNK // RANKED)](
+        _place_chunks[(chunks, chunk // part)](
             topk_ids, emap, table, slots, counts, *shared, chunks, **flags,
-            PART=RANKED, ROWS=max(1, 4096 // block_e), PDL=early,
+            PART=part, ROWS=max(1, 4096 // block_e), PDL=early, launch_pdl=early,
+            num_warps=part // 32,
         )  # fmt: skip
     return counts, slots

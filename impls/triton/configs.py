@@ -58,7 +58,8 @@ class Tiling:
     `waves` is the grid in programs per multiprocessor (0: one program per possible tile); `tma` reads tiles through the
     copy engine where the layout allows; `swap` computes the tile transposed, weights first; `flat` makes one loop of the
     loops over tiles and over k, so that the next tile is being read while this one is written; `tail` gives the last rows
-    of an expert a tile of half the height where they fit.
+    of an expert a tile of half the height where they fit; `by_expert` gives a program all rows of one expert, which finds
+    its tile with one load.
     """
 
     m: int
@@ -72,6 +73,7 @@ class Tiling:
     swap: bool = False
     flat: bool = False
     tail: bool = False
+    by_expert: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,11 +99,14 @@ class Entry:
     down: Tiling | None = None
 
 
-def grid_size(tiling: Tiling, slots: int, experts: int, columns: int, device: torch.device) -> int:
+def grid_size(tiling: Tiling, slots: int, experts: int, columns: int, device: torch.device, runs: bool = True) -> int:
     """Programs to launch for `slots` routed rows as expected; a program takes further tiles if there are more.
 
-    Row tiles are at most one per slot, and at most one more per expert than full ones.
+    Row tiles are at most one per slot, and at most one more per expert than full ones.  With `by_expert` (where the
+    `runs` of the experts are known) there is one program per expert and column block.
     """
+    if tiling.by_expert and runs:
+        return experts * triton.cdiv(columns, tiling.n)
     tiles = max(1, min(slots, experts + slots // tiling.m)) * triton.cdiv(columns, tiling.n)
     return min(tiles, tiling.waves * programs_at_once(device)) if tiling.waves else tiles
 

@@ -62,25 +62,34 @@ def _gate_up(
     x, w, act, counts, slots, E, H, WIDTH, top_k, x_row, x_col, w_e, w_n, w_k, act_row,
     BLOCK_E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     EVEN_K: tl.constexpr, TMA: tl.constexpr, SWAP: tl.constexpr, GELU: tl.constexpr, WIDEN: tl.constexpr,
-    PDL: tl.constexpr, FLAT: tl.constexpr, TAIL: tl.constexpr,
+    PDL: tl.constexpr, FLAT: tl.constexpr, TAIL: tl.constexpr, BY_EXPERT: tl.constexpr,
 ):  # fmt: skip
     """Tiles [BM slots, BN columns of act]; SWAP computes them transposed: few rows still fill a wide product."""
     after_previous(PDL)
     let_next_start(PDL)
     n_blocks = tl.cdiv(WIDTH, BN)
-    rows, starts, row_tiles, ends = expert_runs(counts, 1, E, n_blocks, BLOCK_E, BM)
-    for tile in tl.range(tl.program_id(0), tl.max(ends, 0), tl.num_programs(0), flatten=FLAT):
-        e, count, start, m, n = find_tile(tile, rows, starts, row_tiles, ends, n_blocks, BLOCK_E, GROUP)
-        if TAIL and count - m * BM <= BM // 2:
+    if BY_EXPERT:
+        e = tl.program_id(0) // n_blocks
+        count, start = tl.load(counts + e), tl.load(counts + E + e)
+        for m in range(tl.cdiv(count, BM)):
             _gate_up_tile(
-                x, w, act, slots, e, count, start, m * BM, n * BN, H, WIDTH, top_k, x_row, x_col, w_e, w_n, w_k,
-                act_row, BM // 2, BN, BK, EVEN_K, TMA, SWAP, GELU, WIDEN,
+                x, w, act, slots, e, count, start, m * BM, tl.program_id(0) % n_blocks * BN, H, WIDTH, top_k, x_row,
+                x_col, w_e, w_n, w_k, act_row, BM, BN, BK, EVEN_K, TMA, SWAP, GELU, WIDEN,
             )  # fmt: skip
-        else:
-            _gate_up_tile(
-                x, w, act, slots, e, count, start, m * BM, n * BN, H, WIDTH, top_k, x_row, x_col, w_e, w_n, w_k,
-                act_row, BM, BN, BK, EVEN_K, TMA, SWAP, GELU, WIDEN,
-            )  # fmt: skip
+    else:
+        rows, starts, row_tiles, ends = expert_runs(counts, 1, E, n_blocks, BLOCK_E, BM)
+        for tile in tl.range(tl.program_id(0), tl.max(ends, 0), tl.num_programs(0), flatten=FLAT):
+            e, count, start, m, n = find_tile(tile, rows, starts, row_tiles, ends, n_blocks, BLOCK_E, GROUP)
+            if TAIL and count - m * BM <= BM // 2:
+                _gate_up_tile(
+                    x, w, act, slots, e, count, start, m * BM, n * BN, H, WIDTH, top_k, x_row, x_col, w_e, w_n, w_k,
+                    act_row, BM // 2, BN, BK, EVEN_K, TMA, SWAP, GELU, WIDEN,
+                )  # fmt: skip
+            else:
+                _gate_up_tile(
+                    x, w, act, slots, e, count, start, m * BM, n * BN, H, WIDTH, top_k, x_row, x_col, w_e, w_n, w_k,
+                    act_row, BM, BN, BK, EVEN_K, TMA, SWAP, GELU, WIDEN,
+                )  # fmt: skip
 
 
 def gate_up(
@@ -101,7 +110,7 @@ def gate_up(
             *x.stride(), *weight.stride(), act.stride(0),
             BLOCK_E=triton.next_power_of_2(num_experts), BM=tiling.m, BN=tiling.n, BK=tiling.k, GROUP=tiling.group,
             EVEN_K=x.shape[1] % tiling.k == 0, TMA=tma, SWAP=tiling.swap, GELU=activation == "gelu_tanh",
-            WIDEN=interpreting(), PDL=early, FLAT=tiling.flat, TAIL=tiling.tail, launch_pdl=early,
+            WIDEN=interpreting(), PDL=early, FLAT=tiling.flat, TAIL=tiling.tail, BY_EXPERT=tiling.by_expert, launch_pdl=early,
             num_warps=tiling.warps, num_stages=tiling.stages,
         )  # fmt: skip
     return act

@@ -62,11 +62,11 @@ def workload(shape: Shape, tokens: int, weights: tuple[list[Tensor], list[Tensor
 def candidates(kind: str, rows: float) -> Iterator[Tiling | Walk]:
     """Tilings worth timing for "gate_up", "down" or the walks for "walk", at `rows` rows per expert."""
     if kind == "walk":
-        for n, k, warps, stages in ((16, 128, 4, 5), (16, 256, 4, 3), (32, 128, 4, 3), (32, 128, 4, 5), (32, 256, 4, 3),
-                                    (64, 128, 4, 3), (16, 256, 2, 3), (16, 256, 2, 4), (32, 64, 4, 6)):  # fmt: skip
+        for n, k, warps, stages in ((32, 128, 4, 3), (32, 128, 4, 4), (32, 256, 4, 3), (64, 128, 4, 3), (64, 64, 4, 5),
+                                    (16, 256, 2, 3), (32, 128, 2, 4), (16, 256, 1, 3), (16, 512, 2, 3)):  # fmt: skip
             yield Walk(n, k, warps, stages)
-        for n, k, warps, stages in ((16, 256, 4, 3), (16, 256, 4, 5), (16, 256, 2, 5), (16, 128, 4, 6), (16, 128, 2, 8),
-                                    (16, 768, 4, 3), (32, 128, 4, 5), (32, 256, 4, 4)):  # fmt: skip
+        for n, k, warps, stages in ((16, 256, 4, 3), (16, 256, 2, 5), (16, 128, 2, 8), (16, 256, 1, 4), (16, 256, 1, 6),
+                                    (32, 256, 4, 4), (32, 256, 2, 4), (16, 512, 2, 3)):  # fmt: skip
             yield Walk(down_n=n, down_k=k, down_warps=warps, down_stages=stages)
         return
     parts = 2 if kind == "gate_up" else 1
@@ -82,9 +82,10 @@ def _streaming(rows: float) -> Iterator[Tiling]:
         return
     for m in (16,) if rows < 6 else (16, 32):
         for n, k, stages in ((32, 128, 4), (64, 64, 4), (64, 64, 6), (64, 128, 2), (64, 128, 3), (128, 128, 2)):
-            if n >= 64:
-                yield Tiling(m, n, k, stages=stages, warps=4, swap=True)
-            yield Tiling(m, n, k, stages=stages, warps=4)
+            for by_expert in (False, True):
+                if n >= 64:
+                    yield Tiling(m, n, k, stages=stages, warps=4, swap=True, by_expert=by_expert)
+                yield Tiling(m, n, k, stages=stages, warps=4, by_expert=by_expert)
         yield Tiling(m, 64, 128, stages=3, warps=4, swap=True, waves=2)
         yield Tiling(m, 64, 128, stages=3, warps=4, swap=True, tma=False)
         yield Tiling(m, 32, 256, stages=3, warps=4)
@@ -101,6 +102,7 @@ def _middle(rows: float) -> Iterator[Tiling]:
             if m >= 64:
                 yield Tiling(m, n, k, stages=stages, warps=4)
                 yield Tiling(m, n, k, stages=stages, warps=8)
+            yield Tiling(m, n, k, stages=stages, warps=4, by_expert=True)
     yield Tiling(64, 64, 64, warps=4, tail=True)
     yield Tiling(128, 64, 64, warps=4, tail=True)
 
@@ -118,7 +120,6 @@ def _large(rows: float) -> Iterator[Tiling]:
             yield Tiling(m, n, k, 8, warps, stages, waves=2 if warps == 4 else 1, flat=True)
         if warps == 8:
             yield Tiling(m, n, k, 2, warps, stages)
-            yield Tiling(m, n, k, 2, warps, stages, tail=True)
 
 
 def time_in_graph(calls: list[Callable[[], object]], rounds: int = 7, at_least_us: float = 600.0) -> list[float]:
