@@ -64,9 +64,16 @@ def check(
     _deliver(results, json, html)
     for error in errors:
         _tell(error, debug)
-    raise typer.Exit(
-        max([report.exit_status(results)] + [e.exit_status for e in errors]) if errors else report.exit_status(results)
-    )
+    raise typer.Exit(_status(results, errors))
+
+
+def _status(results: list, errors: list[HarnessError]) -> int:
+    """A wrong call counts before a failure, since it is the caller's to mend; a failure before what was not judged."""
+    if any(isinstance(error, UsageError) for error in errors):
+        return UsageError.exit_status
+    from harness.report import exit_status
+
+    return exit_status(results)
 
 
 @app.command(name="list")

@@ -102,7 +102,7 @@ def _located(stage, call, wrong: Tensor, message: str, bound: Bound, out: Tensor
         f"element [{row}, {column}] {told} ({count} of {wrong.numel()} elements are wrong)",
         where=stage.place_of(call, row, column),
         looks_like=structure(stage, call, bound.value, out, wrong),
-        heatmap=heatmap(z if z is not None else error),
+        heatmap=heatmap(error, "|error|", None) if z is None else heatmap(z, "|z|", max_limit()),
     )
 
 
@@ -112,7 +112,7 @@ def _judge_rms(stage, call, bound: Bound, out: Tensor, z: Tensor, record: Record
         if rms > limit:
             message = f"the rms of the error over {name} is {rms:.3g} sigma, but should be under {limit:.3g}"
             pattern = structure(stage, call, bound.value, out, z > 1.0)
-            record.add(Finding(message, rms / limit, {"over": name}, pattern, heatmap=heatmap(z)))
+            record.add(Finding(message, rms / limit, {"over": name}, pattern, heatmap=heatmap(z, "|z|", max_limit())))
             return
 
 

@@ -182,6 +182,8 @@ def _find(stage: str, spec: str) -> Any:
         if spec.endswith(".py"):
             raise UsageError(f"implementation {spec!r} names a file only; write {spec}:FUNCTION")
         raise _unknown_implementation(stage, spec, names)
+    if target in {name.partition(":")[0] for name in names}:  # a family of ours, whatever else has that name
+        raise _unknown_implementation(stage, spec, names)
     if target.endswith(".py"):
         return _attribute(spec, _import_file(spec, Path(target)), attribute)
     if _module_exists(target):

@@ -75,6 +75,7 @@ class Run:
         self.elements = 0
         self.heard: dict[tuple[str, str], Counter] = defaultdict(Counter)
         self.loaded: dict[str, Any] = {"declared": {}, "versions": {}}
+        self.places: dict[str, int] = {}  # of each case in the plan: failures are told in that order, not as they came
         self.error: str | None = None
         self.interrupted = False
 
@@ -96,6 +97,7 @@ class Run:
     def _judge_with(self, pool: Pool) -> None:
         self.loaded = pool.start()
         planned = self._planned()
+        self.places = {p.id: place for place, p in enumerate(planned)}
         sizes = Counter(p.check for p in planned)
         self.listener.start(self.spec, {**sizes, **({"property": self._examples()} if self._wants("property") else {})})
         for answer in pool.judge(self._runnable(planned)):
@@ -239,6 +241,8 @@ class Run:
     # --------------------------------------------------------------------------------------------------------- result
 
     def result(self) -> Result:
+        """What is known by now."""
+        self.failures.sort(key=lambda failure: self.places.get(failure["case"], len(self.places)))
         return {
             "schema": 1, "verdict": self._verdict(), "stage": self.stage, "impl": self.spec,
             "device": self.request.device,

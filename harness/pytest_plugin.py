@@ -174,7 +174,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for result in results:
         emit(
             console,
-            [f"{result['stage']}  {result['impl']}", checks_table(result["checks"]), *ledger(result["coverage"])],
+            [
+                f"{result['stage']}  {result['impl']}",
+                checks_table(result["checks"]),
+                *ledger({**result["coverage"], "axes": {}}),
+            ],
         )
     if config.option.impl_json:
         config.option.impl_json.write_text(report.dumps(results))

@@ -79,12 +79,19 @@ def _of_places(wrong: Tensor) -> list[str]:
     return told
 
 
-def heatmap(z: Tensor) -> dict[str, Any] | None:
-    """|z| pooled by its maximum to at most 64 x 64."""
-    rows, columns = z.shape
+def heatmap(error: Tensor, unit: str, limit: float | None) -> dict[str, Any] | None:
+    """`error` [rows, columns] pooled by its maximum to at most 64 x 64 cells."""
+    rows, columns = error.shape
     tall, wide = -(-rows // PIXELS), -(-columns // PIXELS)
-    padded = torch.nn.functional.pad(z.float().nan_to_num(nan=1e9, posinf=1e9).clamp(max=1e9),
-                                     (0, -columns % wide, 0, -rows % tall), value=0.0)  # fmt: skip
+    finite = error.float().nan_to_num(nan=1e9, posinf=1e9).clamp(max=1e9)
+    padded = torch.nn.functional.pad(finite, (0, -columns % wide, 0, -rows % tall), value=0.0)
     pooled = torch.nn.functional.max_pool2d(padded[None], (tall, wide))[0]
     values = [[round(v, 3) for v in row] for row in pooled.tolist()]
-    return {"rows": f"rows ({tall} per cell)", "columns": f"columns ({wide} per cell)", "values": values}
+    return {
+        "rows": "rows",
+        "columns": "columns",
+        "values": values,
+        "unit": unit,
+        "limit": limit,
+        "shape": [rows, columns],
+    }

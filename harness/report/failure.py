@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-SHOWN_PER_CHECK = 3
+SHOWN_PER_CHECK = 1
 LABEL_WIDTH = 11
 
 

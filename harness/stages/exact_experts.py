@@ -28,6 +28,8 @@ def draw(case, builder: Builder, ids: Tensor, weights: Tensor, expert_map: Tenso
     hidden[:, ones] = 1.0
     spread = max(1, min(-(-case.I // case.H), EXACT_INTEGERS[case.dtype] // (4 * LARGEST_GATE)))
     weights = torch.tensor(WEIGHTS)[builder.integers(0, len(WEIGHTS), tuple(ids.shape))]
+    if case.layout.endswith(":expanded"):  # other rows will be read than are drawn here: keep any two slots' sum exact
+        weights = torch.tensor([WEIGHTS[0], WEIGHTS[-1]])[torch.arange(ids.shape[1]).clamp(max=1)].expand(ids.shape)
     active = _active_columns(case, local_ids(ids, expert_map), weights, len(local), spread, builder)
     gate_up = _gate_up(case, ones, len(local), builder)
     down = _down(case, active, spread, builder)

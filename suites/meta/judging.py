@@ -1,0 +1,42 @@
+"""Helpers of the meta suites: strangers' files, and judging until the first kill."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from harness import contracts
+from harness.cases import plan
+from harness.cases.plans import ON_CUDA_ONLY
+from harness.cases.request import Request
+from harness.pool import Pool, prepare
+
+FOLDER = Path(__file__).parent
+
+
+def functions_of(folder: str) -> Iterator[tuple[str, str]]:
+    """(stage, spec) of every public function in a folder of strangers' files that has its stage's first argument."""
+    for file in sorted((FOLDER / folder).glob("*.py")):
+        stage = next((s for s in contracts.STAGES if file.stem.startswith(s)), None)
+        for node in ast.parse(file.read_text()).body if stage else ():
+            if isinstance(node, ast.FunctionDef) and _fits(stage, node):
+                yield stage, f"{file}:{node.name}"
+
+
+def _fits(stage: str, node: ast.FunctionDef) -> bool:
+    wanted = [p.name for p in contracts.SIGNATURES[stage].parameters.values() if p.kind is not p.KEYWORD_ONLY]
+    return not node.name.startswith("_") and [a.arg for a in node.args.args] == wanted
+
+
+def first_kill(stage: str, spec: str, timeout: float = 20.0) -> dict[str, Any] | None:
+    """The first failing answer of the quick profile on the CPU, or None where the implementation survives."""
+    prepare()
+    with Pool(stage, spec, "cpu", 1, timeout) as pool:
+        declared = pool.start()["declared"]
+        request = Request(dtypes=tuple(declared["dtypes"]))
+        ids = [p.id for p in plan(stage, request) if p.check not in ON_CUDA_ONLY]
+        for answer in pool.judge(ids):
+            assert answer["status"] != "error", answer["reason"]
+            if answer["status"] in ("failed", "died"):
+                return answer
+    return None

@@ -1,0 +1,71 @@
+"""Cases are data: ids replay, plans repeat, exact data are exact, pairs are covered."""
+
+from itertools import combinations
+
+import pytest
+import torch
+
+from harness import rounding
+from harness.cases import parse_id, plan
+from harness.cases.pairwise import pairwise
+from harness.cases.request import Request
+from harness.contracts import STAGES
+from harness.findings import MAX_Z
+from harness.stages import exact_experts, experts
+from harness.stages.call import DTYPES
+from reference.experts import expert_steps, local_ids, routed_rows
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("profile", ["quick", "full"])
+def test_every_planned_case_replays_from_its_id(stage, profile):
+    for planned in plan(stage, Request(profile=profile, seed=3)):
+        assert parse_id(planned.id) == (stage, planned.check, planned.case)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_plan_repeats_and_its_seed_matters(stage):
+    ids = [p.id for p in plan(stage, Request(seed=5))]
+    assert ids == [p.id for p in plan(stage, Request(seed=5))]
+    assert ids != [p.id for p in plan(stage, Request(seed=6))]
+
+
+def test_pairwise_covers_every_allowed_pair():
+    axes = {"a": (1, 2, 3), "b": "xyz", "c": (True, False), "d": (0, 5)}
+
+    def allowed(row):
+        return not (row["a"] == 3 and row["b"] == "z")
+
+    rows = pairwise(axes, 1, allowed)
+    assert all(allowed(row) for row in rows)
+    for (left, lefts), (right, rights) in combinations(axes.items(), 2):
+        for pair in ((v, w) for v in lefts for w in rights):
+            if {left: pair[0], right: pair[1]} != {"a": 3, "b": "z"}:
+                assert any((row[left], row[right]) == pair for row in rows)
+    assert len(rows) < 3 * 3 * 2 * 2 / 2
+
+
+def exact_cases():
+    cases = [p.case for p in plan("experts", Request()) if p.case.data == "exact"]
+    return cases[::7] + [c for c in cases if c.dtype == "bf16" and c.k >= 6][:20]
+
+
+@pytest.mark.parametrize("case", exact_cases(), ids=lambda case: case.id())
+def test_exact_data_are_exact_wherever_they_are_stored(case):
+    """Every intermediate value is representable, and the slots' sum in any order, since its absolute sum is."""
+    call = experts.build(case, "cpu")
+    hidden, gate_up, down, weights, ids = call.args.values()
+    dtype, limit = DTYPES[case.dtype], exact_experts.EXACT_INTEGERS[case.dtype]
+    total = torch.zeros(hidden.shape, dtype=torch.float64)
+    for expert, tokens, slots in routed_rows(local_ids(ids, call.keywords["expert_map"])):
+        steps = expert_steps(hidden[tokens].double(), gate_up[expert], down[expert], "silu")
+        for value in steps:
+            rounded = value.float().to(dtype).double()
+            assert torch.equal(rounded, value.float().double())
+        total.index_add_(0, tokens, weights[tokens, slots, None].double() * steps.output.abs())
+    smallest = min(exact_experts.WEIGHTS)
+    assert float((total / smallest).max() if total.numel() else 0) <= limit + 1e-6
+
+
+def test_the_reports_limit_is_the_judges():
+    assert abs(MAX_Z - rounding.max_limit()) < 0.01

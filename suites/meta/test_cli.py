@@ -1,0 +1,201 @@
+"""The command line, as its users meet it: exit statuses, messages of a few lines, JSON, nothing lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+KERNEL = """
+import torch
+from torch.nn.functional import silu, gelu
+
+def right(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, *, activation="silu", expert_map=None):
+    act = silu if activation == "silu" else lambda g: gelu(g, approximate="tanh")
+    ids = topk_ids if expert_map is None else torch.where(topk_ids < 0, -1, expert_map[topk_ids.clamp(min=0)])
+    out = torch.zeros(hidden_states.shape)
+    for e in ids[ids >= 0].unique().tolist():
+        t, s = (ids == e).nonzero(as_tuple=True)
+        g, u = (hidden_states[t] @ gate_up_proj[e].T).chunk(2, -1)
+        out.index_add_(0, t, topk_weights[t, s, None].float() * ((act(g) * u) @ down_proj[e].T).float())
+    return out.to(hidden_states.dtype)
+
+def halved(*args, **kw): return right(*args, **kw) / 2
+def wrong_shape(*args, **kw): return right(*args, **kw)[:, :-1]
+def wrong_dtype(*args, **kw): return right(*args, **kw).double()
+def no_tensor(*args, **kw): return "done"
+def a_pair(*args, **kw): return right(*args, **kw), None
+def refuses(*args, **kw): raise NotImplementedError("not today")
+def slow(*args, **kw):
+    import time; time.sleep(0.2)
+    return right(*args, **kw)
+def only_bf16(*args, **kw): return right(*args, **kw)
+only_bf16.dtypes = ("bf16",)
+def bad_declaration(*args, **kw): return right(*args, **kw)
+bad_declaration.rounds = ("everything",)
+def other(hidden_states, weights): ...
+def plain(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids):
+    return right(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids)
+not_a_function = 3
+"""
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kernels")
+    (folder / "kernel.py").write_text(KERNEL)
+    (folder / "broken.py").write_text("import torch\nvalue = 1 / 0\n")
+    (folder / "dies.py").write_text("import os\nos._exit(7)\n")
+    (folder / "syntax.py").write_text("def f(:\n")
+    return folder
+
+
+def run(folder, *arguments, timeout=240):
+    command = [sys.executable, "-m", "harness.cli", *map(str, arguments)]
+    env = os.environ | {"PYTHONPATH": os.getcwd()}
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+def judge(folder, attribute, *more):
+    return run(folder, "check", "--stage", "experts", "--impl", f"kernel.py:{attribute}", "--check", "contract", *more)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "told"),
+    [
+        ("halved", "the result is the value times 0.5"),
+        ("wrong_shape", "but should have [5, 64]"),
+        ("wrong_dtype", "the dtype float64, but should have float32"),
+        ("no_tensor", "is str, but should be a tensor"),
+        ("a_pair", "but should return one tensor"),
+    ],
+)
+def test_a_wrong_kernel_fails_and_says_why(kernels, attribute, told):
+    done = judge(kernels, attribute)
+    assert done.returncode == 1, done.stderr
+    assert told in " ".join(done.stdout.split())
+    assert "moe-harness replay" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_right_kernel_passes_and_its_json_says_so(kernels):
+    done = judge(kernels, "right", "--check", "exact", "--json", "out.json", "--html", "out.html")
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((kernels / "out.json").read_text())
+    assert (result["schema"], result["verdict"], result["stage"]) == (1, "pass", "experts")
+    assert {check["name"] for check in result["checks"]} == {"contract", "exact"}
+    assert all({"name", "cases", "failed", "unsupported"} <= set(check) for check in result["checks"])
+    assert result["failures"] == [] and result["coverage"]["executed"] > 100
+    assert "<html" in (kernels / "out.html").read_text()
+
+
+def test_a_failure_replays_from_its_line(kernels):
+    judge(kernels, "halved", "--json", "halved.json")
+    failure = json.loads((kernels / "halved.json").read_text())["failures"][0]
+    assert {"check", "case", "message", "headroom", "where", "diagnosis", "replay"} <= set(failure)
+    line = failure["replay"].split()[1:]
+    assert run(kernels, *line).returncode == 1
+    assert run(kernels, *[word.replace("halved", "right") for word in line]).returncode == 0
+
+
+def test_refusing_everything_is_unsupported_and_not_a_pass(kernels):
+    done = judge(kernels, "refuses", "--json", "refuses.json")
+    assert done.returncode == 3
+    assert json.loads((kernels / "refuses.json").read_text())["verdict"] == "unsupported"
+    assert "not today" in done.stdout
+
+
+def test_declared_dtypes_are_the_ones_judged(kernels):
+    done = judge(kernels, "only_bf16", "--json", "bf16.json")
+    assert done.returncode == 0
+    assert json.loads((kernels / "bf16.json").read_text())["dtypes"] == ["bf16"]
+    assert judge(kernels, "only_bf16", "--dtype", "fp32").returncode == 3
+
+
+def test_missing_keywords_are_unsupported_where_they_matter(kernels):
+    done = judge(kernels, "plain", "--json", "plain.json")
+    assert done.returncode == 0
+    result = json.loads((kernels / "plain.json").read_text())
+    assert any("has no parameter" in entry["reason"] for entry in result["coverage"]["unsupported"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "told"),
+    [
+        (("--stage", "expert", "--impl", "torch:loop"), 2, "did you mean 'experts'"),
+        (("--stage", "experts", "--impl", "torch:lop"), 2, "torch:loop"),
+        (("--stage", "experts", "--impl", "missing.py:f"), 2, "there is no file missing.py"),
+        (("--stage", "experts", "--impl", "kernel.py:rihgt"), 2, "right"),
+        (("--stage", "experts", "--impl", "kernel.py"), 2, "kernel.py:FUNCTION"),
+        (("--stage", "experts", "--impl", "kernel.py:other"), 2, "wanted: experts("),
+        (("--stage", "experts", "--impl", "kernel.py:not_a_function"), 2, "should be a function"),
+        (("--stage", "experts", "--impl", "kernel.py:bad_declaration"), 2, "'everything'"),
+        (("--stage", "experts", "--impl", "broken.py:f"), 3, "ZeroDivisionError"),
+        (("--stage", "experts", "--impl", "syntax.py:f"), 3, "syntax.py:1"),
+        (("--stage", "experts", "--impl", "dies.py:f"), 3, "exit status 7"),
+        (("--stage", "experts", "--impl", "no.such.module:f"), 2, "no.such.module"),
+        (("--stage", "experts", "--impl", "torch:loop", "--dtype", "fp8"), 2, "fp8"),
+        (("--stage", "experts", "--impl", "torch:loop", "--profile", "quik"), 2, "quick"),
+        (("--stage", "experts", "--impl", "torch:loop", "--config", "qwen3-30b"), 2, "qwen3-30b-a3b"),
+        (("--stage", "experts", "--impl", "torch:loop", "--device", "tpu"), 2, "did you mean 'cpu'"),
+        (("--stage", "experts", "--impl", "torch:loop", "--check", "exakt"), 2, "exact"),
+        (("--stage", "experts", "--impl", "torch:loop", "--json", "no/such/folder.json"), 2, "folder"),
+        (("--stage", "experts", "--impl", "torch:loop", "--nonsense"), 2, "--nonsense"),
+        (("--stage", "experts"), 2, "--impl"),
+    ],
+    ids=lambda value: " ".join(value[2:]) if isinstance(value, tuple) else None,
+)
+def test_a_wrong_call_is_told_in_a_few_lines(kernels, arguments, status, told):
+    done = run(kernels, "check", *arguments)
+    assert done.returncode == status, done.stderr
+    assert told in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr + done.stdout
+    assert len(done.stderr.strip().splitlines()) <= 12
+
+
+def test_cuda_asked_for_and_absent(kernels):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    done = judge(kernels, "right", "--device", "cuda")
+    assert done.returncode == 3
+    assert "--device cpu" in done.stderr
+
+
+def test_one_that_cannot_be_loaded_does_not_lose_the_others(kernels):
+    done = judge(kernels, "right", "--impl", "broken.py:f", "--json", "both.json")
+    assert done.returncode == 3
+    runs = json.loads((kernels / "both.json").read_text())["runs"]
+    assert [one["verdict"] for one in runs] == ["pass", "error"]
+
+
+def test_ctrl_c_ends_with_the_report_of_what_was_judged(kernels):
+    command = [sys.executable, "-m", "harness.cli", "check", "--stage", "experts", "--impl", "kernel.py:slow"]
+    command += ["--json", "interrupted.json"]
+    env = os.environ | {"PYTHONPATH": os.getcwd()}
+    process = subprocess.Popen(command, cwd=kernels, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)  # fmt: skip
+    time.sleep(20)
+    os.killpg(process.pid, signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    result = json.loads((kernels / "interrupted.json").read_text())
+    assert result["interrupted"] and result["coverage"]["executed"] > 0
+    assert process.returncode == 3
+    assert "contract" in stdout and "Traceback" not in stderr
+
+
+def test_list_names_what_there_is(kernels):
+    done = run(kernels, "list", "--stage", "experts")
+    assert done.returncode == 0
+    for name in ("torch:loop", "torch:grouped_mm", "transformers:eager", "liger", "qwen3-30b-a3b"):
+        assert name in done.stdout
+
+
+def test_replay_of_a_malformed_case(kernels):
+    for case in ("experts/exact", "experts/exact/T=x", "experts/exact/Q=3", "experts/exakt/T=3"):
+        done = run(kernels, "replay", case, "--impl", "torch:loop")
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr

@@ -1,0 +1,64 @@
+"""Whatever an implementation does to its process ends as a verdict, and what was judged before is kept."""
+
+import pytest
+
+from harness.cases.request import Request
+from harness.engine import Options, judge
+from harness.pool import prepare
+
+HEAD = """
+import ctypes, os, sys, time
+import torch
+from reference.experts import experts as right
+kept = []
+"""
+
+BAD = {
+    "segfaults": ("ctypes.string_at(0)", "SIGSEGV"),
+    "aborts": ("os.abort()", "SIGABRT"),
+    "exits": ("os._exit(0)", "exit status 0"),
+    "calls_exit": ("sys.exit(0)", "SystemExit"),
+    "hangs": ("time.sleep(1000)", "hangs"),
+    "recurses": ("def f(): return f()\n        f()", "RecursionError"),
+    "floods": ("x = [torch.ones(1 << 28) for _ in range(100)]", "GiB"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("bad")
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_process_killer_is_a_failure_beside_passed_cases(name, folder):
+    body, told = BAD[name]
+    code = f"{HEAD}\ndef f(*a, **kw):\n    if len(a[0]) == 33:\n        {body}\n    return right(*a, **kw)\n"
+    (folder / f"{name}.py").write_text(code)
+    prepare()
+    options = Options(timeout=60 if name == "floods" else 4, checks=("exact",))
+    result = judge("experts", f"{folder / name}.py:f", Request(), options)
+    assert result["verdict"] == "fail"
+    assert any(told in failure["message"] for failure in result["failures"]), result["failures"][0]["message"]
+    assert result["coverage"]["executed"] > 20
+    counted = {entry["reason"]: entry["cases"] for entry in result["coverage"]["skipped"]}
+    assert result["coverage"]["executed"] + sum(counted.values()) == result["checks"][0]["cases"]
+
+
+def test_a_leak_is_a_failure(folder):
+    (folder / "leaks.py").write_text(
+        f"{HEAD}\ndef f(*a, **kw):\n    out = right(*a, **kw)\n    kept.append(out.clone())\n    return out\n"
+    )
+    prepare()
+    result = judge("experts", f"{folder / 'leaks.py'}:f", Request(), Options(checks=("leak",)))
+    assert result["verdict"] == "fail" and "memory grew" in result["failures"][0]["message"]
+
+
+def test_a_failure_that_depends_on_earlier_calls_is_told(folder):
+    code = (
+        f"{HEAD}\ndef f(*a, **kw):\n    kept.append(1)\n    return right(*a, **kw) * (2.0 if len(kept) == 9 else 1.0)\n"
+    )
+    (folder / "stateful.py").write_text(code)
+    prepare()
+    result = judge("experts", f"{folder / 'stateful.py'}:f", Request(), Options(checks=("exact",)))
+    assert result["verdict"] == "fail"
+    assert "depends on earlier calls" in result["failures"][0]["looks_like"][0]

@@ -1,0 +1,24 @@
+"""Wrong implementations are never passed: strangers' files, and every fault of the catalogue that shows on a CPU."""
+
+import pytest
+
+from harness.faults.catalogue import all_faults
+from suites.meta.judging import first_kill, functions_of
+
+WRONG = list(functions_of("wrong"))
+FAULTS = [f for f in all_faults() if "cpu" in f.devices]
+
+
+def test_there_are_enough():
+    assert len(WRONG) >= 12
+    assert len(FAULTS) >= 200
+
+
+@pytest.mark.parametrize(("stage", "spec"), WRONG, ids=[spec.rpartition("/")[2] for _, spec in WRONG])
+def test_a_strangers_mistake_is_found(stage, spec):
+    assert first_kill(stage, spec) is not None
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=[f"{f.stage}-{f.name}" for f in FAULTS])
+def test_a_fault_is_found(fault):
+    assert first_kill(fault.stage, fault.spec, timeout=6.0) is not None, f"{fault.name} survives; {fault.condition}"
