@@ -28,6 +28,12 @@ class Placed:
 
     parts: tuple[Tensor, ...]
 
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Refuse parts that cannot be in this state."""
+
     @classmethod
     def of(cls, parts: Sequence[Tensor]) -> Self:
         return cls(tuple(parts))
@@ -61,7 +67,7 @@ class Placed:
 class Replicated(Placed):
     """Equal on every rank; construction checks that it is."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if any(not torch.equal(self.parts[0], part) for part in self.parts[1:]):
             raise IllegalPlacement("the parts of a Replicated differ between ranks")
 

@@ -7,9 +7,11 @@ recorded once, at the level that moves tensors.
 
 import functools
 import inspect
+import json
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,8 +30,10 @@ _OWN = os.path.dirname(__file__)
 class Recorder:
     """What one rank called since `start`, and its voice in the shared heartbeat."""
 
-    def __init__(self, rank: int, heartbeat: Heartbeat | None):
+    def __init__(self, rank: int, heartbeat: Heartbeat, journal: Path):
         self.rank, self.heartbeat = rank, heartbeat
+        self.journal = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self.texts: list[bytes] = []  # each call as JSON
         self.calls: list[Call] = []
         self.inside = False
         self.failed: Call | None = None  # the call out of which an exception came
@@ -37,11 +41,12 @@ class Recorder:
 
     def start(self, injector: Injector) -> None:
         self.calls, self.injector, self.inside, self.failed = [], injector, False, None
+        self.texts = []
+        os.ftruncate(self.journal, 0)
         self.say(State.RUNNING)
 
     def say(self, state: State, call: Call | None = None) -> None:
-        if self.heartbeat is not None:
-            self.heartbeat.write(self.rank, state, call)
+        self.heartbeat.write(self.rank, state, b"" if call is None else self.texts[call.index])
 
     def record(self, op: str, given: dict[str, Any], moved: Movement, place: Place) -> Call:
         tensor = next(iter([*moved.inputs, *moved.outputs]), None)
@@ -62,6 +67,8 @@ class Recorder:
             site=call_site(),
         )
         self.calls.append(call)
+        self.texts.append(json.dumps(call.as_dict(), separators=(",", ":")).encode())
+        os.write(self.journal, self.texts[-1] + b"\n")
         return call
 
 

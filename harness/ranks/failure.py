@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from harness.ranks import traces
-from harness.ranks.calls import POINT_TO_POINT, Call
+from harness.ranks.calls import Call
 from harness.ranks.heartbeat import Beat, State
 from harness.ranks.jobs import Reply
 from harness.ranks.proof import Stalemate
@@ -43,11 +43,16 @@ class Evidence:
     stalled: tuple[int, ...] = ()  # ranks that neither compute nor wait in a collective
     seconds: float = 0.0
     logs: dict[int, str] = field(default_factory=dict)  # what dead workers wrote last
+    journals: dict[int, list[Call]] = field(default_factory=dict)  # calls of the ranks that did not reply
+
+    def calls(self, rank: int) -> list[Call]:
+        """All calls that `rank` began."""
+        return self.replies[rank].calls if rank in self.replies else self.journals.get(rank, [])
 
 
 def classify(evidence: Evidence) -> Failure | None:
     """The failure that the evidence shows, or None where every rank came to its end and the traces agree."""
-    for find in (_raised, _died, _mismatch, _collective, _stalemate, _hang, _timeout):
+    for find in (_mismatch, _raised, _died, _collective, _stalemate, _hang, _timeout):
         failure = find(evidence)
         if failure is not None:
             return _with_secondary(failure, evidence)
@@ -62,15 +67,9 @@ def _raised(evidence: Evidence) -> Failure | None:
 
 
 def _died(evidence: Evidence) -> Failure | None:
-    """A rank that died between collectives; one that died inside may be the victim of a mismatch."""
-    for inside in (False, True):
-        if inside and _mismatch(evidence) is not None:
-            return None
-        for rank, code in sorted(evidence.exits.items()):
-            beat = evidence.beats[rank]
-            if (beat.state == State.WAITING) is inside:
-                kind, cause = ("exited", f"left with status {code}") if code >= 0 else ("died", _signal(code))
-                return Failure(kind, rank, _where(beat), cause, trace=evidence.logs.get(rank, ""))
+    for rank, code in sorted(evidence.exits.items()):
+        kind, cause = ("exited", f"left with status {code}") if code >= 0 else ("died", _signal(code))
+        return Failure(kind, rank, _where(evidence.beats[rank]), cause, trace=evidence.logs.get(rank, ""))
     return None
 
 
@@ -88,42 +87,12 @@ def _where(beat: Beat) -> str:
 
 
 def _mismatch(evidence: Evidence) -> Failure | None:
+    """Calls that do not fit, of whatever ranks; looked for first, since all else may follow from it."""
     complete = len(evidence.replies) == len(evidence.beats) and all(r.error is None for r in evidence.replies.values())
-    found = traces.compare(_known_traces(evidence), complete=complete)
+    found = traces.compare([evidence.calls(rank) for rank in range(len(evidence.beats))], complete=complete)
     if found is None and evidence.stalemate is not None and evidence.stalemate.kind == "mismatch":
         found = evidence.stalemate.disagreement
-    if found is None:
-        found = _pending_mismatch(evidence)
     return None if found is None else _from(found, "mismatch")
-
-
-def _known_traces(evidence: Evidence) -> list[list[Call]]:
-    """Calls of the ranks that replied; the others contribute nothing but their pending call, looked at elsewhere."""
-    return [evidence.replies[rank].calls if rank in evidence.replies else [] for rank in range(len(evidence.beats))]
-
-
-def _pending_mismatch(evidence: Evidence) -> traces.Disagreement | None:
-    """Calls of the same number on the same group that do not fit, at least one of which never came to its end."""
-    first = next((call for rank in range(len(evidence.beats)) if (call := _unfinished(evidence, rank))), None)
-    if first is None or first.op in POINT_TO_POINT:
-        return None
-    calls = {rank: _counterpart(evidence, rank, first) for rank in first.group}
-    known = {rank: call for rank, call in calls.items() if call is not None and call.group == first.group}
-    return traces.disagreement(known) if len(known) == len(calls) else None
-
-
-def _unfinished(evidence: Evidence, rank: int) -> Call | None:
-    """The call that `rank` is stuck in or broke down in."""
-    reply, beat = evidence.replies.get(rank), evidence.beats[rank]
-    return reply.failed_call if reply is not None else beat.call if beat.state == State.WAITING else None
-
-
-def _counterpart(evidence: Evidence, rank: int, call: Call) -> Call | None:
-    reply = evidence.replies.get(rank)
-    if reply is None:
-        found = _unfinished(evidence, rank)
-        return found if found is not None and found.index == call.index else None
-    return reply.calls[call.index] if call.index < len(reply.calls) else None
 
 
 def _from(found: traces.Disagreement, kind: str) -> Failure:

@@ -42,11 +42,10 @@ class Heartbeat:
         with open(path, "r+b") as file:
             self.memory = mmap.mmap(file.fileno(), SLOT * world_size)
 
-    def write(self, rank: int, state: State, call: Call | None = None) -> None:
-        """Replace what `rank` says.  Only that rank may call this."""
+    def write(self, rank: int, state: State, text: bytes = b"") -> None:
+        """Replace what `rank` says; `text` is its call as JSON.  Only that rank may call this."""
         start = rank * SLOT
         sequence = _HEADER.unpack_from(self.memory, start)[0]
-        text = b"" if call is None else json.dumps(call.as_dict(), separators=(",", ":")).encode()
         text = text if len(text) <= SLOT - _HEADER.size else b""
         _HEADER.pack_into(self.memory, start, sequence + 1, state, len(text))
         self.memory[start + _HEADER.size : start + _HEADER.size + len(text)] = text

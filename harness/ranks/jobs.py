@@ -69,5 +69,9 @@ class Home:
         """What the worker and the libraries in it print."""
         return Path(self.folder) / f"rank{rank}.log"
 
+    def journal(self, rank: int) -> Path:
+        """The calls of the job at hand, one JSON line each, for when the rank cannot tell them any more."""
+        return Path(self.folder) / f"rank{rank}.calls"
+
     def heartbeat(self, *, create: bool = False) -> Heartbeat:
         return Heartbeat(Path(self.folder) / "heartbeat", self.world_size, create=create)

@@ -9,6 +9,7 @@ The controller imports no torch.  A deadlock is proved after 150 ms without prog
 
 import atexit
 import contextlib
+import json
 import multiprocessing
 import os
 import shutil
@@ -100,14 +101,21 @@ class Pool:
         evidence = _Watch(self, budget).wait()
         evidence.seconds = time.monotonic() - start
         evidence.logs = {rank: self._said(rank) for rank in evidence.exits}
+        evidence.journals = {rank: self._calls(rank) for rank in range(len(self.ends)) if rank not in evidence.replies}
         failure = classify(evidence)
         replies = [evidence.replies.get(rank) for rank in range(len(self.ends))]
         return Outcome(
             [None if reply is None else reply.result for reply in replies],
-            [[] if reply is None else reply.calls for reply in replies],
+            [evidence.calls(rank) for rank in range(len(self.ends))],
             failure,
             evidence.seconds,
         )
+
+    def _calls(self, rank: int) -> list[Call]:
+        """What a rank that cannot reply wrote down; a line cut off by its end is left out."""
+        path = self.home.journal(rank)
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        return [Call.from_dict(json.loads(line)) for line in lines]
 
     def _said(self, rank: int) -> str:
         path = self.home.log(rank)

@@ -44,7 +44,7 @@ def serve(connection: Any, rank: int, home: Home) -> None:
     _print_to(home.log(rank))
     if home.backend == "nccl":
         torch.cuda.set_device(rank % torch.cuda.device_count())
-    recorder = comm.Recorder(rank, home.heartbeat())
+    recorder = comm.Recorder(rank, home.heartbeat(), home.journal(rank))
     comm.install(recorder)
     store = dist.FileStore(str(home.store()), home.world_size)
     dist.init_process_group(

@@ -1,0 +1,26 @@
+"""Which dispatchers the suite judges: those of --impl where it is given, all registered ones otherwise."""
+
+import pytest
+
+from harness.ranks.judge import Verdict
+
+REGISTERED = (
+    "dispatchers:naive",
+    "dispatchers:local_allreduce",
+    "dispatchers:allgather_reducescatter",
+    "dispatchers:all_to_all",
+    "dispatchers:all_to_all_dedup",
+    "dispatchers:masked",
+)
+
+
+def chosen(config: pytest.Config, default: tuple[str, ...]) -> tuple[str, ...]:
+    """Specs given by --impl, or `default`."""
+    given = config.getoption("--impl", default=None)
+    return tuple([given] if isinstance(given, str) else given) if given else default
+
+
+def told(verdict: Verdict) -> str:
+    """The findings of a verdict as text, the case first."""
+    lines = [f"{f['check']}: {f['message']}\n    {f['diagnosis'][:4]}" for f in verdict.findings]
+    return "\n".join([verdict.case, *lines])

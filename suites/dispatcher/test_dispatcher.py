@@ -1,0 +1,50 @@
+"""The stage `dispatcher`: any implementation over the planned cases, bit for bit against the dense layer.
+
+pytest suites/dispatcher/test_dispatcher.py --impl my_dispatcher.py:MyDispatcher
+"""
+
+import pytest
+
+from harness.ranks import cases, judge
+from suites.dispatcher.subjects import REGISTERED, chosen, told
+
+WORLDS = (1, 2, 3, 4)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "impl" in metafunc.fixturenames:
+        metafunc.parametrize("impl", chosen(metafunc.config, REGISTERED))
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_equals_the_dense_layer(impl: str, world: int) -> None:
+    judged = 0
+    for check, case in cases.dispatcher_cases([world]):
+        verdict = judge.judge(impl, cases.case_id(check, case))
+        judged += verdict.unsupported is None
+        assert not verdict.findings, told(verdict)
+    if not judged:
+        pytest.skip(f"{impl} refuses every case: {verdict.unsupported}")
+
+
+@pytest.mark.parametrize("impl_exact", ["naive", "allgather_reducescatter", "all_to_all", "all_to_all_dedup"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_sends_exactly_what_the_formula_says(impl_exact: str, world: int) -> None:
+    """Beyond the formula there is one 64-bit count for each other rank."""
+    for _, case in list(cases.dispatcher_cases([world]))[::5]:
+        verdict = judge.judge(f"dispatchers:{impl_exact}", cases.case_id("dense", case))
+        for rank in verdict.observed:
+            counts = 8 * (world - 1)
+            assert rank["sent"] == pytest.approx(rank["needed"] + counts, abs=0.5), told(verdict)
+
+
+def test_eight_ranks() -> None:
+    for _, case in list(cases.dispatcher_cases([8]))[::9]:
+        verdict = judge.judge("dispatchers:all_to_all_dedup", cases.case_id("dense", case))
+        assert verdict.passed, told(verdict)
+
+
+def test_deepep_is_refused_with_the_reason() -> None:
+    verdict = judge.judge("dispatchers:deepep", "dispatcher/dense/R=2,E=4,k=2,T=2+2")
+    assert not verdict.findings
+    assert "deep_ep" in str(verdict.unsupported)

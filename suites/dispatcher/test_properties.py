@@ -1,0 +1,49 @@
+"""Properties over specs, drawn by the controller only, and what they shrink to."""
+
+import random
+import time
+
+from hypothesis import HealthCheck, find, given, settings
+from hypothesis import strategies as st
+
+from harness.ranks import cases, judge, strategies
+from harness.ranks.cases import DispatcherCase
+from suites.dispatcher.subjects import REGISTERED, told
+
+NO_FALSE_ALARM = 400  # cases per run; the count grows with HYPOTHESIS_PROFILE=nightly through max_examples
+
+
+@settings(max_examples=200)
+@given(impl=st.sampled_from(REGISTERED), case=strategies.dispatcher_cases(worlds=(1, 2, 4)))
+def test_every_scheme_equals_the_dense_layer(impl: str, case: DispatcherCase) -> None:
+    verdict = judge.judge(impl, cases.case_id("dense", case))
+    assert verdict.passed, told(verdict)
+
+
+def _fails(spec: str):
+    return lambda case: bool(judge.judge(spec, cases.case_id("dense", case)).findings)
+
+
+def _minimal(fault: str) -> DispatcherCase:
+    options = settings(max_examples=300, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    return find(strategies.dispatcher_cases(), _fails(f"harness.faults.dispatcher:{fault}"), settings=options)
+
+
+def test_a_planted_deadlock_shrinks_to_its_minimal_case() -> None:
+    start = time.monotonic()
+    case = _minimal("empty_rank_skips")
+    assert (case.R, case.E, case.k, sorted(case.tokens)) == (2, 1, 1, [0, 1]), case.id()
+    assert time.monotonic() - start < 30  # 3 s alone on two cores; the machine may be shared
+
+
+def test_a_planted_ownership_fault_shrinks_to_an_uneven_split() -> None:
+    case = _minimal("owner_by_division")
+    assert case.R == 2 and case.E <= 3 and case.k == 1, case.id()
+
+
+def test_no_false_alarm_on_random_cases() -> None:
+    rng = random.Random(0)
+    for number in range(NO_FALSE_ALARM):
+        impl = REGISTERED[number % len(REGISTERED)]
+        verdict = judge.judge(impl, cases.case_id("dense", cases.draw(rng, (1, 2, 3, 4))))
+        assert verdict.passed, told(verdict)

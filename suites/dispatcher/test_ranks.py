@@ -1,0 +1,115 @@
+"""The pool, the recorder and the proofs: what went wrong is told by rank, call and cause, and within a second."""
+
+import subprocess
+import sys
+
+import pytest
+
+from harness.ranks import pool, traces
+from harness.ranks.calls import Call
+from harness.ranks.heartbeat import Beat, State
+from harness.ranks.proof import stalemate
+
+TASKS = "suites.dispatcher.tasks"
+
+
+def _run(task: str, ranks: int = 2) -> pool.Outcome:
+    return pool.run(f"{TASKS}:{task}", None, ranks=ranks)
+
+
+def test_results_and_trace() -> None:
+    outcome = _run("two_sums")
+    assert outcome.ok and outcome.results == [[6.0] * 4] * 2
+    for trace in outcome.traces:
+        assert [(c.op, c.dtype, c.inputs, c.sent) for c in trace] == [("all_reduce", "float32", ((4,),), 16.0)] * 2
+        assert "two_sums" in trace[0].site
+
+
+@pytest.mark.parametrize(
+    ("task", "ranks", "kind", "rank", "words"),
+    [
+        ("skips", 2, "deadlock", 1, "waits for it in call #0 all_reduce"),
+        ("skips", 4, "deadlock", 1, "waits for it in call #0 all_reduce"),
+        ("other_operation", 4, "mismatch", 0, "operation is broadcast"),
+        ("other_size", 2, "mismatch", 1, "number of elements is 3"),
+        ("swapped", 2, "mismatch", 1, "another order than rank 0"),
+        ("disagreeing_splits", 2, "mismatch", 1, "expects 1 elements from rank 0, which sends 2"),
+        ("crossed_receives", 2, "deadlock", 1, "while rank 0 waits for it"),
+        ("raises", 4, "raised", 1, "KeyError: 'missing'"),
+    ],
+)
+def test_one_headline_and_a_clean_pool(task: str, ranks: int, kind: str, rank: int, words: str) -> None:
+    outcome = _run(task, ranks)
+    assert outcome.failure is not None
+    assert (outcome.failure.kind, outcome.failure.rank) == (kind, rank), outcome.failure
+    assert words in outcome.failure.headline()
+    assert outcome.seconds < 5  # 0.2 s on an idle machine
+    assert _run("two_sums", ranks).ok
+
+
+def test_asynchronous_calls_and_sub_groups() -> None:
+    assert _run("asynchronous").results == [2.0, 2.0]
+    outcome = _run("sub_groups", 4)
+    assert outcome.results == [1.0, 1.0, 5.0, 5.0]
+    assert [trace[0].group for trace in outcome.traces] == [(0, 1), (0, 1), (2, 3), (2, 3)]
+
+
+def test_bytes_of_every_operation() -> None:
+    outcome = _run("every_operation", 3)
+    assert outcome.ok, outcome.failure
+    sent = [{c.op: c.sent for c in reversed(trace)} for trace in outcome.traces]
+    assert [s["broadcast"] for s in sent] == [0, 32, 0]
+    assert [s["reduce"] for s in sent] == [0, 16, 16]
+    assert [s["all_gather"] for s in sent] == [32, 32, 32]
+    assert [s["reduce_scatter"] for s in sent] == [32, 32, 32]
+    assert [s["gather"] for s in sent] == [0, 16, 16]
+    assert [s["scatter"] for s in sent] == [32, 0, 0]
+    assert sent[0]["isend"] == 16 and outcome.traces[1][8].received == 16
+
+
+def test_the_controller_needs_no_torch() -> None:
+    code = (
+        "import sys; from harness.ranks import judge; "
+        "passed = judge.judge('dispatchers:all_to_all', 'dispatcher/dense/R=2,E=3,k=1,T=0+2').passed; "
+        "print(passed, 'torch' in sys.modules)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert said.stdout.split() == ["True", "False"]
+
+
+# Pure: traces and proofs --------------------------------------------------------------------------------------------
+
+
+def _call(index: int, op: str = "all_reduce", **fields: object) -> Call:
+    return Call(**{"index": index, "op": op, "group": (0, 1), "dtype": "float32", "inputs": ((2,),), **fields})
+
+
+def test_agreeing_traces() -> None:
+    assert traces.compare([[_call(0), _call(1)], [_call(0), _call(1)]]) is None
+
+
+def test_a_call_left_out() -> None:
+    found = traces.compare([[_call(0), _call(1)], [_call(0)]])
+    assert found is not None and found.rank == 1 and "left out #1" in found.cause
+
+
+def test_a_slow_transfer_is_no_deadlock() -> None:
+    waiting = [Beat(4, State.WAITING, _call(0)), Beat(4, State.WAITING, _call(0))]
+    assert stalemate(waiting) is None
+
+
+def test_a_running_rank_may_still_come() -> None:
+    assert stalemate([Beat(4, State.WAITING, _call(0)), Beat(3, State.RUNNING)]) is None
+
+
+def test_a_finished_or_dead_rank_never_comes() -> None:
+    waiting = Beat(4, State.WAITING, _call(0))
+    for beats, dead in (([waiting, Beat(3, State.DONE)], set()), ([waiting, Beat(3, State.RUNNING)], {1})):
+        proof = stalemate(beats, frozenset(dead))
+        assert proof is not None and (proof.kind, proof.disagreement.rank) == ("deadlock", 1)
+
+
+def test_different_groups_wait_for_each_other() -> None:
+    beats = [Beat(1, State.WAITING, _call(0)), Beat(1, State.WAITING, _call(0, group=(1, 2))), Beat(1, State.DONE)]
+    proof = stalemate(beats)
+    assert proof is not None

@@ -1,0 +1,103 @@
+"""The stage `parallel_linear`: each kind of layer over the planned cases, its faults, heads, and properties.
+
+pytest suites/parallel_linear --impl my_layers.py:MyColumnParallel
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from harness.faults import Fault
+from harness.faults.ranked import all_ranked
+from harness.ranks import cases, judge, strategies
+from harness.ranks.cases import KINDS, LinearCase
+from impls.parallel.heads import HeadParallel, local_heads
+from reference import parallel_linear as reference
+from suites.dispatcher.subjects import chosen, told
+
+REGISTERED = ("Replicated", "ColumnParallel", "MergedColumnParallel", "RowParallel")
+OF_KIND = {
+    "replicated": "Replicated",
+    "column": "ColumnParallel",
+    "merged_column": "MergedColumnParallel",
+    "row": "RowParallel",
+}
+FAULTS = all_ranked("parallel_linear")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "impl" in metafunc.fixturenames:
+        metafunc.parametrize("impl", chosen(metafunc.config, tuple(f"parallel:{name}" for name in REGISTERED)))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_keeps_and_computes_its_part(impl: str, world: int) -> None:
+    judged = 0
+    for kind in KINDS:
+        for check, case in cases.linear_cases([world], kind):
+            verdict = judge.judge(impl, cases.case_id(check, case))
+            judged += verdict.unsupported is None
+            assert not verdict.findings, told(verdict)
+    assert judged, f"{impl} refuses every case: {verdict.unsupported}"
+
+
+@settings(max_examples=100)
+@given(case=strategies.linear_cases())
+def test_every_kind_on_drawn_cases(case: LinearCase) -> None:
+    verdict = judge.judge(f"parallel:{OF_KIND[case.kind]}", cases.case_id("shard", case))
+    assert verdict.passed, told(verdict)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_faults_are_seen_and_hidden_where_they_say(fault: Fault) -> None:
+    verdict = judge.judge(fault.spec, fault.shows["case"])
+    assert fault.shows["seen_by"] in {finding["check"] for finding in verdict.findings}, told(verdict)
+    for case in fault.hidden:
+        assert judge.judge(fault.spec, case).passed, case
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_faults_are_killed_by_the_planned_cases(fault: Fault) -> None:
+    planned = cases.linear_cases([1, 2, 4], fault.function.kind)
+    assert any(judge.judge(fault.spec, cases.case_id(*entry)).findings for entry in planned), f"{fault.name} survives"
+
+
+def test_the_row_parallel_gate_is_caught_by_name() -> None:
+    fault = next(f for f in FAULTS if f.name == "gate_row_parallel")
+    diagnosis = judge.judge(fault.spec, fault.shows["case"]).findings[0]["diagnosis"]
+    assert diagnosis[0]["fault"] == "row-parallel where replicated is meant"
+
+
+@pytest.mark.parametrize("base", ["Layer", "Column", "Merged", "Row"])
+def test_what_the_faults_are_made_from_is_right(base: str) -> None:
+    spec = f"harness.faults.parallel_linear:{base}"
+    kind = {"Layer": "replicated", "Column": "column", "Merged": "merged_column", "Row": "row"}[base]
+    for entry in cases.linear_cases([1, 2, 4], kind):
+        assert judge.judge(spec, cases.case_id(*entry)).passed
+
+
+# Heads ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("heads", "world"), [(4, 1), (4, 2), (4, 4), (4, 8), (2, 8), (1, 4), (6, 3)])
+def test_a_rank_holds_whole_heads(heads: int, world: int) -> None:
+    weight = torch.arange(heads * 3 * 5.0).view(heads * 3, 5)
+    for rank in range(world):
+        place = {"rank": rank, "world_size": world, "dtype": torch.float32, "device": "cpu"}
+        layer = HeadParallel(5, heads, 3, **place)
+        layer.load(0, weight)
+        assert torch.equal(layer.weight[0], reference.head_shard(weight, heads, rank, world))
+
+
+def test_query_heads_meet_their_key_value_head() -> None:
+    """32 query and 4 key/value heads over 8 ranks, as in Qwen3-30B-A3B: 8 query heads share one key/value head."""
+    for rank in range(8):
+        queries, keys = local_heads(32, rank, 8), local_heads(4, rank, 8)
+        assert {query // 8 for query in queries} == set(keys)
+
+
+def test_heads_that_fit_no_number_of_ranks_are_refused() -> None:
+    with pytest.raises(ValueError, match="num_heads is 3, which 4 ranks"):
+        local_heads(3, 0, 4)
+    with pytest.raises(ValueError, match="num_heads is 6"):
+        local_heads(6, 0, 4)
