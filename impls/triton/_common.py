@@ -52,12 +52,6 @@ def early_start(device: torch.device) -> bool:
     return device.type == "cuda" and not interpreting() and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def lines(columns: int, t: Tensor) -> dict[str, int]:
-    """Cache lines of 128 bytes in a row of `columns` elements of t's dtype, 16 at most, for `prefetch_rows`."""
-    line = 128 // t.element_size()
-    return {"LINES": min(16, triton.next_power_of_2(triton.cdiv(columns, line))), "LINE": line}
-
-
 def descriptor_strides(t: Tensor) -> list[int] | None:
     """Strides for a tensor-memory descriptor of `t`, or None where the layout does not allow one.
 
@@ -95,22 +89,6 @@ def after_previous(PDL: tl.constexpr):
     """Wait until the previous kernel has ended and its writes are visible."""
     if PDL:
         gdc_wait()
-
-
-@triton.jit
-def prefetch(at):
-    """Ask for the cache lines at the pointers `at` to be brought into the L2 cache."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def prefetch_rows(w, e, n0, N, K, w_e, w_n, BN: tl.constexpr, LINES: tl.constexpr, LINE: tl.constexpr):
-    """Bring the first LINES lines (LINE elements each) of rows n0..n0+BN of w[e] ([N, K]) into the L2 cache."""
-    n = tl.minimum(n0 + tl.arange(0, BN), N - 1)
-    k = tl.minimum(tl.arange(0, LINES) * LINE, K - 1)
-    prefetch(w + e.to(tl.int64) * w_e + n[:, None].to(tl.int64) * w_n + k[None, :])
 
 
 @triton.jit

@@ -20,9 +20,7 @@ from impls.triton._common import (
     gated,
     interpreting,
     let_next_start,
-    lines,
     on,
-    prefetch_rows,
     product,
     tile_source,
 )
@@ -63,10 +61,9 @@ def _few_gate_up(
 
 @triton.jit
 def _few_down(
-    act, w, raw, weights, ids, emap, out, H, WIDTH, E, map_len, id_row, id_col, r_row, r_col, w_e, w_n, w_k,
+    act, w, weights, ids, emap, out, H, WIDTH, E, map_len, id_row, id_col, r_row, r_col, w_e, w_n, w_k,
     HAS_MAP: tl.constexpr, K: tl.constexpr, BJ: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    EVEN_K: tl.constexpr, TMA: tl.constexpr, LINES: tl.constexpr, LINE: tl.constexpr, WIDEN: tl.constexpr,
-    PDL: tl.constexpr,
+    EVEN_K: tl.constexpr, TMA: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[t, BN columns]; a masked slot walks over expert 0 and its sum is left out."""
     t = tl.program_id(1)
@@ -75,9 +72,6 @@ def _few_down(
     e = local_expert(ids, emap, t * K + j, j < K, K, id_row, id_col, map_len, E, HAS_MAP)
     at = weights + t.to(tl.int64) * r_row + j.to(tl.int64) * r_col
     weight = tl.load(at, mask=e >= 0, other=0.0).to(tl.float32)
-    if PDL and TMA:  # weights come into the cache while the first kernel is still running
-        for slot in range(K):
-            prefetch_rows(raw, tl.maximum(pick(e, slot, BJ), 0), n0, H, WIDTH, w_e, w_n, BN, LINES, LINE)
     after_previous(PDL)
     row = tl.arange(0, ROWS)
     steps = tl.cdiv(WIDTH, BK)
@@ -117,10 +111,10 @@ def few_tokens(
             WIDEN=interpreting(), PDL=early, num_warps=walk.up_warps, num_stages=walk.up_stages,
         )  # fmt: skip
         _few_down[(triton.cdiv(hidden, walk.down_n), tokens)](
-            act, w_down, down, weights, ids, emap, out, hidden, width, experts, emap.numel(),
+            act, w_down, weights, ids, emap, out, hidden, width, experts, emap.numel(),
             *ids.stride(), *weights.stride(), *down.stride(), HAS_MAP=expert_map is not None,
             K=top_k, BJ=triton.next_power_of_2(top_k), BN=walk.down_n, BK=walk.down_k,
-            EVEN_K=width % walk.down_k == 0, TMA=tma_down, **lines(width, x), WIDEN=interpreting(), PDL=early, launch_pdl=early,
+            EVEN_K=width % walk.down_k == 0, TMA=tma_down, WIDEN=interpreting(), PDL=early, launch_pdl=early,
             num_warps=walk.down_warps, num_stages=walk.down_stages,
         )  # fmt: skip
     return out

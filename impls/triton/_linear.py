@@ -14,9 +14,7 @@ from impls.triton._common import (
     early_start,
     interpreting,
     let_next_start,
-    lines,
     on,
-    prefetch_rows,
     product,
     tile_source,
 )
@@ -57,11 +55,11 @@ def _linear_tile(
 
 @triton.jit
 def _linear(
-    a, a_half, w, raw, bias, y, counts, slots, E, K, N, a_row, a_col, w_e, w_n, w_k, b_e, b_n, c_e, y_row,
+    a, a_half, w, bias, y, counts, slots, E, K, N, a_row, a_col, w_e, w_n, w_k, b_e, b_n, c_e, y_row,
     BLOCK_E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     EVEN_K: tl.constexpr, TMA: tl.constexpr, TMA_A: tl.constexpr, SWAP: tl.constexpr, WIDEN: tl.constexpr,
     PDL: tl.constexpr, FLAT: tl.constexpr, TAIL: tl.constexpr, BY_EXPERT: tl.constexpr, BIAS: tl.constexpr,
-    SCATTER: tl.constexpr, LINES: tl.constexpr, LINE: tl.constexpr,
+    SCATTER: tl.constexpr,
 ):  # fmt: skip
     """Tiles [BM rows, BN columns] of y; `a_half` is `a` with a descriptor for half the rows."""
     n_blocks = tl.cdiv(N, BN)
@@ -70,8 +68,6 @@ def _linear(
         e = tl.program_id(0) // n_blocks
         n0 = tl.program_id(0) % n_blocks * BN
         count, start = tl.load(counts + e), tl.load(counts + E + e)
-        if PDL and TMA and count > 0:
-            prefetch_rows(raw, e, n0, N, K, w_e, w_n, BN, LINES, LINE)
         after_previous(PDL)
         let_next_start(PDL)
         for m in range(tl.cdiv(count, BM)):
@@ -121,13 +117,13 @@ def linear(
     early = slots is not None and early_start(a.device)
     with on(a.device):
         _linear[(grid_size(tiling, expected, num_experts, columns, a.device, slots is not None),)](
-            a_source, a_half, source, weight, a if bias is None else bias, y, counts, counts if slots is None else slots,
+            a_source, a_half, source, a if bias is None else bias, y, counts, counts if slots is None else slots,
             num_experts, a.shape[1], columns,
             *a.stride(), *weight.stride(), *bias_strides, counts.stride(-1), y.stride(0),
             BLOCK_E=triton.next_power_of_2(num_experts), BM=tiling.m, BN=tiling.n, BK=tiling.k, GROUP=tiling.group,
             EVEN_K=a.shape[1] % tiling.k == 0, TMA=tma, TMA_A=tma_a, SWAP=tiling.swap, WIDEN=interpreting(),
             PDL=early, FLAT=tiling.flat, TAIL=tiling.tail, BY_EXPERT=tiling.by_expert and slots is not None,
-            **lines(a.shape[1], a), launch_pdl=early, BIAS=bias is not None, SCATTER=slots is not None,
+            launch_pdl=early, BIAS=bias is not None, SCATTER=slots is not None,
             num_warps=tiling.warps, num_stages=tiling.stages,
         )  # fmt: skip
     return y

@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 TUNED = Path(__file__).parent / "tuned"
+WALKED = 16  # slots up to which the generic rules take the few-token path
 NEAR = 2.0  # doublings: beyond a factor of four in all dimensions together another shape's tiles are no guide
 
 
@@ -55,11 +56,11 @@ class Shape:
 class Tiling:
     """One grouped product: tile m x n, step k, row tiles walked per column, warps, pipeline stages.
 
-    `waves` is the grid in programs per multiprocessor (0: one program per possible tile); `tma` reads tiles through the
-    copy engine where the layout allows; `swap` computes the tile transposed, weights first; `flat` makes one loop of the
-    loops over tiles and over k, so that the next tile is being read while this one is written; `tail` gives the last rows
-    of an expert a tile of half the height where they fit; `by_expert` gives a program all rows of one expert, which finds
-    its tile with one load.
+    `waves`: the grid in programs per multiprocessor (0: one program per possible tile).  `tma`: read tiles through the
+    copy engine where the layout allows.  `swap`: compute the tile transposed, weights first.  `flat`: make one loop of
+    the loops over tiles and over k, so that the next tile is being read while this one is written.  `tail`: give the
+    last rows of an expert a tile of half the height where they fit.  `by_expert`: a program takes all rows of one
+    expert, and finds its tile with one load.
     """
 
     m: int
@@ -140,7 +141,7 @@ def tuned_files(name: str) -> tuple[tuple[Shape, tuple[tuple[int, Entry], ...]],
 
 def generic(shape: Shape, slots: int) -> Entry:
     """Rules for a shape or device without a tuned file: the row tile follows the rows per expert."""
-    if slots <= 16:
+    if slots <= WALKED:
         return Entry(walk=Walk() if shape.element_size == 2 else Walk(up_k=32, up_stages=2, down_k=32, down_stages=2))
     if shape.element_size == 4:  # fp32 products do not use the tensor cores: small tiles keep them in registers
         tiling = Tiling(16 if slots < 32 * shape.experts else 32, 64, 32, warps=4, stages=2, tma=False)
@@ -164,18 +165,20 @@ def small(slots: int) -> Entry:
 
 
 @functools.cache
-def choose(shape: Shape, slots: int, device: torch.device) -> Entry:
+def choose(shape: Shape, slots: int, device: torch.device, walk: bool = True) -> Entry:
     """The entry to run for `slots` slots that are expected to have a local expert.
 
-    Nearest tuned shape, then nearest number of rows per expert; else the generic rules.
+    Nearest tuned shape, then nearest number of rows per expert; else the generic rules.  Without `walk` the few-token
+    path is left out: it reads weights for masked slots too.
     """
     if device.type != "cuda":
         return small(slots)
     near = [(shape.distance(known), known, entries) for known, entries in tuned_files(device_name(device))]
     near = sorted((n for n in near if n[0] <= NEAR and n[2]), key=lambda n: n[0])
     if not near:
-        return generic(shape, slots)
+        return generic(shape, slots if walk else max(slots, WALKED + 1))
     _, known, entries = near[0]
+    entries = [e for e in entries if walk or e[1].walk is None]
     return min(entries, key=lambda e: abs(math.log2(e[0] * known.top_k / known.experts * shape.experts / slots)))[1]
 
 
@@ -193,7 +196,7 @@ def choose_linear(shape: Shape, rows: int, device: torch.device) -> Tiling:
         near += [(seen.distance(known), known, t, e.down) for t, e in entries if e.down is not None]
     near = [n for n in near if n[0] <= NEAR]
     if not near:
-        return generic(shape, max(rows, 17)).down
+        return generic(shape, max(rows, WALKED + 1)).down
     closest = min(n[0] for n in near)
     wanted = rows / shape.experts
 

@@ -110,7 +110,7 @@ def gate_up(
             *x.stride(), *weight.stride(), act.stride(0),
             BLOCK_E=triton.next_power_of_2(num_experts), BM=tiling.m, BN=tiling.n, BK=tiling.k, GROUP=tiling.group,
             EVEN_K=x.shape[1] % tiling.k == 0, TMA=tma, SWAP=tiling.swap, GELU=activation == "gelu_tanh",
-            WIDEN=interpreting(), PDL=early, FLAT=tiling.flat, TAIL=tiling.tail, BY_EXPERT=tiling.by_expert, launch_pdl=early,
-            num_warps=tiling.warps, num_stages=tiling.stages,
+            WIDEN=interpreting(), PDL=early, FLAT=tiling.flat, TAIL=tiling.tail, BY_EXPERT=tiling.by_expert,
+            launch_pdl=early, num_warps=tiling.warps, num_stages=tiling.stages,
         )  # fmt: skip
     return act
