@@ -7,6 +7,7 @@ The permitted variance is known around the right value only.  A fault that makes
 larger in the same proportion, so the variance of a row is at least (typical variance / value^2) times its mean square.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from math import inf, isfinite, log, sqrt
 from typing import Any
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from harness import rounding
 from harness.stages.call import Call
+
+LARGE = 1 << 15  # elements beyond which a part of the rows is looked at
+FURTHEST = 512
 
 
 @dataclass
@@ -89,6 +93,18 @@ class Values:
         self.own, self.common = float(sources[:, 0].clamp(max=self.value.shape[-1]).sum()), float(sources[:, 1].sum())
         self.relative = self._relative()
         self.right = bound.value
+        self.rows: Tensor | None = None
+
+    def focus(self, got: Tensor) -> None:
+        """From now on look at some rows of a large result only: those furthest from the right value, and others."""
+        if self.value.numel() <= LARGE or self.value.shape[0] <= 2 * FURTHEST:
+            return
+        error = (_matrix(got).double() - self.value).abs().nan_to_num(inf, inf, inf).amax(1)
+        spread = torch.linspace(0, len(error) - 1, FURTHEST, device=error.device).long()
+        self.rows = torch.cat([error.topk(FURTHEST).indices, spread]).unique()
+        part = len(self.rows) / len(error)
+        self.value, self.variance = self.value[self.rows], self.variance[self.rows]
+        self.own, self.common, self.shared = self.own * part, self.common * part, self.shared * part
 
     def _relative(self) -> float:
         """Typical variance of an element over its mean square, from rows that are not all zero."""
@@ -99,7 +115,7 @@ class Values:
 
     def fit(self, candidate: Tensor, got: Tensor, others: tuple[Tensor, ...] = ()) -> Fit:
         """`others` are outputs of the candidate on inputs changed by a few roundings: how far it wavers by itself."""
-        candidate, got = _matrix(candidate).double(), _matrix(got).double()
+        candidate, got, *others = (self._focused(result) for result in (candidate, got, *others))
         if not got.numel():
             return Fit()
         sigma = self._variance(candidate, others).sqrt()
@@ -115,13 +131,17 @@ class Values:
             own=self.own, common=self.common, shared=self.shared,
         )  # fmt: skip
 
-    def _variance(self, candidate: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    def _focused(self, result: Tensor) -> Tensor:
+        rows = _matrix(result)
+        return (rows if self.rows is None or len(rows) == len(self.rows) else rows[self.rows]).double()
+
+    def _variance(self, candidate: Tensor, others: Sequence[Tensor]) -> Tensor:
         plain = candidate.nan_to_num(0.0, 0.0, 0.0)
         of_row = self.relative * plain.square().mean(1, keepdim=True)
         variance = torch.maximum(self.variance, of_row) + rounding.store(plain, self.dtype)
         for other in others:
             variance = torch.maximum(
-                variance, variance + (_matrix(other).double() - plain).square().nan_to_num(0, 0, 0)
+                variance, variance + (other - plain).square().nan_to_num(0, 0, 0)
             )
         return variance
 

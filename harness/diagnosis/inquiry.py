@@ -66,21 +66,22 @@ class _Inquiry:
         self.all = suspects(trial.subject.stage, trial.device)
 
     def causes(self) -> list[dict[str, str]]:
-        unexplained = 0
+        unexplained, second_best = 0, []
         for scene in self._scenes():
             if self._out_of_time() or unexplained == UNEXPLAINED:
                 break
             stand = self._stand(scene)
-            if stand is None or stand.right:
+            if stand is None or stand.right or self._is_subtle(stand):
                 continue
             found, others = self._explaining(stand)
             unexplained += 1
-            if found:
-                self._tell_apart(found, scene)
-                told = [s for s in sorted(found, key=Suspicion.rank) if s.confirmed]
-                if told:
-                    return _tell(told, found, others)
-        return []
+            self._tell_apart(found, scene)
+            told = [s for s in sorted(found, key=Suspicion.rank) if s.confirmed]
+            if told and not told[0].missed:
+                return _tell(told, found, others)
+            # It explains these data and others, but not all that was tried: another scene may show why.
+            second_best = second_best or (_tell(told, found, others) if told else [])
+        return second_best
 
     def _scenes(self) -> Iterator[Scene]:
         yield Scene((self.case.but(variant="", optional=False),))
@@ -100,7 +101,11 @@ class _Inquiry:
         if got is None:
             return None
         right = not any(self.trial.judge(call, result).findings for call, result in zip(calls, got, strict=True))
-        return Stand(scene, calls, got, self._truths(calls), right)
+        truths = self._truths(calls)
+        for truth, result in zip(truths, got, strict=True):
+            if hasattr(truth, "focus"):
+                truth.focus(result)
+        return Stand(scene, calls, got, truths, right)
 
     def _got(self, calls: Sequence[Call]) -> list[Any] | None:
         found = []
@@ -120,6 +125,12 @@ class _Inquiry:
         wavering = wavering or [()] * len(stand.calls)
         parts = zip(stand.truths, candidate, stand.got, wavering, strict=True)
         return reduce(Fit.plus, (truth.fit(one, two, others) for truth, one, two, others in parts))
+
+    def _is_subtle(self, stand: Stand) -> bool:
+        """Whether an exact case misses by less than rounding gives on other data: no distance can be told there."""
+        if stand.calls[0].case.data != "exact":
+            return False
+        return self._fit(stand, [truth.right for truth in stand.truths]).equal()
 
     def _explaining(self, stand: Stand) -> tuple[list[Suspicion], list[Suspicion]]:
         """(suspects that explain the result, the others), each nearest first."""
@@ -155,7 +166,10 @@ class _Inquiry:
     def _tell_apart(self, found: list[Suspicion], failing: Scene) -> None:
         """Run other data sets until one suspect is left that two of them confirm, or all are run."""
         remembering = any(s.fault.stateful for s in found)
-        others = list(sequences(self.case)) if len(failing.cases) > 1 else [*relatives(failing.cases[0])]
+        others = list(sequences(self.case))
+        if len(failing.cases) == 1:  # a sequence too: what holds in every later call need not hold in the first
+            near = list(relatives(failing.cases[0]))
+            others = [near[0], others[0], *near[1:]]
         for scene in [*others, *([] if remembering else probes(self.case))]:
             alive = [s for s in found if not s.missed] or found
             if self._out_of_time() or (len(alive) == 1 and len(alive[0].confirmed) >= CONFIRMATIONS):

@@ -21,6 +21,7 @@ from harness.checks import CHECKS
 from harness.contracts import DTYPES, Declarations, Subject
 from harness.diagnosis.hiding import hidden
 from harness.diagnosis.inquiry import explain
+from harness.diagnosis.scenes import probes
 from harness.diagnosis.suspects import DEADLY, forget, suspects
 from harness.errors import HarnessError
 from harness.faults.catalogue import Fault
@@ -44,9 +45,10 @@ def trial_of(fault: Fault) -> Trial:
 
 
 def first_failure(trial: Trial) -> tuple[str, Case] | None:
-    """(check, case) that a quick run sees fail first."""
+    """(check, case) that a quick run sees fail first; where it sees none, one of the probes."""
     dtypes = tuple(d for d in DTYPES if d in trial.subject.declared.dtypes)
-    for check, case in plan(trial.subject.stage, Request(dtypes=dtypes)):
+    planned = plan(trial.subject.stage, Request(dtypes=dtypes))
+    for check, case in [*planned, *(("numeric", scene.cases[0]) for scene in probes(planned[0].case))]:
         if check in SKIPPED:
             continue
         try:

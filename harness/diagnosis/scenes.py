@@ -44,21 +44,16 @@ def sequences(case: Case, count: int = 3) -> Iterator[Scene]:
     known = {f.name for f in fields(case)}
     for number in range(count):
         turn = case.seed * count + number
-        shape = {
-            "T": 9 + turn % 31,
-            "S": 17 + turn % 31,
-            "H": 24 + 8 * (turn // 31 % 40),
-            "K": 24 + 8 * (turn // 31 % 40),
-        }
-        shape |= {"lead": str(5 + turn % 31)}
+        rows, wide, inner = 9 + turn % 31, 24 + 8 * (turn // 13 % 29), 16 + 8 * (turn % 13)
+        shape = {"T": rows, "S": rows, "H": wide, "K": wide, "I": inner, "N": inner, "D": inner, "lead": str(rows)}
         if case.stage == "router":
-            shape["H"], shape["T"] = 0, 9 + turn % 301
+            shape["T"] = 9 + turn % 301
         base = type(case)(dtype=case.dtype, seed=case.seed + 701 + 10 * number,
                           **{k: v for k, v in shape.items() if k in known})  # fmt: skip
-        rows = {name: 2 * shape[name] + 1 for name in ("T", "S") if name in known}
+        more = {name: 2 * shape[name] + 1 for name in ("T", "S") if name in known}
         masked: dict[str, Any] = {"masked": "some"} if "masked" in known else {}
         yield Scene((base, base.but(seed=base.seed + 1), base.but(seed=base.seed + 2, **masked),
-                     base.but(seed=base.seed + 3, **rows), base))  # fmt: skip
+                     base.but(seed=base.seed + 3, **more), base))  # fmt: skip
 
 
 def _experts() -> Iterator[dict[str, Any]]:
@@ -100,7 +95,7 @@ def _experts() -> Iterator[dict[str, Any]]:
     yield {"T": 9, "H": 32, "I": 8, "E": 300, "k": 4, "routing": "last"}
     yield {"T": 2, "H": 16, "I": 4104, "E": 2, "k": 1}
     yield {"T": 4097, "H": 16, "I": 8, "E": 9, "k": 8}
-    yield {"T": 4097, "H": 16, "I": 8, "E": 8, "k": 8, "routing": "one"}
+    yield {"T": 33000, "H": 8, "I": 8, "E": 2, "k": 1, "routing": "one"}
 
 
 def _grouped_linear() -> Iterator[dict[str, Any]]:

@@ -1,7 +1,8 @@
 """Running a fault of the catalogue as a suspect: on fresh state, guarded, and on inputs changed by a few roundings."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,15 +24,14 @@ def suspects(stage: str, device: str) -> list[Fault]:
 
 def results(stage: Any, fault: Fault, calls: Sequence[Call]) -> list[Any] | None:
     """What the fault returns on the calls, one after the other; None where it raises or returns another form."""
-    if fault.stateful:
-        forget(fault)
-    found = []
-    for call in calls:
-        result = _result(stage, fault, call)
-        if result is None:
-            return None
-        found.append(result)
-    return found
+    with _fresh_state(fault):
+        found = []
+        for call in calls:
+            result = _result(stage, fault, call)
+            if result is None:
+                return None
+            found.append(result)
+        return found
 
 
 def _result(stage: Any, fault: Fault, call: Call) -> Any:
@@ -49,13 +49,31 @@ def _result(stage: Any, fault: Fault, call: Call) -> Any:
     return result if fits and not call.arena.violations() else None
 
 
+@contextmanager
+def _fresh_state(fault: Fault) -> Iterator[None]:
+    """Nothing remembered from before, and nothing left behind: private dicts of the fault's module, counters at 0."""
+    kept = _memories(fault) if fault.stateful else []
+    before = [dict(memory) for memory in kept]
+    forget(fault)
+    try:
+        yield
+    finally:
+        for memory, contents in zip(kept, before, strict=True):
+            memory.clear()
+            memory.update(contents)
+
+
 def forget(fault: Fault) -> None:
-    """Clear what the fault's module keeps between calls: its private dicts; counters go back to 0."""
-    for name, value in vars(sys.modules[fault.function.__module__]).items():
-        if name.startswith("_") and not name.startswith("__") and isinstance(value, dict):
-            counters = {key: 0 for key, count in value.items() if type(count) is int}
-            value.clear()
-            value.update(counters)
+    """Clear what a stateful fault keeps between calls."""
+    for memory in _memories(fault) if fault.stateful else []:
+        counters = {key: 0 for key, count in memory.items() if isinstance(key, str) and type(count) is int}
+        memory.clear()
+        memory.update(counters)
+
+
+def _memories(fault: Fault) -> list[dict[Any, Any]]:
+    names = vars(sys.modules[fault.function.__module__]).items()
+    return [v for n, v in names if n.startswith("_") and not n.startswith("__") and isinstance(v, dict)]
 
 
 def wobbled(stage: Any, fault: Fault, call: Call) -> tuple[Any, ...]:
