@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from harness import errors
-from harness.ranks import pool
+from harness.ranks import cases, pool
 from harness.ranks.calls import Call
 from harness.ranks.cases import parse_id
 from harness.ranks.failure import Failure
@@ -71,14 +71,35 @@ def judge(
     return Verdict(case, findings, unsupported, outcome.failure, observed, outcome.traces, outcome.seconds)
 
 
+def planned(
+    stage: str, spec: str, worlds: Sequence[int], *, profile: str = "quick", seed: int = 0, backend: str = "gloo"
+) -> list[str]:
+    """Ids of the cases that `spec` is judged on over these numbers of ranks.
+
+    Raises:
+        UsageError, CannotJudge: the stage or the implementation cannot be found, or is of no known kind.
+    """
+    if stage == "dispatcher":
+        plan = cases.dispatcher_cases(worlds, profile=profile, seed=seed)
+        return [cases.case_id(check, case) for check, case in plan]
+    if stage != "parallel_linear":
+        raise errors.unknown("stage", stage, list(TASKS))
+    outcome = pool.run("harness.ranks.linear_task:kind", {"impl": spec}, ranks=1, backend=backend)
+    if outcome.failure is not None:
+        _raise_usage(outcome.failure)
+        raise errors.CannotJudge(f"{spec}: {outcome.failure.headline()}")
+    lines = cases.linear_cases(worlds, outcome.results[0], profile=profile, seed=seed)
+    return [cases.case_id(check, case) for check, case in lines]
+
+
 def judge_case(spec: str, case: str, *, backend: str = "gloo") -> list[Finding]:
     """The findings of `judge`; a case that every rank refuses has none."""
     return judge(spec, case, backend=backend).findings
 
 
-def judge_all(spec: str, cases: Sequence[str], *, backend: str = "gloo") -> Iterator[Verdict]:
+def judge_all(spec: str, ids: Sequence[str], *, backend: str = "gloo") -> Iterator[Verdict]:
     """One verdict per case, as they come."""
-    for case in cases:
+    for case in ids:
         yield judge(spec, case, backend=backend)
 
 

@@ -30,11 +30,16 @@ def kind_of(subject: Any) -> str:
         UsageError: neither its attribute `kind` nor its name tells.
     """
     name = getattr(subject, "__name__", "")
-    kind = getattr(subject, "kind", None) or next((k for part, k in NAMES.items() if part in name.lower()), None)
-    if kind not in reference.KINDS:
+    found = getattr(subject, "kind", None) or next((k for part, k in NAMES.items() if part in name.lower()), None)
+    if found not in reference.KINDS:
         raise UsageError(f"{name} is of no known kind; its name should hold Replicated, Column, MergedColumn or Row, "
                          f"or its attribute 'kind' be one of {', '.join(reference.KINDS)}")  # fmt: skip
-    return kind
+    return found
+
+
+def kind(me: Rank, spec: dict[str, str], seed: int) -> str:
+    """Task: which kind of layer spec["impl"] is."""
+    return kind_of(load("parallel_linear", spec["impl"]))
 
 
 def run(me: Rank, spec: dict[str, str], seed: int) -> dict[str, Any]:

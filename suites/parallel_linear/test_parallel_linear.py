@@ -7,11 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+from harness.errors import UsageError
 from harness.faults import Fault
 from harness.faults.ranked import all_ranked
 from harness.ranks import cases, judge, strategies
-from harness.ranks.cases import KINDS, LinearCase
-from impls.parallel.heads import HeadParallel, local_heads
+from harness.ranks.cases import LinearCase
+from harness.ranks.loading import load
 from reference import parallel_linear as reference
 from suites.dispatcher.subjects import chosen, told
 
@@ -33,11 +34,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_keeps_and_computes_its_part(impl: str, world: int) -> None:
     judged = 0
-    for kind in KINDS:
-        for check, case in cases.linear_cases([world], kind):
-            verdict = judge.judge(impl, cases.case_id(check, case))
-            judged += verdict.unsupported is None
-            assert not verdict.findings, told(verdict)
+    for case in judge.planned("parallel_linear", impl, [world]):
+        verdict = judge.judge(impl, case)
+        judged += verdict.unsupported is None
+        assert not verdict.findings, told(verdict)
     assert judged, f"{impl} refuses every case: {verdict.unsupported}"
 
 
@@ -75,6 +75,17 @@ def test_what_the_faults_are_made_from_is_right(base: str) -> None:
     for entry in cases.linear_cases([1, 2, 4], kind):
         assert judge.judge(spec, cases.case_id(*entry)).passed
 
+
+@pytest.mark.parametrize(
+    ("spec", "words"), [("parallel:Nothing", "does not exist"), ("harness.ranks.pool:Outcome", "of no known kind")]
+)
+def test_what_cannot_be_judged_is_a_usage_error(spec: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        judge.planned("parallel_linear", spec, [2])
+
+
+HeadParallel = load("parallel_linear", "impls.parallel.heads:HeadParallel")
+local_heads = load("parallel_linear", "impls.parallel.heads:local_heads")
 
 # Heads ----------------------------------------------------------------------------------------------------------
 
