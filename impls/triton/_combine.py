@@ -41,12 +41,12 @@ def combine(y: Tensor, weights: Tensor, ids: Tensor, experts: int, expert_map: T
     out = y.new_empty(tokens, hidden)
     emap = ids if expert_map is None else expert_map.contiguous()
     # Small batches are cut into narrow pieces so that every multiprocessor gets some; wide ones amortise the ids.
-    block = min(triton.next_power_of_2(hidden), 2048 if tokens >= 512 else 512)
+    block = min(triton.next_power_of_2(hidden), 1024 if tokens >= 512 else 512)
     early = early_start(y.device)
     with on(y.device):
         _combine[(tokens, triton.cdiv(hidden, block))](
             y, weights, ids, emap, out, hidden, experts, emap.numel(), *ids.stride(), *weights.stride(),
-            HAS_MAP=expert_map is not None, K=top_k, BN=block, UNROLL=min(8, triton.next_power_of_2(top_k)),
+            HAS_MAP=expert_map is not None, K=top_k, BN=block, UNROLL=min(4, triton.next_power_of_2(top_k)),
             PDL=early, launch_pdl=early, num_warps=max(1, min(8, block // 256)),
         )  # fmt: skip
     return out

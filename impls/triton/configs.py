@@ -1,7 +1,7 @@
 """Tile sizes as data: one JSON file per device and shape under tuned/, rules fill the gaps.
 
-A file holds the shape it was tuned for and, per number of tokens, how to run: the walk for few tokens, or the tilings of
-the two products.  Lookup: same device and same element size, the nearest shape by the sum of |log2| ratios of
+A file holds the shape it was tuned for and, per number of tokens, how to run: the walk for few tokens, or the tilings
+of the two products.  Lookup: same device, same element size, the nearest shape by the sum of |log2| ratios of
 (E, H, I, k) within NEAR, then the entry whose rows per expert are nearest.  Otherwise the generic rules below.
 """
 
@@ -85,10 +85,10 @@ class Walk:
     up_k: int = 128
     up_warps: int = 4
     up_stages: int = 3
-    down_n: int = 16
+    down_n: int = 64
     down_k: int = 128
     down_warps: int = 4
-    down_stages: int = 4
+    down_stages: int = 3
 
 
 @dataclass(frozen=True)
@@ -165,20 +165,18 @@ def small(slots: int) -> Entry:
 
 
 @functools.cache
-def choose(shape: Shape, slots: int, device: torch.device, walk: bool = True) -> Entry:
+def choose(shape: Shape, slots: int, device: torch.device) -> Entry:
     """The entry to run for `slots` slots that are expected to have a local expert.
 
-    Nearest tuned shape, then nearest number of rows per expert; else the generic rules.  Without `walk` the few-token
-    path is left out: it reads weights for masked slots too.
+    Nearest tuned shape, then nearest number of rows per expert; else the generic rules.
     """
     if device.type != "cuda":
         return small(slots)
     near = [(shape.distance(known), known, entries) for known, entries in tuned_files(device_name(device))]
     near = sorted((n for n in near if n[0] <= NEAR and n[2]), key=lambda n: n[0])
     if not near:
-        return generic(shape, slots if walk else max(slots, WALKED + 1))
+        return generic(shape, slots)
     _, known, entries = near[0]
-    entries = [e for e in entries if walk or e[1].walk is None]
     return min(entries, key=lambda e: abs(math.log2(e[0] * known.top_k / known.experts * shape.experts / slots)))[1]
 
 

@@ -2,7 +2,7 @@ r"""The routed experts as fused Triton kernels.
 
     [g; u] = gate_up_proj[e] @ x[t]        a = act(g) * u        out[t] = sum over j of w[t, j] * (down_proj[e] @ a)
 
-Few tokens: two launches (`_few_tokens`).  Otherwise four or five: alignment of slots to experts, gate_up with gather
+Few tokens: three launches (`_few_tokens`).  Otherwise four or five: alignment of slots to experts, gate_up with gather
 and activation, down with scatter back to slots, weighted sum per token.  The sum runs over slots in order, so results
 are bitwise the same in every run; nothing waits for the device, so the call can be captured in a CUDA graph.
 
@@ -92,7 +92,7 @@ def experts(
     # On one rank of many only a share of the slots is expected to be local; more are handled, only slower.
     spread = num_experts if expert_map is None else max(num_experts, expert_map.numel())
     slots = max(1, topk_ids.numel() * num_experts // spread)
-    entry = configs.choose(shape, slots, hidden_states.device, expert_map is None)
+    entry = configs.choose(shape, slots, hidden_states.device)
     return run_entry(
         entry, hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, activation, expert_map, slots
     )
