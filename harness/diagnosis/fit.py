@@ -74,7 +74,7 @@ class Fit:
         return (self.right_squares - self.squares) * independent
 
     def explains(self, candidates: int) -> bool:
-        """Equal, and the right answer is not: chance gives one of `candidates` such a gain in FALSE_ALARMS of all runs."""
+        """Equal, and the right answer is not: one of `candidates` gains that much by chance in FALSE_ALARMS of runs."""
         return self.equal() and self.gain() > 2 * log(candidates / rounding.FALSE_ALARMS)
 
 
@@ -124,12 +124,18 @@ class Values:
         difference, difference_mismatch = _z(self.value, candidate, sigma)
         shown = (difference.abs() > 1) | difference_mismatch
         return Fit(
-            elements=z.numel(), mismatched=int(mismatch.sum()), squares=float(z.square().sum()),
-            largest=float(z.abs().max()), shown=int(shown.sum()), shown_squares=float(z[shown].square().sum()),
+            elements=z.numel(),
+            mismatched=int(mismatch.sum()),
+            squares=float(z.square().sum()),
+            largest=float(z.abs().max()),
+            shown=int(shown.sum()),
+            shown_squares=float(z[shown].square().sum()),
             right_squares=inf if bool(right_mismatch.any()) else float(right.square().sum()),
             right_largest=inf if bool(right_mismatch.any()) else float(right.abs().max()),
-            own=self.own, common=self.common, shared=self.shared,
-        )  # fmt: skip
+            own=self.own,
+            common=self.common,
+            shared=self.shared,
+        )
 
     def _focused(self, result: Tensor) -> Tensor:
         rows = _matrix(result)
@@ -140,9 +146,7 @@ class Values:
         of_row = self.relative * plain.square().mean(1, keepdim=True)
         variance = torch.maximum(self.variance, of_row) + rounding.store(plain, self.dtype)
         for other in others:
-            variance = torch.maximum(
-                variance, variance + (other - plain).square().nan_to_num(0, 0, 0)
-            )
+            variance = torch.maximum(variance, variance + (other - plain).square().nan_to_num(0, 0, 0))
         return variance
 
 
@@ -173,11 +177,17 @@ class Routing:
         shown = (difference.abs() > 1) | difference_mismatch
         wrong = bool(right_mismatch.any())
         return Fit(
-            elements=got[1].numel(), mismatched=int(mismatch.sum()), squares=float(z.square().sum()),
-            largest=float(z.abs().max()), shown=int(shown.sum()), shown_squares=float(z[shown].square().sum()),
+            elements=got[1].numel(),
+            mismatched=int(mismatch.sum()),
+            squares=float(z.square().sum()),
+            largest=float(z.abs().max()),
+            shown=int(shown.sum()),
+            shown_squares=float(z[shown].square().sum()),
             right_squares=inf if wrong else float(right.square().sum()),
-            right_largest=inf if wrong else float(right.abs().max()), own=got[1].numel(), common=1.0,
-        )  # fmt: skip
+            right_largest=inf if wrong else float(right.abs().max()),
+            own=got[1].numel(),
+            common=1.0,
+        )
 
     def _laid_out(self, result: Any) -> tuple[Tensor, Tensor]:
         """(weights, counts) [T, E + 1]; ids out of range meet in the last column.

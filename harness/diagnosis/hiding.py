@@ -16,8 +16,17 @@ from torch import Tensor
 from harness.faults.building import wide
 from harness.faults.catalogue import Fault
 
-USERS = ("experts", "sentinels", "precision", "memory", "alignment", "router", "grouped_linear", "shared_expert_gate",
-         "moe_block")  # fmt: skip
+USERS = (
+    "experts",
+    "sentinels",
+    "precision",
+    "memory",
+    "alignment",
+    "router",
+    "grouped_linear",
+    "shared_expert_gate",
+    "moe_block",
+)
 
 
 def hidden(fault: Fault) -> Callable[..., Any]:
@@ -122,6 +131,9 @@ def _of_moe_block(dtype: torch.dtype) -> dict[str, Callable[..., Any]]:
 
 
 _STEPS = {
-    "experts": _of_experts, "grouped_linear": _of_grouped_linear, "router": _of_router, "shared_expert_gate": _of_gate,
+    "experts": _of_experts,
+    "grouped_linear": _of_grouped_linear,
+    "router": _of_router,
+    "shared_expert_gate": _of_gate,
     "moe_block": _of_moe_block,
-}  # fmt: skip
+}

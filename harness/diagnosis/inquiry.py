@@ -9,7 +9,7 @@ from typing import Any
 from harness.cases import Case
 from harness.diagnosis.fit import Fit, truth_of
 from harness.diagnosis.scenes import Scene, probes, relatives, sequences
-from harness.diagnosis.suspects import results, suspects, wobbled
+from harness.diagnosis.suspects import likely_first, results, suspects, wobbled
 from harness.faults.catalogue import Fault
 from harness.memory import poisoned_allocations
 from harness.stages.call import Call
@@ -63,7 +63,7 @@ class Stand:
 class _Inquiry:
     def __init__(self, trial: Trial, case: Case, seconds: float):
         self.trial, self.case, self.end = trial, case, time.monotonic() + seconds
-        self.all = suspects(trial.subject.stage, trial.device)
+        self.all = likely_first(suspects(trial.subject.stage, trial.device), case)
 
     def causes(self) -> list[dict[str, str]]:
         unexplained, second_best = 0, []
@@ -152,7 +152,7 @@ class _Inquiry:
         return hits, [s for s in tried if s not in hits]
 
     def _let_waver(self, stand: Stand, tried: list[Suspicion]) -> None:
-        """Try the nearest again; a fault that rounds coarsely jumps where another rounding before it differs a little."""
+        """Try the nearest again: a fault that rounds coarsely jumps where a rounding before it differs a little."""
         nearer = [s for s in tried if s.fit.mismatched or s.fit.gain() > 0]
         for suspicion in nearer[:NEAREST]:
             found = results(self.trial.stage, suspicion.fault, stand.calls)
@@ -224,8 +224,10 @@ def _tell(told: list[Suspicion], found: list[Suspicion], others: list[Suspicion]
 
 def _evidence(suspicion: Suspicion, found: list[Suspicion], others: list[Suspicion], tied: list[Suspicion]) -> str:
     fit = suspicion.fit
-    text = [f"{suspicion.fault.consequence} The result equals this to {fit.rms:.2g} sigma (largest {fit.largest:.2g} of "
-            f"{fit.elements} elements), the right answer is {_away(fit.right_rms)} away"]  # fmt: skip
+    near = f"to {fit.rms:.2g} sigma (largest {fit.largest:.2g} of {fit.elements} elements)"
+    text = [
+        f"{suspicion.fault.consequence} The result equals this {near}, the right answer is {_away(fit.right_rms)} away"
+    ]
     text.append(_next(suspicion, found, others, tied))
     count = len(suspicion.confirmed)
     text.append(f"confirmed on {count} other data set{'s' if count > 1 else ''}, as {suspicion.confirmed[0]}")

@@ -9,7 +9,7 @@ handed to `explain`, as the worker does.
 import argparse
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from harness.cases.request import Request
 from harness.checks import CHECKS
 from harness.contracts import DTYPES, Declarations, Subject
 from harness.diagnosis.hiding import hidden
-from harness.diagnosis.inquiry import explain
+from harness.diagnosis.inquiry import SECONDS, explain
 from harness.diagnosis.scenes import probes
 from harness.diagnosis.suspects import DEADLY, forget, suspects
 from harness.errors import HarnessError
@@ -61,7 +61,7 @@ def first_failure(trial: Trial) -> tuple[str, Case] | None:
     return None
 
 
-def measure(fault: Fault) -> dict[str, Any]:
+def measure(fault: Fault, seconds: float = SECONDS) -> dict[str, Any]:
     """What is told about one hidden fault."""
     if fault.stateful:
         forget(fault)
@@ -70,13 +70,19 @@ def measure(fault: Fault) -> dict[str, Any]:
     if found is None:
         return {"fault": fault.name, "stage": fault.stage, "failed": None, "told": [], "seconds": 0.0, "place": None}
     check, case = found
-    started = time.perf_counter()
-    told = [entry["fault"] for entry in explain(trial, case)]
-    seconds = round(time.perf_counter() - started, 2)
+    started = time.process_time()
+    told = [entry["fault"] for entry in explain(trial, case, seconds)]
+    seconds = round(time.process_time() - started, 2)
     names = next((group for group in EQUAL if fault.name in group), frozenset({fault.name}))
     place = next((number for number, name in enumerate(told, 1) if name in names), None)
-    return {"fault": fault.name, "stage": fault.stage, "failed": f"{fault.stage}/{check}/{case.id()}", "told": told,
-            "seconds": seconds, "place": place}  # fmt: skip
+    return {
+        "fault": fault.name,
+        "stage": fault.stage,
+        "failed": f"{fault.stage}/{check}/{case.id()}",
+        "told": told,
+        "seconds": seconds,
+        "place": place,
+    }
 
 
 def summary(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -88,17 +94,14 @@ def summary(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return {"faults": len(rows), "first": first, "among_three": three, "longest_seconds": longest}
 
 
-def measure_all(stages: Iterable[str]) -> Iterator[dict[str, Any]]:
-    for stage in stages:
-        for fault in measured(stage):
-            yield measure(fault)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--stage", action="append", choices=STAGES)
     parser.add_argument("--fault", action="append")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help="time of one diagnosis (figures are CPU seconds)"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
@@ -106,14 +109,19 @@ def main() -> None:
         for fault in measured(stage):
             if options.fault and fault.name not in options.fault:
                 continue
-            rows.append(measure(fault))
+            rows.append(measure(fault, options.seconds))
             if rows[-1]["place"] != 1:
                 print(rows[-1], flush=True)
     print(summary(rows))
     if options.json:
         by_stage = {stage: summary(r for r in rows if r["stage"] == stage) for stage in STAGES}
-        result = {"command": "python -m harness.diagnosis.measure --json docs/diagnosis.json", "all": summary(rows),
-                  "stages": by_stage, "equal": [sorted(group) for group in EQUAL], "faults": rows}  # fmt: skip
+        result = {
+            "command": "python -m harness.diagnosis.measure --json docs/diagnosis.json",
+            "all": summary(rows),
+            "stages": by_stage,
+            "equal": [sorted(group) for group in EQUAL],
+            "faults": rows,
+        }
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

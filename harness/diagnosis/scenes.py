@@ -48,12 +48,20 @@ def sequences(case: Case, count: int = 3) -> Iterator[Scene]:
         shape = {"T": rows, "S": rows, "H": wide, "K": wide, "I": inner, "N": inner, "D": inner, "lead": str(rows)}
         if case.stage == "router":
             shape["T"] = 9 + turn % 301
-        base = type(case)(dtype=case.dtype, seed=case.seed + 701 + 10 * number,
-                          **{k: v for k, v in shape.items() if k in known})  # fmt: skip
+        base = type(case)(
+            dtype=case.dtype, seed=case.seed + 701 + 10 * number, **{k: v for k, v in shape.items() if k in known}
+        )
         more = {name: 2 * shape[name] + 1 for name in ("T", "S") if name in known}
         masked: dict[str, Any] = {"masked": "some"} if "masked" in known else {}
-        yield Scene((base, base.but(seed=base.seed + 1), base.but(seed=base.seed + 2, **masked),
-                     base.but(seed=base.seed + 3, **more), base))  # fmt: skip
+        yield Scene(
+            (
+                base,
+                base.but(seed=base.seed + 1),
+                base.but(seed=base.seed + 2, **masked),
+                base.but(seed=base.seed + 3, **more),
+                base,
+            )
+        )
 
 
 def _experts() -> Iterator[dict[str, Any]]:
@@ -66,9 +74,17 @@ def _experts() -> Iterator[dict[str, Any]]:
         yield base | change
     for change in ({"I": 25}, {"I": 48}, {"H": 24, "I": 24}, {"H": 32, "I": 16}, {"H": 48, "I": 48, "T": 64}):
         yield base | change
-    for change in ({"routing": "duplicates"}, {"T": 40, "routing": "one", "k": 1}, {"T": 70, "routing": "skewed"},
-                   {"T": 64, "E": 4, "k": 3}, {"E": 8, "T": 9}, {"E": 7, "k": 2, "T": 4}, {"E": 12, "k": 10},
-                   {"E": 1, "k": 1}, {"E": 3, "k": 2, "T": 2}):  # fmt: skip
+    for change in (
+        {"routing": "duplicates"},
+        {"T": 40, "routing": "one", "k": 1},
+        {"T": 70, "routing": "skewed"},
+        {"T": 64, "E": 4, "k": 3},
+        {"E": 8, "T": 9},
+        {"E": 7, "k": 2, "T": 4},
+        {"E": 12, "k": 10},
+        {"E": 1, "k": 1},
+        {"E": 3, "k": 2, "T": 2},
+    ):
         yield base | change
     for masked in ("some", "rows", "one"):
         for kind in ("none", "alternate", "block"):
@@ -77,11 +93,30 @@ def _experts() -> Iterator[dict[str, Any]]:
     yield base | {"map": "alternate", "E": 9, "k": 4}
     yield base | {"masked": "all", "T": 4}
     yield base | {"masked": "some", "T": 70}
-    for data in ("token_nan", "token_inf", "expert_nan", "expert_inf", "down_inf", "unused_expert_nan", "huge", "tiny",
-                 "signed_weights", "cancelling", "exact"):  # fmt: skip
+    for data in (
+        "token_nan",
+        "token_inf",
+        "expert_nan",
+        "expert_inf",
+        "down_inf",
+        "unused_expert_nan",
+        "huge",
+        "tiny",
+        "signed_weights",
+        "cancelling",
+        "exact",
+    ):
         yield base | {"data": data}
-    for layout in ("hidden_states:padded", "hidden_states:transposed", "gate_up_proj:padded", "down_proj:padded",
-                   "gate_up_proj:transposed", "topk_ids:padded", "topk_weights:padded", "topk_ids:strided"):  # fmt: skip
+    for layout in (
+        "hidden_states:padded",
+        "hidden_states:transposed",
+        "gate_up_proj:padded",
+        "down_proj:padded",
+        "gate_up_proj:transposed",
+        "topk_ids:padded",
+        "topk_weights:padded",
+        "topk_ids:strided",
+    ):
         yield base | {"layout": layout, "H": 40}
     yield base | {"layout": "hidden_states:padded", "masked": "some", "H": 48}
     for dtype in ("fp32", "fp16", "bf16"):
@@ -105,9 +140,24 @@ def _grouped_linear() -> Iterator[dict[str, Any]]:
     for sizes in ("sparse", "first", "last", "even", "ones"):
         yield base | {"sizes": sizes}
         yield base | {"sizes": sizes, "bias": True, "E": 8}
-    for change in ({"K": 40}, {"K": 48}, {"K": 64}, {"K": 16}, {"K": 33}, {"N": 48}, {"N": 24}, {"N": 33}, {"K": 32, "N": 32},
-                   {"S": 1}, {"S": 3, "E": 1}, {"S": 15, "E": 4}, {"S": 128, "E": 8, "sizes": "even"}, {"S": 300, "E": 2},
-                   {"S": 70, "E": 20, "sizes": "even"}, {"E": 1}):  # fmt: skip
+    for change in (
+        {"K": 40},
+        {"K": 48},
+        {"K": 64},
+        {"K": 16},
+        {"K": 33},
+        {"N": 48},
+        {"N": 24},
+        {"N": 33},
+        {"K": 32, "N": 32},
+        {"S": 1},
+        {"S": 3, "E": 1},
+        {"S": 15, "E": 4},
+        {"S": 128, "E": 8, "sizes": "even"},
+        {"S": 300, "E": 2},
+        {"S": 70, "E": 20, "sizes": "even"},
+        {"E": 1},
+    ):
         yield base | change
     yield base | {"K": 40, "bias": True}
     for data in (
@@ -154,9 +204,24 @@ def _router() -> Iterator[dict[str, Any]]:
     yield grouped | {"scoring": "sigmoid", "bias": "offset"}
     yield plain | {"scoring": "sigmoid", "bias": "offset", "E": 128}
     yield plain | {"bias": "small"}
-    for change in ({"k": 1}, {"k": 8}, {"k": 10}, {"E": 6, "renorm": False}, {"E": 32}, {"E": 128, "k": 8}, {"E": 128, "k": 7},
-                   {"E": 320, "k": 8}, {"T": 1}, {"T": 3}, {"T": 4}, {"T": 5}, {"T": 32}, {"E": 3, "k": 3},
-                   {"layout": "router_logits:padded"}, {"layout": "router_logits:transposed"}):  # fmt: skip
+    for change in (
+        {"k": 1},
+        {"k": 8},
+        {"k": 10},
+        {"E": 6, "renorm": False},
+        {"E": 32},
+        {"E": 128, "k": 8},
+        {"E": 128, "k": 7},
+        {"E": 320, "k": 8},
+        {"T": 1},
+        {"T": 3},
+        {"T": 4},
+        {"T": 5},
+        {"T": 32},
+        {"E": 3, "k": 3},
+        {"layout": "router_logits:padded"},
+        {"layout": "router_logits:transposed"},
+    ):
         yield plain | change
     for dtype in ("fp32", "fp16", "bf16"):
         yield plain | {"dtype": dtype, "E": 256, "k": 8}
@@ -167,8 +232,19 @@ def _router() -> Iterator[dict[str, Any]]:
 def _shared_expert_gate() -> Iterator[dict[str, Any]]:
     base = {"lead": "7", "H": 40, "D": 56}
     yield base
-    for change in ({"lead": "1"}, {"lead": "6"}, {"lead": "2x3"}, {"lead": "1x5"}, {"H": 48}, {"H": 64, "D": 32}, {"D": 40},
-                   {"D": 24}, {"D": 33}, {"H": 32, "D": 32}, {"H": 512}):  # fmt: skip
+    for change in (
+        {"lead": "1"},
+        {"lead": "6"},
+        {"lead": "2x3"},
+        {"lead": "1x5"},
+        {"H": 48},
+        {"H": 64, "D": 32},
+        {"D": 40},
+        {"D": 24},
+        {"D": 33},
+        {"H": 32, "D": 32},
+        {"H": 512},
+    ):
         yield base | change
     for data in (
         "row_nan",
@@ -182,8 +258,14 @@ def _shared_expert_gate() -> Iterator[dict[str, Any]]:
         "exact",
     ):
         yield base | {"data": data}
-    for layout in ("hidden_states:padded", "shared_output:padded", "gate_weight:strided", "gate_weight:padded",
-                   "hidden_states:transposed", "shared_output:transposed"):  # fmt: skip
+    for layout in (
+        "hidden_states:padded",
+        "shared_output:padded",
+        "gate_weight:strided",
+        "gate_weight:padded",
+        "hidden_states:transposed",
+        "shared_output:transposed",
+    ):
         yield base | {"layout": layout}
     for dtype in ("fp32", "fp16", "bf16"):
         yield base | {"dtype": dtype, "H": 1024}
@@ -202,6 +284,9 @@ def _moe_block() -> Iterator[dict[str, Any]]:
 
 
 PROBES = {
-    "experts": _experts, "grouped_linear": _grouped_linear, "router": _router, "shared_expert_gate": _shared_expert_gate,
+    "experts": _experts,
+    "grouped_linear": _grouped_linear,
+    "router": _router,
+    "shared_expert_gate": _shared_expert_gate,
     "moe_block": _moe_block,
-}  # fmt: skip
+}

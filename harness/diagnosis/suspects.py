@@ -3,11 +3,13 @@
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import log
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from harness.cases import Case
 from harness.faults.catalogue import Fault, all_faults
 from harness.memory import poisoned_allocations
 from harness.stages.call import Call
@@ -20,6 +22,20 @@ DEADLY = ("process", "cuda")
 def suspects(stage: str, device: str) -> list[Fault]:
     """The faults of a stage that change values and can be run here."""
     return [f for f in all_faults(stage) if f.sign == "value" and f.family not in DEADLY and device in f.devices]
+
+
+def likely_first(faults: list[Fault], case: Case) -> list[Fault]:
+    """Faults that need a batch about as large as this one come first: with large ones the time may be over early."""
+
+    def distance(fault: Fault) -> float:
+        shows = fault.shows or {}
+        return abs(log(_rows(vars(case)) / _rows(dict(shows))))
+
+    return sorted(faults, key=distance)
+
+
+def _rows(sizes: dict[str, Any]) -> int:
+    return max(1, int(sizes.get("T", sizes.get("S", 7)))) * max(1, int(sizes.get("k", 1)))
 
 
 def results(stage: Any, fault: Fault, calls: Sequence[Call]) -> list[Any] | None:
