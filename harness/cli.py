@@ -3,7 +3,7 @@
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,7 +16,9 @@ app = typer.Typer(
     help="Judge Mixture-of-Experts kernels: is it right, on which inputs is it wrong, and why?",
 )  # fmt: skip
 
-Stage = Annotated[str, typer.Option("--stage", "-s", help=f"What the function is: {', '.join(contracts.STAGES)}.")]
+Stage = Annotated[
+    str, typer.Option("--stage", "-s", help=f"What it is: {', '.join((*contracts.STAGES, *contracts.RANK_STAGES))}.")
+]
 Impl = Annotated[
     list[str], typer.Option("--impl", "-i", help="A registered name, module:function or file.py:function.")
 ]
@@ -38,6 +40,7 @@ def check(
     ] = None,
     checks: Annotated[list[str] | None, typer.Option("--check", help="Only this check; may be repeated.")] = None,
     seed: Annotated[int, typer.Option(help="Other data, other combinations.", min=0)] = 0,
+    ranks: Annotated[str, typer.Option(help="World sizes for dispatcher and parallel_linear.")] = "1,2,3,4",
     timeout: Annotated[float, typer.Option(help="Seconds one case may take.", min=1)] = 60.0,
     json: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write a self-contained page here.")] = None,
@@ -49,13 +52,14 @@ def check(
 
     request = _request(stage, device, dtype, profile, config, seed)
     options = engine.Options(request.dtypes if dtype else None, timeout, _known_checks(stage, request, checks))
+    worlds = _worlds(ranks)
     _writable(json), _writable(html)
     prepare()
     results, errors = [], []
     with report.Progress() as progress:
         for spec in impl:
             try:
-                results.append(engine.judge(stage, spec, request, options, progress))
+                results.append(_judge(stage, spec, request, options, worlds, progress))
             except HarnessError as error:
                 errors.append(error)
                 results.append(engine.error_result(stage, spec, request, error))
@@ -65,6 +69,26 @@ def check(
     for error in errors:
         _tell(error, debug)
     raise typer.Exit(_status(results, errors))
+
+
+def _judge(stage: str, spec: str, request: Request, options: Any, worlds: tuple[int, ...], progress: Any) -> Any:
+    from harness import engine
+
+    if stage in contracts.STAGES:
+        return engine.judge(stage, spec, request, options, progress)
+    from harness.ranks.run import judge_ranks
+
+    return judge_ranks(stage, spec, request, options, worlds, progress)
+
+
+def _worlds(text: str) -> tuple[int, ...]:
+    try:
+        worlds = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        worlds = ()
+    if not worlds or min(worlds) < 1 or max(worlds) > 64:
+        raise UsageError(f"--ranks is {text!r}, but should be world sizes such as 1,2,4")
+    return worlds
 
 
 def _status(results: list, errors: list[HarnessError]) -> int:
@@ -87,8 +111,14 @@ def list_(
     from fixtures.configs import names
 
     console = Console()
-    for name in [contracts.check_stage(stage)] if stage else contracts.STAGES:
-        table = Table(title=f"{name}{contracts.SIGNATURES[name]}", title_justify="left", show_header=False, box=None)
+    known = (*contracts.STAGES, *contracts.RANK_STAGES)
+    for name in [contracts.check_stage(stage, known)] if stage else known:
+        table = Table(
+            title=f"{name}{contracts.SIGNATURES.get(name, ': a class, one object per rank')}",
+            title_justify="left",
+            show_header=False,
+            box=None,
+        )
         for registered, module in contracts.registered(name).items():
             table.add_row(registered, f"[dim]{module}[/dim]")
         console.print(table)
@@ -111,6 +141,8 @@ def replay(
     from harness.pool import Pool, prepare
     from harness.report.terminal import emit, failure_block
 
+    if any(case.split("/")[0] in contracts.RANK_STAGES for case in cases):
+        raise typer.Exit(_replay_ranks(cases, impl, device, timeout))
     stages = {parse_id(case)[0] for case in cases}
     if len(stages) != 1:
         raise UsageError(f"the cases are of the stages {', '.join(sorted(stages))}, but should be of one")
@@ -133,11 +165,28 @@ def replay(
     raise typer.Exit(1 if failed else 0 if executed else EXIT_CANNOT_JUDGE)
 
 
+def _replay_ranks(cases: list[str], impl: str, device: str, timeout: float) -> int:
+    from rich.console import Console
+
+    from harness.ranks.judge import judge
+    from harness.report.terminal import emit, failure_block
+
+    console, failed, executed = Console(), 0, 0
+    for case in cases:
+        verdict = judge(impl, case, backend="nccl" if device == "cuda" else "gloo", budget=timeout)
+        status = "failed" if verdict.findings else "passed" if verdict.passed else "unsupported"
+        console.print(f"{status}  {case}", highlight=False, soft_wrap=True)
+        for finding in verdict.findings:
+            emit(console, failure_block({**finding, "case": case}))
+        failed, executed = failed + bool(verdict.findings), executed + (verdict.unsupported is None)
+    return 1 if failed else 0 if executed else EXIT_CANNOT_JUDGE
+
+
 def _request(stage: str, device: str, dtype, profile: str, config, seed: int) -> Request:
     """The checked form of what was asked; UsageError for any unknown name."""
     from fixtures.configs import names, shape
 
-    contracts.check_stage(stage)
+    contracts.check_stage(stage, (*contracts.STAGES, *contracts.RANK_STAGES))
     for kind, value, known in (("device", device, contracts.DEVICES), ("profile", profile, PROFILES)):
         if value not in known:
             raise unknown(kind, value, list(known))
@@ -153,7 +202,7 @@ def _request(stage: str, device: str, dtype, profile: str, config, seed: int) ->
 
 
 def _known_checks(stage: str, request: Request, checks: list[str] | None) -> tuple[str, ...] | None:
-    if not checks:
+    if not checks or stage not in contracts.STAGES:
         return None
     from harness.cases import plan
 
@@ -195,6 +244,15 @@ def _tell(error: HarnessError, debug: bool) -> None:
     if debug:
         traceback.print_exception(error)
     print(f"moe-harness: {error}", file=sys.stderr)
+
+
+def _register_commands() -> None:
+    from harness.commands.faults import faults
+
+    app.command()(faults)
+
+
+_register_commands()
 
 
 def main() -> None:

@@ -58,6 +58,7 @@ SIGNATURES: dict[str, inspect.Signature] = {
     for stub in (_router, _experts, _grouped_linear, _shared_expert_gate, _moe_block)
 }
 STAGES = tuple(SIGNATURES)
+RANK_STAGES = ("dispatcher", "parallel_linear")  # classes, one object per rank; see harness.ranks
 
 
 @dataclass(frozen=True)

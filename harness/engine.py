@@ -18,7 +18,7 @@ from harness.report import Result
 EXAMPLES = {"quick": 60, "full": 500, "exhaustive": 3000}
 SEARCH_SECONDS = {"quick": 15.0, "full": 120.0, "exhaustive": 900.0}
 CONFIRMED_PER_CHECK = 2  # failures judged once more, alone in a fresh process
-CORE_CHECKS = ("contract", "exact", "numeric", "routing")
+CORE_CHECKS = ("contract", "exact", "numeric", "routing", "dense", "live", "shard")
 
 
 @dataclass
@@ -142,9 +142,14 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------ what comes back
 
+    def parse(self, case_id: str) -> tuple[str, Case]:
+        """(check, case) of an id."""
+        return parse_id(case_id)[1:]
+
     def take(self, answer: dict[str, Any]) -> None:
         """Count one answer of a worker."""
-        _, check, case = parse_id(answer["id"])
+        check, case = self.parse(answer["id"])
+        check = answer.get("counts_as", check)
         tally = self.tallies.setdefault(check, Tally())
         status = {"died": "failed", "error": "skipped"}.get(answer["status"], answer["status"])
         tally.counts[status] += 1

@@ -17,6 +17,7 @@ from harness.worker import serve
 
 POLL = 0.1  # seconds between looks at the clock and at the memory of the workers
 START_BUDGET = 180.0  # seconds for importing an implementation
+ENOUGH = 4 << 30  # bytes; the largest case holds 0.5 GiB, and one of a released model up to 2.5
 DEATHS = 3  # after so many crashes and hangs the implementation is judged no further
 
 
@@ -201,13 +202,13 @@ def _not_judged(case_id: str) -> dict[str, Any]:
 
 
 def _memory_limit(workers: int) -> int:
-    """Bytes one worker may hold: its share of four fifths of the memory available now."""
+    """Bytes one worker may hold: its share of four fifths of the memory available now, at most ENOUGH."""
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         available = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return 8 << 30
-    return max(2 << 30, int(0.8 * available / workers))
+    return max(2 << 30, min(ENOUGH, int(0.8 * available / workers)))
 
 
 def prepare() -> None:

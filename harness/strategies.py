@@ -104,14 +104,33 @@ def search(
     start: int,
     out_of_time: Callable[[], bool],
 ) -> Case | None:
+    """Draw cases of `stage` and return the smallest one that `judge` rejects, or None."""
+    return falsify(cases(stage, dtypes), judge, examples=examples, start=start, out_of_time=out_of_time)
+
+
+def falsify(
+    drawn: st.SearchStrategy[Case],
+    judge: Callable[[Case], bool],
+    *,
+    examples: int,
+    start: int,
+    out_of_time: Callable[[], bool],
+) -> Case | None:
     """Draw `examples` cases and return the smallest one that `judge` rejects, or None; stop once `out_of_time`."""
     known: dict[str, bool] = {}
     rejected: list[Case] = []
 
     @seed(start)
-    @settings(max_examples=examples, database=None, deadline=None, phases=(Phase.generate, Phase.shrink),
-              suppress_health_check=list(HealthCheck), report_multiple_bugs=False, print_blob=False)  # fmt: skip
-    @given(cases(stage, dtypes))
+    @settings(
+        max_examples=examples,
+        database=None,
+        deadline=None,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+        report_multiple_bugs=False,
+        print_blob=False,
+    )
+    @given(drawn)
     def holds(case: Case) -> None:
         name = case.id()
         if name not in known:

@@ -22,6 +22,7 @@ from harness.contracts import load
 from harness.errors import HarnessError
 from harness.findings import Record
 from harness.trial import Broken, Rejected, Trial
+from harness.worker_versions import versions
 
 
 def serve(connection: Connection, output: str, stage: str, spec: str, device: str) -> None:
@@ -98,24 +99,6 @@ def _other_device(spec: str, device: str, devices: tuple[str, ...]) -> HarnessEr
     from harness.errors import CannotJudge
 
     return CannotJudge(f"implementation {spec!r} declares devices {', '.join(devices)}, but --device is {device}")
-
-
-def versions() -> dict[str, str | None]:
-    """What the judgement ran with."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    def of(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
-    names = ("moe-harness", "torch", "transformers", "triton")
-    found = {name: of(name) for name in names} | {"torch": torch.__version__}
-    if torch.cuda.is_initialized():
-        found["device"] = torch.cuda.get_device_name()
-    return found | {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
 
 
 def _quieten(output: str) -> None:
