@@ -30,20 +30,30 @@ MODEL = 1.05  # how far sigma itself is trusted; right implementations with ever
 STATISTICS_PER_RUN = 1e6  # rows, columns, experts and tiles
 
 
+EXPONENT_BITS = 0x7FF0_0000_0000_0000  # of fp64
+
+
+def binade(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """2^floor(log2 |x|) in fp64, never under the smallest normal number of `dtype`.
+
+    Below that a device may flush to zero, so ulps do not shrink further.  Cutting the mantissa's bits off is exact and
+    five times faster than frexp and ldexp, which took a third of the time of a bound.
+    """
+    floor = x.double().abs().clamp(min=torch.finfo(dtype).smallest_normal)
+    return (floor.view(torch.int64) & EXPONENT_BITS).view(torch.float64)
+
+
 def ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Distance between neighbours of `dtype` at |x|, in fp64; never under that at its smallest normal number."""
-    info = torch.finfo(dtype)
-    # 2^floor(log2 |x|), exactly; below the smallest normal a device may flush to zero, so ulps do not shrink further
-    # except in fp16, which every device handles with subnormals.
-    _, exponent = torch.frexp(x.abs().clamp(min=info.smallest_normal))
-    return torch.ldexp(torch.ones_like(x, dtype=torch.float64), exponent - 1) * info.eps
+    """Distance between neighbours of `dtype` at |x|, in fp64."""
+    return binade(x, dtype).mul_(torch.finfo(dtype).eps)
 
 
 def store(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Variance of rounding x to `dtype`."""
-    variance = ulp(x, dtype).square_().div_(12)
-    if dtype != torch.float16:
-        variance += torch.finfo(dtype).smallest_normal ** 2  # flushed to zero instead of stored as a subnormal
+    info = torch.finfo(dtype)
+    variance = binade(x, dtype).square_().mul_(info.eps**2 / 12)
+    if dtype != torch.float16:  # every device handles fp16's subnormals
+        variance.add_(info.smallest_normal**2)  # flushed to zero instead of stored as a subnormal
     return variance
 
 
@@ -145,15 +155,20 @@ def _hidden_variance(steps, square_products: Tensor, terms: int, activation: str
     return hidden + (store(steps.hidden, dtype) if "activation" in rounds else store(steps.hidden, torch.float32))
 
 
-def expert_variance(rows: Tensor, gate_up: Tensor, down: Tensor, steps, activation: str, rounds, dtype) -> tuple:
-    """(variance of the output [n, H], variance that a second rounding of the hidden values adds)."""
-    products = rows.square() @ gate_up.double().square().T
+def expert_steps_and_variance(rows, gate_up, down, activation: str, rounds, dtype, *, weighted: bool) -> tuple:
+    """(steps of one expert on `rows`, variance of its output [n, H]).
+
+    `weighted`: the routing weight may be applied to the hidden values instead, which rounds them a second time.
+    """
+    gate_up, down = gate_up.to(torch.float64, copy=True), down.to(torch.float64, copy=True)
+    steps = expert_steps(rows, gate_up, down, activation)
+    products = rows.square() @ gate_up.square_().T  # the copies are not needed any more
     hidden = _hidden_variance(steps, products, rows.shape[-1], activation, rounds, dtype)
-    down_squared = down.double().square().T
-    spread = hidden + product_variance(down.shape[-1], rounds, dtype) * steps.hidden.square()
-    again = store(steps.hidden, dtype) @ down_squared if "weighted" in rounds else 0.0
-    variance = spread @ down_squared
-    return variance + (store(steps.output, dtype) if "expert_output" in rounds else 0.0), again
+    hidden += product_variance(down.shape[-1], rounds, dtype) * steps.hidden.square()
+    if weighted and "weighted" in rounds:
+        hidden += store(steps.hidden, dtype)
+    variance = hidden @ down.square_().T
+    return steps, variance.add_(store(steps.output, dtype)) if "expert_output" in rounds else variance
 
 
 def experts(
@@ -183,12 +198,11 @@ def experts(
         unique, inverse = tokens.unique(return_inverse=True)
         weight = x.new_zeros(len(unique), 1).index_add_(0, inverse, weights[tokens, slots, None])
         copies = x.new_zeros(len(unique), 1).index_add_(0, inverse, torch.ones_like(weights[tokens, slots, None]))
-        steps = expert_steps(x[unique], gate_up_proj[expert], down_proj[expert], activation)
-        of_output, again = expert_variance(
-            x[unique], gate_up_proj[expert], down_proj[expert], steps, activation, rounds, dtype
+        steps, of_output = expert_steps_and_variance(
+            x[unique], gate_up_proj[expert], down_proj[expert], activation, rounds, dtype, weighted=True
         )
         weighted = weight * steps.output
-        of_row = weight.square() * (of_output + again)
+        of_row = weight.square() * of_output
         of_row = of_row + copies * store(weighted, dtype if "weighted" in rounds else torch.float32)
         if inexact_weights:
             shared.index_add_(0, unique, copies * store(weight, dtype) * steps.output.square())
@@ -308,8 +322,7 @@ def _shared_expert(x: Tensor, wide: dict[str, Tensor], act: str, rounds, dtype) 
         return None
     gate, up, down = (wide[f"{prefix}.{name}"] for name in block.SHARED_EXPERT)
     gate_up = torch.cat([gate, up])
-    steps = expert_steps(x, gate_up, down, act)
-    variance, _ = expert_variance(x, gate_up, down, steps, act, rounds, dtype)
+    steps, variance = expert_steps_and_variance(x, gate_up, down, act, rounds, dtype, weighted=False)
     variance = variance + store(steps.output, dtype)
     if prefix == "shared_experts":
         return steps.output, variance, torch.zeros_like(variance)
