@@ -68,7 +68,9 @@ class Audit:
 
 def builtin() -> dict[str, Path]:
     """Name -> file of the tests that are described here."""
-    folder = Path(__file__).parent.parent / "fixtures" / "audits"
+    import fixtures
+
+    folder = Path(str(fixtures.__file__)).parent / "audits"
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
@@ -178,7 +180,8 @@ def run(audit: Audit) -> dict[str, Any]:
     shapes = [_audit_shape(audit, shape) for shape in audit.shapes]
     return {
         "schema": 1, "name": audit.name, "stage": audit.stage, "dtype": audit.dtype, "rule": audit.rule,
-        "reference": audit.reference, "inputs": audit.inputs, "source": audit.source, "note": audit.note, "shapes": shapes,
+        "reference": audit.reference, "inputs": audit.inputs, "source": audit.source, "note": audit.note,
+        "shapes": shapes,
     }  # fmt: skip
 
 
