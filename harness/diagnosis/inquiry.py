@@ -134,11 +134,11 @@ class _Inquiry:
 
     def _explaining(self, stand: Stand) -> tuple[list[Suspicion], list[Suspicion]]:
         """(suspects that explain the result, the others), each nearest first."""
-        tried = []
-        alone = len(stand.calls) == 1
+        tried: list[Suspicion] = []
+        alone, half = len(stand.calls) == 1, (self.end + time.monotonic()) / 2
         for fault in self.all:
-            if self._out_of_time():
-                break
+            if time.monotonic() > half and (self._out_of_time() or any(s.fit.explains(len(self.all)) for s in tried)):
+                break  # the other half of the time is for telling apart what was found
             if alone and fault.stateful:  # what the implementation remembers here is not known
                 continue
             found = results(self.trial.stage, fault, stand.calls)
@@ -155,8 +155,10 @@ class _Inquiry:
         """Try the nearest again: a fault that rounds coarsely jumps where a rounding before it differs a little."""
         nearer = [s for s in tried if s.fit.mismatched or s.fit.gain() > 0]
         for suspicion in nearer[:NEAREST]:
+            if self._out_of_time():
+                return
             found = results(self.trial.stage, suspicion.fault, stand.calls)
-            if found is None or self._out_of_time() or suspicion.fault.stateful:
+            if found is None or suspicion.fault.stateful:
                 continue
             others = [wobbled(self.trial.stage, suspicion.fault, call) for call in stand.calls]
             suspicion.fit = self._fit(stand, found, others)
