@@ -9,14 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from impls.triton._common import after_previous, early_start, on
+from impls.triton._common import after_previous, early_start, interpreting, narrow, on
 from impls.triton.alignment import local_expert
 
 
 @triton.jit
 def _combine(
     y, weights, ids, emap, out, H, E, map_len, id_row, id_col, r_row, r_col,
-    HAS_MAP: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, UNROLL: tl.constexpr, PDL: tl.constexpr,
+    HAS_MAP: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, UNROLL: tl.constexpr, WIDEN: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """out[t, BN columns]; UNROLL rows are loaded before the first is added."""
     t = tl.program_id(0)
@@ -32,7 +33,7 @@ def _combine(
             weight = tl.load(weights + t.to(tl.int64) * r_row + j * r_col, mask=here, other=0.0).to(tl.float32)
             row = tl.load(y + slot.to(tl.int64) * H + n, mask=n < tl.where(here, H, 0), other=0.0).to(tl.float32)
             acc += weight * row
-    tl.store(out + t.to(tl.int64) * H + n, acc.to(out.dtype.element_ty), mask=n < H)
+    tl.store(out + t.to(tl.int64) * H + n, narrow(acc, out.dtype.element_ty, WIDEN), mask=n < H)
 
 
 def combine(y: Tensor, weights: Tensor, ids: Tensor, experts: int, expert_map: Tensor | None) -> Tensor:
@@ -47,6 +48,6 @@ def combine(y: Tensor, weights: Tensor, ids: Tensor, experts: int, expert_map: T
         _combine[(tokens, triton.cdiv(hidden, block))](
             y, weights, ids, emap, out, hidden, experts, emap.numel(), *ids.stride(), *weights.stride(),
             HAS_MAP=expert_map is not None, K=top_k, BN=block, UNROLL=min(4, triton.next_power_of_2(top_k)),
-            PDL=early, launch_pdl=early, num_warps=max(1, min(8, block // 256)),
+            WIDEN=interpreting(), PDL=early, launch_pdl=early, num_warps=max(1, min(8, block // 256)),
         )  # fmt: skip
     return out

@@ -21,6 +21,7 @@ from impls.triton._common import (
     gated,
     interpreting,
     let_next_start,
+    narrow,
     on,
     product,
     tile_source,
@@ -57,7 +58,7 @@ def _few_gate_up(
         col = n0 + tl.arange(0, BN)
         at = act + slot.to(tl.int64) * WIDTH + row[:, None] * 0 + col[None, :]
         mask = (row == 0)[:, None] & (col < WIDTH)[None, :]
-        tl.store(at, gated(g, u, GELU).to(act.dtype.element_ty), mask=mask)
+        tl.store(at, narrow(gated(g, u, GELU), act.dtype.element_ty, WIDEN), mask=mask)
 
 
 @triton.jit
@@ -81,7 +82,8 @@ def _few_down(
             acc = product(rows_a, w_tile.T, acc, WIDEN)
         col = n0 + tl.arange(0, BN)
         mask = (row == 0)[:, None] & (col < H)[None, :]
-        tl.store(y + slot.to(tl.int64) * H + row[:, None] * 0 + col[None, :], acc.to(y.dtype.element_ty), mask=mask)
+        at = y + slot.to(tl.int64) * H + row[:, None] * 0 + col[None, :]
+        tl.store(at, narrow(acc, y.dtype.element_ty, WIDEN), mask=mask)
 
 
 def few_tokens(

@@ -14,6 +14,7 @@ from impls.triton._common import (
     early_start,
     interpreting,
     let_next_start,
+    narrow,
     on,
     product,
     tile_source,
@@ -50,7 +51,7 @@ def _linear_tile(
     if SCATTER:
         to = tl.load(slots + to, mask=live, other=0)
     at = y + to[:, None].to(tl.int64) * y_row + col[None, :]
-    tl.store(at, acc.to(y.dtype.element_ty), mask=live[:, None] & (col < N)[None, :])
+    tl.store(at, narrow(acc, y.dtype.element_ty, WIDEN), mask=live[:, None] & (col < N)[None, :])
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from impls.triton._common import (
     gated,
     interpreting,
     let_next_start,
+    narrow,
     on,
     product,
     tile_source,
@@ -49,7 +50,7 @@ def _gate_up_tile(
         else:
             g = product(rows_x, w_g.T, g, WIDEN)
             u = product(rows_x, w_u.T, u, WIDEN)
-    out = gated(g, u, GELU).to(act.dtype.element_ty)
+    out = narrow(gated(g, u, GELU), act.dtype.element_ty, WIDEN)
     if SWAP:
         out = out.T
     col = n0 + tl.arange(0, BN)

@@ -1,10 +1,10 @@
 """The Triton experts inside transformers: `register()`, then `experts_implementation="moe_harness_triton"`.
 
-Any model whose experts keep `gate_up_proj` [E, 2I, H] (gate rows first) and `down_proj` [E, H, I] without biases runs
-on it: by `from_pretrained(..., experts_implementation=NAME)` or `model.set_experts_implementation(NAME)`, in `generate`,
-continuous batching and evaluation alike.  Under expert parallelism transformers gives a slot of another rank the index
-num_experts and the weight 0; such an index is outside the local experts, so the kernels leave the slot out.  Nothing
-waits for the device, so a decoding step can be captured in a CUDA graph.
+Any model whose experts keep `gate_up_proj` [E, 2I, H] (gate rows first) and `down_proj` [E, H, I] without biases
+runs on it, by `from_pretrained(..., experts_implementation=NAME)` or `model.set_experts_implementation(NAME)`: in
+`generate`, continuous batching and evaluation.  Under expert parallelism transformers gives a slot of another rank the
+index num_experts and the weight 0; such an index is outside the local experts, so the kernels leave the slot out.
+Nothing waits for the device, so a decoding step can be captured in a CUDA graph.
 """
 
 from torch import Tensor, nn

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from impls.triton._common import exact_sigmoid, interpreting, on, require
+from impls.triton._common import exact_sigmoid, interpreting, narrow, on, require
 
 __all__ = ["fits", "shared_expert_gate"]
 
@@ -22,7 +22,7 @@ LONGEST = 16384
 @triton.jit
 def _gate_rows(
     x, w, y, out, S, H, D, x_row, x_col, w_col, y_row, y_col,
-    BM: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr,
+    BM: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """BM rows; both operands are on their way before the dot product is taken."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -35,7 +35,7 @@ def _gate_rows(
     shared = tl.load(at_y, mask=live & (d < D)[None, :], other=0.0)
     weight = tl.load(w + h.to(tl.int64) * w_col, mask=h < H, other=0.0)
     gate = exact_sigmoid(tl.sum(rows.to(tl.float32) * weight.to(tl.float32)[None, :], 1))
-    result = (gate[:, None] * shared.to(tl.float32)).to(out.dtype.element_ty)
+    result = narrow(gate[:, None] * shared.to(tl.float32), out.dtype.element_ty, WIDEN)
     tl.store(out + row[:, None].to(tl.int64) * D + d[None, :], result, mask=live & (d < D)[None, :])
 
 
@@ -86,7 +86,7 @@ def shared_expert_gate(hidden_states: Tensor, gate_weight: Tensor, shared_output
     with on(x.device):
         _gate_rows[(triton.cdiv(count, rows),)](
             x, gate_weight, y, out, count, hidden, width, *x.stride(), gate_weight.stride(1), *y.stride(),
-            BM=rows, BH=block_h, BD=block_d, num_warps=warps,
+            BM=rows, BH=block_h, BD=block_d, WIDEN=interpreting(), num_warps=warps,
         )  # fmt: skip
     return out
 
