@@ -55,12 +55,20 @@ class Reply:
 
 
 @dataclass(frozen=True)
+class Exit:
+    """A worker is gone; a negative code is the signal that ended it."""
+
+    code: int
+
+
+@dataclass(frozen=True)
 class Home:
     """Where a pool's workers meet: the files of their store, of their heartbeat and of what they print."""
 
     folder: str
     world_size: int
     backend: str
+    address: str = ""  # host:port of a store over the network; a file in the folder otherwise
 
     def store(self) -> Path:
         return Path(self.folder) / "store"

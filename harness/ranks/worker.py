@@ -46,7 +46,7 @@ def serve(connection: Any, rank: int, home: Home) -> None:
         torch.cuda.set_device(rank % torch.cuda.device_count())
     recorder = comm.Recorder(rank, home.heartbeat(), home.journal(rank))
     comm.install(recorder)
-    store = dist.FileStore(str(home.store()), home.world_size)
+    store = _store(rank, home)
     dist.init_process_group(
         home.backend, store=store, rank=rank, world_size=home.world_size, timeout=COLLECTIVE_TIMEOUT
     )
@@ -58,6 +58,14 @@ def serve(connection: Any, rank: int, home: Home) -> None:
         except (EOFError, OSError):
             os._exit(0)  # the controller is gone; a clean shutdown would wait for peers
         connection.send(run_job(me, job))
+
+
+def _store(rank: int, home: Home) -> dist.Store:
+    """Where the ranks find each other: a fresh file on one machine, rank 0's port across machines."""
+    if not home.address:
+        return dist.FileStore(str(home.store()), home.world_size)
+    host, _, port = home.address.rpartition(":")
+    return dist.TCPStore(host, int(port), home.world_size, is_master=rank == 0, timeout=COLLECTIVE_TIMEOUT)
 
 
 def _print_to(path: Path) -> None:

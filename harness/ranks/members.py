@@ -1,0 +1,146 @@
+"""One worker as the controller sees it: a process of this machine, or one that a server holds on some other."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import types
+from collections.abc import Iterator
+from multiprocessing import connection, forkserver
+from pathlib import Path
+from typing import Any, Protocol
+
+from harness.ranks.calls import Call
+from harness.ranks.heartbeat import Beat, Heartbeat
+from harness.ranks.jobs import Exit, Home
+
+
+class Member(Protocol):
+    """What the pool needs of a worker."""
+
+    end: Any  # waitable: ready when there is something to receive
+    buffered: list[Any]  # received already, not yet taken
+
+    def send(self, message: Any) -> None: ...
+
+    def receive(self) -> Any:
+        """The next message, an Exit where the worker is gone, or None where there is nothing for the pool."""
+
+    def beat(self) -> Beat: ...
+
+    def refresh(self) -> None:
+        """Make `beat` tell the present."""
+
+    def ticks(self) -> int | None:
+        """Processor time of a worker that sleeps; None of one that could run."""
+
+    def said(self) -> str: ...
+
+    def calls(self) -> list[Call]: ...
+
+    def close(self) -> None: ...
+
+
+class LocalMember:
+    """A worker forked on this machine, with its heartbeat, log and journal in files."""
+
+    def __init__(self, rank: int, home: Home, heartbeat: Heartbeat):
+        self.rank, self.home, self.heartbeat = rank, home, heartbeat
+        self.buffered: list[Any] = []
+        context = fork_server()
+        self.end, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, rank, home), daemon=True)
+        with _without_main():
+            self.process.start()
+        theirs.close()
+
+    def send(self, message: Any) -> None:
+        with contextlib.suppress(BrokenPipeError):  # its end is noticed where the answer is awaited
+            self.end.send(message)
+
+    def receive(self) -> Any:
+        try:
+            return self.end.recv()
+        except (EOFError, OSError):
+            self.process.join(1.0)
+            code = self.process.exitcode
+            return Exit(-signal.SIGKILL if code is None else code)
+
+    def beat(self) -> Beat:
+        return self.heartbeat.read(self.rank)
+
+    def refresh(self) -> None:
+        """Nothing to do: the memory is shared."""
+
+    def ticks(self) -> int | None:
+        try:
+            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return None
+        return int(fields[11]) + int(fields[12]) if fields[0] == "S" else None
+
+    def said(self) -> str:
+        path = self.home.log(self.rank)
+        return path.read_text(errors="replace")[-2000:] if path.exists() else ""
+
+    def calls(self) -> list[Call]:
+        """What it wrote down; a line cut off by its end is left out."""
+        path = self.home.journal(self.rank)
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        return [Call.from_dict(json.loads(line)) for line in lines]
+
+    def close(self) -> None:
+        """End the worker at once: it may be stuck, so it is not asked."""
+        if self.process.is_alive():
+            os.kill(self.process.pid, signal.SIGKILL)
+        self.end.close()
+        self.process.join()
+
+
+def wait(members: list[Member], seconds: float) -> list[Member]:
+    """Those that have something to receive."""
+    if buffered := [member for member in members if member.buffered]:
+        return buffered
+    ready = connection.wait([member.end for member in members], seconds)
+    return [member for member in members if member.end in ready]
+
+
+def _serve(end: Any, rank: int, home: Home) -> None:
+    from harness.ranks.worker import serve  # imports torch, which the controller does without
+
+    serve(end, rank, home)
+
+
+def fork_server() -> Any:
+    """multiprocessing's context, its server started once with torch already imported in it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["harness.ranks.preload"])
+    root = str(Path(__file__).parents[2])
+    with _environment(PYTHONPATH=os.pathsep.join([root, *filter(None, sys.path)]), OMP_NUM_THREADS="1"):
+        forkserver.ensure_running()
+    return context
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Workers have no use for the caller's main module, which would be imported again in each of them."""
+    main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
