@@ -1,5 +1,6 @@
 """A run: plan, judge in worker processes, search with Hypothesis, confirm failures, and put the result together."""
 
+import os
 import shlex
 import time
 from collections import Counter, defaultdict
@@ -18,6 +19,7 @@ from harness.report import Result
 EXAMPLES = {"quick": 60, "full": 500, "exhaustive": 3000}
 SEARCH_SECONDS = {"quick": 15.0, "full": 120.0, "exhaustive": 900.0}
 CONFIRMED_PER_CHECK = 2  # failures judged once more, alone in a fresh process
+INTERPRETED_ROWS = 2600  # a program takes about 1 ms there
 CORE_CHECKS = ("contract", "exact", "numeric", "routing", "dense", "live", "shard")
 
 
@@ -133,9 +135,13 @@ class Run:
     def _runnable(self, planned: list[Planned]) -> list[str]:
         """Ids of what can run on this device; the rest goes into the ledger."""
         ids = []
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         for p in planned:
             if p.check in ON_CUDA_ONLY and self.request.device != "cuda":
                 self.take({"id": p.id, "status": "skipped", "reason": "needs --device cuda"})
+            elif interpreted and p.case.rows() > INTERPRETED_ROWS:
+                reason = f"more than {INTERPRETED_ROWS} rows take too long in Triton's interpreter"
+                self.take({"id": p.id, "status": "skipped", "reason": reason})
             else:
                 ids.append(p.id)
         return ids

@@ -40,6 +40,9 @@ class ExpertsCase(Case):
     weights: str = "fp32"  # dtype of topk_weights: fp32, or model (that of the activations)
     ints: str = "int64"  # dtype of topk_ids and expert_map
 
+    def rows(self) -> int:
+        return self.T * self.k
+
     def resized(self) -> Self:
         return self.but(T=2 * self.T + 1, H=self.H + 8, I=self.I + 8, seed=self.seed + 1)
 

@@ -27,6 +27,9 @@ class GroupedLinearCase(Case):
     bias: bool = False
     ints: str = "int64"
 
+    def rows(self) -> int:
+        return self.S
+
     def resized(self) -> Self:
         return self.but(S=2 * self.S + 1, K=self.K + 8, N=self.N + 8, seed=self.seed + 1)
 

@@ -32,6 +32,9 @@ class MoeBlockCase(Case):
     k: int = 4
     renorm: str = "default"  # norm_topk_prob: default (the key is absent), yes, no
 
+    def rows(self) -> int:
+        return self.T * self.k
+
     def resized(self) -> Self:
         return self.but(T=2 * self.T + 1, H=self.H + 8, I=self.I + 8, seed=self.seed + 1)
 

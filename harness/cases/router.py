@@ -27,6 +27,9 @@ class RouterCase(Case):
     groups: str = "none"  # "8x4": num_expert_group x topk_group
     scale: float = 1.0
 
+    def rows(self) -> int:
+        return self.T
+
     def resized(self) -> Self:
         return self.but(T=2 * self.T + 1, seed=self.seed + 1)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar, Self
 
 from harness.cases import boundaries as at
@@ -21,6 +22,9 @@ class GateCase(Case):
     lead: str = "16"  # leading dimensions, "2x3" is [2, 3, ...]; empty for none
     H: int = 64
     D: int = 64
+
+    def rows(self) -> int:
+        return prod(int(size) for size in self.lead.split("x") if size)
 
     def resized(self) -> Self:
         return self.but(lead="7", H=self.H + 8, D=self.D + 8, seed=self.seed + 1)

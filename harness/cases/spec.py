@@ -35,6 +35,10 @@ class Case:
         """A call of another shape, to be made in between."""
         raise NotImplementedError
 
+    def rows(self) -> int:
+        """Rows of work in the call."""
+        raise NotImplementedError
+
     def core(self) -> bool:
         """Whether this is an ordinary input that every implementation of the stage is for."""
         return not self.layout and not self.optional

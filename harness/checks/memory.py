@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import gc
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from harness.trial import Rejected, Trial
 
 LEAK_CALLS = 40
 WARM_UP_CALLS = 15
+LEAK_SECONDS = 6.0
+LEAST_TELLING = 1 << 20  # bytes; the resident set moves by a few pages on its own
 
 
 def results_of(result: Any) -> tuple[Tensor, ...]:
@@ -96,18 +99,29 @@ def leak(trial: Trial, case: Case) -> Record:
     record = Record()
     call = trial.build(case)
     size = sum(r.numel() * r.element_size() for r in results_of(trial.invoke(call)))
-    for _ in range(WARM_UP_CALLS):
-        trial.invoke(call)
+    _repeat(trial, call, WARM_UP_CALLS)
     before = _memory_in_use(trial.device)
-    for _ in range(LEAK_CALLS):
-        trial.invoke(call)
+    calls = _repeat(trial, call, LEAK_CALLS)
     grown = _memory_in_use(trial.device) - before
-    record.worst = max(0.0, grown / (0.5 * LEAK_CALLS * size))
+    if calls * size < LEAST_TELLING:
+        record.skipped = f"{calls} calls in {LEAK_SECONDS:.0f} s are too few to tell a leak from noise"
+        return record
+    record.worst = max(0.0, grown / (0.5 * calls * size))
     if record.worst > 1:
-        message = f"memory grew by {grown / 2**20:.1f} MiB over {LEAK_CALLS} equal calls, but should stay as it is"
-        looks_like = [f"{grown / LEAK_CALLS / size:.1f} results are kept for each call"]
+        message = f"memory grew by {grown / 2**20:.1f} MiB over {calls} equal calls, but should stay as it is"
+        looks_like = [f"{grown / calls / size:.1f} results are kept for each call"]
         record.fail(message, headroom=record.worst, looks_like=looks_like)
     return record
+
+
+def _repeat(trial: Trial, call: Call, most: int) -> int:
+    """Call up to `most` times within LEAK_SECONDS; returns how often."""
+    end = time.monotonic() + LEAK_SECONDS
+    for done in range(most):
+        trial.invoke(call)
+        if time.monotonic() > end:
+            return done + 1
+    return most
 
 
 def _memory_in_use(device: str) -> int:
