@@ -2,9 +2,10 @@
 
 `explain` is called in the process that has just judged a failing case.  A fault is named only where its output equals
 the implementation's within the statistical limits of `harness.rounding`, where the right answer does not, and where a
-second, different data set says the same.  `structure` reads the error itself, for failures that no fault explains.
+second, different data set says the same.  `looks` reads the error itself, for failures that no fault explains too.
 """
 
 from harness.diagnosis.inquiry import explain
+from harness.diagnosis.structure import looks
 
-__all__ = ["explain"]
+__all__ = ["explain", "looks"]

@@ -1,0 +1,184 @@
+"""What the error itself says, beyond which elements are wrong: factors of slots, experts and rows, and whole tiles."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness import rounding
+from harness.cases import Case
+from harness.stages.call import Call
+from harness.trial import Broken, Rejected, Trial
+from reference.experts import expert_steps, local_ids, routed_rows
+
+BLOCKS = (128, 64, 32, 16, 8, 4)
+MOST_TOKENS = 256
+
+
+def looks(trial: Trial, case: Case) -> list[str]:
+    """Sentences about the error of the implementation on a case; [] where it is right, refuses or breaks."""
+    try:
+        call = trial.build(case.but(variant="", optional=False))
+        out = trial.invoke(call)
+    except (Rejected, Broken):
+        return []
+    if not isinstance(out, Tensor) or not hasattr(trial.stage, "expect") or not out.numel():
+        return []
+    bound = trial.stage.expect(call, None)
+    return read(call, bound, out)
+
+
+def read(call: Call, bound: rounding.Bound, out: Tensor) -> list[str]:
+    """All that is seen in a result."""
+    value, got = (t.detach().double().reshape(-1, out.shape[-1]) for t in (bound.value, out))
+    sigma = bound.variance.reshape(value.shape).sqrt()
+    error = (got - value).abs().nan_to_num(torch.inf)
+    wrong = (error > rounding.max_limit() * sigma) & (value.isfinite() | got.isfinite())
+    if not bool(wrong.any()):
+        return []
+    of_slots = slots(call, got, sigma) if call.case.stage == "experts" else []
+    return [*of_slots, *([] if of_slots else ratios(value, got, sigma)), *tiles(wrong)]
+
+
+# ----------------------------------------------------------------------------------------------------------- slots
+
+
+def slots(call: Call, got: Tensor, sigma: Tensor) -> list[str]:
+    """The factors c in out[t] = sum over slots c_j w_j o_j, where they explain the tokens: lost and doubled slots."""
+    ids = local_ids(call.args["topk_ids"], call.keywords["expert_map"])
+    terms = _terms(call, ids)
+    by_slot: dict[int, list[float]] = defaultdict(list)
+    by_expert: dict[int, list[float]] = defaultdict(list)
+    told = tokens = 0
+    for token in range(min(len(ids), MOST_TOKENS)):
+        live = (ids[token] >= 0).nonzero()[:, 0]
+        distinct = len(ids[token][live].unique()) == len(live)
+        if not len(live) or not distinct or 2 * len(live) > got.shape[1] or not bool(got[token].isfinite().all()):
+            continue
+        tokens += 1
+        factors = _factors(terms[token, live], got[token], sigma[token])
+        if factors is None:
+            continue
+        told += 1
+        for slot, factor in zip(live.tolist(), factors, strict=True):
+            by_slot[slot].append(factor)
+            by_expert[int(ids[token, slot])].append(factor)
+    if told < tokens or not told or all(f == 1.0 for many in by_slot.values() for f in many):
+        return []  # some token is no weighted sum of its experts' outputs: another kind of error
+    return (
+        _in_words("slot", by_slot) or _in_words("local expert", by_expert) or ["each slot counts a factor of its own"]
+    )
+
+
+def _terms(call: Call, ids: Tensor) -> Tensor:
+    """w_j o_j for each slot, [T, k, H] in fp64."""
+    hidden, gate_up, down, weights, _ = call.args.values()
+    found = torch.zeros(*ids.shape, hidden.shape[1], dtype=torch.float64, device=hidden.device)
+    for expert, tokens, places in routed_rows(ids):
+        rows = hidden[tokens].double()
+        steps = expert_steps(rows, gate_up[expert].double(), down[expert].double(), call.keywords["activation"])
+        found[tokens, places] = weights[tokens, places, None].double() * steps.output
+    return found
+
+
+def _factors(terms: Tensor, got: Tensor, sigma: Tensor) -> list[float] | None:
+    """Least squares in units of sigma; None where the residual is more than rounding.  Near integers are integers."""
+    scale = sigma.clamp(min=float(sigma.max()) * 1e-6 + 1e-300)
+    design, target = (terms / scale).T, got / scale
+    if not bool(design.isfinite().all()):
+        return None
+    size = design.square().sum(0).sqrt()
+    if float(size.min()) == 0:
+        return None
+    factors = torch.linalg.lstsq(design, target[:, None]).solution[:, 0]
+    residual = target - design @ factors
+    growth = max(1.0, float(factors.abs().max()))
+    if float(residual.abs().max()) > rounding.max_limit() * growth:
+        return None
+    error = torch.linalg.inv(design.T @ design).diagonal().sqrt() * rounding.max_limit() * growth
+    near = factors.round()
+    return torch.where((factors - near).abs() <= error, near, factors).tolist()
+
+
+def _in_words(kind: str, factors: dict[int, list[float]]) -> list[str]:
+    """One sentence for each member whose factor is the same in all its tokens; [] where some member's is not."""
+    told = []
+    for member, many in sorted(factors.items()):
+        middle = sorted(many)[len(many) // 2]
+        if max(many) - min(many) > 0.01 * max(1.0, abs(middle)):
+            return []
+        if all(f == 1.0 for f in many):
+            continue
+        words = {0.0: "is missing", 2.0: "counts twice"}.get(middle, f"counts {middle:.4g} times")
+        told.append(f"{kind} {member} {words} in all of its {len(many)} tokens")
+    return told[:3]
+
+
+# ---------------------------------------------------------------------------------------------------------- ratios
+
+
+def ratios(value: Tensor, got: Tensor, sigma: Tensor) -> list[str]:
+    """Rows that are the right row times one factor, where each has another one or all have a power of two."""
+    norm = (value / sigma.clamp(min=1e-300)).square().sum(1)
+    product = (value * got / sigma.clamp(min=1e-300).square()).sum(1)
+    usable = norm.isfinite() & product.isfinite() & (norm > 0)
+    factor = torch.where(usable, product / norm, 1.0)
+    growth = factor.abs().clamp(min=1.0)[:, None]
+    residual = (got - factor[:, None] * value).abs()
+    fits = (residual <= rounding.max_limit() * sigma * growth).all(1) & usable
+    off = (factor - 1).abs() * norm.sqrt() > rounding.max_limit()
+    wrong = ((got - value).abs() > rounding.max_limit() * sigma).any(1)
+    if not bool(wrong.any()) or not bool((fits & off)[wrong].all()):
+        return []
+    found = factor[wrong]
+    middle, spread = float(found.median()), float(found.max() - found.min())
+    if spread <= 0.01 * abs(middle):
+        return [f"wrong rows are the right ones times {_power(middle)}"]
+    return [
+        f"each wrong row is the right one times a factor of its own, {float(found.min()):.3g} to {float(found.max()):.3g}"
+    ]
+
+
+def _power(factor: float) -> str:
+    """`4 (2^2)`, `0.125 (2^-3)`, or the factor alone."""
+    exponent = round(float(torch.tensor(abs(factor)).log2())) if factor else 0
+    exact = factor and abs(abs(factor) / 2.0**exponent - 1) < 0.01 and exponent
+    return f"{factor:.4g} (2^{exponent})" if exact and factor > 0 else f"{factor:.4g}"
+
+
+# ----------------------------------------------------------------------------------------------------------- tiles
+
+
+def tiles(wrong: Tensor) -> list[str]:
+    """Whether the wrong rows, columns or elements are whole blocks of a power of two, or the tail behind the last one."""
+    told = []
+    for axis, name in ((1, "rows"), (0, "columns")):
+        sentence = _of_axis(wrong.any(axis), name)
+        told += [sentence] if sentence else []
+    return told
+
+
+def _of_axis(bad: Tensor, name: str) -> str | None:
+    total, count = len(bad), int(bad.sum())
+    if count in (0, total):
+        return None
+    for block in BLOCKS:
+        tail = total - total % block
+        if total % block and count == total - tail and bool(bad[tail:].all()):
+            return f"the wrong {name} are those behind the last whole block of {block}"
+    for block in BLOCKS:
+        if block < total and _is_whole(bad, block) and count >= min(block, total):
+            which = sorted({int(i) // block for i in bad.nonzero()[:, 0]})
+            return f"the wrong {name} are whole blocks of {block}: {_short(which)}"
+    return None
+
+
+def _is_whole(bad: Tensor, block: int) -> bool:
+    return all(bool((part == part[0]).all()) for part in bad.split(block))
+
+
+def _short(numbers: Iterable[Any]) -> str:
+    listed = [str(n) for n in numbers]
+    return f"{', '.join(listed[:6])}{', ...' if len(listed) > 6 else ''}"

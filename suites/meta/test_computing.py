@@ -1,0 +1,114 @@
+"""The rounding report, on implementations whose way of computing is known."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from harness.computing import accumulators, how_it_computes, operand_bits, stores
+from harness.contracts import ROUNDINGS, load
+from harness.trial import Trial
+
+RIGHT = Path(__file__).parent / "right"
+FAULTS = "harness.faults"
+
+
+def trial(stage: str, spec: str) -> Trial:
+    return Trial(load(stage, spec), "cpu")
+
+
+def right(stage: str, name: str) -> Trial:
+    return trial(stage, f"{RIGHT / stage}.py:{name}")
+
+
+def stored(subject: Trial, dtype: str) -> set[str]:
+    """The roundings found; every one of the contract must have been decided."""
+    found = stores(subject, dtype)
+    assert set(found) == set(ROUNDINGS)
+    return {name for name, yes in found.items() if yes}
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("loop_fp32", set()),
+        ("double_inside", set()),
+        ("round_every_stage", set(ROUNDINGS)),
+        ("running_sum_over_slots", {"partial_sum"}),
+        ("slots_in_reverse", {"weighted"}),
+        ("weight_in_model_dtype", {"routing_weight"}),
+        ("sorted_and_grouped", {"activation"}),
+        ("round_gate_up", {"gate_up", "expert_output"}),
+    ],
+)
+def test_stores_are_found(name: str, wanted: set[str], dtype: str) -> None:
+    assert stored(right("experts", name), dtype) == wanted
+
+
+@pytest.mark.parametrize("name", ["loop", "batched", "grouped_mm"])
+def test_torch_rounds_as_it_declares(name: str) -> None:
+    subject = trial("experts", f"torch:{name}")
+    assert stored(subject, "bf16") == set(subject.subject.declared.rounds or ())
+
+
+@pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
+@pytest.mark.parametrize("name", ["eager", "grouped_mm", "batched_mm"])
+def test_transformers_rounds_within_what_is_declared(name: str) -> None:
+    subject = trial("experts", f"transformers:{name}")
+    found = stored(subject, "bf16")
+    assert {"gate_up", "activation", "expert_output"} <= found <= set(subject.subject.declared.rounds or ())
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "block"),
+    [("sequential_chunks", 24, 16), ("split_k", 24, 48), ("double_inside", None, None)],
+)
+def test_accumulators_are_found(name: str, bits: int | None, block: int | None) -> None:
+    for found in accumulators(right("experts", name), "bf16").values():
+        assert found == {"bits": bits, "block": block}
+
+
+def test_a_bf16_accumulator_shows_in_its_product_alone() -> None:
+    found = accumulators(trial("experts", f"{FAULTS}.precision:bf16_accumulator"), "bf16")
+    assert found["the first product"] == {"bits": 8, "block": 16}
+    assert found["the second product"]["bits"] == 24
+
+
+@pytest.mark.parametrize(
+    ("stage", "spec", "bits"),
+    [
+        ("grouped_linear", "torch:loop", 24),
+        ("grouped_linear", f"{FAULTS}.grouped_linear:silent_tf32", 11),
+        ("experts", f"{FAULTS}.precision:undeclared_tf32", 11),
+        ("experts", f"{FAULTS}.precision:fp32_computed_in_bf16", 8),
+    ],
+)
+def test_bits_of_fp32_operands(stage: str, spec: str, bits: int) -> None:
+    assert operand_bits(trial(stage, spec)) == bits
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("loop_fp32", "by ascending expert"),
+        ("slots_in_reverse", "from the last to the first"),
+        ("running_sum_over_slots", "in their order"),
+    ],
+)
+def test_order_of_the_slots(name: str, words: str) -> None:
+    assert f"sums the slots of a token one after the other, {words}" in how_it_computes(right("experts", name))
+
+
+def test_the_paragraph_claims_only_what_was_probed() -> None:
+    assert how_it_computes(right("experts", "only_bf16")).startswith("In bf16 it ")
+    assert "fp16" not in how_it_computes(right("experts", "only_bf16"))
+
+
+def test_an_implementation_that_refuses_every_probe_is_said_nothing_about() -> None:
+    def refuses(*args: object, **keywords: object) -> None:
+        raise NotImplementedError("nothing")
+
+    subject = trial("grouped_linear", "torch:loop")
+    refusing = Trial(type(subject.subject)("grouped_linear", "x", refuses, subject.subject.declared, None), "cpu")
+    assert how_it_computes(refusing) == ""

@@ -1,0 +1,204 @@
+"""The diagnosis: faults hidden behind another implementation's rounding are named; right implementations never are."""
+
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness.cases import Case, plan
+from harness.cases.experts import ExpertsCase
+from harness.cases.grouped_linear import GroupedLinearCase
+from harness.cases.request import Request
+from harness.cases.router import RouterCase
+from harness.contracts import Declarations, Subject, load
+from harness.diagnosis import explain, looks
+from harness.diagnosis.hiding import hidden
+from harness.diagnosis.measure import STAGES, measure, measured, summary, trial_of
+from harness.diagnosis.structure import ratios, tiles
+from harness.faults import experts as parts
+from harness.faults.catalogue import get
+from harness.trial import Trial
+
+RIGHT = Path(__file__).parent / "right"
+GENEROUS = 30.0  # seconds; the verdict of a test must not depend on how busy the machine is
+
+SAMPLE = (
+    "gate_up_swapped", "gelu_for_silu", "activation_dropped", "weight_on_input_and_output", "flat_weights",
+    "one_expert_one_percent_off", "last_slot_dropped", "duplicate_slot_dropped", "permutation_for_its_inverse",
+    "broken_only_at_128_8", "last_intermediate_column_lost", "odd_token_lost", "token_stride_assumed",
+    "minus_one_wraps_to_last_expert", "expert_map_ignored", "masked_slots_unwritten", "plan_cached_by_shape",
+    "tuning_accumulates", "weights_cast_to_bf16", "softmax_after_topk", "bias_in_weights", "scaled_twice",
+    "groups_interleaved", "largest_starts_at_zero", "n_tail_unwritten", "bias_of_expert_zero", "gate_inverted",
+    "odd_row_ungated", "shared_gate_lost",
+)  # fmt: skip
+
+
+def trial_of_function(stage: str, function) -> Trial:
+    return Trial(Subject(stage, function.__name__, function, Declarations.of(function), None), "cpu")
+
+
+def right_trials() -> list[tuple[str, str]]:
+    """(stage, spec) of right implementations, registered ones and strangers'."""
+    found = [("experts", "torch:loop"), ("experts", "torch:grouped_mm"), ("grouped_linear", "torch:loop")]
+    if find_spec("transformers"):
+        found.append(("experts", "transformers:eager"))
+    strangers = {
+        "experts": ("round_every_stage", "slots_in_reverse", "double_inside", "split_k"),
+        "grouped_linear": ("bias_in_model_dtype", "bias_first_k_backwards"),
+    }
+    return found + [(stage, f"{RIGHT / stage}.py:{name}") for stage, names in strangers.items() for name in names]
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_a_hidden_fault_is_named_first(name: str) -> None:
+    result = measure(get(name), GENEROUS)
+    assert result["failed"] is not None
+    assert result["place"] == 1, result
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_whole_catalogue_is_diagnosed(stage: str) -> None:
+    found = summary(measure(fault, GENEROUS) for fault in measured(stage))
+    assert found["among_three"] == found["faults"]
+    assert found["first"] >= 0.95 * found["faults"]
+
+
+def test_hidden_faults_have_other_bits() -> None:
+    case = ExpertsCase(T=33, dtype="bf16", H=128, k=4)
+    fault = get("gate_up_swapped")
+    trial = trial_of(fault)
+    call = trial.build(case)
+    ours, theirs = fault.function(*call.args.values()), hidden(fault)(*call.args.values())
+    assert not torch.equal(ours, theirs)
+    assert (ours != theirs).double().mean() > 0.1
+
+
+def test_hiding_leaves_the_catalogue_as_it_was() -> None:
+    kept = dict(parts.run.__kwdefaults__), parts.matmul, parts.combine
+    trial = trial_of(get("gate_up_swapped"))
+    trial.invoke(trial.build(ExpertsCase()))
+    assert (dict(parts.run.__kwdefaults__), parts.matmul, parts.combine) == kept
+
+
+@pytest.mark.parametrize(("stage", "spec"), right_trials())
+def test_a_right_implementation_is_never_diagnosed(stage: str, spec: str) -> None:
+    trial = Trial(load(stage, spec), "cpu")
+    numeric = [case for check, case in plan(stage, Request()) if check == "numeric"]
+    for case in numeric[:2]:
+        assert explain(trial, case, GENEROUS) == []
+
+
+def test_a_fault_that_is_in_no_catalogue_has_no_diagnosis() -> None:
+    def shuffled_columns(*call: Tensor, **options: object) -> Tensor:
+        return parts.run(*call, **options).roll(3, 1) * 1.37
+
+    assert explain(trial_of_function("experts", shuffled_columns), ExpertsCase(), GENEROUS) == []
+
+
+def test_a_crash_is_its_own_diagnosis() -> None:
+    def broken(*call: Tensor, **options: object) -> Tensor:
+        raise RuntimeError("boom")
+
+    assert explain(trial_of_function("experts", broken), ExpertsCase(), GENEROUS) == []
+
+
+def test_a_refusal_is_no_diagnosis() -> None:
+    def refusing(*call: Tensor, **options: object) -> Tensor:
+        raise NotImplementedError("nothing")
+
+    assert explain(trial_of_function("experts", refusing), ExpertsCase(), GENEROUS) == []
+
+
+def test_the_evidence_is_in_numbers() -> None:
+    told = explain(trial_of(get("gate_up_swapped")), ExpertsCase(dtype="bf16"), GENEROUS)
+    assert told[0]["fault"] == "gate_up_swapped"
+    for words in ("sigma (largest", "the right answer is", "the next candidate", "confirmed on"):
+        assert words in told[0]["evidence"]
+
+
+def test_the_budget_is_honoured() -> None:
+    started = time.process_time()
+    explain(trial_of(get("flat_weights")), ExpertsCase(T=257, E=128, k=8), 0.5)
+    assert time.process_time() - started < 10 * 0.5
+
+
+def test_a_stranger_with_a_known_fault_is_recognised() -> None:
+    """Not built from the catalogue's parts: token by token, in bf16 throughout, with the halves swapped."""
+
+    def stranger(x, w13, w2, weights, ids, *, activation="silu", expert_map=None):
+        if activation != "silu" or expert_map is not None:
+            raise NotImplementedError
+        out = torch.zeros_like(x)
+        for token in range(len(x)):
+            for slot in range(ids.shape[1]):
+                expert = int(ids[token, slot])
+                if expert >= 0:
+                    up, gate = (w13[expert] @ x[token]).chunk(2)
+                    hidden_values = torch.nn.functional.silu(gate) * up
+                    out[token] += (w2[expert] @ hidden_values) * weights[token, slot].to(x.dtype)
+        return out
+
+    told = explain(trial_of_function("experts", stranger), ExpertsCase(dtype="bf16"), GENEROUS)
+    assert [entry["fault"] for entry in told][:1] == ["gate_up_swapped"]
+
+
+def test_a_router_is_compared_whatever_the_order_of_its_slots() -> None:
+    fault = get("never_renormalised")
+
+    def reversed_slots(*call, **options):
+        weights, ids = fault.function(*call, **options)
+        return weights.flip(1), ids.flip(1).int()
+
+    told = explain(trial_of_function("router", reversed_slots), RouterCase(), GENEROUS)
+    assert told[0]["fault"] == "never_renormalised"
+
+
+# Structure ----------------------------------------------------------------------------------------------------------
+
+
+def seen(name: str, case: Case) -> str:
+    return "; ".join(looks(trial_of(get(name)), case))
+
+
+def test_a_lost_slot_is_seen() -> None:
+    assert "slot 2 is missing in all of its 16 tokens" in seen("last_slot_dropped", ExpertsCase(k=3))
+
+
+def test_an_expert_that_counts_differently_is_seen() -> None:
+    def third(slots: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        return parts.combine(slots, weights * torch.where(ids == 3, 3.0, 1.0), ids)
+
+    def triples(*call: Tensor, **options: object) -> Tensor:
+        return parts.run(*call, **options, combine=third)
+
+    assert "local expert 3 counts 3 times" in "; ".join(looks(trial_of_function("experts", triples), ExpertsCase(k=3)))
+
+
+def test_rows_with_a_factor_of_their_own_are_seen() -> None:
+    value = torch.randn(5, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sigma = torch.full_like(value, 1e-4)
+    factor = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0], dtype=torch.float64)[:, None]
+    assert "a factor of its own, 2 to 5" in ratios(value, value * factor, sigma)[0]
+    assert ratios(value, value * 0.125, sigma) == ["wrong rows are the right ones times 0.125 (2^-3)"]
+    assert ratios(value, value.roll(1, 0), sigma) == []
+
+
+def test_tiles_are_seen() -> None:
+    wrong = torch.zeros(70, 40, dtype=torch.bool)
+    wrong[64:] = True
+    assert tiles(wrong) == ["the wrong rows are those behind the last whole block of 64"]
+    wrong = torch.zeros(64, 64, dtype=torch.bool)
+    wrong[16:32, 32:48] = True
+    assert tiles(wrong) == ["the wrong rows are whole blocks of 16: 1", "the wrong columns are whole blocks of 16: 2"]
+
+
+def test_a_tail_of_columns_is_seen() -> None:
+    assert "behind the last whole block of 16" in seen("n_tail_unwritten", GroupedLinearCase(N=40))
+
+
+def test_nothing_is_seen_in_a_right_result() -> None:
+    assert looks(Trial(load("experts", "torch:loop"), "cpu"), ExpertsCase()) == []
