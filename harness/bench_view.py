@@ -1,0 +1,65 @@
+"""A bench report as a table and as a picture."""
+
+from pathlib import Path
+
+from rich.table import Table
+
+from harness.bench import Report, Timing
+
+
+def table(report: Report) -> Table:
+    """One row per number of tokens and implementation: time, spread, ratio to the first, time over floor."""
+    copy, rate = report.copy_bandwidth / 1e6, report.matrix_rate / 1e6
+    title = f"{report.stage}, {report.shape.name}, {report.dtype}, {report.device}"
+    out = Table(title=title, caption=f"ceilings of this run: copy {copy:.2f} TB/s, product {rate:.0f} TFLOP/s")
+    for name in ("tokens", "implementation", "time us", "spread", "over first", "over floor", "of floor", "bound by"):
+        out.add_column(name, justify="left" if name in ("implementation", "bound by") else "right")
+    for tokens in dict.fromkeys(t.tokens for t in report.timings):
+        rows = [t for t in report.timings if t.tokens == tokens]
+        for timing in rows:
+            out.add_row(*_cells(timing, rows[0]))
+        out.add_section()
+    return out
+
+
+def _cells(timing: Timing, first: Timing) -> list[str]:
+    if timing.refused:
+        return [str(timing.tokens), timing.spec, "-", "", "", "", "", timing.refused]
+    spread = f"{timing.low:.1f} to {timing.high:.1f}"
+    first_ratio = f"{timing.median / first.median:.2f}" if first.median else "-"
+    name = timing.spec if timing.captured else f"{timing.spec} (not captured)"
+    over = timing.median / timing.floor
+    return [
+        str(timing.tokens), name, f"{timing.median:.1f}", spread, first_ratio, f"{over:.2f}", f"{1 / over:.0%}",
+        timing.bound_by,
+    ]  # fmt: skip
+
+
+def picture(report: Report, path: Path) -> None:
+    """Time against tokens with the floor, and the roofline, side by side.  Needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    timed = [t for t in report.timings if not t.refused]
+    floors = sorted({(t.tokens, t.floor) for t in timed})
+    left.plot([f[0] for f in floors], [f[1] for f in floors], "k--", label="floor")
+    for spec in dict.fromkeys(t.spec for t in timed):
+        own = [t for t in timed if t.spec == spec]
+        left.plot([t.tokens for t in own], [t.median for t in own], marker="o", label=spec)
+        right.plot([t.intensity for t in own], [t.tflops for t in own], marker="o", linestyle="", label=spec)
+    left.set(xscale="log", yscale="log", xlabel="tokens", ylabel="microseconds", title="time")
+    _roofline(right, report, [t.intensity for t in timed if t.intensity])
+    left.legend()
+    right.legend()
+    figure.suptitle(f"{report.stage}, {report.shape.name}, {report.dtype}, {report.device}")
+    figure.savefig(path, dpi=120)
+
+
+def _roofline(axes: object, report: Report, seen: list[float]) -> None:
+    """The two ceilings over the intensities that were seen."""
+    low, high = (min(seen) / 2, max(seen) * 2) if seen else (0.1, 1000.0)
+    steps = [low * (high / low) ** (i / 64) for i in range(65)]
+    ceiling = [min(report.copy_bandwidth * i, report.matrix_rate) / 1e6 for i in steps]
+    axes.plot(steps, ceiling, "k--", label="ceilings")
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="TFLOP/s", title="roofline")
