@@ -36,17 +36,20 @@ class Recorder:
         self.texts: list[bytes] = []  # each call as JSON
         self.calls: list[Call] = []
         self.inside = False
+        self.job = 0
         self.failed: Call | None = None  # the call out of which an exception came
         self.injector = Injector()
 
-    def start(self, injector: Injector) -> None:
+    def start(self, job: int, injector: Injector) -> None:
+        """Forget the last job's calls; `injector` goes around those of this one."""
+        self.job = job
         self.calls, self.injector, self.inside, self.failed = [], injector, False, None
         self.texts = []
         os.ftruncate(self.journal, 0)
         self.say(State.RUNNING)
 
     def say(self, state: State, call: Call | None = None) -> None:
-        self.heartbeat.write(self.rank, state, b"" if call is None else self.texts[call.index])
+        self.heartbeat.write(self.rank, state, b"" if call is None else self.texts[call.index], self.job)
 
     def record(self, op: str, given: dict[str, Any], moved: Movement, place: Place) -> Call:
         tensor = next(iter([*moved.inputs, *moved.outputs]), None)
@@ -132,21 +135,32 @@ def recorded(name: str, original: Callable[..., Any], recorder: Recorder) -> Cal
             return original(*args, **keywords)
 
         def execute() -> Any:
-            entry = recorder.record(op, bound.arguments, describe(bound.arguments, place), place)
+            moved = describe(bound.arguments, place)
+            entry = recorder.record(op, bound.arguments, moved, place)
             waits = not bound.arguments.get("async_op") and op not in ("isend", "irecv")
-            return _run(recorder, entry, waits, lambda: original(*bound.args, **bound.kwargs))
+            tensor = next(iter([*moved.inputs, *moved.outputs]), None)
+            device = None if tensor is None else tensor.device
+            return _run(recorder, entry, waits, lambda: original(*bound.args, **bound.kwargs), device)
 
         return recorder.injector.around(len(recorder.calls), name, bound.arguments, execute)
 
     return call
 
 
-def _run(recorder: Recorder, entry: Call, waits: bool, original: Callable[[], Any]) -> Any:
+def _finish(device: torch.device | None) -> None:
+    """On a GPU a collective returns before it is done; waiting here makes a stuck one visible as such."""
+    if device is not None and device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.current_stream(device).synchronize()
+
+
+def _run(recorder: Recorder, entry: Call, waits: bool, original: Callable[[], Any], device: torch.device | None) -> Any:
     recorder.inside = True
     if waits:
         recorder.say(State.WAITING, entry)
     try:
         result = original()
+        if waits:
+            _finish(device)
     except BaseException:
         recorder.failed = entry
         raise

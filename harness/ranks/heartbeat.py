@@ -14,7 +14,7 @@ from typing import NamedTuple
 from harness.ranks.calls import Call
 
 SLOT = 4096
-_HEADER = struct.Struct("<qqq")  # sequence, state, length of the text
+_HEADER = struct.Struct("<qqqq")  # sequence, state, length of the text, number of the job
 
 
 class State(IntEnum):
@@ -30,6 +30,7 @@ class Beat(NamedTuple):
     sequence: int
     state: State
     call: Call | None = None
+    job: int = 0  # the job that this was said about
 
 
 class Heartbeat:
@@ -42,24 +43,24 @@ class Heartbeat:
         with open(path, "r+b") as file:
             self.memory = mmap.mmap(file.fileno(), SLOT * world_size)
 
-    def write(self, rank: int, state: State, text: bytes = b"") -> None:
+    def write(self, rank: int, state: State, text: bytes = b"", job: int = 0) -> None:
         """Replace what `rank` says; `text` is its call as JSON.  Only that rank may call this."""
         start = rank * SLOT
         sequence = _HEADER.unpack_from(self.memory, start)[0]
         text = text if len(text) <= SLOT - _HEADER.size else b""
-        _HEADER.pack_into(self.memory, start, sequence + 1, state, len(text))
+        _HEADER.pack_into(self.memory, start, sequence + 1, state, len(text), job)
         self.memory[start + _HEADER.size : start + _HEADER.size + len(text)] = text
-        _HEADER.pack_into(self.memory, start, sequence + 2, state, len(text))
+        _HEADER.pack_into(self.memory, start, sequence + 2, state, len(text), job)
 
     def read(self, rank: int) -> Beat:
         """What `rank` said last; a slot caught while it is written counts as running."""
         start = rank * SLOT
-        before, state, length = _HEADER.unpack_from(self.memory, start)
+        before, state, length, job = _HEADER.unpack_from(self.memory, start)
         text = bytes(self.memory[start + _HEADER.size : start + _HEADER.size + length])
         after = _HEADER.unpack_from(self.memory, start)[0]
         if before != after or before % 2:
-            return Beat(after, State.RUNNING)
-        return Beat(before, State(state), Call.from_dict(json.loads(text)) if text else None)
+            return Beat(after, State.RUNNING, None, job)
+        return Beat(before, State(state), Call.from_dict(json.loads(text)) if text else None, job)
 
     def read_all(self) -> list[Beat]:
         return [self.read(rank) for rank in range(self.world_size)]

@@ -41,6 +41,7 @@ class Job:
     spec: Any
     seed: int = 0
     injection: Injection | None = None
+    number: int = 0  # counts the jobs of a pool, so that nobody takes a sign of life for that of another job
 
 
 @dataclass(frozen=True)

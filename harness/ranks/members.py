@@ -34,7 +34,7 @@ class Member(Protocol):
         """Make `beat` tell the present."""
 
     def ticks(self) -> int | None:
-        """Processor time of a worker that sleeps; None of one that could run."""
+        """Processor time of a worker that sleeps; None of one that could run or whose children could."""
 
     def said(self) -> str: ...
 
@@ -75,9 +75,13 @@ class LocalMember:
         """Nothing to do: the memory is shared."""
 
     def ticks(self) -> int | None:
+        process = Path(f"/proc/{self.process.pid}")
         try:
-            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+            fields = (process / "stat").read_text().rpartition(")")[2].split()
+            children = (process / "task" / str(self.process.pid) / "children").read_text()
         except OSError:
+            return None
+        if children.strip():  # it may be waiting for a compiler that it started
             return None
         return int(fields[11]) + int(fields[12]) if fields[0] == "S" else None
 

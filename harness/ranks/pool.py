@@ -12,17 +12,17 @@ import os
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from harness.errors import CannotJudge
 from harness.ranks import remote
 from harness.ranks.calls import Call
 from harness.ranks.failure import Evidence, Failure, classify
-from harness.ranks.heartbeat import State
+from harness.ranks.heartbeat import Beat, State
 from harness.ranks.jobs import Exit, Home, Injection, Job
 from harness.ranks.members import LocalMember, Member, wait
-from harness.ranks.proof import stalemate
+from harness.ranks.proof import of_job, stalemate
 
 PATIENCE = 0.15  # seconds without progress before a proof is looked for
 STALL = 0.8  # seconds in which a rank outside collectives used no processor before it counts as hung
@@ -50,6 +50,7 @@ class Pool:
 
     def __init__(self, world_size: int, backend: str):
         self.world_size, self.backend, self.ready = world_size, backend, False
+        self.jobs = 0
         self.folder, self.heartbeat = "", None
         if os.environ.get(remote.ADDRESS):
             self.members: list[Member] = list(remote.start(world_size, backend, START))
@@ -82,9 +83,10 @@ class Pool:
         """Run `job` on every rank.  A pool that yields a failure must not be used again."""
         self.wait_ready()
         start = time.monotonic()
+        self.jobs += 1
         for member in self.members:
-            member.send(job)
-        evidence = _Watch(self.members, budget).wait()
+            member.send(replace(job, number=self.jobs))
+        evidence = _Watch(self.members, self.jobs, budget).wait()
         evidence.seconds = time.monotonic() - start
         evidence.logs = {rank: self.members[rank].said() for rank in evidence.exits}
         ranks = range(self.world_size)
@@ -109,8 +111,8 @@ class Pool:
 class _Watch:
     """Waits for the replies to one job and stops as soon as it is proved that some will never come."""
 
-    def __init__(self, members: list[Member], budget: float):
-        self.members, self.evidence = members, Evidence()
+    def __init__(self, members: list[Member], number: int, budget: float):
+        self.members, self.number, self.evidence = members, number, Evidence()
         self.deadline = time.monotonic() + budget
         self.open = dict(enumerate(members))
         self.sequences: list[int] = []
@@ -121,7 +123,7 @@ class _Watch:
         while self.open and not self._over():
             for member in wait(list(self.open.values()), POLL):
                 self._receive(next(rank for rank, known in self.open.items() if known is member))
-        self.evidence.beats = [member.beat() for member in self.members]
+        self.evidence.beats = self._beats()
         return self.evidence
 
     def _receive(self, rank: int) -> None:
@@ -135,8 +137,11 @@ class _Watch:
             self.evidence.replies[rank] = message
         self.moved = time.monotonic()
 
+    def _beats(self) -> list[Beat]:
+        return of_job([member.beat() for member in self.members], self.number)
+
     def _over(self) -> bool:
-        now, beats = time.monotonic(), [member.beat() for member in self.members]
+        now, beats = time.monotonic(), self._beats()
         sequences = [beat.sequence for beat in beats]
         if sequences != self.sequences:
             self.sequences, self.moved = sequences, now

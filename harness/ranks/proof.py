@@ -21,6 +21,11 @@ class Stalemate:
     disagreement: Disagreement
 
 
+def of_job(beats: Sequence[Beat], number: int) -> list[Beat]:
+    """The beats as they stand for job `number`: a rank that has not begun it may still do anything."""
+    return [beat if beat.job == number else Beat(beat.sequence, State.RUNNING) for beat in beats]
+
+
 def stalemate(beats: Sequence[Beat], dead: frozenset[int] = frozenset()) -> Stalemate | None:
     """The proof that no rank can go on, or None where one still might."""
     if any(beat.state == State.RUNNING and rank not in dead for rank, beat in enumerate(beats)):

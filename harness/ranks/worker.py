@@ -80,7 +80,7 @@ def run_job(me: Rank, job: Job) -> Reply:
     """Run one job; every exception becomes a reply."""
     recorder = me.recorder
     mine = job.injection is not None and job.injection.rank == me.rank
-    recorder.start(Injector(job.injection if mine else None))
+    recorder.start(job.number, Injector(job.injection if mine else None))
     try:
         reply = Reply(result=find(job.task)(me, job.spec, job.seed), calls=recorder.calls)
     except Exception as error:

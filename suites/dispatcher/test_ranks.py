@@ -8,7 +8,7 @@ import pytest
 from harness.ranks import pool, traces
 from harness.ranks.calls import Call
 from harness.ranks.heartbeat import Beat, State
-from harness.ranks.proof import stalemate
+from harness.ranks.proof import of_job, stalemate
 
 TASKS = "suites.dispatcher.tasks"
 
@@ -107,6 +107,13 @@ def test_a_finished_or_dead_rank_never_comes() -> None:
     for beats, dead in (([waiting, Beat(3, State.DONE)], set()), ([waiting, Beat(3, State.RUNNING)], {1})):
         proof = stalemate(beats, frozenset(dead))
         assert proof is not None and (proof.kind, proof.disagreement.rank) == ("deadlock", 1)
+
+
+def test_a_rank_that_has_not_begun_the_job_may_still_come() -> None:
+    """It said DONE about the job before: on a busy machine it may take longer than any patience to wake up."""
+    beats = [Beat(4, State.WAITING, _call(0), 7), Beat(3, State.DONE, None, 6)]
+    assert stalemate(of_job(beats, 7)) is None
+    assert stalemate(of_job([beats[0], Beat(5, State.DONE, None, 7)], 7)) is not None
 
 
 def test_different_groups_wait_for_each_other() -> None:
