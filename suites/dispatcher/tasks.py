@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 
+from harness.ranks.loading import load
 from harness.ranks.worker import Rank
 
 
@@ -81,3 +82,16 @@ def every_operation(me: Rank, spec: object, seed: int) -> None:
         work = dist.isend(x, 1) if me.rank == 0 else dist.irecv(x, 0)
         work.wait()
     dist.all_gather_object([None] * ranks, {"rank": me.rank})
+
+
+def distinct_tokens(me: Rank, spec: dict, seed: int) -> str:
+    """What the dispatcher `spec["impl"]` says to tokens that differ between ranks, in values or in number."""
+    kind = load("dispatcher", spec["impl"])
+    dispatcher = kind(me.group, num_experts=2, owner=torch.tensor([0, me.world_size - 1]), **spec.get("options", {}))
+    rows = spec["tokens"][me.rank]
+    hidden = torch.full((rows, 4), float(me.rank if spec["differ"] else 1))
+    try:
+        dispatcher.dispatch(hidden, torch.ones(rows, 1), torch.zeros(rows, 1, dtype=torch.int64))
+    except ValueError as error:
+        return str(error)
+    return ""

@@ -5,7 +5,7 @@ pytest suites/dispatcher/test_dispatcher.py --impl my_dispatcher.py:MyDispatcher
 
 import pytest
 
-from harness.ranks import cases, judge
+from harness.ranks import cases, judge, pool
 from suites.dispatcher.subjects import REGISTERED, chosen, told
 
 WORLDS = (1, 2, 3, 4)
@@ -48,3 +48,26 @@ def test_deepep_is_refused_with_the_reason() -> None:
     verdict = judge.judge("dispatchers:deepep", "dispatcher/dense/R=2,E=4,k=2,T=2+2")
     assert not verdict.findings
     assert "deep_ep" in str(verdict.unsupported)
+
+
+def _refusals(**spec: object) -> list[str]:
+    outcome = pool.run("suites.dispatcher.tasks:distinct_tokens", spec, ranks=3)
+    assert outcome.ok, outcome.failure
+    return outcome.results
+
+
+@pytest.mark.parametrize(("tokens", "differ"), [([2, 2, 2], True), ([2, 3, 2], False), ([0, 0, 1], False)])
+def test_local_allreduce_refuses_distinct_tokens_on_every_rank(tokens: list[int], differ: bool) -> None:
+    said = _refusals(impl="dispatchers:local_allreduce", tokens=tokens, differ=differ)
+    assert all("needs the same tokens on every rank" in message for message in said), said
+
+
+def test_local_allreduce_takes_equal_tokens() -> None:
+    assert _refusals(impl="dispatchers:local_allreduce", tokens=[2, 2, 2], differ=False) == [""] * 3
+
+
+def test_masked_refuses_more_tokens_than_its_bound_on_every_rank() -> None:
+    options = {"max_tokens": 2}
+    said = _refusals(impl="dispatchers:masked", tokens=[1, 3, 0], differ=True, options=options)
+    assert all("max_tokens is 2" in message for message in said), said
+    assert _refusals(impl="dispatchers:masked", tokens=[1, 2, 0], differ=True, options=options) == [""] * 3
