@@ -1,6 +1,7 @@
 """A run: plan, judge in worker processes, search with Hypothesis, confirm failures, and put the result together."""
 
 import os
+import re
 import shlex
 import time
 from collections import Counter, defaultdict
@@ -71,6 +72,7 @@ class Run:
         self.tallies: dict[str, Tally] = {}
         self.failures: list[dict[str, Any]] = []
         self.refused: dict[str, list[str]] = defaultdict(list)
+        self.reasons: dict[str, str] = {}
         self.skipped: dict[tuple[str, str], int] = Counter()
         self.executed: list[Case] = []
         self.histogram = [0] * len(HISTOGRAM_EDGES)
@@ -101,6 +103,7 @@ class Run:
         planned = self._planned()
         self.places = {p.id: place for place, p in enumerate(planned)}
         sizes = Counter(p.check for p in planned)
+        self.tallies = {check: Tally() for check in sizes}  # in the plan's order, whatever comes back first
         self.listener.start(self.spec, {**sizes, **({"property": self._examples()} if self._wants("property") else {})})
         for answer in pool.judge(self._runnable(planned)):
             self.take(answer)
@@ -162,7 +165,9 @@ class Run:
         tally.seconds += answer.get("seconds", 0.0)
         tally.worst = max(tally.worst, answer.get("worst", 0.0))
         if status == "unsupported":
-            self.refused[answer["reason"]].append(answer["id"])
+            alike = re.sub(r"\d+", "#", answer["reason"])  # one entry for messages that differ in sizes only
+            self.reasons.setdefault(alike, answer["reason"])
+            self.refused[alike].append(answer["id"])
         elif status == "skipped":
             self.skipped[
                 check, answer["reason"].splitlines()[-1] if answer["status"] == "error" else answer["reason"]
@@ -262,7 +267,7 @@ class Run:
             "seconds": round(time.monotonic() - self.started, 2), "versions": self.loaded["versions"],
             "declared": {k: v for k, v in self.loaded["declared"].items() if k != "explicit"}, "error": self.error,
             "interrupted": self.interrupted,
-            "checks": [tally.as_dict(name) for name, tally in self.tallies.items()],
+            "checks": [tally.as_dict(name) for name, tally in self.tallies.items() if tally.counts],
             "failures": self.failures, "coverage": self._coverage(),
             "statistics": {"z_histogram": {"edges": [*HISTOGRAM_EDGES, None], "counts": self.histogram,
                                            "limit": MAX_Z},
@@ -280,13 +285,16 @@ class Run:
 
     def _coverage(self) -> dict[str, Any]:
         axes: dict[str, Counter] = defaultdict(Counter)
+        refused = sorted(self.refused.items(), key=lambda item: -len(item[1]))
         for case in self.executed:
             for f in fields(case):
                 if f.name not in ("seed", "variant", "optional"):
                     axes[f.name][str(getattr(case, f.name)) or "contiguous"] += 1
         return {
             "executed": len(self.executed),
-            "unsupported": [{"reason": r, "cases": len(ids), "example": ids[0]} for r, ids in self.refused.items()],
+            "unsupported": [
+                {"reason": self.reasons[alike], "cases": len(ids), "example": ids[0]} for alike, ids in refused
+            ],
             "skipped": [{"what": what, "reason": why, "cases": n} for (what, why), n in self.skipped.items()],
             "axes": {name: dict(counts) for name, counts in axes.items()},
         }

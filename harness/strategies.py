@@ -61,7 +61,8 @@ def _grouped_linear(draw: Callable, dtypes: st.SearchStrategy[str]) -> Case:
 def _shared_expert_gate(draw: Callable, dtypes: st.SearchStrategy[str]) -> Case:
     lead = draw(st.lists(st.integers(0, 5), max_size=3) | st.lists(TOKENS, min_size=1, max_size=1))
     return shared_expert_gate.GateCase(
-        lead="x".join(map(str, lead)), H=draw(SIZE), D=draw(SIZE), dtype=draw(dtypes),
+        lead="x".join(map(str, lead)),
+        optional=not lead, H=draw(SIZE), D=draw(SIZE), dtype=draw(dtypes),
         data=draw(st.sampled_from(("exact", "normal"))), layout=draw(_layouts(shared_expert_gate.OPERANDS)),
         seed=draw(st.integers(0, 999)),
     )  # fmt: skip
@@ -72,7 +73,7 @@ def _moe_block(draw: Callable, dtypes: st.SearchStrategy[str]) -> Case:
     count = 8 * draw(st.integers(1, 8))  # groups of DeepSeek's families divide it, and hold two experts each
     return moe_block.MoeBlockCase(
         family=draw(st.sampled_from(moe_block.FAMILIES)), T=draw(TOKENS), H=draw(SIZE), I=draw(SIZE), shared=draw(SIZE),
-        E=max(16, count), k=draw(st.integers(1, 4)), renorm=draw(st.sampled_from(("default", "yes", "no"))),
+        E=max(16, count), k=draw(st.integers(1, 4)), renorm=draw(st.sampled_from(("yes", "no"))),
         dtype=draw(dtypes), seed=draw(st.integers(0, 999)),
     )  # fmt: skip
 

@@ -53,7 +53,7 @@ def plan(request: Request) -> dict[str, list[Case]]:
 def _contract(request: Request) -> Iterator[Case]:
     for dtype in request.dtypes:
         for lead in ("5", "0", "2x3", ""):
-            yield GateCase(lead=lead, dtype=dtype)
+            yield GateCase(lead=lead, dtype=dtype, optional=not lead)
 
 
 def _exact(request: Request) -> Iterator[Case]:
@@ -64,7 +64,7 @@ def _exact(request: Request) -> Iterator[Case]:
         "dtype": request.dtypes,
     }
     for row in pairwise(axes, request.seed):
-        yield GateCase(data="exact", **row)
+        yield GateCase(data="exact", optional=not row["lead"], **row)
     for rows in at.TOKENS:
         yield GateCase(lead=str(rows), H=32, D=48, data="exact", dtype=request.dtypes[rows % len(request.dtypes)])
     for width in (1024, 2048, 4096, 4100, 7168):
@@ -84,7 +84,7 @@ def _numeric(request: Request) -> Iterator[Case]:
             yield GateCase(lead=lead, H=width, D=depth, dtype=dtype)
     axes = {"lead": LEADS[:-1], "H": (1, 16, 33, 129, 256), "D": (1, 5, 24, 63, 130), "dtype": request.dtypes}
     for row in pairwise(axes, request.seed + 1):
-        yield GateCase(**row)
+        yield GateCase(optional=not row["lead"], **row)
     for shape in request.model_shapes():
         yield GateCase(lead="33", H=shape.hidden_size, D=shape.hidden_size, dtype=request.dtypes[-1])
 
