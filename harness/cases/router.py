@@ -58,7 +58,7 @@ def plan(request: Request) -> dict[str, list[Case]]:
         "layouts": request.numbered(_layouts(request)),
         "memory": request.numbered(_memory(request)),
         "laws": request.numbered(_laws(request)),
-        "determinism": request.numbered(_memory(request)),
+        "determinism": request.numbered([*_memory(request), RouterCase(T=21, E=60, k=4, data="ties")]),
         "batch_invariance": request.numbered(_memory(request)),
         "leak": request.numbered([RouterCase(T=2048, E=64, k=8, dtype=request.dtypes[0])]),
         **request.on_cuda(_cuda_cases(request)),

@@ -81,10 +81,15 @@ def run(
 # Routing as the config says -------------------------------------------------------------------------------------
 
 
-@fault("moe_block", "config", source=BUGS + "leonickson1/Swiftlet/pull/6",
-       condition="qwen3_next without the key norm_topk_prob",
-       consequence="An absent norm_topk_prob is read as False where the family's default is True.",
-       shows={"family": "qwen3_next"}, hidden=("family='qwen3_moe'", "norm_topk_prob=True"))
+@fault(
+    "moe_block",
+    "config",
+    source=BUGS + "leonickson1/Swiftlet/pull/6",
+    condition="qwen3_next without the key norm_topk_prob",
+    consequence="An absent norm_topk_prob is read as False where the family's default is True.",
+    shows={"family": "qwen3_next"},
+    hidden=("family='qwen3_moe'", "norm_topk_prob=True"),
+)
 def absent_norm_topk_prob_is_false(*call: Any) -> Tensor:
     def without(logits: Tensor, weights: Weights, config: Config) -> Routing:
         if config["model_type"] == "qwen3_next" and "norm_topk_prob" not in config:
@@ -94,10 +99,15 @@ def absent_norm_topk_prob_is_false(*call: Any) -> Tensor:
     return run(*call, route=without)
 
 
-@fault("moe_block", "config", source=BUGS + "flashinfer-ai/flashinfer/pull/2889",
-       condition="norm_topk_prob False, as in Qwen2-MoE",
-       consequence="Renormalisation is hard-coded, as the most used model wants it.",
-       shows={"family": "qwen2_moe"}, hidden=("norm_topk_prob=True", "family='mixtral'"))
+@fault(
+    "moe_block",
+    "config",
+    source=BUGS + "flashinfer-ai/flashinfer/pull/2889",
+    condition="norm_topk_prob False, as in Qwen2-MoE",
+    consequence="Renormalisation is hard-coded, as the most used model wants it.",
+    shows={"family": "qwen2_moe"},
+    hidden=("norm_topk_prob=True", "family='mixtral'"),
+)
 def norm_topk_prob_hard_coded(*call: Any) -> Tensor:
     def always(logits: Tensor, weights: Weights, config: Config) -> Routing:
         return route_with(logits, weights, config, renormalize=True)
@@ -105,8 +115,14 @@ def norm_topk_prob_hard_coded(*call: Any) -> Tensor:
     return run(*call, route=always)
 
 
-@fault("moe_block", "config", condition="mixtral", shows={"family": "mixtral"}, hidden=("family='qwen3_moe'",),
-       consequence="Mixtral's config has no norm_topk_prob, and the weights are not renormalised.")
+@fault(
+    "moe_block",
+    "config",
+    condition="mixtral",
+    shows={"family": "mixtral"},
+    hidden=("family='qwen3_moe'",),
+    consequence="Mixtral's config has no norm_topk_prob, and the weights are not renormalised.",
+)
 def mixtral_not_renormalised(*call: Any) -> Tensor:
     def without(logits: Tensor, weights: Weights, config: Config) -> Routing:
         if config["model_type"] == "mixtral":
@@ -116,9 +132,15 @@ def mixtral_not_renormalised(*call: Any) -> Tensor:
     return run(*call, route=without)
 
 
-@fault("moe_block", "config", condition="num_experts_per_tok above 2", shows={"k": 4}, hidden=("k=2",),
-       source=BUGS + "JieShibo/MoLE/issues/7",
-       consequence="The number of experts per token is a constant of 2.")
+@fault(
+    "moe_block",
+    "config",
+    condition="num_experts_per_tok above 2",
+    shows={"k": 4},
+    hidden=("k=2",),
+    source=BUGS + "JieShibo/MoLE/issues/7",
+    consequence="The number of experts per token is a constant of 2.",
+)
 def two_experts_per_token(*call: Any) -> Tensor:
     def two(logits: Tensor, weights: Weights, config: Config) -> Routing:
         return route_with(logits, weights, config, top_k=min(2, parts.routing_rule(config).top_k))
@@ -126,9 +148,14 @@ def two_experts_per_token(*call: Any) -> Tensor:
     return run(*call, route=two)
 
 
-@fault("moe_block", "config", condition="deepseek_v3 with fewer groups kept than there are",
-       shows={"family": "deepseek_v3", "E": 16, "n_group": 4, "topk_group": 1}, hidden=("family='qwen3_moe'",),
-       consequence="n_group and topk_group are not read: experts come from all groups.")
+@fault(
+    "moe_block",
+    "config",
+    condition="deepseek_v3 with fewer groups kept than there are",
+    shows={"family": "deepseek_v3", "E": 16, "n_group": 4, "topk_group": 1},
+    hidden=("family='qwen3_moe'",),
+    consequence="n_group and topk_group are not read: experts come from all groups.",
+)
 def config_groups_ignored(*call: Any) -> Tensor:
     def anywhere(logits: Tensor, weights: Weights, config: Config) -> Routing:
         return route_with(logits, weights, config, num_expert_group=None, topk_group=None)
@@ -136,9 +163,14 @@ def config_groups_ignored(*call: Any) -> Tensor:
     return run(*call, route=anywhere)
 
 
-@fault("moe_block", "config", condition="deepseek_v3 with a correction bias",
-       shows={"family": "deepseek_v3"}, hidden=("family='qwen3_moe'",),
-       consequence="e_score_correction_bias is loaded and not passed to the router.")
+@fault(
+    "moe_block",
+    "config",
+    condition="deepseek_v3 with a correction bias",
+    shows={"family": "deepseek_v3"},
+    hidden=("family='qwen3_moe'",),
+    consequence="e_score_correction_bias is loaded and not passed to the router.",
+)
 def correction_bias_not_passed(*call: Any) -> Tensor:
     def unbiased(logits: Tensor, weights: Weights, config: Config) -> Routing:
         bias = parts.correction_bias(weights, config)
@@ -149,15 +181,14 @@ def correction_bias_not_passed(*call: Any) -> Tensor:
     return run(*call, route=unbiased)
 
 
-@fault("moe_block", "config", condition="hidden_act other than silu", shows={"hidden_act": "gelu_pytorch_tanh"},
-       hidden=("hidden_act='silu'",), source=BUGS + "sgl-project/sglang/pull/3170",
-       consequence="hidden_act is not read: every model runs with SiLU.")
-def hidden_act_ignored(hidden_states: Tensor, weights: Weights, config: Config) -> Tensor:
-    return run(hidden_states, weights, {**config, "hidden_act": "silu"})
-
-
-@fault("moe_block", "weighting", condition="k > 1", shows={}, hidden=("k=1",),
-       consequence="The block hands the router's weights on in ascending order of ids it did not sort.")
+@fault(
+    "moe_block",
+    "weighting",
+    condition="k > 1",
+    shows={},
+    hidden=("k=1",),
+    consequence="The block hands the router's weights on in ascending order of ids it did not sort.",
+)
 def block_flips_weights(*call: Any) -> Tensor:
     def flipped(logits: Tensor, weights: Weights, config: Config) -> Routing:
         topk_weights, topk_ids = route(logits, weights, config)
@@ -166,8 +197,14 @@ def block_flips_weights(*call: Any) -> Tensor:
     return run(*call, route=flipped)
 
 
-@fault("moe_block", "routing", source=BUGS + "GeeeekExplorer/nano-vllm/pull/116", condition="always", shows={},
-       consequence="The router's gate is sharded like a row-parallel layer: logits are partial sums over half of H.")
+@fault(
+    "moe_block",
+    "routing",
+    source=BUGS + "GeeeekExplorer/nano-vllm/pull/116",
+    condition="always",
+    shows={},
+    consequence="The router's gate is sharded like a row-parallel layer: logits are partial sums over half of H.",
+)
 def gate_sees_half_of_h(*call: Any) -> Tensor:
     def partial(x: Tensor, weights: Weights, config: Config) -> Tensor:
         half = -(-x.shape[1] // 2)
@@ -179,18 +216,28 @@ def gate_sees_half_of_h(*call: Any) -> Tensor:
 # Scaling --------------------------------------------------------------------------------------------------------
 
 
-@fault("moe_block", "scaling", source=BUGS + "sgl-project/sglang/pull/8511",
-       condition="routed_scaling_factor other than 1", shows={"family": "deepseek_v3"},
-       hidden=("routed_scaling_factor=1.0", "family='qwen3_moe'"),
-       consequence="Router, experts and model each believe that another one applies the factor: nobody does.")
+@fault(
+    "moe_block",
+    "scaling",
+    source=BUGS + "sgl-project/sglang/pull/8511",
+    condition="routed_scaling_factor other than 1",
+    shows={"family": "deepseek_v3"},
+    hidden=("routed_scaling_factor=1.0", "family='qwen3_moe'"),
+    consequence="Router, experts and model each believe that another one applies the factor: nobody does.",
+)
 def nobody_scales(*call: Any) -> Tensor:
     return run(*call, route=lambda *given: _rescaled(given, 1 / scale_of(given[2])))
 
 
-@fault("moe_block", "scaling", source=BUGS + "sgl-project/sglang/pull/12998",
-       condition="routed_scaling_factor other than 1", shows={"family": "deepseek_v3"},
-       hidden=("routed_scaling_factor=1.0", "family='qwen3_moe'"),
-       consequence="The factor moved into one backend and stayed in its caller: it is applied twice.")
+@fault(
+    "moe_block",
+    "scaling",
+    source=BUGS + "sgl-project/sglang/pull/12998",
+    condition="routed_scaling_factor other than 1",
+    shows={"family": "deepseek_v3"},
+    hidden=("routed_scaling_factor=1.0", "family='qwen3_moe'"),
+    consequence="The factor moved into one backend and stayed in its caller: it is applied twice.",
+)
 def scaled_by_backend_and_caller(*call: Any) -> Tensor:
     return run(*call, route=lambda *given: _rescaled(given, scale_of(given[2])))
 
@@ -200,10 +247,15 @@ def _rescaled(given: tuple[Tensor, Weights, Config], factor: float) -> Routing:
     return topk_weights * factor, topk_ids
 
 
-@fault("moe_block", "scaling", source=BUGS + "kvcache-ai/sglang/pull/86",
-       condition="routed_scaling_factor other than 1", shows={"family": "deepseek_v3"},
-       hidden=("routed_scaling_factor=1.0", "family='qwen3_moe'"),
-       consequence="Experts kept on one of two devices apply the factor themselves, and then it is applied to all.")
+@fault(
+    "moe_block",
+    "scaling",
+    source=BUGS + "kvcache-ai/sglang/pull/86",
+    condition="routed_scaling_factor other than 1",
+    shows={"family": "deepseek_v3"},
+    hidden=("routed_scaling_factor=1.0", "family='qwen3_moe'"),
+    consequence="Experts kept on one of two devices apply the factor themselves, and then it is applied to all.",
+)
 def half_of_the_experts_scaled_twice(*call: Any) -> Tensor:
     def hybrid(logits: Tensor, weights: Weights, config: Config) -> Routing:
         topk_weights, topk_ids = route(logits, weights, config)
@@ -212,10 +264,15 @@ def half_of_the_experts_scaled_twice(*call: Any) -> Tensor:
     return run(*call, route=hybrid)
 
 
-@fault("moe_block", "scaling", source=BUGS + "vllm-project/vllm/pull/44313",
-       condition="routed_scaling_factor other than 1 and a shared expert", shows={"family": "deepseek_v3"},
-       hidden=("routed_scaling_factor=1.0", "family='qwen3_moe'"),
-       consequence="The factor is applied after the shared expert was fused in, and scales it too.")
+@fault(
+    "moe_block",
+    "scaling",
+    source=BUGS + "vllm-project/vllm/pull/44313",
+    condition="routed_scaling_factor other than 1 and a shared expert",
+    shows={"family": "deepseek_v3"},
+    hidden=("routed_scaling_factor=1.0", "family='qwen3_moe'"),
+    consequence="The factor is applied after the shared expert was fused in, and scales it too.",
+)
 def scale_touches_shared_expert(hidden_states: Tensor, weights: Weights, config: Config) -> Tensor:
     factor = scale_of(config)
     return run(hidden_states, weights, config, merge=lambda routed, shared: routed + factor * shared)
@@ -224,30 +281,54 @@ def scale_touches_shared_expert(hidden_states: Tensor, weights: Weights, config:
 # Shared expert --------------------------------------------------------------------------------------------------
 
 
-@fault("moe_block", "shared expert", source=BUGS + "NousResearch/torchtitan/pull/36",
-       condition="a gated shared expert", shows={"family": "qwen2_moe"}, hidden=("family='deepseek_v3'",),
-       consequence="The shared expert's gate is lost in a refactoring.")
+@fault(
+    "moe_block",
+    "shared expert",
+    source=BUGS + "NousResearch/torchtitan/pull/36",
+    condition="a gated shared expert",
+    shows={"family": "qwen2_moe"},
+    hidden=("family='deepseek_v3'",),
+    consequence="The shared expert's gate is lost in a refactoring.",
+)
 def shared_gate_lost(*call: Any) -> Tensor:
     return run(*call, shared=ungated)
 
 
-@fault("moe_block", "shared expert", source=BUGS + "vllm-project/vllm/pull/51632", condition="a shared expert",
-       shows={"family": "qwen2_moe"}, hidden=("family='qwen3_moe'",),
-       consequence="The shared expert's appended id counts as invalid: its contribution is dropped.")
+@fault(
+    "moe_block",
+    "shared expert",
+    source=BUGS + "vllm-project/vllm/pull/51632",
+    condition="a shared expert",
+    shows={"family": "qwen2_moe"},
+    hidden=("family='qwen3_moe'",),
+    consequence="The shared expert's appended id counts as invalid: its contribution is dropped.",
+)
 def shared_expert_dropped(*call: Any) -> Tensor:
     return run(*call, merge=lambda routed, shared: routed)
 
 
-@fault("moe_block", "shared expert", source=BUGS + "sgl-project/sglang/pull/35535", condition="a shared expert",
-       shows={"family": "qwen2_moe"}, hidden=("family='qwen3_moe'",),
-       consequence="A replicated shared expert is summed by the reduction of two ranks: it counts twice.")
+@fault(
+    "moe_block",
+    "shared expert",
+    source=BUGS + "sgl-project/sglang/pull/35535",
+    condition="a shared expert",
+    shows={"family": "qwen2_moe"},
+    hidden=("family='qwen3_moe'",),
+    consequence="A replicated shared expert is summed by the reduction of two ranks: it counts twice.",
+)
 def replicated_shared_expert_summed(*call: Any) -> Tensor:
     return run(*call, merge=lambda routed, shared: routed + 2 * shared)
 
 
-@fault("moe_block", "shared expert", source=BUGS + "vllm-project/tpu-inference/pull/3435",
-       condition="a shared expert", shows={"family": "deepseek_v2"}, hidden=("family='qwen3_moe'",),
-       consequence="One rank's partial sum of the shared expert is added to the reduced routed output.")
+@fault(
+    "moe_block",
+    "shared expert",
+    source=BUGS + "vllm-project/tpu-inference/pull/3435",
+    condition="a shared expert",
+    shows={"family": "deepseek_v2"},
+    hidden=("family='qwen3_moe'",),
+    consequence="One rank's partial sum of the shared expert is added to the reduced routed output.",
+)
 def shared_expert_left_partial(*call: Any) -> Tensor:
     def first_rank(x: Tensor, weights: Weights, config: Config) -> Tensor:
         names = [name for name in weights if name.startswith("shared_expert") and name.endswith("down_proj.weight")]
@@ -259,9 +340,14 @@ def shared_expert_left_partial(*call: Any) -> Tensor:
     return run(*call, shared=first_rank)
 
 
-@fault("moe_block", "shared expert", condition="a gated shared expert", shows={"family": "qwen2_moe"},
-       hidden=("family='deepseek_v3'", "family='qwen3_moe'"),
-       consequence="The gate multiplies the sum of routed and shared output instead of the shared output.")
+@fault(
+    "moe_block",
+    "shared expert",
+    condition="a gated shared expert",
+    shows={"family": "qwen2_moe"},
+    hidden=("family='deepseek_v3'", "family='qwen3_moe'"),
+    consequence="The gate multiplies the sum of routed and shared output instead of the shared output.",
+)
 def gate_on_the_whole_output(hidden_states: Tensor, weights: Weights, config: Config) -> Tensor:
     if "shared_expert_gate.weight" not in weights:
         return run(hidden_states, weights, config)
@@ -270,9 +356,15 @@ def gate_on_the_whole_output(hidden_states: Tensor, weights: Weights, config: Co
     return run(hidden_states, weights, config, merge=lambda routed, shared: gate * routed + shared)
 
 
-@fault("moe_block", "shared expert", source=BUGS + "sgl-project/sglang/pull/23827", condition="a shared expert",
-       shows={"family": "qwen2_moe"}, hidden=("family='qwen3_moe'",),
-       consequence="The experts write over hidden_states before the shared expert has read it.")
+@fault(
+    "moe_block",
+    "shared expert",
+    source=BUGS + "sgl-project/sglang/pull/23827",
+    condition="a shared expert",
+    shows={"family": "qwen2_moe"},
+    hidden=("family='qwen3_moe'",),
+    consequence="The experts write over hidden_states before the shared expert has read it.",
+)
 def shared_expert_reads_routed_output(*call: Any) -> Tensor:
     seen: list[Tensor] = []
 
@@ -283,10 +375,15 @@ def shared_expert_reads_routed_output(*call: Any) -> Tensor:
     return run(*call, routed=remember, shared=lambda x, weights, config: shared(seen[0], weights, config))
 
 
-@fault("moe_block", "loading", source=BUGS + "sgl-project/sglang/pull/38878",
-       condition="a gated shared expert, its tensors after a fused one",
-       shows={"family": "qwen2_moe"}, hidden=("family='qwen3_moe'", "family='deepseek_v3'"),
-       consequence="After a fused tensor the name mapping is not restored: a later up_proj is stored as gate_proj.")
+@fault(
+    "moe_block",
+    "loading",
+    source=BUGS + "sgl-project/sglang/pull/38878",
+    condition="a gated shared expert, its tensors after a fused one",
+    shows={"family": "qwen2_moe"},
+    hidden=("family='qwen3_moe'", "family='deepseek_v3'"),
+    consequence="After a fused tensor the name mapping is not restored: a later up_proj is stored as gate_proj.",
+)
 def mapping_not_restored_after_fused(hidden_states: Tensor, weights: Weights, config: Config) -> Tensor:
     fused, loaded = False, dict(weights)
     for name in weights:
@@ -296,27 +393,51 @@ def mapping_not_restored_after_fused(hidden_states: Tensor, weights: Weights, co
     return run(hidden_states, loaded, config)
 
 
-@fault("moe_block", "reduction", source=BUGS + "vllm-project/vllm/pull/28277", condition="always", shows={},
-       consequence="The output is complete already and is reduced over two ranks once more: it doubles.")
+@fault(
+    "moe_block",
+    "reduction",
+    source=BUGS + "vllm-project/vllm/pull/28277",
+    condition="always",
+    shows={},
+    consequence="The output is complete already and is reduced over two ranks once more: it doubles.",
+)
 def reduced_once_more(*call: Any) -> Tensor:
     return run(*call, merge=lambda routed, shared: 2 * (routed + shared))
 
 
-@fault("moe_block", "residual", condition="always", shows={},
-       consequence="The block adds its input, which the decoder layer does again.")
+@fault(
+    "moe_block",
+    "residual",
+    condition="always",
+    shows={},
+    consequence="The block adds its input, which the decoder layer does again.",
+)
 def input_added(hidden_states: Tensor, weights: Weights, config: Config) -> Tensor:
     return run(hidden_states, weights, config) + hidden_states
 
 
-@fault("moe_block", "inputs", source=BUGS + "vllm-project/vllm/pull/33375", condition="always", sign="inputs",
-       shows={}, consequence="The block writes its output over hidden_states.")
+@fault(
+    "moe_block",
+    "inputs",
+    source=BUGS + "vllm-project/vllm/pull/33375",
+    condition="always",
+    sign="inputs",
+    shows={},
+    consequence="The block writes its output over hidden_states.",
+)
 def block_output_over_input(hidden_states: Tensor, weights: Weights, config: Config) -> Tensor:
     return hidden_states.copy_(run(hidden_states, weights, config))
 
 
-@fault("moe_block", "inputs", condition="a shared expert", sign="inputs", shows={"family": "qwen2_moe"},
-       hidden=("family='qwen3_moe'",),
-       consequence="Weights are popped from the caller's dict: a second call has no shared expert.")
+@fault(
+    "moe_block",
+    "inputs",
+    condition="a shared expert",
+    sign="inputs",
+    shows={"family": "qwen2_moe"},
+    hidden=("family='qwen3_moe'",),
+    consequence="Weights are popped from the caller's dict: a second call has no shared expert.",
+)
 def weights_popped_from_dict(hidden_states: Tensor, weights: Weights, config: Config) -> Tensor:
     out = run(hidden_states, weights, config)
     for name in [name for name in weights if name.startswith("shared_expert")]:
@@ -324,9 +445,16 @@ def weights_popped_from_dict(hidden_states: Tensor, weights: Weights, config: Co
     return out
 
 
-@fault("moe_block", "contract", condition="T = 0", sign="raises", shows={"T": 0}, hidden=("T=1",),
-       source=BUGS + "sgl-project/sglang/pull/25397",
-       consequence="A block without tokens fails: an idle data-parallel rank takes the others with it.")
+@fault(
+    "moe_block",
+    "contract",
+    condition="T = 0",
+    sign="raises",
+    shows={"T": 0},
+    hidden=("T=1",),
+    source=BUGS + "sgl-project/sglang/pull/25397",
+    consequence="A block without tokens fails: an idle data-parallel rank takes the others with it.",
+)
 def block_raises_without_tokens(hidden_states: Tensor, weights: Weights, config: Config) -> Tensor:
     hidden_states.max()
     return run(hidden_states, weights, config)
