@@ -116,7 +116,7 @@ def main() -> None:
     if options.json:
         by_stage = {stage: summary(r for r in rows if r["stage"] == stage) for stage in STAGES}
         result = {
-            "command": "python -m harness.diagnosis.measure --json docs/diagnosis.json",
+            "command": f"python -m harness.diagnosis.measure --seconds {options.seconds:g} --json docs/diagnosis.json",
             "all": summary(rows),
             "stages": by_stage,
             "equal": [sorted(group) for group in EQUAL],

@@ -136,9 +136,8 @@ def ratios(value: Tensor, got: Tensor, sigma: Tensor) -> list[str]:
     middle, spread = float(found.median()), float(found.max() - found.min())
     if spread <= 0.01 * abs(middle):
         return [f"wrong rows are the right ones times {_power(middle)}"]
-    return [
-        f"each wrong row is the right one times a factor of its own, {float(found.min()):.3g} to {float(found.max()):.3g}"
-    ]
+    low, high = float(found.min()), float(found.max())
+    return [f"each wrong row is the right one times a factor of its own, {low:.3g} to {high:.3g}"]
 
 
 def _power(factor: float) -> str:
@@ -152,7 +151,7 @@ def _power(factor: float) -> str:
 
 
 def tiles(wrong: Tensor) -> list[str]:
-    """Whether the wrong rows, columns or elements are whole blocks of a power of two, or the tail behind the last one."""
+    """Whether the wrong rows or columns are whole blocks of a power of two, or the tail behind the last one."""
     told = []
     for axis, name in ((1, "rows"), (0, "columns")):
         sentence = _of_axis(wrong.any(axis), name)
