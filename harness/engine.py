@@ -21,6 +21,9 @@ EXAMPLES = {"quick": 60, "full": 500, "exhaustive": 3000}
 SEARCH_SECONDS = {"quick": 15.0, "full": 120.0, "exhaustive": 900.0}
 CONFIRMED_PER_CHECK = 2  # failures judged once more, alone in a fresh process
 INTERPRETED_ROWS = 2600  # a program takes about 1 ms there
+EXPLAINED = 3  # failures whose cause is searched for, EXPLAIN_SECONDS each
+EXPLAIN_SECONDS = 5.0
+DESCRIBED_STAGES = ("experts", "grouped_linear")
 CORE_CHECKS = ("contract", "exact", "numeric", "routing", "dense", "live", "shard")
 
 
@@ -79,7 +82,7 @@ class Run:
         self.elements = 0
         self.heard: dict[tuple[str, str], Counter] = defaultdict(Counter)
         self.loaded: dict[str, Any] = {"declared": {}, "versions": {}}
-        self.places: dict[str, int] = {}  # of each case in the plan: failures are told in that order, not as they came
+        self.places: dict[str, int] = {}  # of each case in the plan
         self.error: str | None = None
         self.interrupted = False
 
@@ -111,6 +114,8 @@ class Run:
             self._search(pool)
         self._confirm(pool)
         self._check_declared_dtypes()
+        self._explain(pool)
+        self._describe(pool)
 
     def _dtypes(self) -> tuple[str, ...]:
         declared = tuple(self.loaded["declared"]["dtypes"])
@@ -245,6 +250,27 @@ class Run:
             failure["looks_like"].insert(0, told + (", the one before suffices" if again else ""))
             failure["replay"] = self._replay_line([*before, failure["case"]] if again else [failure["case"]])
 
+    def _explain(self, pool: Pool) -> None:
+        """Ask for the cause of the first failures, one of each check; a process that died has told its own."""
+        self.failures.sort(key=self._place)
+        first = {failure["check"]: failure for failure in reversed(self.failures) if failure["heatmap"] is not None}
+        chosen = sorted(first.values(), key=self._place)[:EXPLAINED]
+        for failure in chosen:
+            budget = 4 * EXPLAIN_SECONDS
+            failure["diagnosis"] = pool.ask(budget, "explain", failure["case"], EXPLAIN_SECONDS) or []
+
+    def _describe(self, pool: Pool) -> None:
+        """Let the probes tell how a right implementation computes."""
+        if self.failures or self.stage not in DESCRIBED_STAGES or self.options.checks is not None:
+            return
+        text = pool.ask(2 * SEARCH_SECONDS["quick"], "describe")
+        if text:
+            self.heard["", "how it computes"][text] += 1
+
+    def _place(self, failure: dict[str, Any]) -> int:
+        """Where a failure's case stands in the plan; failures are told in that order, not as they came."""
+        return self.places.get(failure["case"], len(self.places))
+
     def _check_declared_dtypes(self) -> None:
         """A dtype that is declared in so many words and refused on every case is a false declaration."""
         if "dtypes" not in self.loaded["declared"].get("explicit", ()) or not self.executed:
@@ -258,7 +284,7 @@ class Run:
 
     def result(self) -> Result:
         """What is known by now."""
-        self.failures.sort(key=lambda failure: self.places.get(failure["case"], len(self.places)))
+        self.failures.sort(key=self._place)
         return {
             "schema": 1, "verdict": self._verdict(), "stage": self.stage, "impl": self.spec,
             "device": self.request.device,

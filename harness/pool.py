@@ -41,7 +41,7 @@ class Worker:
         self.current = case_id
         self.history.append(case_id)
         self.deadline = time.monotonic() + budget
-        self.connection.send(case_id)
+        self.connection.send(("judge", case_id))
 
     def memory(self) -> int:
         """Resident bytes."""
@@ -139,6 +139,20 @@ class Pool:
             return answer
         finally:
             worker.stop()
+
+    def ask(self, budget: float, *message: Any) -> Any:
+        """The answer of an idle worker to another task than judging; None where it dies or takes too long over it."""
+        worker = self.workers[0]
+        worker.connection.send(message)
+        try:
+            if worker.connection.poll(budget):
+                return worker.connection.recv()
+        except (EOFError, OSError):
+            pass
+        worker.stop()
+        self.workers[0] = fresh = self._make()
+        self._await_loaded(fresh)
+        return None
 
     def history_of(self, case_id: str) -> list[str]:
         """The cases judged before `case_id` in the same process."""

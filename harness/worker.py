@@ -35,10 +35,10 @@ def serve(connection: Connection, output: str, stage: str, spec: str, device: st
         return
     while True:
         try:
-            message = connection.recv()
+            message = connection.recv()  # (task, arguments...)
         except EOFError:
             return
-        connection.send(judge_id(trial, message))
+        connection.send(TASKS[message[0]](trial, *message[1:]))
 
 
 def judge_id(trial: Trial, case_id: str) -> dict[str, Any]:
@@ -64,6 +64,23 @@ def judge_id(trial: Trial, case_id: str) -> dict[str, Any]:
         else:
             status, reason = "error", f"the harness failed on {case_id}: {traceback.format_exc()}"
     return {"id": case_id, "status": status, "reason": reason, "seconds": perf_counter() - started, **asdict(record)}
+
+
+def explain_id(trial: Trial, case_id: str, seconds: float) -> list[dict[str, str]]:
+    """Known faults that explain what a failing case yields, best first."""
+    from harness.diagnosis import explain
+
+    return explain(trial, parse_id(case_id)[2], seconds)
+
+
+def describe(trial: Trial) -> str:
+    """How the implementation computes, as far as probes establish it."""
+    from harness.computing import how_it_computes
+
+    return how_it_computes(trial)
+
+
+TASKS = {"judge": judge_id, "explain": explain_id, "describe": describe}
 
 
 def _is_out_of_memory(error: Exception) -> bool:
