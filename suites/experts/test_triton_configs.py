@@ -1,0 +1,130 @@
+"""Every entry of every tuned file of the Triton experts, forced alone, gives the right result, cold and warm.
+
+An entry is only chosen at its own shape and batch, so a tile that is wrong at a tail or with an empty expert would show
+nowhere else.  Here each runs on a small layer that has all of that: sizes that no tile divides, masked slots, an expert
+without a row and one with many.  On a GPU the entry runs as it is; under the interpreter (TRITON_INTERPRET=1) tiles are
+cut down to what it can run in a moment, and the way through the kernel (swapped, persistent, by expert, walk) is kept.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from harness import rounding
+
+triton = pytest.importorskip("triton")
+
+from impls.triton import configs, grouped_linear  # noqa: E402
+from impls.triton.experts import experts, run_entry  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+HIDDEN, WIDTH, EXPERTS, TOP_K = (520, 264, 7, 3) if CUDA else (40, 24, 5, 2)
+runnable = pytest.mark.skipif(not (CUDA or INTERPRETED), reason="Triton needs a CUDA device or TRITON_INTERPRET=1")
+pytestmark = [runnable, pytest.mark.gpu] if CUDA else [runnable]
+
+
+def tuned_entries() -> Iterator[tuple[str, configs.Entry]]:
+    """Every entry of every committed file, named by file and number of tokens."""
+    devices = {path.name.split(".")[0] for path in configs.TUNED.glob("*.json")}
+    for device in sorted(devices):
+        for shape, entries in configs.tuned_files(device):
+            for tokens, entry in entries:
+                yield f"{device}-E{shape.experts}-H{shape.hidden}-T{tokens}", entry
+
+
+def cut_down(entry: configs.Entry) -> configs.Entry:
+    """The entry with tiles that the interpreter runs in a moment."""
+    if CUDA:
+        return entry
+    if entry.walk is not None:
+        return configs.Entry(walk=configs.Walk(up_n=16, up_k=32, down_n=16, down_k=32))
+    return configs.Entry(
+        gate_up=replace(entry.gate_up, m=16, n=16, k=32, tma=False, tail=False),
+        down=replace(entry.down, m=16, n=16, k=32, tma=False, tail=False),
+    )
+
+
+ENTRIES = dict(tuned_entries())
+DISTINCT = list({cut_down(entry): name for name, entry in ENTRIES.items()}.values())
+
+
+def layer(tokens: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """A small layer and a batch: the last expert has no row, the first many, some slots are masked."""
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, HIDDEN, generator=draw)
+    up = torch.randn(EXPERTS, 2 * WIDTH, HIDDEN, generator=draw) * HIDDEN**-0.5
+    down = torch.randn(EXPERTS, HIDDEN, WIDTH, generator=draw) * WIDTH**-0.5
+    ids = torch.rand(tokens, EXPERTS - 1, generator=draw).topk(TOP_K, dim=-1).indices
+    ids[::2, 0] = 0
+    ids[1::5, -1] = -1
+    weights = torch.rand(tokens, TOP_K, generator=draw)
+    return tuple(t.to(DEVICE, torch.bfloat16) for t in (x, up, down, weights)) + (ids.to(DEVICE),)
+
+
+def run(entry: configs.Entry, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return run_entry(cut_down(entry), *batch, "silu", None, batch[-1].numel())
+
+
+def worst(result: torch.Tensor, batch: tuple[torch.Tensor, ...]) -> float:
+    """Largest error in sigmas of the bound."""
+    bound = rounding.experts(*batch, activation="silu", expert_map=None, declared=experts.rounds)
+    return float(bound.z(result).abs().nan_to_num(float("inf")).amax())
+
+
+def test_there_are_tuned_entries() -> None:
+    assert len(ENTRIES) >= 40, f"{len(ENTRIES)} entries were found, but five shapes are committed"
+
+
+@pytest.mark.parametrize("name", DISTINCT)
+def test_entry_is_right_cold_and_warm(name: str) -> None:
+    """The first call may compile and the second may not; other inputs in between leave nothing behind."""
+    batch, other = layer(200 if CUDA else 9), layer(33 if CUDA else 4, seed=1)
+    cold = run(ENTRIES[name], batch)
+    between = run(ENTRIES[name], other)
+    warm = run(ENTRIES[name], batch)
+    assert torch.equal(cold, warm), "a second call on the same inputs gives other bits"
+    limit = rounding.max_limit()
+    assert worst(cold, batch) <= limit, (
+        f"{name} is {worst(cold, batch):.1f} sigma off, but should be within {limit:.1f}"
+    )
+    assert worst(between, other) <= limit, f"{name} is {worst(between, other):.1f} sigma off on the second batch"
+
+
+def test_nearest_entry_has_the_rows_per_expert() -> None:
+    """At a tuned shape and number of tokens the lookup finds the entry of that number."""
+    for shape, entries in configs.tuned_files("NVIDIA_H200"):
+        for tokens, entry in entries:
+            rows = tokens * shape.top_k / shape.experts
+            nearest = min(entries, key=lambda e: abs(e[0] * shape.top_k / shape.experts - rows))
+            assert nearest[1] == entry
+
+
+def test_shapes_far_from_all_files_use_the_generic_rules() -> None:
+    shape = configs.Shape(3, 17, 5, 2)
+    distances = [shape.distance(known) for known, _ in configs.tuned_files("NVIDIA_H200")]
+    assert min(distances) > configs.NEAR
+    assert configs.generic(shape, 4).walk is not None
+    assert configs.generic(shape, 400).gate_up is not None
+
+
+def test_other_element_sizes_are_never_near() -> None:
+    shape = configs.Shape(128, 2048, 768, 8, element_size=4)
+    assert all(shape.distance(known) == float("inf") for known, _ in configs.tuned_files("NVIDIA_H200"))
+
+
+def test_grid_covers_every_tile_that_uniform_routing_needs() -> None:
+    tiling = configs.Tiling(16, 64, 128)
+    device = torch.device("cpu")
+    assert configs.grid_size(tiling, slots=256, experts=128, columns=768, device=device) == (128 + 16) * 12
+    assert configs.grid_size(replace(tiling, by_expert=True), 256, 128, 768, device) == 128 * 12
+
+
+def test_grouped_linear_finds_a_tiling_for_any_shape() -> None:
+    tiling = configs.choose_linear(configs.Shape(8, 64, 32, 1), 100, torch.device("cpu"))
+    assert tiling.m >= 16
+    assert grouped_linear.grouped_linear.deterministic
