@@ -140,7 +140,7 @@ def load(stage: str, spec: str) -> Subject:
         CannotJudge: the module or file exists but fails while it is imported.
     """
     check_stage(stage)
-    function = _find(stage, spec)
+    function = find(stage, spec)
     if not callable(function):
         raise UsageError(
             f"{spec!r} is {type(function).__name__}, but should be a function with the signature\n"
@@ -173,7 +173,8 @@ def _exported(file: Path) -> list[str]:
     return []
 
 
-def _find(stage: str, spec: str) -> Any:
+def find(stage: str, spec: str) -> Any:
+    """The attribute that `spec` names, unchecked; raises as `load` does."""
     names = registered(stage)
     if spec in names:
         family, _, variant = spec.partition(":")

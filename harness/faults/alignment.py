@@ -84,9 +84,15 @@ def run_aligned(
     return combine(slots.view(*ids.shape, slots.shape[1]), topk_weights, ids).to(hidden_states.dtype)
 
 
-@fault("experts", "alignment", source=BUGS + "ModelTC/LightLLM/pull/1369", condition="E not a multiple of 4, E > 4",
-       consequence="Expert offsets wrap modulo E: the tail program overwrites the counts of the first experts.",
-       shows={"E": 6, "T": 9}, hidden=("E=8", "E=3"))
+@fault(
+    "experts",
+    "alignment",
+    source=BUGS + "ModelTC/LightLLM/pull/1369",
+    condition="E not a multiple of 4, E > 4",
+    consequence="Expert offsets wrap modulo E: the tail program overwrites the counts of the first experts.",
+    shows={"E": 6, "T": 9},
+    hidden=("E=8", "E=3"),
+)
 def counts_wrap_modulo_experts(*call: Tensor, **options: Any) -> Tensor:
     def wrapped(ids: Tensor, num_experts: int) -> Plan:
         counts = count(ids, num_experts)
@@ -97,9 +103,15 @@ def counts_wrap_modulo_experts(*call: Tensor, **options: Any) -> Tensor:
     return run_aligned(*call, **options, align=wrapped)
 
 
-@fault("experts", "alignment", source=BUGS + "NVIDIA/TileGym/pull/24", condition="E not a power of two",
-       consequence="Experts beyond the last power of two are not counted.",
-       shows={"E": 6, "T": 9}, hidden=("E=8",))
+@fault(
+    "experts",
+    "alignment",
+    source=BUGS + "NVIDIA/TileGym/pull/24",
+    condition="E not a power of two",
+    consequence="Experts beyond the last power of two are not counted.",
+    shows={"E": 6, "T": 9},
+    hidden=("E=8",),
+)
 def experts_beyond_power_of_two_dropped(*call: Tensor, **options: Any) -> Tensor:
     def floored(ids: Tensor, num_experts: int) -> Plan:
         counts = count(ids, num_experts)
@@ -109,9 +121,14 @@ def experts_beyond_power_of_two_dropped(*call: Tensor, **options: Any) -> Tensor
     return run_aligned(*call, **options, align=floored)
 
 
-@fault("experts", "alignment", source=BUGS + "sgl-project/sglang/issues/3339", condition="dirty memory",
-       consequence="Counts are accumulated into uninitialised memory: rows land anywhere or out of bounds.",
-       shows={"poison": True})
+@fault(
+    "experts",
+    "alignment",
+    source=BUGS + "sgl-project/sglang/issues/3339",
+    condition="dirty memory",
+    consequence="Counts are accumulated into uninitialised memory: rows land anywhere or out of bounds.",
+    shows={"poison": True},
+)
 def counts_in_uninitialised_memory(*call: Tensor, **options: Any) -> Tensor:
     def dirty(ids: Tensor, num_experts: int) -> Plan:
         counts = torch.empty(num_experts, dtype=torch.int32, device=ids.device).long() + count(ids, num_experts)
@@ -121,17 +138,28 @@ def counts_in_uninitialised_memory(*call: Tensor, **options: Any) -> Tensor:
     return run_aligned(*call, **options, align=dirty)
 
 
-@fault("experts", "alignment", source=BUGS + "ROCm/aiter/pull/5339", condition="any padding; slot 0 of the batch",
-       consequence="Padding holds 0, a valid row: every expert writes its output into the first slot.",
-       shows={"T": 9}, hidden=("E=1",))
+@fault(
+    "experts",
+    "alignment",
+    source=BUGS + "ROCm/aiter/pull/5339",
+    condition="any padding; slot 0 of the batch",
+    consequence="Padding holds 0, a valid row: every expert writes its output into the first slot.",
+    shows={"T": 9},
+    hidden=("E=1",),
+)
 def padding_is_row_zero(*call: Tensor, **options: Any) -> Tensor:
     return run_aligned(*call, **options, align=lambda ids, num_experts: align(ids, num_experts, filler=0))
 
 
-@fault("experts", "alignment", source=BUGS + "vllm-project/vllm/pull/35161",
-       condition="unused blocks at the end of the plan; slot 0 not routed to expert 0",
-       consequence="Blocks beyond the used ones belong to expert 0 and overwrite the first slot.",
-       shows={"only": "odd"}, hidden=("E=1, only=None",))
+@fault(
+    "experts",
+    "alignment",
+    source=BUGS + "vllm-project/vllm/pull/35161",
+    condition="unused blocks at the end of the plan; slot 0 not routed to expert 0",
+    consequence="Blocks beyond the used ones belong to expert 0 and overwrite the first slot.",
+    shows={"only": "odd"},
+    hidden=("E=1, only=None",),
+)
 def unused_blocks_belong_to_expert_zero(*call: Tensor, **options: Any) -> Tensor:
     def unbounded(ids: Tensor, num_experts: int) -> Plan:
         plan = align(ids, num_experts)
@@ -146,10 +174,15 @@ def unused_blocks_belong_to_expert_zero(*call: Tensor, **options: Any) -> Tensor
     return run_aligned(*call, **options, align=unbounded)
 
 
-@fault("experts", "alignment", source=BUGS + "sgl-project/sglang/pull/12701",
-       condition="-1 ids and at most 64 rows",
-       consequence="The small-batch path counts -1 as expert 0, the large-batch path skips it.",
-       shows={"ids": "masked", "T": 9}, hidden=("ids='distinct'", "T=65"))
+@fault(
+    "experts",
+    "alignment",
+    source=BUGS + "sgl-project/sglang/pull/12701",
+    condition="-1 ids and at most 64 rows",
+    consequence="The small-batch path counts -1 as expert 0, the large-batch path skips it.",
+    shows={"ids": "masked", "T": 9},
+    hidden=("ids='distinct'", "T=65"),
+)
 def small_batches_keep_sentinels(*call: Tensor, **options: Any) -> Tensor:
     def small(ids: Tensor, expert_map: Tensor | None) -> Tensor:
         ids = locate(ids, expert_map)
@@ -158,9 +191,15 @@ def small_batches_keep_sentinels(*call: Tensor, **options: Any) -> Tensor:
     return run_aligned(*call, **options, locate=small)
 
 
-@fault("experts", "alignment", source=BUGS + "sgl-project/sglang/pull/32395", condition="some -1 ids, E > 1",
-       consequence="Bucket 0 of the filtered rows is not skipped: every expert id is off by one.",
-       shows={"ids": "masked", "T": 9}, hidden=("ids='distinct'",))
+@fault(
+    "experts",
+    "alignment",
+    source=BUGS + "sgl-project/sglang/pull/32395",
+    condition="some -1 ids, E > 1",
+    consequence="Bucket 0 of the filtered rows is not skipped: every expert id is off by one.",
+    shows={"ids": "masked", "T": 9},
+    hidden=("ids='distinct'",),
+)
 def filtered_rows_shift_experts(*call: Tensor, **options: Any) -> Tensor:
     def shifted(ids: Tensor, num_experts: int) -> Plan:
         plan = align(ids, num_experts)
@@ -172,10 +211,15 @@ def filtered_rows_shift_experts(*call: Tensor, **options: Any) -> Tensor:
     return run_aligned(*call, **options, align=shifted)
 
 
-@fault("experts", "alignment", source=BUGS + "vllm-project/vllm-xpu-kernels/issues/453",
-       condition="an expert with more than one row",
-       consequence="Only the first row of each expert is written to the plan.",
-       shows={"T": 9}, hidden=("T=1",))
+@fault(
+    "experts",
+    "alignment",
+    source=BUGS + "vllm-project/vllm-xpu-kernels/issues/453",
+    condition="an expert with more than one row",
+    consequence="Only the first row of each expert is written to the plan.",
+    shows={"T": 9},
+    hidden=("T=1",),
+)
 def only_first_row_of_each_expert(*call: Tensor, **options: Any) -> Tensor:
     def first_only(ids: Tensor, num_experts: int) -> Plan:
         return align(ids, num_experts, counts=count(ids, num_experts).clamp(max=1))
@@ -183,10 +227,15 @@ def only_first_row_of_each_expert(*call: Tensor, **options: Any) -> Tensor:
     return run_aligned(*call, **options, align=first_only)
 
 
-@fault("experts", "alignment", source=BUGS + "deepseek-ai/DeepGEMM/issues/15",
-       condition="an expert's rows not a multiple of 16",
-       consequence="Runs are not padded and a block takes the expert of its first row.",
-       shows={"T": 9}, hidden=("E=1",))
+@fault(
+    "experts",
+    "alignment",
+    source=BUGS + "deepseek-ai/DeepGEMM/issues/15",
+    condition="an expert's rows not a multiple of 16",
+    consequence="Runs are not padded and a block takes the expert of its first row.",
+    shows={"T": 9},
+    hidden=("E=1",),
+)
 def block_takes_expert_of_first_row(*call: Tensor, **options: Any) -> Tensor:
     def unpadded(ids: Tensor, num_experts: int) -> Plan:
         order = ids.argsort(stable=True)
@@ -198,10 +247,15 @@ def block_takes_expert_of_first_row(*call: Tensor, **options: Any) -> Tensor:
     return run_aligned(*call, **options, align=unpadded)
 
 
-@fault("experts", "alignment", source=BUGS + "vllm-project/vllm/pull/51632",
-       condition="rows of the last expert, without expert_map",
-       consequence="The plan is sized for one expert less: the appended shared expert counts as invalid.",
-       shows={"T": 9}, hidden=("expert_map='half'",))
+@fault(
+    "experts",
+    "alignment",
+    source=BUGS + "vllm-project/vllm/pull/51632",
+    condition="rows of the last expert, without expert_map",
+    consequence="The plan is sized for one expert less: the appended shared expert counts as invalid.",
+    shows={"T": 9},
+    hidden=("expert_map='half'",),
+)
 def last_expert_taken_for_invalid(*call: Tensor, **options: Any) -> Tensor:
     def fewer(ids: Tensor, expert_map: Tensor | None) -> Tensor:
         ids = locate(ids, expert_map)
@@ -210,8 +264,14 @@ def last_expert_taken_for_invalid(*call: Tensor, **options: Any) -> Tensor:
     return run_aligned(*call, **options, locate=fewer)
 
 
-@fault("experts", "alignment", condition="an expert with more than 16 rows", shows={"T": 40, "k": 3}, hidden=("T=1",),
-       consequence="The padded length is rounded down per expert: a second, partial block is lost.")
+@fault(
+    "experts",
+    "alignment",
+    condition="an expert with more than 16 rows",
+    shows={"T": 40, "k": 3},
+    hidden=("T=1",),
+    consequence="The padded length is rounded down per expert: a second, partial block is lost.",
+)
 def second_partial_block_lost(*call: Tensor, **options: Any) -> Tensor:
     def floored(ids: Tensor, num_experts: int) -> Plan:
         counts = count(ids, num_experts)
@@ -221,19 +281,29 @@ def second_partial_block_lost(*call: Tensor, **options: Any) -> Tensor:
     return run_aligned(*call, **options, align=floored)
 
 
-@fault("experts", "alignment", source=BUGS + "vllm-project/vllm/pull/44167",
-       condition="E >= 256 and T <= 16, dirty memory",
-       consequence="The small-batch kernel fails to launch, nobody looks, and the output is never written.",
-       shows={"E": 256, "I": 8, "poison": True}, hidden=("E=255", "T=17"))
+@fault(
+    "experts",
+    "alignment",
+    source=BUGS + "vllm-project/vllm/pull/44167",
+    condition="E >= 256 and T <= 16, dirty memory",
+    consequence="The small-batch kernel fails to launch, nobody looks, and the output is never written.",
+    shows={"E": 256, "I": 8, "poison": True},
+    hidden=("E=255", "T=17"),
+)
 def unchecked_launch_failure(hidden_states: Tensor, gate_up: Tensor, *call: Tensor, **options: Any) -> Tensor:
     if gate_up.shape[0] >= 256 and hidden_states.shape[0] <= 16:
         return torch.empty_like(hidden_states)
     return run_aligned(hidden_states, gate_up, *call, **options)
 
 
-@fault("experts", "alignment", condition="one expert with more than 32767 rows",
-       shows={"T": 4097, "H": 16, "I": 8, "E": 8, "k": 8, "ids": "one_expert"}, hidden=("T=4",),
-       consequence="Counts are held in 16 bits and turn negative: the busiest expert is skipped.")
+@fault(
+    "experts",
+    "alignment",
+    condition="one expert with more than 32767 rows",
+    shows={"T": 4097, "H": 16, "I": 8, "E": 8, "k": 8, "ids": "one_expert"},
+    hidden=("T=4",),
+    consequence="Counts are held in 16 bits and turn negative: the busiest expert is skipped.",
+)
 def counts_in_sixteen_bits(*call: Tensor, **options: Any) -> Tensor:
     def narrow(ids: Tensor, num_experts: int) -> Plan:
         return align(ids, num_experts, counts=count(ids, num_experts).to(torch.int16).long())
@@ -241,10 +311,15 @@ def counts_in_sixteen_bits(*call: Tensor, **options: Any) -> Tensor:
     return run_aligned(*call, **options, align=narrow)
 
 
-@fault("experts", "alignment", source=BUGS + "ROCm/aiter/pull/2447",
-       condition="several experts with partial blocks",
-       consequence="The plan is sized for T * k rows without the padding: the last experts have no room.",
-       shows={"T": 9}, hidden=("E=1",))
+@fault(
+    "experts",
+    "alignment",
+    source=BUGS + "ROCm/aiter/pull/2447",
+    condition="several experts with partial blocks",
+    consequence="The plan is sized for T * k rows without the padding: the last experts have no room.",
+    shows={"T": 9},
+    hidden=("E=1",),
+)
 def plan_without_room_for_padding(*call: Tensor, **options: Any) -> Tensor:
     def short(ids: Tensor, num_experts: int) -> Plan:
         plan = align(ids, num_experts)

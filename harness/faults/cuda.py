@@ -40,9 +40,16 @@ def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-@fault("experts", "graph", condition="replay with changed inputs", devices=CUDA, graph_capturable=True,
-       source=BUGS + "flashinfer-ai/flashinfer/pull/4690", stateful=True,
-       consequence="The captured kernels read copies made before the capture: every replay repeats the first answer.")
+@fault(
+    "experts",
+    "graph",
+    condition="replay with changed inputs",
+    devices=CUDA,
+    graph_capturable=True,
+    source=BUGS + "flashinfer-ai/flashinfer/pull/4690",
+    stateful=True,
+    consequence="The captured kernels read copies made before the capture: every replay repeats the first answer.",
+)
 def graph_ignores_new_inputs(*call: Tensor, **options: Any) -> Tensor:
     key = ("inputs", call[0].shape, call[1].shape, call[0].dtype)
     if not _capturing():
@@ -50,9 +57,16 @@ def graph_ignores_new_inputs(*call: Tensor, **options: Any) -> Tensor:
     return run_captured(_kept.get(key, call[0]), *call[1:], **options)
 
 
-@fault("experts", "graph", source=BUGS + "deepseek-ai/DeepGEMM/pull/451", devices=CUDA, graph_capturable=True,
-       condition="a second replay", stateful=True,
-       consequence="The flags of the replay before look valid: each replay returns the result of the one before.")
+@fault(
+    "experts",
+    "graph",
+    source=BUGS + "deepseek-ai/DeepGEMM/pull/451",
+    devices=CUDA,
+    graph_capturable=True,
+    condition="a second replay",
+    stateful=True,
+    consequence="The flags of the replay before look valid: each replay returns the result of the one before.",
+)
 def replay_returns_the_one_before(*call: Tensor, **options: Any) -> Tensor:
     right = run_captured(*call, **options)
     if not _capturing():
@@ -64,8 +78,15 @@ def replay_returns_the_one_before(*call: Tensor, **options: Any) -> Tensor:
     return out
 
 
-@fault("experts", "graph", condition="a second replay", devices=CUDA, graph_capturable=True, stateful=True,
-       consequence="The counter that zeroes the output is captured at its first value: replays accumulate.")
+@fault(
+    "experts",
+    "graph",
+    condition="a second replay",
+    devices=CUDA,
+    graph_capturable=True,
+    stateful=True,
+    consequence="The counter that zeroes the output is captured at its first value: replays accumulate.",
+)
 def replays_accumulate(*call: Tensor, **options: Any) -> Tensor:
     right = run_captured(*call, **options)
     if not _capturing():
@@ -75,9 +96,16 @@ def replays_accumulate(*call: Tensor, **options: Any) -> Tensor:
     return kept.add_(right).clone()
 
 
-@fault("experts", "graph", source=BUGS + "microsoft/onnxruntime/pull/32121", devices=CUDA, graph_capturable=True,
-       condition="replay after a call of another shape", stateful=True,
-       consequence="Ids are computed from a buffer that was freed after the capture and belongs to somebody else.")
+@fault(
+    "experts",
+    "graph",
+    source=BUGS + "microsoft/onnxruntime/pull/32121",
+    devices=CUDA,
+    graph_capturable=True,
+    condition="replay after a call of another shape",
+    stateful=True,
+    consequence="Ids are computed from a buffer that was freed after the capture and belongs to somebody else.",
+)
 def graph_reads_freed_memory(*call: Tensor, **options: Any) -> Tensor:
     shape = call[4].shape
     if not _capturing():
@@ -90,24 +118,41 @@ def graph_reads_freed_memory(*call: Tensor, **options: Any) -> Tensor:
     return run_captured(*call[:4], torch.where(owned == 1, call[4], 0), **options)
 
 
-@fault("experts", "graph", source=BUGS + "sgl-project/sglang/issues/16972", devices=CUDA, graph_capturable=True,
-       condition="capture",
-       consequence="Under capture a simpler path is chosen, which knows SiLU only and no sentinels.")
+@fault(
+    "experts",
+    "graph",
+    source=BUGS + "sgl-project/sglang/issues/16972",
+    devices=CUDA,
+    graph_capturable=True,
+    condition="capture",
+    consequence="Under capture a simpler path is chosen, which knows SiLU only and no sentinels.",
+)
 def capture_takes_another_path(*call: Tensor, **options: Any) -> Tensor:
     if not _capturing():
         return run_captured(*call, **options)
     return run_captured(*call[:4], call[4].clamp(min=0), **{**options, "activation": "silu"})
 
 
-@fault("experts", "graph", condition="capture", devices=CUDA, graph_capturable=True,
-       consequence="It is declared capturable and synchronises with the host.")
+@fault(
+    "experts",
+    "graph",
+    condition="capture",
+    devices=CUDA,
+    graph_capturable=True,
+    consequence="It is declared capturable and synchronises with the host.",
+)
 def declared_capturable_but_synchronises(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options)
 
 
-@fault("experts", "streams", source=BUGS + "EfficientMoE/MoE-Infinity/pull/197", devices=CUDA,
-       condition="any; timing decides how much is seen",
-       consequence="The experts run on a stream that is ordered neither after the inputs nor before the output.")
+@fault(
+    "experts",
+    "streams",
+    source=BUGS + "EfficientMoE/MoE-Infinity/pull/197",
+    devices=CUDA,
+    condition="any; timing decides how much is seen",
+    consequence="The experts run on a stream that is ordered neither after the inputs nor before the output.",
+)
 def side_stream_not_ordered(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
     stream = torch.cuda.Stream(hidden_states.device)
     out = torch.empty_like(hidden_states)
@@ -118,8 +163,13 @@ def side_stream_not_ordered(hidden_states: Tensor, *call: Tensor, **options: Any
     return out
 
 
-@fault("experts", "streams", condition="called on a stream other than the default one", devices=CUDA,
-       consequence="Work is enqueued on the default stream whatever the caller's stream is.")
+@fault(
+    "experts",
+    "streams",
+    condition="called on a stream other than the default one",
+    devices=CUDA,
+    consequence="Work is enqueued on the default stream whatever the caller's stream is.",
+)
 def default_stream_always(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
     default = torch.cuda.default_stream(hidden_states.device)
     if torch.cuda.current_stream(hidden_states.device) == default:
@@ -129,9 +179,16 @@ def default_stream_always(hidden_states: Tensor, *call: Tensor, **options: Any) 
         return run_captured(hidden_states, *call, **options)
 
 
-@fault("experts", "bits", source=BUGS + "vllm-project/vllm/pull/53440", devices=CUDA, deterministic=True,
-       condition="k > 2, two equal calls", sign="repeat",
-       consequence="index_add_ with the same destination twice adds in the order of arrival.")
+@fault(
+    "experts",
+    "bits",
+    source=BUGS + "vllm-project/vllm/pull/53440",
+    devices=CUDA,
+    deterministic=True,
+    condition="k > 2, two equal calls",
+    sign="repeat",
+    consequence="index_add_ with the same destination twice adds in the order of arrival.",
+)
 def index_add_in_order_of_arrival(*call: Tensor, **options: Any) -> Tensor:
     def atomics(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
         weighted = (live(topk_weights, ids, slots.dtype)[..., None] * slots).flatten(0, 1)
@@ -141,9 +198,14 @@ def index_add_in_order_of_arrival(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, combine=atomics)
 
 
-@fault("experts", "offsets", source=BUGS + "sgl-project/sglang/pull/4727", devices=CUDA,
-       condition="T * k * H > 2^31",
-       consequence="The output offset of a slot is computed in 32 bits and wraps: far slots are written elsewhere.")
+@fault(
+    "experts",
+    "offsets",
+    source=BUGS + "sgl-project/sglang/pull/4727",
+    devices=CUDA,
+    condition="T * k * H > 2^31",
+    consequence="The output offset of a slot is computed in 32 bits and wraps: far slots are written elsewhere.",
+)
 def output_offset_in_32_bits(*call: Tensor, **options: Any) -> Tensor:
     def wrapped(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
         weights = live(topk_weights, ids, slots.dtype)
@@ -154,9 +216,14 @@ def output_offset_in_32_bits(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, combine=wrapped)
 
 
-@fault("experts", "offsets", source=BUGS + "linkedin/Liger-Kernel/issues/1296", devices=CUDA,
-       condition="E * 2I * H > 2^31",
-       consequence="expert * stride is computed in 32 bits: far experts read other experts' weights.")
+@fault(
+    "experts",
+    "offsets",
+    source=BUGS + "linkedin/Liger-Kernel/issues/1296",
+    devices=CUDA,
+    condition="E * 2I * H > 2^31",
+    consequence="expert * stride is computed in 32 bits: far experts read other experts' weights.",
+)
 def weight_offset_in_32_bits(hidden_states: Tensor, gate_up: Tensor, *call: Tensor, **options: Any) -> Tensor:
     stride = max(gate_up.shape[1] * gate_up.shape[2], 1)
 
@@ -167,7 +234,8 @@ def weight_offset_in_32_bits(hidden_states: Tensor, gate_up: Tensor, *call: Tens
     return run(hidden_states, gate_up, *call, **options, locate=wrapped)
 
 
-@fault("experts", "contract", condition="always", devices=CUDA, sign="shape",
-       consequence="The result is left on the CPU.")
+@fault(
+    "experts", "contract", condition="always", devices=CUDA, sign="shape", consequence="The result is left on the CPU."
+)
 def returns_cpu_tensor(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options).cpu()

@@ -103,22 +103,40 @@ def run(
 # Activation and layout ------------------------------------------------------------------------------------------
 
 
-@fault("experts", "layout", source=BUGS + "sgl-project/sglang/pull/32430", condition="always",
-       consequence="The halves of the fused projection are read as [up; gate]: GSM8K falls to 0.", shows={})
+@fault(
+    "experts",
+    "layout",
+    source=BUGS + "sgl-project/sglang/pull/32430",
+    condition="always",
+    consequence="The halves of the fused projection are read as [up; gate]: GSM8K falls to 0.",
+    shows={},
+)
 def gate_up_swapped(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, split=lambda rows: halves(rows)[::-1])
 
 
-@fault("experts", "layout", source=BUGS + "vllm-project/vllm/pull/29273", condition="I > 1",
-       consequence="Gate and up are read as interleaved columns: the model writes garbage.", shows={},
-       hidden=("I=1",))
+@fault(
+    "experts",
+    "layout",
+    source=BUGS + "vllm-project/vllm/pull/29273",
+    condition="I > 1",
+    consequence="Gate and up are read as interleaved columns: the model writes garbage.",
+    shows={},
+    hidden=("I=1",),
+)
 def gate_up_interleaved(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, split=lambda rows: (rows[:, ::2], rows[:, 1::2]))
 
 
-@fault("experts", "layout", source=BUGS + "FlashML-org/FreeToken/pull/104", condition="I even",
-       consequence="Each of two shards takes a half of the fused tensor: one holds all of gate, one all of up.",
-       shows={"I": 24}, hidden=("I=25",))
+@fault(
+    "experts",
+    "layout",
+    source=BUGS + "FlashML-org/FreeToken/pull/104",
+    condition="I even",
+    consequence="Each of two shards takes a half of the fused tensor: one holds all of gate, one all of up.",
+    shows={"I": 24},
+    hidden=("I=25",),
+)
 def fused_gate_up_chunked_across_shards(*call: Tensor, **options: Any) -> Tensor:
     def split(rows: Tensor) -> tuple[Tensor, Tensor]:
         if rows.shape[1] % 4:
@@ -129,9 +147,15 @@ def fused_gate_up_chunked_across_shards(*call: Tensor, **options: Any) -> Tensor
     return run(*call, **options, split=split)
 
 
-@fault("experts", "sharding", source=BUGS + "sgl-project/sglang/pull/32963", condition="I > 1",
-       consequence="The partial sum of one of two shards of I is never added: accuracy near 0.", shows={},
-       hidden=("I=1",))
+@fault(
+    "experts",
+    "sharding",
+    source=BUGS + "sgl-project/sglang/pull/32963",
+    condition="I > 1",
+    consequence="The partial sum of one of two shards of I is never added: accuracy near 0.",
+    shows={},
+    hidden=("I=1",),
+)
 def one_shard_of_i_not_reduced(*call: Tensor, **options: Any) -> Tensor:
     def second(rows: Tensor, weight: Tensor) -> Tensor:
         kept = -(-rows.shape[1] // 2)
@@ -140,9 +164,15 @@ def one_shard_of_i_not_reduced(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, second=second)
 
 
-@fault("experts", "layout", source=BUGS + "unslothai/unsloth-zoo/issues/849", condition="I == H",
-       consequence="The layout of down_proj is guessed from its shape: square experts are used transposed.",
-       shows={"H": 24, "I": 24}, hidden=("I=32",))
+@fault(
+    "experts",
+    "layout",
+    source=BUGS + "unslothai/unsloth-zoo/issues/849",
+    condition="I == H",
+    consequence="The layout of down_proj is guessed from its shape: square experts are used transposed.",
+    shows={"H": 24, "I": 24},
+    hidden=("I=32",),
+)
 def down_transposed_if_square(*call: Tensor, **options: Any) -> Tensor:
     def second(rows: Tensor, weight: Tensor) -> Tensor:
         return matmul(rows, weight.T if weight.shape[0] == weight.shape[1] else weight)
@@ -150,9 +180,15 @@ def down_transposed_if_square(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, second=second)
 
 
-@fault("experts", "layout", source=BUGS + "huggingface/transformers/issues/47031", condition="2I == H",
-       consequence="A square gate_up_proj is taken for the legacy layout and used transposed.",
-       shows={"H": 32, "I": 16}, hidden=("I=24",))
+@fault(
+    "experts",
+    "layout",
+    source=BUGS + "huggingface/transformers/issues/47031",
+    condition="2I == H",
+    consequence="A square gate_up_proj is taken for the legacy layout and used transposed.",
+    shows={"H": 32, "I": 16},
+    hidden=("I=24",),
+)
 def gate_up_transposed_if_square(*call: Tensor, **options: Any) -> Tensor:
     def first(rows: Tensor, weight: Tensor) -> Tensor:
         return matmul(rows, weight.T if weight.shape[0] == weight.shape[1] else weight)
@@ -160,9 +196,15 @@ def gate_up_transposed_if_square(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, first=first)
 
 
-@fault("experts", "layout", source=BUGS + "sgl-project/sglang/pull/28244", condition="I not a multiple of 64",
-       consequence="The fallback for an unsupported I reads weights that were shuffled for the other kernel.",
-       shows={"I": 96}, hidden=("I=64",))
+@fault(
+    "experts",
+    "layout",
+    source=BUGS + "sgl-project/sglang/pull/28244",
+    condition="I not a multiple of 64",
+    consequence="The fallback for an unsupported I reads weights that were shuffled for the other kernel.",
+    shows={"I": 96},
+    hidden=("I=64",),
+)
 def fallback_reads_shuffled_weights(*call: Tensor, **options: Any) -> Tensor:
     def first(rows: Tensor, weight: Tensor) -> Tensor:
         if weight.shape[0] // 2 % 64 == 0:
@@ -173,23 +215,39 @@ def fallback_reads_shuffled_weights(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, first=first)
 
 
-@fault("experts", "activation", source=BUGS + "sgl-project/sglang/pull/3170", condition="activation='gelu_tanh'",
-       consequence="The activation is an argument that nobody reads: models with GELU run with SiLU.",
-       shows={"activation": "gelu_tanh"}, hidden=("activation='silu'",))
+@fault(
+    "experts",
+    "activation",
+    source=BUGS + "sgl-project/sglang/pull/3170",
+    condition="activation='gelu_tanh'",
+    consequence="The activation is an argument that nobody reads: models with GELU run with SiLU.",
+    shows={"activation": "gelu_tanh"},
+    hidden=("activation='silu'",),
+)
 def activation_ignored(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, glu=lambda gate, up, _: gated(gate, up, "silu"))
 
 
-@fault("experts", "activation", condition="activation='silu'",
-       consequence="Every model runs with GELU, which is near SiLU for small inputs only.",
-       shows={}, hidden=("activation='gelu_tanh'",))
+@fault(
+    "experts",
+    "activation",
+    condition="activation='silu'",
+    consequence="Every model runs with GELU, which is near SiLU for small inputs only.",
+    shows={},
+    hidden=("activation='gelu_tanh'",),
+)
 def gelu_for_silu(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, glu=lambda gate, up, _: gated(gate, up, "gelu_tanh"))
 
 
-@fault("experts", "activation", condition="activation='gelu_tanh'",
-       consequence="The exact GELU replaces its tanh approximation: an error of 1e-3 in every activation.",
-       shows={"activation": "gelu_tanh"}, hidden=("activation='silu'",))
+@fault(
+    "experts",
+    "activation",
+    condition="activation='gelu_tanh'",
+    consequence="The exact GELU replaces its tanh approximation: an error of 1e-3 in every activation.",
+    shows={"activation": "gelu_tanh"},
+    hidden=("activation='silu'",),
+)
 def gelu_erf_for_tanh(*call: Tensor, **options: Any) -> Tensor:
     def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
         return gated(gate, up, activation) if activation == "silu" else F.gelu(gate) * up
@@ -197,17 +255,20 @@ def gelu_erf_for_tanh(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, glu=glu)
 
 
-@fault("experts", "activation", condition="always",
-       consequence="The gate multiplies without its activation.",
-       shows={})
+@fault("experts", "activation", condition="always", consequence="The gate multiplies without its activation.", shows={})
 def activation_dropped(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, glu=lambda gate, up, _: gate * up)
 
 
-@fault("experts", "activation", source=BUGS + "sgl-project/sglang/pull/39939",
-       condition="|g| or |u| above 7",
-       consequence="The SwiGLU limit of another model is left on: large activations are clamped at 7.",
-       shows={"gain": 8.0}, hidden=("gain=0.5",))
+@fault(
+    "experts",
+    "activation",
+    source=BUGS + "sgl-project/sglang/pull/39939",
+    condition="|g| or |u| above 7",
+    consequence="The SwiGLU limit of another model is left on: large activations are clamped at 7.",
+    shows={"gain": 8.0},
+    hidden=("gain=0.5",),
+)
 def swiglu_limit_left_on(*call: Tensor, **options: Any) -> Tensor:
     def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
         return gated(gate.clamp(max=7), up.clamp(-7, 7), activation)
@@ -215,9 +276,15 @@ def swiglu_limit_left_on(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, glu=glu)
 
 
-@fault("experts", "activation", source=BUGS + "microsoft/onnxruntime/issues/28738", condition="activation='silu'",
-       consequence="The kernel hard-codes sigmoid(1.702 g) of another model.",
-       shows={}, hidden=("activation='gelu_tanh'",))
+@fault(
+    "experts",
+    "activation",
+    source=BUGS + "microsoft/onnxruntime/issues/28738",
+    condition="activation='silu'",
+    consequence="The kernel hard-codes sigmoid(1.702 g) of another model.",
+    shows={},
+    hidden=("activation='gelu_tanh'",),
+)
 def alpha_of_another_model(*call: Tensor, **options: Any) -> Tensor:
     def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
         return gate * torch.sigmoid(1.702 * gate) * up if activation == "silu" else gated(gate, up, activation)
@@ -225,25 +292,41 @@ def alpha_of_another_model(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, glu=glu)
 
 
-@fault("experts", "activation", source=BUGS + "sgl-project/DeepGEMM/pull/87", condition="always",
-       consequence="One is added to the up half, as another model wants it.", shows={})
+@fault(
+    "experts",
+    "activation",
+    source=BUGS + "sgl-project/DeepGEMM/pull/87",
+    condition="always",
+    consequence="One is added to the up half, as another model wants it.",
+    shows={},
+)
 def up_plus_one(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, glu=lambda gate, up, activation: gated(gate, up + 1, activation))
 
 
-@fault("experts", "activation", source=BUGS + "sgl-project/sglang/issues/16972",
-       condition="T = 1 and activation='gelu_tanh'",
-       consequence="A single token takes a native path that knows SiLU only: decoding differs from prefill.",
-       shows={"T": 1, "activation": "gelu_tanh"}, hidden=("T=2", "activation='silu'"))
+@fault(
+    "experts",
+    "activation",
+    source=BUGS + "sgl-project/sglang/issues/16972",
+    condition="T = 1 and activation='gelu_tanh'",
+    consequence="A single token takes a native path that knows SiLU only: decoding differs from prefill.",
+    shows={"T": 1, "activation": "gelu_tanh"},
+    hidden=("T=2", "activation='silu'"),
+)
 def native_path_for_one_token(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
     if hidden_states.shape[0] == 1:
         options["activation"] = "silu"
     return run(hidden_states, *call, **options)
 
 
-@fault("experts", "activation", condition="a gate above 88.7, with silu",
-       consequence="silu written as g * e^g / (1 + e^g) is inf / inf for large gates: NaN.",
-       shows={"gain": 400.0}, hidden=("gain=1.0", "activation='gelu_tanh'"))
+@fault(
+    "experts",
+    "activation",
+    condition="a gate above 88.7, with silu",
+    consequence="silu written as g * e^g / (1 + e^g) is inf / inf for large gates: NaN.",
+    shows={"gain": 400.0},
+    hidden=("gain=1.0", "activation='gelu_tanh'"),
+)
 def silu_overflows(*call: Tensor, **options: Any) -> Tensor:
     def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
         if activation != "silu":
@@ -257,9 +340,15 @@ def silu_overflows(*call: Tensor, **options: Any) -> Tensor:
 # Weighting ------------------------------------------------------------------------------------------------------
 
 
-@fault("experts", "weighting", source=BUGS + "vllm-project/vllm/pull/43694", condition="weights other than 1",
-       consequence="The routing weight is applied to the output and to the input too.",
-       shows={"k": 1}, hidden=("weights='ones'",))
+@fault(
+    "experts",
+    "weighting",
+    source=BUGS + "vllm-project/vllm/pull/43694",
+    condition="weights other than 1",
+    consequence="The routing weight is applied to the output and to the input too.",
+    shows={"k": 1},
+    hidden=("weights='ones'",),
+)
 def weight_on_input_and_output(
     hidden_states: Tensor, gate_up_proj: Tensor, down_proj: Tensor, topk_weights: Tensor, topk_ids: Tensor,
     **options: Any,
@@ -279,9 +368,15 @@ def _weight_on_input(
     return out.view(tokens, slots, down_proj.shape[1]).sum(1).to(hidden_states.dtype)
 
 
-@fault("experts", "weighting", source=BUGS + "vllm-project/vllm/pull/16744", condition="weights other than 1",
-       consequence="The weight multiplies the result of the first projection, before the activation.",
-       shows={}, hidden=("weights='ones'",))
+@fault(
+    "experts",
+    "weighting",
+    source=BUGS + "vllm-project/vllm/pull/16744",
+    condition="weights other than 1",
+    consequence="The weight multiplies the result of the first projection, before the activation.",
+    shows={},
+    hidden=("weights='ones'",),
+)
 def weight_before_activation(
     hidden_states: Tensor, gate_up_proj: Tensor, down_proj: Tensor, topk_weights: Tensor, topk_ids: Tensor,
     **options: Any,
@@ -290,9 +385,15 @@ def weight_before_activation(
     return _weight_on_input(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, ones, options)
 
 
-@fault("experts", "weighting", source=BUGS + "NVIDIA/TensorRT-LLM/pull/18018", condition="k = 1",
-       consequence="With one expert per token the weight is believed to be on the input already: nobody applies it.",
-       shows={"k": 1}, hidden=("k=2", "weights='ones'"))
+@fault(
+    "experts",
+    "weighting",
+    source=BUGS + "NVIDIA/TensorRT-LLM/pull/18018",
+    condition="k = 1",
+    consequence="With one expert per token the weight is believed to be on the input already: nobody applies it.",
+    shows={"k": 1},
+    hidden=("k=2", "weights='ones'"),
+)
 def single_slot_unweighted(*call: Tensor, **options: Any) -> Tensor:
     def unweighted(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
         return combine(slots, torch.ones_like(topk_weights) if ids.shape[1] == 1 else topk_weights, ids)
@@ -300,8 +401,14 @@ def single_slot_unweighted(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, combine=unweighted)
 
 
-@fault("experts", "weighting", condition="weights of a token differ", shows={}, hidden=("k=1",),
-       consequence="Every expert of a token gets the same share of its total weight.")
+@fault(
+    "experts",
+    "weighting",
+    condition="weights of a token differ",
+    shows={},
+    hidden=("k=1",),
+    consequence="Every expert of a token gets the same share of its total weight.",
+)
 def flat_weights(*call: Tensor, **options: Any) -> Tensor:
     def mean(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
         weights = live(topk_weights, ids, slots.dtype)
@@ -310,10 +417,15 @@ def flat_weights(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, combine=mean)
 
 
-@fault("experts", "weighting", source=BUGS + "PaddlePaddle/PaddleFleet/pull/1299",
-       condition="weights that do not sum to 1",
-       consequence="The caller's weights are normalised again: a scaling factor disappears.",
-       shows={}, hidden=("weights='normalised'",))
+@fault(
+    "experts",
+    "weighting",
+    source=BUGS + "PaddlePaddle/PaddleFleet/pull/1299",
+    condition="weights that do not sum to 1",
+    consequence="The caller's weights are normalised again: a scaling factor disappears.",
+    shows={},
+    hidden=("weights='normalised'",),
+)
 def weights_normalised_again(*call: Tensor, **options: Any) -> Tensor:
     def again(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
         total = topk_weights.to(slots.dtype).masked_fill(ids < 0, 0).sum(1, keepdim=True)
@@ -322,8 +434,15 @@ def weights_normalised_again(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, combine=again)
 
 
-@fault("experts", "weighting", source=BUGS + "vllm-project/vllm-xpu-kernels/pull/66", condition="k > 1",
-       consequence="The weight is looked up by token instead of by slot.", shows={}, hidden=("k=1",))
+@fault(
+    "experts",
+    "weighting",
+    source=BUGS + "vllm-project/vllm-xpu-kernels/pull/66",
+    condition="k > 1",
+    consequence="The weight is looked up by token instead of by slot.",
+    shows={},
+    hidden=("k=1",),
+)
 def weight_of_first_slot(*call: Tensor, **options: Any) -> Tensor:
     def first_slot(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
         return combine(slots, topk_weights[:, :1].expand_as(topk_weights), ids)
@@ -331,20 +450,38 @@ def weight_of_first_slot(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, combine=first_slot)
 
 
-@fault("experts", "weighting", condition="k > 1 and ids not ascending", shows={"k": 4}, hidden=("k=1",),
-       consequence="The ids of a row are sorted and the weights are not: experts get each other's weights.")
+@fault(
+    "experts",
+    "weighting",
+    condition="k > 1 and ids not ascending",
+    shows={"k": 4},
+    hidden=("k=1",),
+    consequence="The ids of a row are sorted and the weights are not: experts get each other's weights.",
+)
 def ids_sorted_without_weights(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, locate=lambda ids, expert_map: locate(ids, expert_map).sort(1).values)
 
 
-@fault("experts", "weighting", condition="always", shows={}, hidden=("weights='ones'",),
-       consequence="The routing weight is squared, once in each of two kernels.")
+@fault(
+    "experts",
+    "weighting",
+    condition="always",
+    shows={},
+    hidden=("weights='ones'",),
+    consequence="The routing weight is squared, once in each of two kernels.",
+)
 def weight_applied_twice(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, combine=lambda slots, weights, ids: combine(slots, weights * weights, ids))
 
 
-@fault("experts", "weighting", condition="tokens routed to local expert 0", shows={}, hidden=("only='odd'",),
-       consequence="One expert counts 1 % too much, too little for an elementwise tolerance.")
+@fault(
+    "experts",
+    "weighting",
+    condition="tokens routed to local expert 0",
+    shows={},
+    hidden=("only='odd'",),
+    consequence="One expert counts 1 % too much, too little for an elementwise tolerance.",
+)
 def one_expert_one_percent_off(*call: Tensor, **options: Any) -> Tensor:
     def off(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
         return combine(slots, topk_weights.to(slots.dtype) * torch.where(ids == 0, 1.01, 1.0), ids)
@@ -352,9 +489,14 @@ def one_expert_one_percent_off(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, combine=off)
 
 
-@fault("experts", "weighting", condition="a negative weight", shows={"weights": "signed"},
-       hidden=("weights='random'",),
-       consequence="Slots are kept where the weight is above 0: negative weights count as masked.")
+@fault(
+    "experts",
+    "weighting",
+    condition="a negative weight",
+    shows={"weights": "signed"},
+    hidden=("weights='random'",),
+    consequence="Slots are kept where the weight is above 0: negative weights count as masked.",
+)
 def negative_weights_dropped(*call: Tensor, **options: Any) -> Tensor:
     def positive(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
         return combine(slots, topk_weights.clamp(min=0), ids)
@@ -362,8 +504,14 @@ def negative_weights_dropped(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, combine=positive)
 
 
-@fault("experts", "slots", condition="k > 1", shows={"k": 4}, hidden=("k=1",),
-       consequence="The last expert of every token is lost.")
+@fault(
+    "experts",
+    "slots",
+    condition="k > 1",
+    shows={"k": 4},
+    hidden=("k=1",),
+    consequence="The last expert of every token is lost.",
+)
 def last_slot_dropped(*call: Tensor, **options: Any) -> Tensor:
     def fewer(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
         kept = max(ids.shape[1] - 1, 1)
@@ -372,9 +520,15 @@ def last_slot_dropped(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, combine=fewer)
 
 
-@fault("experts", "slots", source=BUGS + "JieShibo/MoLE/issues/7", condition="k > 8",
-       consequence="A constant number of 8 slots is summed, whatever k is.",
-       shows={"k": 10, "E": 12}, hidden=("k=8",))
+@fault(
+    "experts",
+    "slots",
+    source=BUGS + "JieShibo/MoLE/issues/7",
+    condition="k > 8",
+    consequence="A constant number of 8 slots is summed, whatever k is.",
+    shows={"k": 10, "E": 12},
+    hidden=("k=8",),
+)
 def slots_beyond_eight_dropped(*call: Tensor, **options: Any) -> Tensor:
     def eight(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
         return combine(slots[:, :8], topk_weights[:, :8], ids[:, :8])
@@ -382,9 +536,15 @@ def slots_beyond_eight_dropped(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, combine=eight)
 
 
-@fault("experts", "slots", source=BUGS + "ggml-org/llama.cpp/pull/26295", condition="an expert twice in one row",
-       consequence="The search for an expert's tokens stops at the first match in a row: a duplicate is lost.",
-       shows={"ids": "duplicates"}, hidden=("ids='distinct'",))
+@fault(
+    "experts",
+    "slots",
+    source=BUGS + "ggml-org/llama.cpp/pull/26295",
+    condition="an expert twice in one row",
+    consequence="The search for an expert's tokens stops at the first match in a row: a duplicate is lost.",
+    shows={"ids": "duplicates"},
+    hidden=("ids='distinct'",),
+)
 def duplicate_slot_dropped(*call: Tensor, **options: Any) -> Tensor:
     def first_match(ids: Tensor, expert: int) -> tuple[Tensor, Tensor]:
         matches = ids == expert
@@ -393,9 +553,14 @@ def duplicate_slot_dropped(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, select=first_match)
 
 
-@fault("experts", "slots", condition="an expert twice in one row", shows={"ids": "duplicates"},
-       hidden=("ids='distinct'",),
-       consequence="Weights are scattered into a dense [T, E] table without adding: the last duplicate wins.")
+@fault(
+    "experts",
+    "slots",
+    condition="an expert twice in one row",
+    shows={"ids": "duplicates"},
+    hidden=("ids='distinct'",),
+    consequence="Weights are scattered into a dense [T, E] table without adding: the last duplicate wins.",
+)
 def duplicate_weight_overwritten(*call: Tensor, **options: Any) -> Tensor:
     def last_wins(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
         later = (ids[:, :, None] == ids[:, None, :]).triu(1).any(2)
@@ -404,9 +569,15 @@ def duplicate_weight_overwritten(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, combine=last_wins)
 
 
-@fault("experts", "slots", source=BUGS + "vcruz305/vllm-exl3/issues/2", condition="k > 1",
-       consequence="Ids are flattened on the way and each row runs its first expert only, with the whole weight.",
-       shows={}, hidden=("k=1",))
+@fault(
+    "experts",
+    "slots",
+    source=BUGS + "vcruz305/vllm-exl3/issues/2",
+    condition="k > 1",
+    consequence="Ids are flattened on the way and each row runs its first expert only, with the whole weight.",
+    shows={},
+    hidden=("k=1",),
+)
 def one_expert_per_token(*call: Tensor, **options: Any) -> Tensor:
     def first_only(ids: Tensor, expert_map: Tensor | None) -> Tensor:
         return locate(ids, expert_map)[:, :1].expand_as(ids).clone()
@@ -417,8 +588,14 @@ def one_expert_per_token(*call: Tensor, **options: Any) -> Tensor:
 # Rows and shapes ------------------------------------------------------------------------------------------------
 
 
-@fault("experts", "rows", condition="the last token, E > 1", shows={}, hidden=("E=1",),
-       consequence="One slot of one token runs the next expert: an off-by-one at the end of the batch.")
+@fault(
+    "experts",
+    "rows",
+    condition="the last token, E > 1",
+    shows={},
+    hidden=("E=1",),
+    consequence="One slot of one token runs the next expert: an off-by-one at the end of the batch.",
+)
 def one_slot_to_next_expert(hidden_states: Tensor, gate_up_proj: Tensor, *call: Tensor, **options: Any) -> Tensor:
     def shifted(ids: Tensor, expert_map: Tensor | None) -> Tensor:
         ids = locate(ids, expert_map).clone()
@@ -429,9 +606,14 @@ def one_slot_to_next_expert(hidden_states: Tensor, gate_up_proj: Tensor, *call: 
     return run(hidden_states, gate_up_proj, *call, **options, locate=shifted)
 
 
-@fault("experts", "rows", condition="two or more tokens with another order by expert", shows={"T": 7},
-       hidden=("T=1",),
-       consequence="Rows sorted by expert are put back with the permutation instead of its inverse.")
+@fault(
+    "experts",
+    "rows",
+    condition="two or more tokens with another order by expert",
+    shows={"T": 7},
+    hidden=("T=1",),
+    consequence="Rows sorted by expert are put back with the permutation instead of its inverse.",
+)
 def permutation_for_its_inverse(*call: Tensor, **options: Any) -> Tensor:
     def scattered(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
         order = ids.flatten().argsort(stable=True)
@@ -441,9 +623,14 @@ def permutation_for_its_inverse(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, combine=scattered)
 
 
-@fault("experts", "rows", condition="an expert without tokens before one that has some", shows={"only": "odd"},
-       hidden=("E=1, k=1",),
-       consequence="Weights are indexed by the rank among the busy experts instead of by the expert.")
+@fault(
+    "experts",
+    "rows",
+    condition="an expert without tokens before one that has some",
+    shows={"only": "odd"},
+    hidden=("E=1, k=1",),
+    consequence="Weights are indexed by the rank among the busy experts instead of by the expert.",
+)
 def idle_experts_not_counted(*call: Tensor, **options: Any) -> Tensor:
     def ranked(ids: Tensor, expert_map: Tensor | None) -> Tensor:
         ids = locate(ids, expert_map)
@@ -464,26 +651,41 @@ def _without_rows(options: dict[str, Any], keep: Callable[[int], int]) -> dict[s
     return {**options, "select": fewer}
 
 
-@fault("experts", "tiles", source=BUGS + "intel/intel-xpu-backend-for-triton/pull/7776",
-       condition="an expert with more than 8 rows",
-       consequence="The grid comes from a looked-up block of 16 rows while the kernel runs with 8: rows are missed.",
-       shows={"T": 40}, hidden=("T=5",))
+@fault(
+    "experts",
+    "tiles",
+    source=BUGS + "intel/intel-xpu-backend-for-triton/pull/7776",
+    condition="an expert with more than 8 rows",
+    consequence="The grid comes from a looked-up block of 16 rows while the kernel runs with 8: rows are missed.",
+    shows={"T": 40},
+    hidden=("T=5",),
+)
 def grid_from_another_config(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **_without_rows(options, lambda rows: -(-rows // 16) * 8))
 
 
-@fault("experts", "tiles", condition="an expert with more than twice its fair share of rows",
-       shows={"T": 40, "ids": "one_expert", "k": 1}, hidden=("T=1",),
-       consequence="A capacity sized for balanced routing drops the rows beyond it.")
+@fault(
+    "experts",
+    "tiles",
+    condition="an expert with more than twice its fair share of rows",
+    shows={"T": 40, "ids": "one_expert", "k": 1},
+    hidden=("T=1",),
+    consequence="A capacity sized for balanced routing drops the rows beyond it.",
+)
 def rows_beyond_capacity_dropped(hidden_states: Tensor, gate_up_proj: Tensor, *call: Tensor, **options: Any) -> Tensor:
     capacity = max(16, 2 * call[-1].numel() // gate_up_proj.shape[0])
     return run(hidden_states, gate_up_proj, *call, **_without_rows(options, lambda rows: min(rows, capacity)))
 
 
-@fault("experts", "tiles", source=BUGS + "ml-explore/mlx-lm/pull/1585",
-       condition="T*k > 32768 and not a multiple of 64",
-       consequence="The last partial tile of the large-batch path is computed at a wrong offset.",
-       shows={"T": 4097, "H": 16, "I": 8, "k": 8, "E": 9}, hidden=("T=4096", "T=5"))
+@fault(
+    "experts",
+    "tiles",
+    source=BUGS + "ml-explore/mlx-lm/pull/1585",
+    condition="T*k > 32768 and not a multiple of 64",
+    consequence="The last partial tile of the large-batch path is computed at a wrong offset.",
+    shows={"T": 4097, "H": 16, "I": 8, "k": 8, "E": 9},
+    hidden=("T=4096", "T=5"),
+)
 def tail_beyond_32768_rows(*call: Tensor, **options: Any) -> Tensor:
     def tail(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
         rows = ids.numel()
@@ -494,8 +696,14 @@ def tail_beyond_32768_rows(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, combine=tail)
 
 
-@fault("experts", "tiles", condition="T > 64 and not a multiple of 64", shows={"T": 65}, hidden=("T=64", "T=128"),
-       consequence="The kernel for large batches forgets the last, partial block of tokens.")
+@fault(
+    "experts",
+    "tiles",
+    condition="T > 64 and not a multiple of 64",
+    shows={"T": 65},
+    hidden=("T=64", "T=128"),
+    consequence="The kernel for large batches forgets the last, partial block of tokens.",
+)
 def large_batch_tail_zero(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
     out = run(hidden_states, *call, **options)
     if out.shape[0] > 64:
@@ -503,9 +711,15 @@ def large_batch_tail_zero(hidden_states: Tensor, *call: Tensor, **options: Any) 
     return out
 
 
-@fault("experts", "tuning", source=BUGS + "ROCm/aiter/issues/3933", condition="T in 3..4",
-       consequence="The table of tuned kernels maps one bucket of tokens to a broken variant.",
-       shows={"T": 3}, hidden=("T=2", "T=5"))
+@fault(
+    "experts",
+    "tuning",
+    source=BUGS + "ROCm/aiter/issues/3933",
+    condition="T in 3..4",
+    consequence="The table of tuned kernels maps one bucket of tokens to a broken variant.",
+    shows={"T": 3},
+    hidden=("T=2", "T=5"),
+)
 def broken_bucket_of_four_tokens(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
     if hidden_states.shape[0] in (3, 4):
         return run(hidden_states, *call, **options, first=_without_last_k_block)
@@ -518,18 +732,30 @@ def _without_last_k_block(rows: Tensor, weight: Tensor) -> Tensor:
     return matmul(rows[:, :kept], weight[:, :kept])
 
 
-@fault("experts", "tuning", source=BUGS + "ROCm/aiter/issues/5049", condition="(E, k) = (128, 8)",
-       consequence="The kernel tuned for one released model is wrong, and right for every other shape.",
-       shows={"E": 128, "k": 8, "I": 8}, hidden=("k=7", "E=127"))
+@fault(
+    "experts",
+    "tuning",
+    source=BUGS + "ROCm/aiter/issues/5049",
+    condition="(E, k) = (128, 8)",
+    consequence="The kernel tuned for one released model is wrong, and right for every other shape.",
+    shows={"E": 128, "k": 8, "I": 8},
+    hidden=("k=7", "E=127"),
+)
 def broken_only_at_128_8(hidden_states: Tensor, gate_up_proj: Tensor, *call: Tensor, **options: Any) -> Tensor:
     experts = gate_up_proj.shape[0] if options.get("expert_map") is None else len(options["expert_map"])
     broken = (experts, call[-1].shape[1]) == (128, 8)
     return run(hidden_states, gate_up_proj, *call, **options, first=_without_last_k_block if broken else matmul)
 
 
-@fault("experts", "tuning", source=BUGS + "flashinfer-ai/flashinfer/pull/4158", condition="T = 1",
-       consequence="The candidate for one token is not guarded and reads the second half of H as zero.",
-       shows={"T": 1}, hidden=("T=2",))
+@fault(
+    "experts",
+    "tuning",
+    source=BUGS + "flashinfer-ai/flashinfer/pull/4158",
+    condition="T = 1",
+    consequence="The candidate for one token is not guarded and reads the second half of H as zero.",
+    shows={"T": 1},
+    hidden=("T=2",),
+)
 def single_token_half_of_h(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
     def half(rows: Tensor, weight: Tensor) -> Tensor:
         kept = -(-rows.shape[1] // 2) if hidden_states.shape[0] == 1 else rows.shape[1]
@@ -538,16 +764,28 @@ def single_token_half_of_h(hidden_states: Tensor, *call: Tensor, **options: Any)
     return run(hidden_states, *call, **options, first=half)
 
 
-@fault("experts", "tiles", source=BUGS + "databricks/megablocks/pull/47", condition="I > 4096",
-       consequence="Each program covers a bounded count of columns: those of I beyond 4096 are lost.",
-       shows={"T": 2, "E": 2, "k": 1, "H": 16, "I": 4104}, hidden=("I=4096",))
+@fault(
+    "experts",
+    "tiles",
+    source=BUGS + "databricks/megablocks/pull/47",
+    condition="I > 4096",
+    consequence="Each program covers a bounded count of columns: those of I beyond 4096 are lost.",
+    shows={"T": 2, "E": 2, "k": 1, "H": 16, "I": 4104},
+    hidden=("I=4096",),
+)
 def columns_beyond_4096_lost(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, second=lambda rows, weight: matmul(rows[:, :4096], weight[:, :4096]))
 
 
-@fault("experts", "ids", source=BUGS + "vllm-project/vllm/pull/26162", condition="ids of dtype int64",
-       consequence="int64 ids are read as int32: every second id is the upper half of its neighbour.",
-       shows={"ids_dtype": "int64"}, hidden=("ids_dtype='int32'",))
+@fault(
+    "experts",
+    "ids",
+    source=BUGS + "vllm-project/vllm/pull/26162",
+    condition="ids of dtype int64",
+    consequence="int64 ids are read as int32: every second id is the upper half of its neighbour.",
+    shows={"ids_dtype": "int64"},
+    hidden=("ids_dtype='int32'",),
+)
 def int64_ids_read_as_int32(*call: Tensor, **options: Any) -> Tensor:
     def reread(ids: Tensor, expert_map: Tensor | None) -> Tensor:
         if ids.dtype == torch.int64:
@@ -557,8 +795,14 @@ def int64_ids_read_as_int32(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, locate=reread)
 
 
-@fault("experts", "ids", condition="E > 256", shows={"E": 300, "ids": "high", "I": 8}, hidden=("E=256",),
-       consequence="Expert ids are held in 8 bits: expert 256 is expert 0.")
+@fault(
+    "experts",
+    "ids",
+    condition="E > 256",
+    shows={"E": 300, "ids": "high", "I": 8},
+    hidden=("E=256",),
+    consequence="Expert ids are held in 8 bits: expert 256 is expert 0.",
+)
 def ids_held_in_eight_bits(*call: Tensor, **options: Any) -> Tensor:
     def eight_bits(ids: Tensor, expert_map: Tensor | None) -> Tensor:
         ids = locate(ids, expert_map)
@@ -567,8 +811,14 @@ def ids_held_in_eight_bits(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, locate=eight_bits)
 
 
-@fault("experts", "tiles", condition="I not a multiple of 16", shows={"I": 23}, hidden=("I=32",),
-       consequence="The last, partial block of the intermediate columns is never summed.")
+@fault(
+    "experts",
+    "tiles",
+    condition="I not a multiple of 16",
+    shows={"I": 23},
+    hidden=("I=32",),
+    consequence="The last, partial block of the intermediate columns is never summed.",
+)
 def intermediate_tail_dropped(*call: Tensor, **options: Any) -> Tensor:
     def floored(rows: Tensor, weight: Tensor) -> Tensor:
         kept = round_down(rows.shape[1])
@@ -577,15 +827,20 @@ def intermediate_tail_dropped(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, second=floored)
 
 
-@fault("experts", "tiles", condition="always", shows={},
-       consequence="The last column of I is lost to an off-by-one.")
+@fault("experts", "tiles", condition="always", shows={}, consequence="The last column of I is lost to an off-by-one.")
 def last_intermediate_column_lost(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, second=lambda rows, weight: matmul(rows[:, :-1], weight[:, :-1]))
 
 
-@fault("experts", "tiles", source=BUGS + "axolotl-ai-cloud/axolotl/pull/3410", condition="H not a multiple of 16",
-       consequence="The grid is H // block: the last columns of the output are never written.",
-       shows={"H": 40, "poison": True}, hidden=("H=48",))
+@fault(
+    "experts",
+    "tiles",
+    source=BUGS + "axolotl-ai-cloud/axolotl/pull/3410",
+    condition="H not a multiple of 16",
+    consequence="The grid is H // block: the last columns of the output are never written.",
+    shows={"H": 40, "poison": True},
+    hidden=("H=48",),
+)
 def output_tail_unwritten(*call: Tensor, **options: Any) -> Tensor:
     right = run(*call, **options)
     out = torch.empty_like(right)
@@ -594,19 +849,30 @@ def output_tail_unwritten(*call: Tensor, **options: Any) -> Tensor:
     return out
 
 
-@fault("experts", "tiles", source=BUGS + "vllm-project/vllm/pull/49087", condition="H not a multiple of 64",
-       consequence="The grid is H // 64 over a zeroed output: the last columns are 0, all of them for small H.",
-       shows={"H": 72}, hidden=("H=64",))
+@fault(
+    "experts",
+    "tiles",
+    source=BUGS + "vllm-project/vllm/pull/49087",
+    condition="H not a multiple of 64",
+    consequence="The grid is H // 64 over a zeroed output: the last columns are 0, all of them for small H.",
+    shows={"H": 72},
+    hidden=("H=64",),
+)
 def output_tail_zero(*call: Tensor, **options: Any) -> Tensor:
     out = run(*call, **options)
     out[:, round_down(out.shape[1], 64) :] = 0
     return out
 
 
-@fault("experts", "tiles", source=BUGS + "huggingface/kernels-community/pull/1154",
-       condition="H not a multiple of 16 and T > 1",
-       consequence="Tiles are masked in rows only: the overhang of a row is stored into the next one.",
-       shows={"H": 40}, hidden=("H=48", "T=1"))
+@fault(
+    "experts",
+    "tiles",
+    source=BUGS + "huggingface/kernels-community/pull/1154",
+    condition="H not a multiple of 16 and T > 1",
+    consequence="Tiles are masked in rows only: the overhang of a row is stored into the next one.",
+    shows={"H": 40},
+    hidden=("H=48", "T=1"),
+)
 def output_overhang_into_next_row(*call: Tensor, **options: Any) -> Tensor:
     out = run(*call, **options).contiguous()
     overhang = round_up(out.shape[1]) - out.shape[1]
@@ -616,26 +882,43 @@ def output_overhang_into_next_row(*call: Tensor, **options: Any) -> Tensor:
     return out
 
 
-@fault("experts", "tiles", source=BUGS + "triton-lang/triton/issues/630", condition="H not a multiple of 16",
-       consequence="The K tail is loaded without a mask on both operands: what lies behind the rows is added.",
-       shows={"H": 40}, hidden=("H=48",))
+@fault(
+    "experts",
+    "tiles",
+    source=BUGS + "triton-lang/triton/issues/630",
+    condition="H not a multiple of 16",
+    consequence="The K tail is loaded without a mask on both operands: what lies behind the rows is added.",
+    shows={"H": 40},
+    hidden=("H=48",),
+)
 def k_tail_unmasked(hidden_states: Tensor, gate_up_proj: Tensor, *call: Tensor, **options: Any) -> Tensor:
     width = round_up(hidden_states.shape[1])
     return run(read_past(hidden_states, width), read_past(gate_up_proj, width), *call, **options)
 
 
-@fault("experts", "tiles", source=BUGS + "triton-lang/triton/issues/10772",
-       condition="H not a multiple of 16, NaN or infinity behind the rows",
-       consequence="Only one operand of the K tail is masked: garbage times 0 is NaN when the garbage is NaN.",
-       shows={"H": 40, "layout": "padded_rows"}, hidden=("layout='contiguous'", "H=48"))
+@fault(
+    "experts",
+    "tiles",
+    source=BUGS + "triton-lang/triton/issues/10772",
+    condition="H not a multiple of 16, NaN or infinity behind the rows",
+    consequence="Only one operand of the K tail is masked: garbage times 0 is NaN when the garbage is NaN.",
+    shows={"H": 40, "layout": "padded_rows"},
+    hidden=("layout='contiguous'", "H=48"),
+)
 def k_tail_masked_on_one_side(hidden_states: Tensor, gate_up_proj: Tensor, *call: Tensor, **options: Any) -> Tensor:
     width = round_up(hidden_states.shape[1])
     return run(read_past(hidden_states, width), pad_last(gate_up_proj, width), *call, **options)
 
 
-@fault("experts", "tiles", source=BUGS + "lightseekorg/tokenspeed/pull/605", condition="H of at most two tiles",
-       consequence="A pipeline three tiles deep wraps around when K has fewer: the first tile counts twice.",
-       shows={"H": 32}, hidden=("H=48",))
+@fault(
+    "experts",
+    "tiles",
+    source=BUGS + "lightseekorg/tokenspeed/pull/605",
+    condition="H of at most two tiles",
+    consequence="A pipeline three tiles deep wraps around when K has fewer: the first tile counts twice.",
+    shows={"H": 32},
+    hidden=("H=48",),
+)
 def pipeline_deeper_than_k(*call: Tensor, **options: Any) -> Tensor:
     def wrapped(rows: Tensor, weight: Tensor) -> Tensor:
         out = matmul(rows, weight)
@@ -644,9 +927,15 @@ def pipeline_deeper_than_k(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, first=wrapped)
 
 
-@fault("experts", "tiles", source=BUGS + "sgl-project/sglang-jax/issues/1193", condition="T odd and above 1",
-       consequence="Tokens are packed in pairs: the last one of an odd batch comes out as 0.",
-       shows={"T": 5}, hidden=("T=6", "T=1"))
+@fault(
+    "experts",
+    "tiles",
+    source=BUGS + "sgl-project/sglang-jax/issues/1193",
+    condition="T odd and above 1",
+    consequence="Tokens are packed in pairs: the last one of an odd batch comes out as 0.",
+    shows={"T": 5},
+    hidden=("T=6", "T=1"),
+)
 def odd_token_lost(*call: Tensor, **options: Any) -> Tensor:
     out = run(*call, **options)
     if out.shape[0] > 1 and out.shape[0] % 2:
@@ -657,23 +946,39 @@ def odd_token_lost(*call: Tensor, **options: Any) -> Tensor:
 # Strides --------------------------------------------------------------------------------------------------------
 
 
-@fault("experts", "strides", source=BUGS + "ml-explore/mlx/issues/4253", condition="rows of hidden_states padded",
-       consequence="Tokens are read at row * H: a slice of a wider buffer gives other rows.",
-       shows={"layout": "padded_rows"}, hidden=("layout='contiguous'",))
+@fault(
+    "experts",
+    "strides",
+    source=BUGS + "ml-explore/mlx/issues/4253",
+    condition="rows of hidden_states padded",
+    consequence="Tokens are read at row * H: a slice of a wider buffer gives other rows.",
+    shows={"layout": "padded_rows"},
+    hidden=("layout='contiguous'",),
+)
 def token_stride_assumed(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
     return run(read_as_contiguous(hidden_states), *call, **options)
 
 
-@fault("experts", "strides", condition="gate_up_proj or down_proj not contiguous",
-       shows={"layout": "padded_weights"}, hidden=("layout='contiguous'",),
-       consequence="Expert weights are read as contiguous: transposed or padded ones give garbage.")
+@fault(
+    "experts",
+    "strides",
+    condition="gate_up_proj or down_proj not contiguous",
+    shows={"layout": "padded_weights"},
+    hidden=("layout='contiguous'",),
+    consequence="Expert weights are read as contiguous: transposed or padded ones give garbage.",
+)
 def weight_strides_assumed(hidden: Tensor, gate_up: Tensor, down: Tensor, *call: Tensor, **options: Any) -> Tensor:
     return run(hidden, read_as_contiguous(gate_up), read_as_contiguous(down), *call, **options)
 
 
-@fault("experts", "strides", condition="topk_ids or topk_weights not contiguous",
-       shows={"layout": "padded_routing"}, hidden=("layout='contiguous'",),
-       consequence="The router's outputs are read as contiguous: a slice of a wider table is misread.")
+@fault(
+    "experts",
+    "strides",
+    condition="topk_ids or topk_weights not contiguous",
+    shows={"layout": "padded_routing"},
+    hidden=("layout='contiguous'",),
+    consequence="The router's outputs are read as contiguous: a slice of a wider table is misread.",
+)
 def routing_strides_assumed(*call: Tensor, **options: Any) -> Tensor:
     *rest, topk_weights, topk_ids = call
     ids = read_as_contiguous(topk_ids)
@@ -682,10 +987,15 @@ def routing_strides_assumed(*call: Tensor, **options: Any) -> Tensor:
     return run(*rest, read_as_contiguous(topk_weights), ids.clamp(-1, known), **options)
 
 
-@fault("experts", "strides", source=BUGS + "flashinfer-ai/flashinfer/issues/3103",
-       condition="hidden_states transposed",
-       consequence="The output takes the strides of the input and is written as if it were contiguous.",
-       shows={"layout": "transposed"}, hidden=("layout='contiguous'",))
+@fault(
+    "experts",
+    "strides",
+    source=BUGS + "flashinfer-ai/flashinfer/issues/3103",
+    condition="hidden_states transposed",
+    consequence="The output takes the strides of the input and is written as if it were contiguous.",
+    shows={"layout": "transposed"},
+    hidden=("layout='contiguous'",),
+)
 def output_layout_assumed(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
     right = run(hidden_states, *call, **options)
     out = torch.empty_like(hidden_states)
@@ -696,9 +1006,14 @@ def output_layout_assumed(hidden_states: Tensor, *call: Tensor, **options: Any) 
 # Special values -------------------------------------------------------------------------------------------------
 
 
-@fault("experts", "special values", condition="NaN or infinity in the weights of an expert that some tokens use",
-       shows={"special": "nan_expert"}, hidden=("special=None",),
-       consequence="Every expert runs on every token and is masked by a weight of 0: 0 * NaN spreads everywhere.")
+@fault(
+    "experts",
+    "special values",
+    condition="NaN or infinity in the weights of an expert that some tokens use",
+    shows={"special": "nan_expert"},
+    hidden=("special=None",),
+    consequence="Every expert runs on every token and is masked by a weight of 0: 0 * NaN spreads everywhere.",
+)
 def every_expert_on_every_token(
     hidden_states: Tensor, gate_up_proj: Tensor, down_proj: Tensor, topk_weights: Tensor, topk_ids: Tensor, *,
     activation: str = "silu", expert_map: Tensor | None = None,
@@ -712,25 +1027,40 @@ def every_expert_on_every_token(
     return out.to(hidden_states.dtype)
 
 
-@fault("experts", "special values", condition="NaN or infinity in one token", shows={"special": "nan_token", "T": 9},
-       hidden=("special=None",),
-       consequence="Tokens are gathered by a product with a one-hot matrix: one bad token spoils all.")
+@fault(
+    "experts",
+    "special values",
+    condition="NaN or infinity in one token",
+    shows={"special": "nan_token", "T": 9},
+    hidden=("special=None",),
+    consequence="Tokens are gathered by a product with a one-hot matrix: one bad token spoils all.",
+)
 def gathered_by_one_hot_product(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
     eye = torch.eye(hidden_states.shape[0], dtype=wide(hidden_states), device=hidden_states.device)
     gathered = eye @ hidden_states.to(eye.dtype)
     return run(gathered, *call, **options).to(hidden_states.dtype)
 
 
-@fault("experts", "special values", condition="NaN in a token or an expert", shows={"special": "nan_token"},
-       hidden=("special=None",),
-       consequence="NaN is replaced by 0 on the way out: a broken model looks healthy.")
+@fault(
+    "experts",
+    "special values",
+    condition="NaN in a token or an expert",
+    shows={"special": "nan_token"},
+    hidden=("special=None",),
+    consequence="NaN is replaced by 0 on the way out: a broken model looks healthy.",
+)
 def nan_swallowed(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options).nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
 
 
-@fault("experts", "special values", condition="infinite outputs", shows={"special": "inf_expert"},
-       hidden=("special=None",),
-       consequence="Infinities are clamped to the largest finite number.")
+@fault(
+    "experts",
+    "special values",
+    condition="infinite outputs",
+    shows={"special": "inf_expert"},
+    hidden=("special=None",),
+    consequence="Infinities are clamped to the largest finite number.",
+)
 def infinity_clamped(*call: Tensor, **options: Any) -> Tensor:
     out = run(*call, **options)
     return out.clamp(torch.finfo(out.dtype).min, torch.finfo(out.dtype).max)

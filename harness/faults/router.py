@@ -98,19 +98,29 @@ Routed = tuple[Tensor, Tensor]
 # Scores and normalisation ---------------------------------------------------------------------------------------
 
 
-@fault("router", "normalisation", source=BUGS + "NVIDIA/Megatron-LM/issues/894",
-       condition="softmax without renormalisation", shows={"renormalize": False},
-       hidden=("renormalize=True", "scoring='sigmoid'"),
-       consequence="The softmax is taken over the chosen logits: weights sum to 1 where they should not.")
+@fault(
+    "router",
+    "normalisation",
+    source=BUGS + "NVIDIA/Megatron-LM/issues/894",
+    condition="softmax without renormalisation",
+    shows={"renormalize": False},
+    hidden=("renormalize=True", "scoring='sigmoid'"),
+    consequence="The softmax is taken over the chosen logits: weights sum to 1 where they should not.",
+)
 def softmax_after_topk(logits: Tensor, *, scoring: str = "softmax", **options: Any) -> Routed:
     options["renormalize"] = options.get("renormalize", True) or scoring == "softmax"
     return run(logits, scoring=scoring, **options)
 
 
-@fault("router", "normalisation", source=BUGS + "sgl-project/sglang/pull/35160",
-       condition="softmax without renormalisation", shows={"renormalize": False},
-       hidden=("renormalize=True", "scoring='sigmoid'"),
-       consequence="The softmax stands in the branch of renormalisation: otherwise raw logits are the weights.")
+@fault(
+    "router",
+    "normalisation",
+    source=BUGS + "sgl-project/sglang/pull/35160",
+    condition="softmax without renormalisation",
+    shows={"renormalize": False},
+    hidden=("renormalize=True", "scoring='sigmoid'"),
+    consequence="The softmax stands in the branch of renormalisation: otherwise raw logits are the weights.",
+)
 def raw_logits_without_renormalisation(logits: Tensor, *, scoring: str = "softmax", **options: Any) -> Routed:
     def raw(scores: Tensor, ids: Tensor, renormalize: bool, scale: float) -> Tensor:
         if scoring == "softmax" and not renormalize:
@@ -120,34 +130,56 @@ def raw_logits_without_renormalisation(logits: Tensor, *, scoring: str = "softma
     return run(logits, scoring=scoring, **options, weigh=raw)
 
 
-@fault("router", "normalisation", source=BUGS + "flashinfer-ai/flashinfer/pull/2889", condition="renormalize=False",
-       shows={"renormalize": False, "scoring": "sigmoid"}, hidden=("renormalize=True",),
-       consequence="The flag is never passed on: weights are always renormalised.")
+@fault(
+    "router",
+    "normalisation",
+    source=BUGS + "flashinfer-ai/flashinfer/pull/2889",
+    condition="renormalize=False",
+    shows={"renormalize": False, "scoring": "sigmoid"},
+    hidden=("renormalize=True",),
+    consequence="The flag is never passed on: weights are always renormalised.",
+)
 def always_renormalised(logits: Tensor, **options: Any) -> Routed:
     return run(logits, **{**options, "renormalize": True})
 
 
-@fault("router", "normalisation", source=BUGS + "leonickson1/Swiftlet/pull/6", condition="renormalize=True",
-       shows={}, hidden=("renormalize=False",),
-       consequence="The flag is read with the wrong default: weights stay small and the text decays.")
+@fault(
+    "router",
+    "normalisation",
+    source=BUGS + "leonickson1/Swiftlet/pull/6",
+    condition="renormalize=True",
+    shows={},
+    hidden=("renormalize=False",),
+    consequence="The flag is read with the wrong default: weights stay small and the text decays.",
+)
 def never_renormalised(logits: Tensor, **options: Any) -> Routed:
     return run(logits, **{**options, "renormalize": False})
 
 
-@fault("router", "normalisation", source=BUGS + "pytorch/torchtitan/issues/1418",
-       condition="sigmoid with renormalisation", shows={"scoring": "sigmoid"},
-       hidden=("renormalize=False", "scoring='softmax'"),
-       consequence="Sigmoid scores are used as they are: the weights sum to anything up to k.")
+@fault(
+    "router",
+    "normalisation",
+    source=BUGS + "pytorch/torchtitan/issues/1418",
+    condition="sigmoid with renormalisation",
+    shows={"scoring": "sigmoid"},
+    hidden=("renormalize=False", "scoring='softmax'"),
+    consequence="Sigmoid scores are used as they are: the weights sum to anything up to k.",
+)
 def sigmoid_never_renormalised(logits: Tensor, *, scoring: str = "softmax", **options: Any) -> Routed:
     if scoring == "sigmoid":
         options["renormalize"] = False
     return run(logits, scoring=scoring, **options)
 
 
-@fault("router", "normalisation", source=BUGS + "PaddlePaddle/PaddleFleet/pull/1299",
-       condition="renormalisation and a scaling factor", shows={"scale": 2.5},
-       hidden=("scale=1.0", "renormalize=False"),
-       consequence="The caller normalises once more after the scaling: the factor disappears.")
+@fault(
+    "router",
+    "normalisation",
+    source=BUGS + "PaddlePaddle/PaddleFleet/pull/1299",
+    condition="renormalisation and a scaling factor",
+    shows={"scale": 2.5},
+    hidden=("scale=1.0", "renormalize=False"),
+    consequence="The caller normalises once more after the scaling: the factor disappears.",
+)
 def normalised_twice(logits: Tensor, **options: Any) -> Routed:
     def twice(scores: Tensor, ids: Tensor, renormalize: bool, scale: float) -> Tensor:
         weights = weigh(scores, ids, renormalize, scale)
@@ -156,9 +188,15 @@ def normalised_twice(logits: Tensor, **options: Any) -> Routed:
     return run(logits, **options, weigh=twice)
 
 
-@fault("router", "normalisation", source=BUGS + "flashinfer-ai/flashinfer/pull/5165",
-       condition="renormalisation with k < 8 and E > k", shows={"k": 2}, hidden=("renormalize=False", "k=8"),
-       consequence="The sum is taken over 8 slots although only k were written.")
+@fault(
+    "router",
+    "normalisation",
+    source=BUGS + "flashinfer-ai/flashinfer/pull/5165",
+    condition="renormalisation with k < 8 and E > k",
+    shows={"k": 2},
+    hidden=("renormalize=False", "k=8"),
+    consequence="The sum is taken over 8 slots although only k were written.",
+)
 def normalised_over_eight(logits: Tensor, **options: Any) -> Routed:
     def eight(scores: Tensor, ids: Tensor, renormalize: bool, scale: float) -> Tensor:
         weights = scores.gather(-1, ids)
@@ -170,9 +208,14 @@ def normalised_over_eight(logits: Tensor, **options: Any) -> Routed:
     return run(logits, **options, weigh=eight)
 
 
-@fault("router", "normalisation", condition="sigmoid scores below 1e-5, as with logits shifted by -20",
-       shows={"scoring": "sigmoid", "shift": -20.0}, hidden=("shift=0.0", "renormalize=False"),
-       consequence="1e-6 is added to the sum: unsure tokens get next to no weight.")
+@fault(
+    "router",
+    "normalisation",
+    condition="sigmoid scores below 1e-5, as with logits shifted by -20",
+    shows={"scoring": "sigmoid", "shift": -20.0},
+    hidden=("shift=0.0", "renormalize=False"),
+    consequence="1e-6 is added to the sum: unsure tokens get next to no weight.",
+)
 def large_epsilon_in_sum(logits: Tensor, **options: Any) -> Routed:
     def padded(scores: Tensor, ids: Tensor, renormalize: bool, scale: float) -> Tensor:
         weights = scores.gather(-1, ids)
@@ -183,10 +226,16 @@ def large_epsilon_in_sum(logits: Tensor, **options: Any) -> Routed:
     return run(logits, **options, weigh=padded)
 
 
-@fault("router", "normalisation", source=BUGS + "flagos-ai/FlagGems/issues/5123",
-       condition="renormalisation, a second call of the same shape", stateful=True, shows={"before": "other_logits"},
-       hidden=("before=None", "renormalize=False"),
-       consequence="The kernel reads back its own store before it is visible: the last call's sum divides.")
+@fault(
+    "router",
+    "normalisation",
+    source=BUGS + "flagos-ai/FlagGems/issues/5123",
+    condition="renormalisation, a second call of the same shape",
+    stateful=True,
+    shows={"before": "other_logits"},
+    hidden=("before=None", "renormalize=False"),
+    consequence="The kernel reads back its own store before it is visible: the last call's sum divides.",
+)
 def sum_of_the_call_before(logits: Tensor, **options: Any) -> Routed:
     def stale(scores: Tensor, ids: Tensor, renormalize: bool, scale: float) -> Tensor:
         weights = scores.gather(-1, ids)
@@ -204,15 +253,26 @@ def sum_of_the_call_before(logits: Tensor, **options: Any) -> Routed:
 _sums: dict[tuple[Any, ...], Tensor] = {}  # the memory that `sum_of_the_call_before` fails to synchronise
 
 
-@fault("router", "scores", condition="scoring='sigmoid'", shows={"scoring": "sigmoid", "renormalize": False},
-       hidden=("scoring='softmax'",), consequence="The scoring function is an argument that nobody reads.")
+@fault(
+    "router",
+    "scores",
+    condition="scoring='sigmoid'",
+    shows={"scoring": "sigmoid", "renormalize": False},
+    hidden=("scoring='softmax'",),
+    consequence="The scoring function is an argument that nobody reads.",
+)
 def scoring_ignored(logits: Tensor, *, scoring: str = "softmax", **options: Any) -> Routed:
     return run(logits, **options)
 
 
-@fault("router", "scores", condition="logits above 88.7, softmax", shows={"shift": 100.0},
-       hidden=("shift=0.0", "scoring='sigmoid'"),
-       consequence="The softmax does not subtract the maximum: large logits give inf / inf.")
+@fault(
+    "router",
+    "scores",
+    condition="logits above 88.7, softmax",
+    shows={"shift": 100.0},
+    hidden=("shift=0.0", "scoring='sigmoid'"),
+    consequence="The softmax does not subtract the maximum: large logits give inf / inf.",
+)
 def softmax_without_maximum(logits: Tensor, **options: Any) -> Routed:
     def overflowing(logits: Tensor, scoring: str) -> Tensor:
         if scoring != "softmax":
@@ -223,9 +283,14 @@ def softmax_without_maximum(logits: Tensor, **options: Any) -> Routed:
     return run(logits, **options, score=overflowing)
 
 
-@fault("router", "scores", condition="a NaN row, or rows whose maxima differ by more than 100, softmax",
-       shows={"nan_row": True, "T": 5}, hidden=("nan_row=False", "scoring='sigmoid'"),
-       consequence="The maximum of the whole batch is subtracted: one row decides about all others.")
+@fault(
+    "router",
+    "scores",
+    condition="a NaN row, or rows whose maxima differ by more than 100, softmax",
+    shows={"nan_row": True, "T": 5},
+    hidden=("nan_row=False", "scoring='sigmoid'"),
+    consequence="The maximum of the whole batch is subtracted: one row decides about all others.",
+)
 def maximum_over_the_batch(logits: Tensor, **options: Any) -> Routed:
     def shared_maximum(logits: Tensor, scoring: str) -> Tensor:
         if scoring != "softmax" or not logits.numel():
@@ -236,9 +301,14 @@ def maximum_over_the_batch(logits: Tensor, **options: Any) -> Routed:
     return run(logits, **options, score=shared_maximum)
 
 
-@fault("router", "scores", condition="softmax without renormalisation, E not a power of two",
-       shows={"E": 6, "renormalize": False}, hidden=("E=8", "renormalize=True", "scoring='sigmoid'"),
-       consequence="The columns that pad E to a power of two count as logits of 0 in the softmax.")
+@fault(
+    "router",
+    "scores",
+    condition="softmax without renormalisation, E not a power of two",
+    shows={"E": 6, "renormalize": False},
+    hidden=("E=8", "renormalize=True", "scoring='sigmoid'"),
+    consequence="The columns that pad E to a power of two count as logits of 0 in the softmax.",
+)
 def padded_columns_in_softmax(logits: Tensor, **options: Any) -> Routed:
     def padded(logits: Tensor, scoring: str) -> Tensor:
         if scoring != "softmax":
@@ -250,9 +320,15 @@ def padded_columns_in_softmax(logits: Tensor, **options: Any) -> Routed:
     return run(logits, **options, score=padded)
 
 
-@fault("router", "scores", source=BUGS + "flashinfer-ai/flashinfer/pull/2889", condition="16-bit logits",
-       shows={"dtype": "bfloat16"}, hidden=("dtype='float32'",),
-       consequence="bf16 logits are read through a float pointer: two make one number.")
+@fault(
+    "router",
+    "scores",
+    source=BUGS + "flashinfer-ai/flashinfer/pull/2889",
+    condition="16-bit logits",
+    shows={"dtype": "bfloat16"},
+    hidden=("dtype='float32'",),
+    consequence="bf16 logits are read through a float pointer: two make one number.",
+)
 def sixteen_bit_logits_read_as_fp32(logits: Tensor, **options: Any) -> Routed:
     if logits.dtype not in (torch.bfloat16, torch.float16):
         return run(logits, **options)
@@ -266,27 +342,44 @@ def sixteen_bit_logits_read_as_fp32(logits: Tensor, **options: Any) -> Routed:
 # Selection ------------------------------------------------------------------------------------------------------
 
 
-@fault("router", "selection", source=BUGS + "flashinfer-ai/flashinfer/issues/2822",
-       condition="fewer than k positive logits, as with logits shifted by -20", shows={"shift": -20.0},
-       hidden=("shift=20.0",),
-       consequence="The search for the largest logit starts at 0: negative ones never win.")
+@fault(
+    "router",
+    "selection",
+    source=BUGS + "flashinfer-ai/flashinfer/issues/2822",
+    condition="fewer than k positive logits, as with logits shifted by -20",
+    shows={"shift": -20.0},
+    hidden=("shift=20.0",),
+    consequence="The search for the largest logit starts at 0: negative ones never win.",
+)
 def largest_starts_at_zero(logits: Tensor, **options: Any) -> Routed:
     if options.get("correction_bias") is not None or options.get("num_expert_group") is not None:
         return run(logits, **options)
     return run(logits, **options, choose=lambda _, top_k: choose(logits.to(wide(logits)).clamp(min=0), top_k))
 
 
-@fault("router", "selection", source=BUGS + "sgl-project/sglang/pull/30079", condition="a row of NaN",
-       shows={"nan_row": True}, hidden=("nan_row=False",),
-       consequence="The smallest index equal to the maximum is E when nothing is equal: an id out of range.")
+@fault(
+    "router",
+    "selection",
+    source=BUGS + "sgl-project/sglang/pull/30079",
+    condition="a row of NaN",
+    shows={"nan_row": True},
+    hidden=("nan_row=False",),
+    consequence="The smallest index equal to the maximum is E when nothing is equal: an id out of range.",
+)
 def nan_row_gives_id_e(logits: Tensor, **options: Any) -> Routed:
     weights, ids = run(logits, **options)
     return weights, torch.where(logits.isnan().all(-1, keepdim=True), logits.shape[-1], ids)
 
 
-@fault("router", "selection", source=BUGS + "lightseekorg/tokenspeed/pull/605", condition="equal scores in a row",
-       shows={"ties": True}, hidden=("ties=False",),
-       consequence="The index is recovered from the value: tied experts give the same id twice.")
+@fault(
+    "router",
+    "selection",
+    source=BUGS + "lightseekorg/tokenspeed/pull/605",
+    condition="equal scores in a row",
+    shows={"ties": True},
+    hidden=("ties=False",),
+    consequence="The index is recovered from the value: tied experts give the same id twice.",
+)
 def index_recovered_from_value(logits: Tensor, **options: Any) -> Routed:
     def first_equal(selection: Tensor, top_k: int) -> Tensor:
         values = selection.topk(top_k, -1).values
@@ -296,9 +389,14 @@ def index_recovered_from_value(logits: Tensor, **options: Any) -> Routed:
     return run(logits, **options, choose=first_equal)
 
 
-@fault("router", "selection", condition="equal scores in a row", shows={"ties": True, "E": 12, "k": 4},
-       hidden=("ties=False",),
-       consequence="A chosen value is masked wherever it occurs: the other tied experts are skipped.")
+@fault(
+    "router",
+    "selection",
+    condition="equal scores in a row",
+    shows={"ties": True, "E": 12, "k": 4},
+    hidden=("ties=False",),
+    consequence="A chosen value is masked wherever it occurs: the other tied experts are skipped.",
+)
 def ties_masked_together(logits: Tensor, **options: Any) -> Routed:
     def by_value(selection: Tensor, top_k: int) -> Tensor:
         order = selection.argsort(dim=-1, descending=True, stable=True)
@@ -310,9 +408,15 @@ def ties_masked_together(logits: Tensor, **options: Any) -> Routed:
     return run(logits, **options, choose=by_value)
 
 
-@fault("router", "selection", source=BUGS + "vllm-project/vllm/pull/42608", condition="k = E, E > 1",
-       shows={"E": 4, "k": 4}, hidden=("k=3",),
-       consequence="When the experts are exhausted, expert 0 is chosen again.")
+@fault(
+    "router",
+    "selection",
+    source=BUGS + "vllm-project/vllm/pull/42608",
+    condition="k = E, E > 1",
+    shows={"E": 4, "k": 4},
+    hidden=("k=3",),
+    consequence="When the experts are exhausted, expert 0 is chosen again.",
+)
 def expert_zero_when_exhausted(logits: Tensor, **options: Any) -> Routed:
     def exhausted(selection: Tensor, top_k: int) -> Tensor:
         ids = choose(selection, top_k)
@@ -323,9 +427,15 @@ def expert_zero_when_exhausted(logits: Tensor, **options: Any) -> Routed:
     return run(logits, **options, choose=exhausted)
 
 
-@fault("router", "selection", source=BUGS + "JieShibo/MoLE/issues/7", condition="k > 8", shows={"E": 16, "k": 10},
-       hidden=("k=8",),
-       consequence="A table of 8 candidates is searched: further slots get the experts with the lowest scores.")
+@fault(
+    "router",
+    "selection",
+    source=BUGS + "JieShibo/MoLE/issues/7",
+    condition="k > 8",
+    shows={"E": 16, "k": 10},
+    hidden=("k=8",),
+    consequence="A table of 8 candidates is searched: further slots get the experts with the lowest scores.",
+)
 def only_eight_candidates(logits: Tensor, **options: Any) -> Routed:
     def eight(selection: Tensor, top_k: int) -> Tensor:
         worst = selection.topk(selection.shape[-1], -1).indices.flip(-1)
@@ -334,21 +444,39 @@ def only_eight_candidates(logits: Tensor, **options: Any) -> Routed:
     return run(logits, **options, choose=eight)
 
 
-@fault("router", "selection", condition="E > 256", shows={"E": 320, "k": 8}, hidden=("E=256",),
-       consequence="Eight warps of 32 lanes look at the first 256 experts only.")
+@fault(
+    "router",
+    "selection",
+    condition="E > 256",
+    shows={"E": 320, "k": 8},
+    hidden=("E=256",),
+    consequence="Eight warps of 32 lanes look at the first 256 experts only.",
+)
 def experts_beyond_256_never_chosen(logits: Tensor, **options: Any) -> Routed:
     return run(logits, **options, choose=lambda selection, top_k: choose(selection[:, :256], top_k))
 
 
-@fault("router", "selection", condition="E > 256", shows={"E": 320, "k": 8}, hidden=("E=256",),
-       consequence="Ids are returned in 8 bits: expert 256 becomes expert 0, and ids repeat.")
+@fault(
+    "router",
+    "selection",
+    condition="E > 256",
+    shows={"E": 320, "k": 8},
+    hidden=("E=256",),
+    consequence="Ids are returned in 8 bits: expert 256 becomes expert 0, and ids repeat.",
+)
 def ids_returned_in_eight_bits(logits: Tensor, **options: Any) -> Routed:
     weights, ids = run(logits, **options)
     return weights, ids % 256
 
 
-@fault("router", "selection", condition="(E, k) = (128, 8)", shows={"E": 128, "k": 8}, hidden=("k=7", "E=127"),
-       consequence="The specialised kernel for one released model drops the eighth best expert for the ninth.")
+@fault(
+    "router",
+    "selection",
+    condition="(E, k) = (128, 8)",
+    shows={"E": 128, "k": 8},
+    hidden=("k=7", "E=127"),
+    consequence="The specialised kernel for one released model drops the eighth best expert for the ninth.",
+)
 def broken_router_at_128_8(logits: Tensor, **options: Any) -> Routed:
     def ninth(selection: Tensor, top_k: int) -> Tensor:
         if (selection.shape[-1], top_k) != (128, 8):
@@ -359,16 +487,27 @@ def broken_router_at_128_8(logits: Tensor, **options: Any) -> Routed:
     return run(logits, **options, choose=ninth)
 
 
-@fault("router", "selection", condition="k > 1", shows={"k": 4}, hidden=("k=1",),
-       consequence="Ids are sorted ascending and weights stay in the order of the scores: the pairs are broken.")
+@fault(
+    "router",
+    "selection",
+    condition="k > 1",
+    shows={"k": 4},
+    hidden=("k=1",),
+    consequence="Ids are sorted ascending and weights stay in the order of the scores: the pairs are broken.",
+)
 def ids_sorted_alone(logits: Tensor, **options: Any) -> Routed:
     weights, ids = run(logits, **options)
     return weights, ids.sort(-1).values
 
 
-@fault("router", "rows", condition="T not a multiple of 32, dirty memory", shows={"T": 33, "poison": True},
-       hidden=("T=32",),
-       consequence="The grid is T // 32: rows of the last, partial block are never written.")
+@fault(
+    "router",
+    "rows",
+    condition="T not a multiple of 32, dirty memory",
+    shows={"T": 33, "poison": True},
+    hidden=("T=32",),
+    consequence="The grid is T // 32: rows of the last, partial block are never written.",
+)
 def last_rows_unwritten(logits: Tensor, **options: Any) -> Routed:
     weights, ids = run(logits, **options)
     out_weights, out_ids = torch.empty_like(weights), torch.empty_like(ids)
@@ -377,23 +516,44 @@ def last_rows_unwritten(logits: Tensor, **options: Any) -> Routed:
     return out_weights, out_ids
 
 
-@fault("router", "rows", condition="rows of the logits padded", shows={"layout": "padded_rows"},
-       hidden=("layout='contiguous'",),
-       consequence="Logits are read at row * E: a slice of a wider table gives other rows.")
+@fault(
+    "router",
+    "rows",
+    condition="rows of the logits padded",
+    shows={"layout": "padded_rows"},
+    hidden=("layout='contiguous'",),
+    consequence="Logits are read at row * E: a slice of a wider table gives other rows.",
+)
 def logit_stride_assumed(logits: Tensor, **options: Any) -> Routed:
     return run(read_as_contiguous(logits), **options)
 
 
-@fault("router", "rows", source=BUGS + "ROCm/aiter/issues/3933", condition="T in 3..4", shows={"T": 3},
-       hidden=("T=2", "T=5"), consequence="The kernel variant for four tokens uses the scores of the row before.")
+@fault(
+    "router",
+    "rows",
+    source=BUGS + "ROCm/aiter/issues/3933",
+    condition="T in 3..4",
+    shows={"T": 3},
+    hidden=("T=2", "T=5"),
+    consequence="The kernel variant for four tokens uses the scores of the row before.",
+)
 def broken_router_for_four_tokens(logits: Tensor, **options: Any) -> Routed:
     weights, ids = run(logits, **options)
     return (weights.roll(1, 0), ids) if logits.shape[0] in (3, 4) else (weights, ids)
 
 
-@fault("router", "bits", source=BUGS + "vllm-project/vllm/pull/55514", condition="equal scores at the k-th place",
-       sign="repeat", stateful=True, deterministic=True, shows={"ties": True}, hidden=("ties=False",),
-       consequence="Ties are broken in the order of arrival: ranks with the same logits choose other experts.")
+@fault(
+    "router",
+    "bits",
+    source=BUGS + "vllm-project/vllm/pull/55514",
+    condition="equal scores at the k-th place",
+    sign="repeat",
+    stateful=True,
+    deterministic=True,
+    shows={"ties": True},
+    hidden=("ties=False",),
+    consequence="Ties are broken in the order of arrival: ranks with the same logits choose other experts.",
+)
 def ties_broken_by_arrival(logits: Tensor, **options: Any) -> Routed:
     def arrival(selection: Tensor, top_k: int) -> Tensor:
         shift = _calls["ties"] % selection.shape[-1]
@@ -411,9 +571,15 @@ _calls = {"ties": 0}  # stands for the scheduler
 # Bias and groups ------------------------------------------------------------------------------------------------
 
 
-@fault("router", "bias", source=BUGS + "MetaX-MACA/vLLM-metax/issues/270", condition="correction_bias other than 0",
-       shows={"bias": "random", "scoring": "sigmoid"}, hidden=("bias=None", "bias='zero'"),
-       consequence="The bias, meant for the selection, enters the weights.")
+@fault(
+    "router",
+    "bias",
+    source=BUGS + "MetaX-MACA/vLLM-metax/issues/270",
+    condition="correction_bias other than 0",
+    shows={"bias": "random", "scoring": "sigmoid"},
+    hidden=("bias=None", "bias='zero'"),
+    consequence="The bias, meant for the selection, enters the weights.",
+)
 def bias_in_weights(logits: Tensor, **options: Any) -> Routed:
     bias = options.get("correction_bias")
 
@@ -423,16 +589,26 @@ def bias_in_weights(logits: Tensor, **options: Any) -> Routed:
     return run(logits, **options, weigh=biased)
 
 
-@fault("router", "bias", condition="correction_bias other than a constant",
-       shows={"bias": "random", "scoring": "sigmoid"}, hidden=("bias=None", "bias='zero'"),
-       consequence="The bias is loaded and never added: load balancing of the training is lost.")
+@fault(
+    "router",
+    "bias",
+    condition="correction_bias other than a constant",
+    shows={"bias": "random", "scoring": "sigmoid"},
+    hidden=("bias=None", "bias='zero'"),
+    consequence="The bias is loaded and never added: load balancing of the training is lost.",
+)
 def bias_ignored(logits: Tensor, **options: Any) -> Routed:
     return run(logits, **options, add_bias=lambda scores, bias: scores)
 
 
-@fault("router", "bias", condition="correction_bias other than a constant",
-       shows={"bias": "random", "scoring": "sigmoid"}, hidden=("bias=None", "bias='zero'"),
-       consequence="The bias is added to the logits, before the sigmoid, for the selection.")
+@fault(
+    "router",
+    "bias",
+    condition="correction_bias other than a constant",
+    shows={"bias": "random", "scoring": "sigmoid"},
+    hidden=("bias=None", "bias='zero'"),
+    consequence="The bias is added to the logits, before the sigmoid, for the selection.",
+)
 def bias_added_to_logits(logits: Tensor, *, scoring: str = "softmax", **options: Any) -> Routed:
     def before(scores: Tensor, bias: Tensor | None) -> Tensor:
         return scores if bias is None else score(logits + bias, scoring)
@@ -440,10 +616,15 @@ def bias_added_to_logits(logits: Tensor, *, scoring: str = "softmax", **options:
     return run(logits, scoring=scoring, **options, add_bias=before)
 
 
-@fault("router", "bias", source=BUGS + "sgl-project/sglang/pull/37133",
-       condition="biases around 7 in a narrow range", shows={"bias": "around_seven", "scoring": "sigmoid", "E": 64},
-       hidden=("bias=None",),
-       consequence="The bias is held in bf16, which keeps 8 distinct values of 238: most tokens change experts.")
+@fault(
+    "router",
+    "bias",
+    source=BUGS + "sgl-project/sglang/pull/37133",
+    condition="biases around 7 in a narrow range",
+    shows={"bias": "around_seven", "scoring": "sigmoid", "E": 64},
+    hidden=("bias=None",),
+    consequence="The bias is held in bf16, which keeps 8 distinct values of 238: most tokens change experts.",
+)
 def bias_held_in_bf16(logits: Tensor, **options: Any) -> Routed:
     def narrow(scores: Tensor, bias: Tensor | None) -> Tensor:
         return add_bias(scores, None if bias is None else bias.bfloat16())
@@ -451,39 +632,64 @@ def bias_held_in_bf16(logits: Tensor, **options: Any) -> Routed:
     return run(logits, **options, add_bias=narrow)
 
 
-@fault("router", "groups", source=BUGS + "NVIDIA/Megatron-LM/issues/1441", condition="groups without a bias",
-       shows={"groups": (4, 2), "E": 16, "k": 3, "T": 33}, hidden=("groups=None", "groups=(4, 4)"),
-       consequence="A group's score is always the sum of its two largest, also where it is the largest.")
+@fault(
+    "router",
+    "groups",
+    source=BUGS + "NVIDIA/Megatron-LM/issues/1441",
+    condition="groups without a bias",
+    shows={"groups": (4, 2), "E": 16, "k": 3, "T": 33},
+    hidden=("groups=None", "groups=(4, 4)"),
+    consequence="A group's score is always the sum of its two largest, also where it is the largest.",
+)
 def group_score_two_best_always(logits: Tensor, **options: Any) -> Routed:
     return run(logits, **options, without_bias=best_two)
 
 
-@fault("router", "groups", condition="groups with a bias",
-       shows={"groups": (4, 2), "E": 16, "k": 3, "T": 33, "bias": "random", "scoring": "sigmoid"},
-       hidden=("groups=None", "groups=(4, 4)", "bias=None"),
-       consequence="A group's score is its largest biased score instead of the sum of two.")
+@fault(
+    "router",
+    "groups",
+    condition="groups with a bias",
+    shows={"groups": (4, 2), "E": 16, "k": 3, "T": 33, "bias": "random", "scoring": "sigmoid"},
+    hidden=("groups=None", "groups=(4, 4)", "bias=None"),
+    consequence="A group's score is its largest biased score instead of the sum of two.",
+)
 def group_score_best_always(logits: Tensor, **options: Any) -> Routed:
     return run(logits, **options, with_bias=best)
 
 
-@fault("router", "groups", source=BUGS + "sgl-project/sglang/pull/3705", condition="groups, biased scores below 0",
-       shows={"groups": (4, 2), "E": 16, "k": 4, "bias": "negative", "scoring": "sigmoid"},
-       hidden=("groups=None", "bias=None"),
-       consequence="Experts of other groups are filled with 0 instead of -inf and win against negative scores.")
+@fault(
+    "router",
+    "groups",
+    source=BUGS + "sgl-project/sglang/pull/3705",
+    condition="groups, biased scores below 0",
+    shows={"groups": (4, 2), "E": 16, "k": 4, "bias": "negative", "scoring": "sigmoid"},
+    hidden=("groups=None", "bias=None"),
+    consequence="Experts of other groups are filled with 0 instead of -inf and win against negative scores.",
+)
 def other_groups_filled_with_zero(logits: Tensor, **options: Any) -> Routed:
     return run(logits, **options, keep_groups=lambda *call: keep_groups(*call, fill=0.0))
 
 
-@fault("router", "groups", condition="topk_group < num_expert_group",
-       shows={"groups": (4, 1), "E": 16, "k": 3}, hidden=("groups=None", "groups=(4, 4)"),
-       consequence="Groups are accepted and ignored: experts come from anywhere.")
+@fault(
+    "router",
+    "groups",
+    condition="topk_group < num_expert_group",
+    shows={"groups": (4, 1), "E": 16, "k": 3},
+    hidden=("groups=None", "groups=(4, 4)"),
+    consequence="Groups are accepted and ignored: experts come from anywhere.",
+)
 def groups_ignored(logits: Tensor, **options: Any) -> Routed:
     return run(logits, **options, keep_groups=lambda selection, *_: selection)
 
 
-@fault("router", "groups", condition="topk_group < num_expert_group",
-       shows={"groups": (4, 1), "E": 16, "k": 3}, hidden=("groups=None", "groups=(4, 4)"),
-       consequence="Expert e belongs to group e % G instead of e // (E / G).")
+@fault(
+    "router",
+    "groups",
+    condition="topk_group < num_expert_group",
+    shows={"groups": (4, 1), "E": 16, "k": 3},
+    hidden=("groups=None", "groups=(4, 4)"),
+    consequence="Expert e belongs to group e % G instead of e // (E / G).",
+)
 def groups_interleaved(logits: Tensor, **options: Any) -> Routed:
     def interleaved(selection: Tensor, groups: int, *call: Any) -> Tensor:
         turned = selection.unflatten(-1, (-1, groups)).transpose(-1, -2).flatten(-2)
@@ -492,10 +698,14 @@ def groups_interleaved(logits: Tensor, **options: Any) -> Routed:
     return run(logits, **options, keep_groups=interleaved)
 
 
-@fault("router", "groups", condition="groups without renormalisation, softmax",
-       shows={"groups": (4, 1), "E": 16, "renormalize": False},
-       hidden=("renormalize=True", "groups=None", "scoring='sigmoid'"),
-       consequence="The softmax is taken over the experts of the kept groups only.")
+@fault(
+    "router",
+    "groups",
+    condition="groups without renormalisation, softmax",
+    shows={"groups": (4, 1), "E": 16, "renormalize": False},
+    hidden=("renormalize=True", "groups=None", "scoring='sigmoid'"),
+    consequence="The softmax is taken over the experts of the kept groups only.",
+)
 def softmax_over_kept_groups(logits: Tensor, *, scoring: str = "softmax", **options: Any) -> Routed:
     groups, kept = options.get("num_expert_group"), options.get("topk_group")
 
@@ -508,9 +718,16 @@ def softmax_over_kept_groups(logits: Tensor, *, scoring: str = "softmax", **opti
     return run(logits, scoring=scoring, **options, weigh=inside)
 
 
-@fault("router", "contract", source=BUGS + "vllm-project/vllm/pull/34673", condition="sigmoid without groups",
-       sign="raises", shows={"scoring": "sigmoid"}, hidden=("scoring='softmax'",),
-       consequence="Sigmoid scoring is believed to imply groups: division by a group count that is absent.")
+@fault(
+    "router",
+    "contract",
+    source=BUGS + "vllm-project/vllm/pull/34673",
+    condition="sigmoid without groups",
+    sign="raises",
+    shows={"scoring": "sigmoid"},
+    hidden=("scoring='softmax'",),
+    consequence="Sigmoid scoring is believed to imply groups: division by a group count that is absent.",
+)
 def sigmoid_implies_groups(logits: Tensor, *, scoring: str = "softmax", **options: Any) -> Routed:
     if scoring == "sigmoid":
         assert logits.shape[-1] // (options.get("num_expert_group") or 0)
@@ -520,10 +737,15 @@ def sigmoid_implies_groups(logits: Tensor, *, scoring: str = "softmax", **option
 # Scaling --------------------------------------------------------------------------------------------------------
 
 
-@fault("router", "scaling", source=BUGS + "sgl-project/sglang-jax/pull/1282",
-       condition="a scaling factor without renormalisation", shows={"scale": 2.5, "renormalize": False},
-       hidden=("scale=1.0", "renormalize=True"),
-       consequence="The multiplication stands in the branch of renormalisation.")
+@fault(
+    "router",
+    "scaling",
+    source=BUGS + "sgl-project/sglang-jax/pull/1282",
+    condition="a scaling factor without renormalisation",
+    shows={"scale": 2.5, "renormalize": False},
+    hidden=("scale=1.0", "renormalize=True"),
+    consequence="The multiplication stands in the branch of renormalisation.",
+)
 def scaled_only_when_renormalised(logits: Tensor, **options: Any) -> Routed:
     def nested(scores: Tensor, ids: Tensor, renormalize: bool, scale: float) -> Tensor:
         return weigh(scores, ids, renormalize, scale if renormalize else 1.0)
@@ -531,10 +753,15 @@ def scaled_only_when_renormalised(logits: Tensor, **options: Any) -> Routed:
     return run(logits, **options, weigh=nested)
 
 
-@fault("router", "scaling", source=BUGS + "sgl-project/sglang/pull/31449",
-       condition="a scaling factor with renormalisation, sigmoid", shows={"scale": 2.5, "scoring": "sigmoid"},
-       hidden=("scale=1.0", "renormalize=False", "scoring='softmax'"),
-       consequence="On the path of sigmoid models the scaling is the other branch of renormalisation.")
+@fault(
+    "router",
+    "scaling",
+    source=BUGS + "sgl-project/sglang/pull/31449",
+    condition="a scaling factor with renormalisation, sigmoid",
+    shows={"scale": 2.5, "scoring": "sigmoid"},
+    hidden=("scale=1.0", "renormalize=False", "scoring='softmax'"),
+    consequence="On the path of sigmoid models the scaling is the other branch of renormalisation.",
+)
 def sigmoid_scaled_only_when_not_renormalised(logits: Tensor, **options: Any) -> Routed:
     def otherwise(scores: Tensor, ids: Tensor, renormalize: bool, scale: float) -> Tensor:
         return weigh(scores, ids, renormalize, 1.0 if renormalize and options.get("scoring") == "sigmoid" else scale)
@@ -542,16 +769,28 @@ def sigmoid_scaled_only_when_not_renormalised(logits: Tensor, **options: Any) ->
     return run(logits, **options, weigh=otherwise)
 
 
-@fault("router", "scaling", source=BUGS + "flashinfer-ai/flashinfer/pull/3499",
-       condition="a scaling factor other than 1", shows={"scale": 2.5}, hidden=("scale=1.0",),
-       consequence="The scaling factor is hard-coded as 1.")
+@fault(
+    "router",
+    "scaling",
+    source=BUGS + "flashinfer-ai/flashinfer/pull/3499",
+    condition="a scaling factor other than 1",
+    shows={"scale": 2.5},
+    hidden=("scale=1.0",),
+    consequence="The scaling factor is hard-coded as 1.",
+)
 def scaling_ignored(logits: Tensor, **options: Any) -> Routed:
     return run(logits, **{**options, "routed_scaling_factor": 1.0})
 
 
-@fault("router", "scaling", source=BUGS + "vllm-project/vllm/pull/45037",
-       condition="a scaling factor other than 1", shows={"scale": 2.5}, hidden=("scale=1.0",),
-       consequence="The factor is applied by the router and once more by its caller.")
+@fault(
+    "router",
+    "scaling",
+    source=BUGS + "vllm-project/vllm/pull/45037",
+    condition="a scaling factor other than 1",
+    shows={"scale": 2.5},
+    hidden=("scale=1.0",),
+    consequence="The factor is applied by the router and once more by its caller.",
+)
 def scaled_twice(logits: Tensor, **options: Any) -> Routed:
     return run(logits, **{**options, "routed_scaling_factor": options.get("routed_scaling_factor", 1.0) ** 2})
 
@@ -559,9 +798,15 @@ def scaled_twice(logits: Tensor, **options: Any) -> Routed:
 # Precision ------------------------------------------------------------------------------------------------------
 
 
-@fault("router", "precision", source=BUGS + "vllm-project/vllm/pull/14027", condition="16-bit logits",
-       shows={"dtype": "bfloat16", "E": 64, "k": 8, "spread": 0.05}, hidden=("dtype='float32'",),
-       consequence="Scores are computed in the dtype of the logits: near scores become equal.")
+@fault(
+    "router",
+    "precision",
+    source=BUGS + "vllm-project/vllm/pull/14027",
+    condition="16-bit logits",
+    shows={"dtype": "bfloat16", "E": 64, "k": 8, "spread": 0.05},
+    hidden=("dtype='float32'",),
+    consequence="Scores are computed in the dtype of the logits: near scores become equal.",
+)
 def scores_in_logit_dtype(logits: Tensor, **options: Any) -> Routed:
     def narrow(logits: Tensor, scoring: str) -> Tensor:
         return score(logits, scoring).to(logits.dtype).to(wide(logits))
@@ -569,22 +814,39 @@ def scores_in_logit_dtype(logits: Tensor, **options: Any) -> Routed:
     return run(logits, **options, score=narrow)
 
 
-@fault("router", "precision", source=BUGS + "ViperEkura/AstrAI/pull/57", condition="flat scores over many experts",
-       shows={"E": 256, "k": 8, "spread": 0.01},
-       consequence="Probabilities are cast to bf16 before the selection only: another set is chosen.")
+@fault(
+    "router",
+    "precision",
+    source=BUGS + "ViperEkura/AstrAI/pull/57",
+    condition="flat scores over many experts",
+    shows={"E": 256, "k": 8, "spread": 0.01},
+    consequence="Probabilities are cast to bf16 before the selection only: another set is chosen.",
+)
 def selected_on_bf16_scores(logits: Tensor, **options: Any) -> Routed:
     return run(logits, **options, choose=lambda selection, top_k: choose(selection.bfloat16(), top_k))
 
 
-@fault("router", "precision", source=BUGS + "sgl-project/sglang/pull/38719", condition="fp32 logits",
-       shows={"E": 64, "k": 8}, hidden=("dtype='bfloat16'",),
-       consequence="fp32 logits are cast to the model's bf16 before anything is done with them.")
+@fault(
+    "router",
+    "precision",
+    source=BUGS + "sgl-project/sglang/pull/38719",
+    condition="fp32 logits",
+    shows={"E": 64, "k": 8},
+    hidden=("dtype='bfloat16'",),
+    consequence="fp32 logits are cast to the model's bf16 before anything is done with them.",
+)
 def logits_cast_to_bf16(logits: Tensor, **options: Any) -> Routed:
     return run(logits.bfloat16(), **options)
 
 
-@fault("router", "precision", condition="fp32 logits", shows={}, hidden=("dtype='bfloat16'",),
-       consequence="Weights are rounded to bf16 whatever the dtype of the logits is.")
+@fault(
+    "router",
+    "precision",
+    condition="fp32 logits",
+    shows={},
+    hidden=("dtype='bfloat16'",),
+    consequence="Weights are rounded to bf16 whatever the dtype of the logits is.",
+)
 def weights_rounded_to_bf16(logits: Tensor, **options: Any) -> Routed:
     weights, ids = run(logits, **options)
     return weights.bfloat16().to(weights.dtype), ids
@@ -593,9 +855,16 @@ def weights_rounded_to_bf16(logits: Tensor, **options: Any) -> Routed:
 # Contract -------------------------------------------------------------------------------------------------------
 
 
-@fault("router", "inputs", source=BUGS + "huggingface/transformers/pull/45315", condition="softmax", sign="inputs",
-       shows={}, hidden=("scoring='sigmoid'",),
-       consequence="The softmax is written over the logits, which the caller still needs.")
+@fault(
+    "router",
+    "inputs",
+    source=BUGS + "huggingface/transformers/pull/45315",
+    condition="softmax",
+    sign="inputs",
+    shows={},
+    hidden=("scoring='sigmoid'",),
+    consequence="The softmax is written over the logits, which the caller still needs.",
+)
 def logits_overwritten(logits: Tensor, *, scoring: str = "softmax", **options: Any) -> Routed:
     routed = run(logits, scoring=scoring, **options)
     if scoring == "softmax":
@@ -603,9 +872,15 @@ def logits_overwritten(logits: Tensor, *, scoring: str = "softmax", **options: A
     return routed
 
 
-@fault("router", "inputs", condition="correction_bias given", sign="inputs",
-       shows={"bias": "random", "scoring": "sigmoid"}, hidden=("bias=None",),
-       consequence="The bias is centred in place at every call.")
+@fault(
+    "router",
+    "inputs",
+    condition="correction_bias given",
+    sign="inputs",
+    shows={"bias": "random", "scoring": "sigmoid"},
+    hidden=("bias=None",),
+    consequence="The bias is centred in place at every call.",
+)
 def bias_centred_in_place(logits: Tensor, **options: Any) -> Routed:
     routed = run(logits, **options)
     if options.get("correction_bias") is not None:
@@ -613,28 +888,54 @@ def bias_centred_in_place(logits: Tensor, **options: Any) -> Routed:
     return routed
 
 
-@fault("router", "contract", condition="always", sign="dtype", shows={},
-       consequence="Ids come before weights in the result.")
+@fault(
+    "router",
+    "contract",
+    condition="always",
+    sign="dtype",
+    shows={},
+    consequence="Ids come before weights in the result.",
+)
 def ids_before_weights(logits: Tensor, **options: Any) -> Routed:
     return run(logits, **options)[::-1]
 
 
-@fault("router", "contract", condition="always", sign="dtype", shows={},
-       consequence="Ids are returned as floating-point numbers.")
+@fault(
+    "router",
+    "contract",
+    condition="always",
+    sign="dtype",
+    shows={},
+    consequence="Ids are returned as floating-point numbers.",
+)
 def ids_as_floats(logits: Tensor, **options: Any) -> Routed:
     weights, ids = run(logits, **options)
     return weights, ids.to(weights.dtype)
 
 
-@fault("router", "contract", condition="T = 0", sign="raises", shows={"T": 0}, hidden=("T=1",),
-       consequence="The maximum of an empty batch is taken: an idle rank dies.")
+@fault(
+    "router",
+    "contract",
+    condition="T = 0",
+    sign="raises",
+    shows={"T": 0},
+    hidden=("T=1",),
+    consequence="The maximum of an empty batch is taken: an idle rank dies.",
+)
 def raises_on_empty_logits(logits: Tensor, **options: Any) -> Routed:
     logits.max()
     return run(logits, **options)
 
 
-@fault("router", "contract", condition="k = 1", sign="shape", shows={"k": 1}, hidden=("k=2",),
-       consequence="A squeeze removes the slot dimension for top-1 models.")
+@fault(
+    "router",
+    "contract",
+    condition="k = 1",
+    sign="shape",
+    shows={"k": 1},
+    hidden=("k=2",),
+    consequence="A squeeze removes the slot dimension for top-1 models.",
+)
 def slot_dimension_squeezed(logits: Tensor, **options: Any) -> Routed:
     weights, ids = run(logits, **options)
     return (weights.squeeze(-1), ids.squeeze(-1)) if ids.shape[-1] == 1 else (weights, ids)

@@ -14,4 +14,4 @@ def load(stage: str, spec: str) -> Any:
         UsageError: no such name, file or attribute.
         CannotJudge: the module fails while it is imported.
     """
-    return contracts._find(stage, spec)
+    return contracts.find(stage, spec)

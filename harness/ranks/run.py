@@ -104,9 +104,17 @@ def as_answer(verdict: Verdict, seconds: float) -> dict[str, Any]:
     """A verdict in the form that a worker's answer has."""
     status = "failed" if verdict.findings else "passed" if verdict.unsupported is None else "unsupported"
     findings = [{**f, "looks_like": [], "headroom": f.get("headroom") or float("inf")} for f in verdict.findings]
-    return {"id": verdict.case, "status": status, "reason": verdict.unsupported, "seconds": seconds, "findings": findings,
-            "worst": max([f["headroom"] for f in findings], default=0.0), "elements": 0, "histogram": [],
-            "observations": {}}  # fmt: skip
+    return {
+        "id": verdict.case,
+        "status": status,
+        "reason": verdict.unsupported,
+        "seconds": seconds,
+        "findings": findings,
+        "worst": max([f["headroom"] for f in findings], default=0.0),
+        "elements": 0,
+        "histogram": [],
+        "observations": {},
+    }
 
 
 def judge_ranks(
