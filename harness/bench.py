@@ -105,17 +105,35 @@ def _events(call: Callable[[], object]) -> float:
     return 1e3 * start.elapsed_time(end)
 
 
-def copy_bandwidth(rounds: int = 10, size: int = 2**31) -> float:
-    """Bytes read and written per microsecond by a large copy."""
-    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device="cuda")
+class Draw:
+    """Random tensors on the device from a generator of its own.
+
+    PyTorch's default generator takes part in every graph capture, and one that fails leaves it unusable.
+    """
+
+    def __init__(self, seed: int):
+        self.generator = torch.Generator("cuda").manual_seed(seed)
+
+    def normal(self, *size: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+        return torch.randn(size, device="cuda", dtype=dtype, generator=self.generator).mul_(scale)
+
+    def uniform(self, *size: int) -> Tensor:
+        return torch.rand(size, device="cuda", generator=self.generator)
+
+
+def copy_bandwidth(draw: Draw, rounds: int = 10, size: int = 2**29) -> float:
+    """Bytes read and written per microsecond by a copy of `size` numbers of four bytes."""
+    source = draw.uniform(size)
     target = torch.empty_like(source)
     target.copy_(source)
-    return 2 * size / statistics.median(_events(lambda: target.copy_(source)) for _ in range(rounds))
+    return 8 * size / statistics.median(_events(lambda: target.copy_(source)) for _ in range(rounds))
 
 
-def matrix_rate(dtype: torch.dtype = torch.bfloat16, side: int = 8192, rounds: int = 5, calls: int = 20) -> float:
+def matrix_rate(
+    draw: Draw, dtype: torch.dtype = torch.bfloat16, side: int = 8192, rounds: int = 5, calls: int = 20
+) -> float:
     """Operations per microsecond of a large product of random data, many in a row as the implementations run."""
-    a, b = (torch.randn(side, side, device="cuda", dtype=dtype) for _ in range(2))
+    a, b = (draw.normal(side, side, dtype=dtype) for _ in range(2))
 
     def products() -> None:
         for _ in range(calls):
@@ -125,24 +143,20 @@ def matrix_rate(dtype: torch.dtype = torch.bfloat16, side: int = 8192, rounds: i
     return 2 * side**3 * calls / statistics.median(_events(products) for _ in range(rounds))
 
 
-def _normal(*size: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    return torch.randn(size, device="cuda", dtype=dtype).mul_(scale)
-
-
-def _weights(shape: Shape, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+def _weights(shape: Shape, dtype: torch.dtype, draw: Draw) -> list[tuple[Tensor, Tensor]]:
     """SETS pairs of experts' weights."""
     local = shape.local_experts or shape.experts
     h, i = shape.hidden, shape.intermediate
     return [
-        (_normal(local, 2 * i, h, dtype=dtype, scale=h**-0.5), _normal(local, h, i, dtype=dtype, scale=i**-0.5))
+        (draw.normal(local, 2 * i, h, dtype=dtype, scale=h**-0.5), draw.normal(local, h, i, dtype=dtype, scale=i**-0.5))
         for _ in range(SETS)
     ]
 
 
-def _experts(shape: Shape, tokens: int, dtype: torch.dtype, weights: list) -> Load:
+def _experts(shape: Shape, tokens: int, dtype: torch.dtype, weights: list, draw: Draw) -> Load:
     """Uniform routing; on one rank of many, ids are global and a map gives the local ones."""
-    x = _normal(tokens, shape.hidden, dtype=dtype)
-    top = torch.rand(tokens, shape.experts, device="cuda").topk(shape.top_k, dim=-1)
+    x = draw.normal(tokens, shape.hidden, dtype=dtype)
+    top = draw.uniform(tokens, shape.experts).topk(shape.top_k, dim=-1)
     local = shape.local_experts or shape.experts
     emap = None
     if local < shape.experts:
@@ -157,12 +171,12 @@ def _experts(shape: Shape, tokens: int, dtype: torch.dtype, weights: list) -> Lo
     return Load(calls, size, 2.0 * here.numel() * one, _rows(tokens))
 
 
-def _grouped_linear(shape: Shape, tokens: int, dtype: torch.dtype, weights: list) -> Load:
+def _grouped_linear(shape: Shape, tokens: int, dtype: torch.dtype, weights: list, draw: Draw) -> Load:
     """The experts' first product on its own: tokens * top_k sorted rows, [E, 2I, H]."""
     local = shape.local_experts or shape.experts
-    ids = torch.randint(0, local, (tokens * shape.top_k,), device="cuda")
+    ids = (draw.uniform(tokens * shape.top_k) * local).long().clamp(max=local - 1)
     sizes = torch.bincount(ids, minlength=local)
-    x = _normal(len(ids), shape.hidden, dtype=dtype)
+    x = draw.normal(len(ids), shape.hidden, dtype=dtype)
     calls = [({"x": x, "weight": w[0], "group_sizes": sizes}, {}) for w in weights]
     one = 2 * shape.hidden * shape.intermediate
     rows = len(ids) * (shape.hidden + 2 * shape.intermediate)
@@ -170,16 +184,16 @@ def _grouped_linear(shape: Shape, tokens: int, dtype: torch.dtype, weights: list
     return Load(calls, size, 2.0 * len(ids) * one, _rows(len(ids)))
 
 
-def _router(shape: Shape, tokens: int, dtype: torch.dtype, weights: list) -> Load:
-    logits = [_normal(tokens, shape.experts, dtype=dtype) for _ in range(SETS)]
+def _router(shape: Shape, tokens: int, dtype: torch.dtype, weights: list, draw: Draw) -> Load:
+    logits = [draw.normal(tokens, shape.experts, dtype=dtype) for _ in range(SETS)]
     calls = [({"router_logits": t}, {"top_k": shape.top_k}) for t in logits]
     return Load(calls, logits[0].numel() * logits[0].element_size() + tokens * shape.top_k * 12.0, 0.0, _rows(tokens))
 
 
-def _shared_expert_gate(shape: Shape, tokens: int, dtype: torch.dtype, weights: list) -> Load:
+def _shared_expert_gate(shape: Shape, tokens: int, dtype: torch.dtype, weights: list, draw: Draw) -> Load:
     def call() -> tuple[dict, dict]:
-        hidden, shared = (_normal(tokens, shape.hidden, dtype=dtype) for _ in range(2))
-        gate = _normal(1, shape.hidden, dtype=dtype, scale=shape.hidden**-0.5)
+        hidden, shared = (draw.normal(tokens, shape.hidden, dtype=dtype) for _ in range(2))
+        gate = draw.normal(1, shape.hidden, dtype=dtype, scale=shape.hidden**-0.5)
         return {"hidden_states": hidden, "gate_weight": gate, "shared_output": shared}, {}
 
     calls = [call() for _ in range(2 * SETS)]  # four, or 8192 rows of 1024 would stay in the cache
@@ -331,16 +345,16 @@ def bench(
         raise RuntimeError("there is no CUDA device to time on")
     subjects = [load(stage, spec) for spec in specs]
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    torch.manual_seed(seed)
+    draw = Draw(seed)
     progress("measuring the ceilings")
     versions = {"torch": torch.__version__, "python": platform.python_version(), "cuda": str(torch.version.cuda)}
     name = torch.cuda.get_device_name()
-    report = Report(stage, shape, dtype, name, copy_bandwidth(), matrix_rate(kind), versions, command)
-    weights = _weights(shape, kind) if stage in ("experts", "grouped_linear") else []
+    report = Report(stage, shape, dtype, name, copy_bandwidth(draw), matrix_rate(draw, kind), versions, command)
+    weights = _weights(shape, kind, draw) if stage in ("experts", "grouped_linear") else []
     with torch.no_grad():
         for count in tokens:
             progress(f"{stage} {shape.name}, {count} tokens")
-            batch = LOADS[stage](shape, count, kind, weights)
+            batch = LOADS[stage](shape, count, kind, weights, draw)
             for timing in _time_batch(subjects, batch, count, rounds):
                 _add_floor(timing, batch, report)
                 report.timings.append(timing)
