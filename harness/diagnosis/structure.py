@@ -163,10 +163,9 @@ def _of_axis(bad: Tensor, name: str) -> str | None:
     total, count = len(bad), int(bad.sum())
     if count in (0, total):
         return None
-    for block in BLOCKS:
-        tail = total - total % block
-        if total % block and count == total - tail and bool(bad[tail:].all()):
-            return f"the wrong {name} are those behind the last whole block of {block}"
+    tails = [b for b in BLOCKS if count == total % b and bool(bad[total - count :].all())]
+    if tails:
+        return f"the wrong {name} are those behind the last whole block of {' or '.join(map(str, tails))}"
     for block in BLOCKS:
         if block < total and _is_whole(bad, block) and count >= min(block, total):
             which = sorted({int(i) // block for i in bad.nonzero()[:, 0]})
