@@ -13,11 +13,13 @@ timed is a CUDA graph that runs it over two sets of weights alternately, so that
 the cache.
 """
 
+import contextlib
 import json
 import platform
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -320,6 +322,15 @@ def _add_floor(timing: Timing, load_: Load, report: Report) -> None:
     timing.tflops = load_.flops / timing.median / 1e6 if timing.median else 0.0
 
 
+def _packages() -> dict[str, str]:
+    """Versions of what the implementations are likely to stand on, where installed."""
+    found = {}
+    for name in ("torch", "triton", "transformers", "liger-kernel"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
 def bench(
     stage: str,
     specs: list[str],
@@ -347,7 +358,7 @@ def bench(
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     draw = Draw(seed)
     progress("measuring the ceilings")
-    versions = {"torch": torch.__version__, "python": platform.python_version(), "cuda": str(torch.version.cuda)}
+    versions = {"python": platform.python_version(), "cuda": str(torch.version.cuda)} | _packages()
     name = torch.cuda.get_device_name()
     report = Report(stage, shape, dtype, name, copy_bandwidth(draw), matrix_rate(draw, kind), versions, command)
     weights = _weights(shape, kind, draw) if stage in ("experts", "grouped_linear") else []

@@ -1,0 +1,38 @@
+"""Which rows the Triton gate leaves to the plain expression, and that both ways give the same result."""
+
+import os
+
+import pytest
+import torch
+
+from harness import rounding
+
+pytest.importorskip("triton")
+
+from impls.triton import shared_expert_gate as gate  # noqa: E402
+
+CUDA = torch.cuda.is_available()
+runnable = pytest.mark.skipif(
+    not (CUDA or os.environ.get("TRITON_INTERPRET", "0") == "1"), reason="Triton needs CUDA or TRITON_INTERPRET=1"
+)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "width", "kernel"),
+    [(1, 1, True), (gate.LONGEST, 8, True), (gate.LONGEST + 1, 8, False), (8, gate.LONGEST + 1, False), (0, 8, False)],
+)
+def test_rows_longer_than_a_program_holds_fall_back(hidden: int, width: int, kernel: bool) -> None:
+    assert gate.fits(hidden, width) is kernel
+
+
+@runnable
+@pytest.mark.parametrize("fallback", [False, True])
+def test_both_ways_are_right(fallback: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16, two leading dimensions, D other than H."""
+    if fallback:
+        monkeypatch.setattr(gate, "LONGEST", 4)
+    device = "cuda" if CUDA else "cpu"
+    args = [torch.randn(size, device=device).bfloat16() for size in ((2, 3, 40), (1, 40), (2, 3, 24))]
+    result = gate.shared_expert_gate(*args)
+    bound = rounding.shared_expert_gate(*args, declared=gate.shared_expert_gate.rounds)
+    assert float(bound.z(result).abs().amax()) <= rounding.max_limit()
