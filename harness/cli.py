@@ -247,9 +247,13 @@ def _tell(error: HarnessError, debug: bool) -> None:
 
 
 def _register_commands() -> None:
+    from harness.commands.audit import audit
+    from harness.commands.bench import bench
     from harness.commands.faults import faults
+    from harness.commands.tune import tune
 
-    app.command()(faults)
+    for command in (faults, audit, bench, tune):
+        app.command()(command)
 
 
 _register_commands()
