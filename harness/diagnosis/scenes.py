@@ -10,7 +10,7 @@ from typing import Any
 
 from harness.cases import Case
 
-NORMAL = {"data": "normal", "layout": "", "variant": "", "optional": False}
+NORMAL: dict[str, Any] = {"data": "normal", "layout": "", "variant": "", "optional": False}
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ def probes(case: Case) -> Iterator[Scene]:
     """Small cases of every kind the stage has, in the dtype of `case` where nothing else is asked for."""
     kind = type(case)
     for number, changes in enumerate(PROBES[case.stage]()):
-        yield Scene((kind(**{"dtype": case.dtype, "seed": case.seed + 600 + number} | changes),))
+        fields_: dict[str, Any] = {"dtype": case.dtype, "seed": case.seed + 600 + number} | changes
+        yield Scene((kind(**fields_),))
 
 
 def sequences(case: Case, count: int = 3) -> Iterator[Scene]:
@@ -45,7 +46,16 @@ def sequences(case: Case, count: int = 3) -> Iterator[Scene]:
     for number in range(count):
         turn = case.seed * count + number
         rows, wide, inner = 9 + turn % 31, 24 + 8 * (turn // 13 % 29), 16 + 8 * (turn % 13)
-        shape = {"T": rows, "S": rows, "H": wide, "K": wide, "I": inner, "N": inner, "D": inner, "lead": str(rows)}
+        shape: dict[str, Any] = {
+            "T": rows,
+            "S": rows,
+            "H": wide,
+            "K": wide,
+            "I": inner,
+            "N": inner,
+            "D": inner,
+            "lead": str(rows),
+        }
         if case.stage == "router":
             shape["T"] = 9 + turn % 301
         base = type(case)(

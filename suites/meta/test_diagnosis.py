@@ -101,8 +101,7 @@ def test_hiding_leaves_the_catalogue_as_it_was() -> None:
 def test_a_right_implementation_is_never_diagnosed(stage: str, spec: str) -> None:
     trial = Trial(load(stage, spec), "cpu")
     numeric = [case for check, case in plan(stage, Request()) if check == "numeric"]
-    for case in numeric[:2]:
-        assert explain(trial, case, GENEROUS) == []
+    assert explain(trial, numeric[0]) == []
 
 
 def test_a_fault_that_is_in_no_catalogue_has_no_diagnosis() -> None:
