@@ -52,7 +52,8 @@ class Options:
 
     request: Request = Request()
     jobs: int = 0  # faults at a time; 0: one per core
-    timeout: float = 6.0  # seconds one case may take, so that a hang costs little
+    timeout: float = 60.0  # seconds one case may take
+    hang_timeout: float = 6.0  # the same for faults of the process: a hang should cost little
     after_first: int = AFTER_FIRST_KILL
 
 
@@ -87,8 +88,9 @@ def judge_fault(fault: Fault, options: Options) -> Row:
     if options.request.device not in fault.devices:
         return row | {"status": "skipped", "reason": f"needs --device {' or '.join(fault.devices)}"}
     started = time.monotonic()
+    budget = options.hang_timeout if fault.sign == "process" else options.timeout
     try:
-        with Pool(fault.stage, fault.spec, options.request.device, 1, options.timeout) as pool:
+        with Pool(fault.stage, fault.spec, options.request.device, 1, budget) as pool:
             pool.memory_limit = MEMORY_LIMIT if options.request.device == "cpu" else None
             dtypes = tuple(d for d in options.request.dtypes if d in pool.start()["declared"]["dtypes"])
             _fill(row, pool, dtypes, options)

@@ -90,7 +90,9 @@ def _worth(result: Matrix) -> Table:
 
 def write_json(result: Matrix, path: Path) -> None:
     """The whole matrix as data."""
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in result["rows"])
+    head = json.dumps({name: value for name, value in result.items() if name != "rows"}, indent=1)
+    path.write_text(f'{head[:-2]},\n "rows": [\n{lines}\n]\n}}\n', encoding="utf-8")
 
 
 def write_html(result: Matrix, path: Path) -> None:
