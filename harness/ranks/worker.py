@@ -42,13 +42,17 @@ def serve(connection: Any, rank: int, home: Home) -> None:
     """Join the group of `home` as `rank`, say "ready", then run the jobs that come until there are no more."""
     torch.set_num_threads(1)
     _print_to(home.log(rank))
-    if home.backend == "nccl":
-        torch.cuda.set_device(rank % torch.cuda.device_count())
+    device = _gpu(rank, home) if home.backend == "nccl" else None
     recorder = comm.Recorder(rank, home.heartbeat(), home.journal(rank))
     comm.install(recorder)
     store = _store(rank, home)
     dist.init_process_group(
-        home.backend, store=store, rank=rank, world_size=home.world_size, timeout=COLLECTIVE_TIMEOUT
+        home.backend,
+        store=store,
+        rank=rank,
+        world_size=home.world_size,
+        timeout=COLLECTIVE_TIMEOUT,
+        device_id=device,  # NCCL connects now, so that what it lacks is not taken for a fault of the first case
     )
     me = Rank(rank, home.world_size, home.backend, recorder)
     connection.send("ready")
@@ -58,6 +62,15 @@ def serve(connection: Any, rank: int, home: Home) -> None:
         except (EOFError, OSError):
             os._exit(0)  # the controller is gone; a clean shutdown would wait for peers
         connection.send(run_job(me, job))
+
+
+def _gpu(rank: int, home: Home) -> torch.device:
+    """The GPU of this rank, made current; NCCL needs one for each rank of a machine."""
+    count = torch.cuda.device_count()
+    if count == 0 or (home.world_size > count and not home.address):
+        raise RuntimeError(f"{home.world_size} ranks over nccl need {home.world_size} GPUs, but there are {count}")
+    torch.cuda.set_device(rank % count)
+    return torch.device("cuda", rank % count)
 
 
 def _store(rank: int, home: Home) -> dist.Store:

@@ -13,6 +13,7 @@ from impls.dispatchers.deepep import DeepEP as deepep
 from impls.dispatchers.local_allreduce import LocalAllreduce as local_allreduce
 from impls.dispatchers.masked import Masked as masked
 from impls.dispatchers.naive import Naive as naive
+from impls.dispatchers.symmetric import Symmetric as symmetric
 
 __all__ = [
     "naive",
@@ -21,5 +22,6 @@ __all__ = [
     "all_to_all",
     "all_to_all_dedup",
     "masked",
+    "symmetric",
     "deepep",
 ]

@@ -1,0 +1,44 @@
+"""The dispatchers on GPUs: every planned case of 2 and 4 ranks over NCCL, bit for bit against the dense layer.
+
+tox -e multigpu
+"""
+
+import random
+
+import pytest
+
+from harness.ranks import cases, judge
+from suites.dispatcher.subjects import REGISTERED, chosen, told
+
+MORE = 20  # random cases for each number of ranks
+ON_GPUS = (*REGISTERED, "dispatchers:symmetric")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "impl" in metafunc.fixturenames:
+        metafunc.parametrize("impl", chosen(metafunc.config, ON_GPUS))
+
+
+def _judge_all(impl: str, world: int) -> None:
+    rng = random.Random(world)
+    planned = list(cases.dispatcher_cases([world])) + [("dense", cases.draw(rng, [world])) for _ in range(MORE)]
+    judged, wrong = 0, []
+    for check, case in planned:
+        verdict = judge.judge(impl, cases.case_id(check, case), backend="nccl", budget=20)
+        judged += verdict.unsupported is None
+        if verdict.findings:
+            wrong.append(told(verdict))
+        if len(wrong) == 3 or any(f["check"] == "ranks" for f in verdict.findings):
+            break
+    assert not wrong, "\n".join(wrong)
+    assert judged == len(planned), verdict.unsupported
+
+
+@pytest.mark.multigpu(n=2)
+def test_two_gpus(impl: str) -> None:
+    _judge_all(impl, 2)
+
+
+@pytest.mark.multigpu(n=4)
+def test_four_gpus(impl: str) -> None:
+    _judge_all(impl, 4)
