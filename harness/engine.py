@@ -257,7 +257,9 @@ class Run:
         chosen = sorted(first.values(), key=self._place)[:EXPLAINED]
         for failure in chosen:
             budget = 4 * EXPLAIN_SECONDS
-            failure["diagnosis"] = pool.ask(budget, "explain", failure["case"], EXPLAIN_SECONDS) or []
+            told = pool.ask(budget, "explain", failure["case"], EXPLAIN_SECONDS) or {"diagnosis": [], "looks_like": []}
+            failure["diagnosis"] = told["diagnosis"]
+            failure["looks_like"] += [text for text in told["looks_like"] if text not in failure["looks_like"]]
 
     def _describe(self, pool: Pool) -> None:
         """Let the probes tell how a right implementation computes."""

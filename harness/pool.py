@@ -168,7 +168,10 @@ class Pool:
         """What a busy worker has to say by now; its death is an answer too."""
         try:
             if worker.connection.poll():
-                return worker.connection.recv()
+                answer = worker.connection.recv()
+                if replace and answer.get("device_lost"):
+                    self._replace(worker)
+                return answer
         except (EOFError, OSError):
             return self._bury(worker, f"the process was {_ended(worker)}", replace)
         if time.monotonic() > worker.deadline:
@@ -182,12 +185,18 @@ class Pool:
         worker.stop()
         words = worker.last_words()
         if replace:
-            self.deaths += 1
-            self.workers[self.workers.index(worker)] = fresh = self._make()
-            self._await_loaded(fresh)
+            self._replace(worker)
         message = f"{cause}" + (f"; it last printed: {words}" if words else "")
         return {"id": worker.current, "status": "died", "reason": message, "seconds": 0.0, "findings": [], "worst": 0.0,
                 "elements": 0, "histogram": [], "observations": {}}  # fmt: skip
+
+    def _replace(self, worker: Worker) -> None:
+        """A fresh process in the place of one that died, or whose device is lost."""
+        worker.stop()
+        self.deaths += 1
+        self.workers[self.workers.index(worker)] = fresh = self._make()
+        fresh.history = list(worker.history)
+        self._await_loaded(fresh)
 
     def _await_loaded(self, worker: Worker) -> None:
         try:

@@ -38,14 +38,26 @@ class Trial:
             Rejected: NotImplementedError, ValueError or TypeError (any exception at all on an optional case).
             Broken: another exception, an input that was written to, or a result of another form.
         """
+        result = self.launch(call)
+        modified = call.arena.violations()
+        if modified:
+            operand, what = modified[0]
+            raise Broken(f"the input {operand} {what}, but no input may be written, nor anything around it")
+        return self._checked(call, result)
+
+    def launch(self, call: Call, *, wait: bool = True) -> Any:
+        """Call it; `wait` for the device, or leave that to the caller.  Raises as `invoke`."""
         missing = self.subject.missing_keywords(call.keywords)
         if missing:
             raise Rejected(f"has no parameter {', '.join(missing)}")
         try:
             with torch.no_grad():
                 result = self.subject.call(call.args, call.keywords)
-            self.synchronize()
+            if wait:
+                self.synchronize()
         except REJECTIONS as error:
+            if wait:
+                self._check_device(error)
             raise Rejected(f"{type(error).__name__}: {_first_line(error)}") from error
         except (Exception, SystemExit) as error:
             if call.case.optional:
@@ -54,11 +66,16 @@ class Trial:
                 f"raised {type(error).__name__}: {_first_line(error)}\n  at {_user_frame(error)}\n  the contract "
                 "allows NotImplementedError, ValueError and TypeError, for inputs it refuses"
             ) from error
-        modified = call.arena.violations()
-        if modified:
-            operand, what = modified[0]
-            raise Broken(f"the input {operand} {what}, but no input may be written, nor anything around it")
-        return self._checked(call, result)
+        return result
+
+    def _check_device(self, refusal: BaseException) -> None:
+        """A refusal that leaves the device in error is none: grouped_mm raises after it has launched."""
+        try:
+            self.synchronize()
+        except Exception as error:
+            raise Broken(
+                f"refused ({_first_line(refusal)}), but left the device in error: {_first_line(error)}"
+            ) from error
 
     def synchronize(self) -> None:
         if self.device == "cuda":

@@ -63,14 +63,30 @@ def judge_id(trial: Trial, case_id: str) -> dict[str, Any]:
             status, reason = "skipped", f"not enough memory on this device: {str(error).splitlines()[0][:120]}"
         else:
             status, reason = "error", f"the harness failed on {case_id}: {traceback.format_exc()}"
-    return {"id": case_id, "status": status, "reason": reason, "seconds": perf_counter() - started, **asdict(record)}
+    answer = {"id": case_id, "status": status, "reason": reason, "seconds": perf_counter() - started, **asdict(record)}
+    return answer | {"device_lost": status in ("failed", "error", "skipped") and _is_device_lost(trial.device)}
 
 
-def explain_id(trial: Trial, case_id: str, seconds: float) -> list[dict[str, str]]:
-    """Known faults that explain what a failing case yields, best first."""
-    from harness.diagnosis import explain
+def _is_device_lost(device: str) -> bool:
+    """Whether a CUDA error has poisoned this process; every later call in it would fail, whoever makes it."""
+    if device != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
 
-    return explain(trial, parse_id(case_id)[2], seconds)
+
+def explain_id(trial: Trial, case_id: str, seconds: float) -> dict[str, Any]:
+    """Known faults that explain what a failing case yields, best first, and what its error looks like."""
+    from harness.diagnosis import explain, looks
+
+    case = parse_id(case_id)[2]
+    try:
+        return {"diagnosis": explain(trial, case, seconds), "looks_like": looks(trial, case)}
+    except (Rejected, Broken):  # it does other things than when it was judged: a failure of its state, told elsewhere
+        return {"diagnosis": [], "looks_like": []}
 
 
 def describe(trial: Trial) -> str:

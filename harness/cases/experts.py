@@ -123,6 +123,7 @@ def _exact(request: Request) -> Iterator[Case]:
         yield ExpertsCase(T=21, H=width, I=inner, data="exact", dtype=last)
     for tokens in (4095, 4096, 4097):  # T * k around 2^15
         yield ExpertsCase(T=tokens, H=8, I=8, E=8, k=8, data="exact", dtype=last)
+    yield ExpertsCase(T=33_000, H=4, I=8, E=2, k=1, routing="one", data="exact", dtype=last)
     yield ExpertsCase(T=9, H=8, I=4104, E=3, data="exact", dtype=last)
     yield ExpertsCase(T=9, H=4104, I=8, E=3, data="exact", dtype=last)
     yield ExpertsCase(T=140, H=520, I=264, E=4, data="exact", dtype=last)
@@ -225,6 +226,6 @@ def _cuda_cases(request: Request) -> dict[str, list[Case]]:
     large = [
         ExpertsCase(T=16, H=4096, I=1024, E=300, k=8, routing="last", data="exact", dtype=last),
         ExpertsCase(T=1_050_000, H=2056, I=16, E=4, k=1, data="exact", dtype=last),
-        ExpertsCase(T=300_000, H=64, I=520, E=4, k=8, data="exact", dtype=last),
+        ExpertsCase(T=300_000, H=64, I=520, E=8, k=8, data="exact", dtype=last),
     ]
     return {"graph_replay": small, "side_stream": small, "large_offsets": large}

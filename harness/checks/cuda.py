@@ -45,11 +45,11 @@ def _capture(trial: Trial, call: Call):
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), torch.no_grad():
         for _ in range(2):
-            trial.subject.call(call.args, call.keywords)
+            trial.launch(call, wait=False)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph):
-        result = trial.subject.call(call.args, call.keywords)
+        result = trial.launch(call, wait=False)
     return graph, result
 
 
@@ -69,7 +69,7 @@ def side_stream(trial: Trial, case: Case) -> Record:
     with torch.cuda.stream(stream), torch.no_grad():
         torch.cuda._sleep(SLEEP_CYCLES)
         refill_quietly(late, values)
-        result = trial.subject.call(late.args, late.keywords)
+        result = trial.launch(late, wait=False)
         kept = copies(result)
     torch.cuda.synchronize()
     return trial.judge(values, kept if isinstance(result, tuple) else kept[0])

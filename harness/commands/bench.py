@@ -28,8 +28,11 @@ def bench(
     ] = None,
 ) -> None:
     """Time implementations of a stage; one that is not right on the timed data is not timed."""
+    from rich.console import Console
+
     from fixtures.configs import names, shape
     from harness import bench as library
+    from harness.bench_view import table
 
     if stage not in STAGES:
         raise unknown("stage", stage, list(STAGES))
@@ -46,11 +49,11 @@ def bench(
         )  # fmt: skip
     except RuntimeError as error:
         raise CannotJudge(f"nothing was timed: {error}") from error
-    show(report)
+    Console().print(table(report))
     if json is not None:
         json.write_text(report.as_json())
     if picture is not None:
-        draw(report, picture)
+        _draw(report, picture)
     timed = any(not timing.refused for timing in report.timings)
     raise typer.Exit(EXIT_PASS if timed else EXIT_CANNOT_JUDGE)
 
@@ -65,55 +68,10 @@ def _counts(text: str) -> list[int]:
     return counts
 
 
-def show(report: Any) -> None:
-    """A table: microseconds with their spread, the ratio to the first implementation, the share of the floor."""
-    from rich.console import Console
-    from rich.table import Table
+def _draw(report: Any, path: Path) -> None:
+    from harness.bench_view import picture
 
-    table = Table(title=f"{report.stage}, {report.shape.name}, {report.dtype}, {report.device}", title_justify="left")
-    for head in ("tokens", "implementation", "µs", "spread", "to first", "over floor", "bound by", "graph"):
-        table.add_column(head, justify="left" if head in ("implementation", "bound by") else "right")
-    first: dict[int, float] = {}
-    for timing in report.timings:
-        if timing.refused:
-            table.add_row(str(timing.tokens), timing.spec, "-", "", "", "", timing.refused, "")
-            continue
-        first.setdefault(timing.tokens, timing.median)
-        table.add_row(
-            str(timing.tokens), timing.spec, f"{timing.median:.1f}", f"{timing.low:.1f} to {timing.high:.1f}",
-            f"{timing.median / first[timing.tokens]:.2f}", f"{timing.median / timing.floor:.2f}", timing.bound_by,
-            "yes" if timing.captured else "no",
-        )  # fmt: skip
-    console = Console()
-    console.print(table)
-    console.print(f"copy {report.copy_bandwidth / 1e6:.2f} TB/s, product {report.matrix_rate / 1e6:.0f} TFLOP/s, "
-                  "measured in this run")  # fmt: skip
-
-
-def draw(report: Any, path: Path) -> None:
-    """Time against tokens beside the roofline, as PNG or SVG by the file's ending."""
     try:
-        import matplotlib
+        picture(report, path)
     except ImportError as error:
         raise CannotJudge("a picture needs matplotlib: pip install matplotlib") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (times, roof) = pyplot.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
-    timed = [timing for timing in report.timings if not timing.refused]
-    for spec in dict.fromkeys(timing.spec for timing in timed):
-        own = [timing for timing in timed if timing.spec == spec]
-        times.plot([t.tokens for t in own], [t.median for t in own], marker="o", markersize=3, label=spec)
-        roof.plot([t.intensity for t in own], [t.tflops for t in own], marker="o", markersize=3, label=spec)
-    floors = {timing.tokens: timing.floor for timing in timed}
-    times.plot(list(floors), list(floors.values()), color="black", linestyle="--", label="floor")
-    span = [t.intensity for t in timed] or [1.0, 1000.0]
-    ceiling = [min(report.matrix_rate, x * report.copy_bandwidth) / 1e6 for x in sorted(span)]
-    roof.plot(sorted(span), ceiling, color="black", linestyle="--", label="roofline")
-    for axes, below, beside in ((times, "tokens", "µs per call"), (roof, "operations per byte", "TFLOP/s")):
-        axes.set(xscale="log", yscale="log", xlabel=below, ylabel=beside)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
-    figure.suptitle(f"{report.stage}, {report.shape.name}, {report.dtype}, {report.device}", fontsize=10)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)

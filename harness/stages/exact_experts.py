@@ -27,9 +27,7 @@ def draw(case, builder: Builder, ids: Tensor, weights: Tensor, expert_map: Tenso
     hidden = builder.signs(case.T, case.H)
     hidden[:, ones] = 1.0
     spread = max(1, min(-(-case.I // case.H), EXACT_INTEGERS[case.dtype] // (4 * LARGEST_GATE)))
-    weights = torch.tensor(WEIGHTS)[builder.integers(0, len(WEIGHTS), tuple(ids.shape))]
-    if case.layout.endswith(":expanded"):  # other rows will be read than are drawn here: keep any two slots' sum exact
-        weights = torch.tensor([WEIGHTS[0], WEIGHTS[-1]])[torch.arange(ids.shape[1]).clamp(max=1)].expand(ids.shape)
+    weights = _weights(case, ids, spread, builder)
     active = _active_columns(case, local_ids(ids, expert_map), weights, len(local), spread, builder)
     gate_up = _gate_up(case, ones, len(local), builder)
     down = _down(case, active, spread, builder)
@@ -44,6 +42,27 @@ def value(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, *, act
         rows = (gate * up) @ down_proj[expert].double().T
         out.index_add_(0, tokens, topk_weights[tokens, slots, None].double() * rows)
     return out
+
+
+def _weights(case, ids: Tensor, spread: int, builder: Builder) -> Tensor:
+    """[T, k] of powers of two; where the dtype has little room, only so uneven that all slots fit into one column.
+
+    Five slots of bf16 fit with equal weights, two with the largest and the smallest; columns have to be switched off
+    only beyond that, since each one switched off tells less.
+    """
+    tokens, slots = ids.shape
+    room = EXACT_INTEGERS[case.dtype] // (LARGEST_GATE * spread)
+    largest = int(WEIGHTS[0] / WEIGHTS[-1])
+    if case.layout.endswith(":expanded"):  # other rows are read than are drawn here: the same weights for each
+        units = torch.tensor([largest, 1])[torch.arange(slots).clamp(max=1)].expand(tokens, slots)
+    elif room >= largest * slots:
+        units = torch.tensor([largest, largest // 2, 1])[builder.integers(0, 3, (tokens, slots))]
+    else:
+        units = torch.ones(tokens, slots, dtype=torch.int64)
+        spare = max(1, room - slots)
+        heavy = builder.integers(0, slots, (tokens, 1))
+        units.scatter_(1, heavy, largest if spare >= largest - 1 else 2)
+    return units * WEIGHTS[-1]
 
 
 def _constant_columns(width: int, builder: Builder) -> Tensor:

@@ -2,8 +2,8 @@
 
     python -m suites.meta.false_alarms --minutes 60 --processes 2 --json docs/false_alarms.json
 
-A run is one implementation under the quick profile on the CPU with a seed of its own.  With n runs and no alarm the rate
-is below 3 / n at 95 % confidence.
+A run is one implementation under the quick profile on the CPU with a seed of its own.  With n runs and no alarm the
+rate is below 3 / n at 95 % confidence.
 """
 
 import argparse
