@@ -146,7 +146,7 @@ class Symmetric(Dispatcher):
             **self.constants, SLOTS=self.kernels.MAX_TOP_K,
         )  # fmt: skip
         out.route = Route(tokens, bound, counts, space)
-        if self.max_tokens is None and int(counts.max()) > bound:
+        if self.max_tokens is None and max(counts.tolist()) > bound:
             large = self.large.dispatch(hidden_states, topk_weights, topk_ids)
             route = Route(tokens, bound, counts, space, large)
             return Dispatched(large.hidden_states, large.topk_weights, large.topk_ids, route)

@@ -8,6 +8,7 @@ import random
 import pytest
 
 from harness.ranks import cases, judge
+from harness.ranks.jobs import Injection
 from suites.dispatcher.subjects import REGISTERED, chosen, told
 
 MORE = 20  # random cases for each number of ranks
@@ -42,3 +43,18 @@ def test_two_gpus(impl: str) -> None:
 @pytest.mark.multigpu(n=4)
 def test_four_gpus(impl: str) -> None:
     _judge_all(impl, 4)
+
+
+@pytest.mark.multigpu(n=2)
+@pytest.mark.parametrize(
+    ("kind", "failure"),
+    [("die", "died"), ("raise", "raised"), ("hang", "hang"), ("dtype", "mismatch"), ("split", "mismatch")],
+)
+def test_an_injected_fault_is_named(kind: str, failure: str) -> None:
+    """Kernels that wait for a peer spin on the GPU; the controller sees the cause all the same, without a timeout."""
+    case = "dispatcher/dense/R=2,E=4,k=2,T=3+2,seed=1"
+    verdict = judge.judge("dispatchers:all_to_all_dedup", case, backend="nccl", injection=Injection(kind, 1, 2))
+    assert verdict.failure is not None, told(verdict)
+    assert (verdict.failure.kind, verdict.failure.rank) == (failure, 1), verdict.failure.headline()
+    assert verdict.seconds < 10
+    assert judge.judge("dispatchers:all_to_all_dedup", case, backend="nccl").passed

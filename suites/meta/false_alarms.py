@@ -10,7 +10,7 @@ import argparse
 import json
 import time
 from concurrent.futures import ProcessPoolExecutor
-from itertools import count, product
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def main() -> None:
     given = parser.parse_args()
     end = time.monotonic() + 60 * given.minutes
     total: dict[str, Any] = {"runs": 0, "cases": 0, "elements": 0, "worst": 0.0, "alarms": []}
-    work = ((stage, spec, seed) for seed, (stage, spec) in product(count(given.first_seed), IMPLEMENTATIONS))
+    work = ((stage, spec, seed) for seed in count(given.first_seed) for stage, spec in IMPLEMENTATIONS)
     with ProcessPoolExecutor(given.processes) as pool:
         pending = {pool.submit(judge_run, *next(work)) for _ in range(2 * given.processes)}
         while pending:
