@@ -55,6 +55,9 @@ def test_an_injected_fault_is_named(kind: str, failure: str) -> None:
     case = "dispatcher/dense/R=2,E=4,k=2,T=3+2,seed=1"
     verdict = judge.judge("dispatchers:all_to_all_dedup", case, backend="nccl", injection=Injection(kind, 1, 2))
     assert verdict.failure is not None, told(verdict)
-    assert (verdict.failure.kind, verdict.failure.rank) == (failure, 1), verdict.failure.headline()
+    assert verdict.failure.kind == failure, verdict.failure.headline()
+    # Of two ranks whose splits disagree neither is known to be the one that lies.
+    assert verdict.failure.rank == 1 or kind == "split", verdict.failure.headline()
+    assert "#2" in verdict.failure.call
     assert verdict.seconds < 10
     assert judge.judge("dispatchers:all_to_all_dedup", case, backend="nccl").passed

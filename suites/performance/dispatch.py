@@ -2,10 +2,11 @@
 
     python3 suites/performance/dispatch.py [--ranks 4] [--json FILE]
 
-One process per GPU.  Times are medians over single iterations, from CUDA events, of the slowest rank, host overhead
-included; the link is measured in the same run.  floor = max over ranks of bytes sent or received, of dispatch and of
-combine, over the bandwidth of the link.  Graphs hold dispatch, experts and combine, and are replayed with other tokens
-and other routing than they were captured with; results are compared with all_to_all_dedup outside graphs.
+One process per GPU.  Times are medians over single iterations, from CUDA events, of the slowest rank.  Outside graphs
+they are mostly the host's: between two runs on machines of one kind they differed by up to 2.3 times for small T.  The
+link is measured in the same run; floor = max over ranks of bytes sent or received, of dispatch and of combine, over its
+bandwidth.  Graphs hold dispatch, experts and combine, and are replayed with other tokens and other routing than they
+were captured with; results are compared with all_to_all_dedup outside graphs.
 """
 
 import argparse
