@@ -7,6 +7,7 @@ is seen by comparing the buffers' bits with a snapshot.
 
 import contextlib
 import ctypes
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 GUARD = 64  # elements on each side; 64 fp32 are 256 bytes, more than any vector access reaches
 INT_POISON = 1 << 30
+FINITE_POISON = 2.0**13
 SNAPSHOT_LIMIT = 1 << 28  # bytes; larger buffers are compared by a checksum
 LAYOUTS = ("contiguous", "padded", "offset", "strided", "transposed", "outer_padded", "expanded", "unit")
 
@@ -22,6 +24,31 @@ LAYOUTS = ("contiguous", "padded", "offset", "strided", "transposed", "outer_pad
 def poison_value(dtype: torch.dtype) -> float | int:
     """What unowned memory holds: NaN, or an index no tensor has."""
     return float("nan") if dtype.is_floating_point else INT_POISON
+
+
+def _poison_behind(values: Tensor) -> float | int:
+    """As `poison_value`, but finite where this machine's own matrix product multiplies what lies there by 0.
+
+    A kernel that takes part in the product with it is still seen, since nothing near 2^13 is in the data.
+    """
+    odd = values.dim() > 0 and values.shape[-1] % 32 != 0
+    if odd and values.dtype == torch.bfloat16 and values.device.type == "cpu" and cpu_product_reads_past_rows():
+        return FINITE_POISON
+    return poison_value(values.dtype)
+
+
+@functools.cache
+def cpu_product_reads_past_rows() -> bool:
+    """Whether a bf16 product on this CPU reads past the rows of its left operand, times zero: 0 * NaN is NaN.
+
+    So it does on CPUs with AMX from 17 rows on: where the row length is odd with torch 2.13, where it is no multiple of
+    32 with torch 2.11.  An implementation in plain torch is not to blame for that.
+    """
+    for length in (33, 40):
+        rows = torch.full((17, length + 5), float("nan"), dtype=torch.bfloat16)[:, :length].fill_(1.0)
+        if bool((rows @ torch.ones(48, length, dtype=torch.bfloat16).T).isnan().any()):
+            return True
+    return False
 
 
 def strides_of(shape: tuple[int, ...], kind: str) -> list[int]:
@@ -63,8 +90,8 @@ class Arena:
         strides = strides_of(tuple(values.shape), kind)
         reach = sum((size - 1) * stride for size, stride in zip(values.shape, strides, strict=True)) + 1
         start = GUARD + (1 if kind == "offset" else 0)
-        buffer = torch.full((start + max(reach, 1) + GUARD,), poison_value(values.dtype), dtype=values.dtype,
-                            device=values.device)  # fmt: skip
+        poison = _poison_behind(values)
+        buffer = torch.full((start + max(reach, 1) + GUARD,), poison, dtype=values.dtype, device=values.device)
         view = buffer.as_strided(values.shape, strides, start)
         if values.numel():
             (view[:1] if kind == "expanded" else view).copy_(values[:1] if kind == "expanded" else values)

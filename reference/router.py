@@ -75,7 +75,5 @@ def router(
         group_size = selection.shape[-1] // num_expert_group
         selection = selection.masked_fill(~allowed.repeat_interleave(group_size, dim=-1), -torch.inf)
     topk_ids = selection.topk(top_k, dim=-1).indices
-    weights = combine_weights(
-        scores, topk_ids, renormalize=renormalize, routed_scaling_factor=routed_scaling_factor
-    )
+    weights = combine_weights(scores, topk_ids, renormalize=renormalize, routed_scaling_factor=routed_scaling_factor)
     return weights, topk_ids

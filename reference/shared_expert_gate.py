@@ -1,6 +1,6 @@
 r"""The gate of the shared expert (Qwen2-MoE, Qwen3-Next, the Qwen3-Omni talker).
 
-    y = sigmoid(x . w) * shared_output       one scalar gate per token
+y = sigmoid(x . w) * shared_output       one scalar gate per token
 """
 
 from torch import Tensor

@@ -108,7 +108,7 @@ def _memory(request: Request) -> Iterator[Case]:
 def _special(request: Request) -> Iterator[Case]:
     for data in SPECIALS:
         for dtype in request.dtypes:
-            yield GateCase(lead="12", H=40, D=33, data=data, dtype=dtype)
+            yield GateCase(lead="12", H=64, D=33, data=data, dtype=dtype)
 
 
 def _laws(request: Request) -> Iterator[Case]:

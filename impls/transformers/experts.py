@@ -92,6 +92,7 @@ def grouped_mm(
     """
     ids, masked = _local_ids(topk_ids, expert_map, gate_up_proj.shape[0])
     weights = topk_weights.masked_fill(masked, 0.0)
+    _check_alignment(hidden_states, gate_up_proj, down_proj)
     try:
         return _run("grouped_mm", hidden_states, gate_up_proj, down_proj, weights, ids, activation)
     except RuntimeError as error:
@@ -111,6 +112,15 @@ def _local_ids(topk_ids: Tensor, expert_map: Tensor | None, num_experts: int) ->
         ids = torch.where(ids < 0, -1, expert_map.long()[ids.clamp(min=0)])
     masked = ids < 0
     return ids.masked_fill(masked, num_experts), masked
+
+
+def _check_alignment(*operands: Tensor) -> None:
+    """torch's CUDA kernel checks rows but not experts or the start of an operand, and then faults on the device."""
+    for operand in operands:
+        strides = [s for s, size in zip(operand.stride(), operand.shape, strict=True) if size > 1 and s != 1]
+        starts = [operand.data_ptr(), *(s * operand.element_size() for s in strides)]
+        if operand.is_cuda and any(start % 16 for start in starts):
+            raise NotImplementedError("transformers' grouped_mm hands its operands on as they are: not on 16 bytes")
 
 
 def _check_gather(gate_up_proj: Tensor, slots: int) -> None:
