@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-SHOWN_PER_CHECK = 1
+SHOWN_PER_CHECK = 2
 LABEL_WIDTH = 11
 
 

@@ -15,17 +15,21 @@ FOLDER = Path(__file__).parent
 
 
 def functions_of(folder: str) -> Iterator[tuple[str, str]]:
-    """(stage, spec) of every public function in a folder of strangers' files that has its stage's first argument."""
+    """(stage, spec) of every public function in a folder of strangers' files that the contract's call binds to."""
     for file in sorted((FOLDER / folder).glob("*.py")):
         stage = next((s for s in contracts.STAGES if file.stem.startswith(s)), None)
         for node in ast.parse(file.read_text()).body if stage else ():
-            if isinstance(node, ast.FunctionDef) and _fits(stage, node):
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and _fits(stage, node):
                 yield stage, f"{file}:{node.name}"
 
 
 def _fits(stage: str, node: ast.FunctionDef) -> bool:
-    wanted = [p.name for p in contracts.SIGNATURES[stage].parameters.values() if p.kind is not p.KEYWORD_ONLY]
-    return not node.name.startswith("_") and [a.arg for a in node.args.args] == wanted
+    """Whether the contract's call binds: as many positional arguments, under whatever names, and its keywords only."""
+    parameters = contracts.SIGNATURES[stage].parameters.values()
+    positional = [p for p in parameters if p.kind is not p.KEYWORD_ONLY]
+    keywords = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    taken = {a.arg for a in node.args.kwonlyargs}
+    return len(node.args.args) == len(positional) and taken <= keywords and bool(taken) == bool(keywords)
 
 
 def first_kill(stage: str, spec: str, timeout: float = 20.0) -> dict[str, Any] | None:
