@@ -17,7 +17,7 @@ from harness.findings import HISTOGRAM_EDGES, MAX_Z
 from harness.pool import Pool, worker_count
 from harness.report import Result
 
-EXAMPLES = {"quick": 60, "full": 500, "exhaustive": 3000}
+EXAMPLES = {"quick": 200, "full": 500, "exhaustive": 3000}
 SEARCH_SECONDS = {"quick": 15.0, "full": 120.0, "exhaustive": 900.0}
 CONFIRMED_PER_CHECK = 2  # failures judged once more, alone in a fresh process
 INTERPRETED_ROWS = 2600  # a program takes about 1 ms there

@@ -18,7 +18,7 @@ from harness.errors import HarnessError
 
 POOLS = pytest.StashKey[dict[tuple[str, str], Any]]()
 ANSWER = "moe-harness"  # the user property that carries an answer from an xdist worker to the terminal
-EXAMPLES = {"quick": 40, "full": 500, "exhaustive": 3000}
+EXAMPLES = {"quick": 100, "full": 500, "exhaustive": 3000}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from impls.triton._common import exact_exp, exact_sigmoid, interpreting, on, product, require
 
-__all__ = ["router", "router_from_hidden"]
+__all__ = ["router"]  # what is registered; router_from_hidden starts from the hidden states
 
 LEAST: tl.constexpr = tl.constexpr(-2147483648)
 
