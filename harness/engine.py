@@ -21,6 +21,7 @@ EXAMPLES = {"quick": 200, "full": 500, "exhaustive": 3000}
 SEARCH_SECONDS = {"quick": 15.0, "full": 120.0, "exhaustive": 900.0}
 CONFIRMED_PER_CHECK = 2  # failures judged once more, alone in a fresh process
 INTERPRETED_ROWS = 2600  # a program takes about 1 ms there
+HEATMAPS_PER_CHECK = 5
 EXPLAINED = 3  # failures whose cause is searched for, EXPLAIN_SECONDS each
 EXPLAIN_SECONDS = 5.0
 DESCRIBED_STAGES = ("experts", "grouped_linear")
@@ -287,6 +288,11 @@ class Run:
     def result(self) -> Result:
         """What is known by now."""
         self.failures.sort(key=self._place)
+        seen: Counter = Counter()
+        for failure in self.failures:
+            seen[failure["check"]] += 1
+            if seen[failure["check"]] > HEATMAPS_PER_CHECK:
+                failure["heatmap"] = None  # 500 failures would make a document of 15 MB
         return {
             "schema": 1, "verdict": self._verdict(), "stage": self.stage, "impl": self.spec,
             "device": self.request.device,
