@@ -2,6 +2,8 @@
 
 # One off each block multiple a kernel may use, and every small count (a published bug lived only at T in {3, 4}).
 TOKENS = (*range(18), 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257)
+# Beyond them kernels change tiles, not code; each is met once, on small matrices.
+TOKENS_MANY = (384, 511, 512, 513, 768, 1000, 1023, 1024, 1025, 1536, 2047, 2048, 2049, 3000, 8193)
 TOKENS_FEW = (1, 2, 3, 4, 5, 8, 16, 17, 33, 64, 65, 129)
 
 # (E, k): released models first, then shapes no kernel is tuned for.

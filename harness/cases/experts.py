@@ -121,6 +121,8 @@ def _exact(request: Request) -> Iterator[Case]:
     last = request.dtypes[-1]
     for width, inner in ((64, 64), (64, 32), (16, 16), (32, 16), (100, 50), (48, 48)):  # square, and 2I == H
         yield ExpertsCase(T=21, H=width, I=inner, data="exact", dtype=last)
+    for tokens, dtype in zip(at.TOKENS_MANY, cycle(request.dtypes)):  # noqa: B905 - dtypes repeat
+        yield ExpertsCase(T=tokens, H=16, I=16, E=8, k=2, data="exact", dtype=dtype)
     for tokens in (4095, 4096, 4097):  # T * k around 2^15
         yield ExpertsCase(T=tokens, H=8, I=8, E=8, k=8, data="exact", dtype=last)
     yield ExpertsCase(T=33_000, H=4, I=8, E=2, k=1, routing="one", data="exact", dtype=last)

@@ -83,7 +83,7 @@ def _exact(request: Request) -> Iterator[Case]:
         yield GroupedLinearCase(data="exact", **row)
     for width, inner in ((64, 64), (16, 16), (33, 33), (4104, 8), (8, 4104), (520, 264)):
         yield GroupedLinearCase(S=70, K=width, N=inner, E=3, data="exact", dtype=request.dtypes[-1])
-    for rows in (32767, 32769):
+    for rows in (*at.TOKENS_MANY, 32767, 32769):
         yield GroupedLinearCase(S=rows, K=8, N=8, E=5, data="exact", dtype=request.dtypes[-1])
     if request.profile != "quick":
         yield GroupedLinearCase(S=70001, K=8, N=8, E=5, data="exact", dtype=request.dtypes[-1])

@@ -126,7 +126,7 @@ def _routing(request: Request) -> Iterator[Case]:
             yield RouterCase(T=next(tokens), E=experts, k=top_k, **row)
     for tokens in at.TOKENS:
         yield RouterCase(T=tokens, dtype=request.dtypes[tokens % len(request.dtypes)], renorm=bool(tokens % 2))
-    for tokens in (4095, 4097, *request.pick((), (65537,))):
+    for tokens in (*at.TOKENS_MANY, 4095, 4097, *request.pick((), (65537,))):
         yield RouterCase(T=tokens, E=16, k=2)
 
 

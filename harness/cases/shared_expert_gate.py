@@ -69,6 +69,8 @@ def _exact(request: Request) -> Iterator[Case]:
         yield GateCase(lead=str(rows), H=32, D=48, data="exact", dtype=request.dtypes[rows % len(request.dtypes)])
     for width in (1024, 2048, 4096, 4100, 7168):
         yield GateCase(lead="3", H=width, D=width, data="exact", dtype=request.dtypes[-1])
+    for rows in at.TOKENS_MANY:
+        yield GateCase(lead=str(rows), H=16, D=16, data="exact", dtype=request.dtypes[rows % len(request.dtypes)])
     yield GateCase(lead="33000", H=8, D=8, data="exact", dtype=request.dtypes[-1])
 
 
