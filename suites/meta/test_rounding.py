@@ -29,7 +29,10 @@ def test_the_value_of_a_bound_is_the_references(planned):
     args = {name: widened(value) for name, value in call.args.items()}
     keywords = {name: widened(value) for name, value in call.keywords.items()}
     value = reference(*args.values(), **keywords)
-    torch.testing.assert_close(module.expect(call, None).value, value, rtol=1e-10, atol=1e-13)
+    bound = module.expect(call, None)
+    assert not value.numel() or float(bound.z(value).abs().max()) < rounding.SAME_IN_FP64
+    off = bound.z(value + bound.variance.sqrt() * 2 * rounding.SAME_IN_FP64).abs()
+    assert bool((off > rounding.SAME_IN_FP64).all())  # a reference that differs by two millionths of a sigma is seen
 
 
 def widened(value):
