@@ -25,6 +25,7 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "
 ACCUMULATOR = 2.0**-24  # unit roundoff of fp32, the least the contract allows
 TF32 = 2.0**-10  # Hopper's tensor cores truncate fp32 operands to 10 bits: errors up to this, and all of one sign
 FALSE_ALARMS = 1e-9
+EXACT_FIT = 2.0**-20  # of the largest value: what a least-squares fit of exact data may leave
 SAME_IN_FP64 = 2.0**-20  # sigmas between two orders of one sum in fp64; fp64 rounds 2^29 times finer than any sigma
 ELEMENTS_PER_RUN = 1e8  # a quick run judges about 2e6 elements, a full one 5e7
 MODEL = 1.05  # how far sigma itself is trusted; right implementations with every permitted rounding measure up to 1.01

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from harness.ranks.results import differing_rows
 from harness.ranks.world_data import World, tagged_token
+from harness.rounding import EXACT_FIT
 from reference.dispatcher import owned_experts
 
 Statement = dict[str, str]
@@ -40,7 +41,7 @@ def fit(got: Tensor, parts: Tensor, wrong: Tensor) -> list[Statement]:
     matrix = parts[used][:, tokens].flatten(1).T
     target = got[tokens].flatten()
     counts = torch.linalg.lstsq(matrix, target[:, None]).solution.flatten()
-    if not torch.allclose(matrix @ counts, target, rtol=0, atol=1e-6 * float(target.abs().max() + 1)):
+    if not torch.allclose(matrix @ counts, target, rtol=0, atol=EXACT_FIT * float(target.abs().max() + 1)):
         return []
     ratios = {q: round(float(a), 4) for q, a in zip(used, counts, strict=True)}
     if set(ratios.values()) == {float(len(parts))} and len(parts) > 1:
