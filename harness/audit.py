@@ -11,7 +11,8 @@ the rule by which it compares `got` with `want`:
     twice_eager   max |got - fp32| <= factor max |eager - fp32| + atol        factor, atol
 
 `want` is what the test itself takes as right: the layer computed eagerly in its dtype ("same_dtype"), or in fp32 and
-rounded once ("fp32").  The wrong outputs are those of `harness.wrong_outputs`, on the very same inputs.
+rounded once ("fp32").  The wrong outputs are those of `harness.wrong_outputs`, on the very same inputs.  A shape may
+name input scales of its own (`inputs = {hidden_states = 0}`), for a variant of the test on other data.
 """
 
 import json
@@ -52,7 +53,7 @@ class Audit:
     name: str
     rule: dict[str, Any]
     inputs: dict[str, float]  # standard deviations
-    shapes: list[dict[str, int]]
+    shapes: list[dict[str, Any]]  # sizes; "inputs" where the scales differ
     dtype: str = "bf16"
     stage: str = "experts"
     reference: str = "same_dtype"
@@ -130,7 +131,10 @@ def checked(found: Any, where: str) -> Audit:
     if not isinstance(audit.shapes, list) or not audit.shapes:
         raise UsageError(f"{where}: shapes is {audit.shapes!r}, but should be a list of {', '.join(sizes)}")
     for shape in audit.shapes:
-        _numbers(where, "shapes", shape, sizes, (int,))
+        if not isinstance(shape, dict):
+            raise UsageError(f"{where}: shapes holds {shape!r}, but should hold tables of {', '.join(sizes)}")
+        _numbers(where, "shapes", {name: size for name, size in shape.items() if name != "inputs"}, sizes, (int,))
+        _numbers(where, "inputs of a shape", _scales(audit, shape), scales, (int, float))
         if shape.get("k", 1) > shape["E"]:
             raise UsageError(f"{where}: k is {shape['k']}, but should be at most E, which is {shape['E']}")
     return audit
@@ -185,7 +189,13 @@ def run(audit: Audit) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _audit_shape(audit: Audit, shape: dict[str, int]) -> dict[str, Any]:
+def _scales(audit: Audit, shape: dict[str, Any]) -> Any:
+    """The standard deviation of each input for this shape."""
+    own = shape.get("inputs", {})
+    return audit.inputs | own if isinstance(own, dict) else own
+
+
+def _audit_shape(audit: Audit, shape: dict[str, Any]) -> dict[str, Any]:
     data = _MAKERS[audit.stage](audit, shape)
     dtype = DTYPES[audit.dtype]
     want = data.eager if audit.reference == "same_dtype" else data.fp32.to(dtype)
@@ -223,9 +233,9 @@ def accepts(rule: dict[str, Any], got: Tensor, want: Tensor, data: Data) -> bool
             return float((a - exact).abs().max()) <= allowed
 
 
-def _experts(audit: Audit, shape: dict[str, int]) -> Data:
+def _experts(audit: Audit, shape: dict[str, Any]) -> Data:
     tokens, width, inner, experts, top_k = (shape[n] for n in ("T", "H", "I", "E", "k"))
-    draw = _normal(audit)
+    draw = _normal(audit, _scales(audit, shape))
     hidden = draw("hidden_states", tokens, width)
     gate_up, down = draw("gate_up_proj", experts, 2 * inner, width), draw("down_proj", experts, width, inner)
     scores = draw("router_logits", tokens, experts).float().softmax(-1)
@@ -255,9 +265,9 @@ def _layer(hidden, gate_up, down, weights, ids, activation: str, inside: torch.d
     return out
 
 
-def _grouped_linear(audit: Audit, shape: dict[str, int]) -> Data:
+def _grouped_linear(audit: Audit, shape: dict[str, Any]) -> Data:
     rows, terms, columns, experts = (shape[n] for n in ("S", "K", "N", "E"))
-    draw = _normal(audit)
+    draw = _normal(audit, _scales(audit, shape))
     x, weight = draw("x", rows, terms), draw("weight", experts, columns, terms)
     sizes = torch.full((experts,), rows // experts)
     sizes[-1] += rows - int(sizes.sum())
@@ -267,13 +277,13 @@ def _grouped_linear(audit: Audit, shape: dict[str, int]) -> Data:
     return Data(wrong_outputs.linear(x, weight, sizes, None), fp32.to(x.dtype), eager, fp32)
 
 
-def _normal(audit: Audit) -> Callable[..., Tensor]:
+def _normal(audit: Audit, scales: dict[str, float]) -> Callable[..., Tensor]:
     generator = torch.Generator().manual_seed(audit.seed)
 
     def draw(name: str, *shape: int) -> Tensor:
-        return (torch.randn(shape, generator=generator) * audit.inputs[name]).to(DTYPES[audit.dtype])
+        return (torch.randn(shape, generator=generator) * scales[name]).to(DTYPES[audit.dtype])
 
     return draw
 
 
-_MAKERS: dict[str, Callable[[Audit, dict[str, int]], Data]] = {"experts": _experts, "grouped_linear": _grouped_linear}
+_MAKERS: dict[str, Callable[[Audit, dict[str, Any]], Data]] = {"experts": _experts, "grouped_linear": _grouped_linear}

@@ -49,7 +49,9 @@ def show(result: dict[str, Any], console: "Console") -> None:
     table = Table(box=None, pad_edge=False)
     table.add_column("wrong output")
     for entry in result["shapes"]:
-        table.add_column("\n".join(f"{k}={v}" for k, v in entry["shape"].items()), justify="right")
+        sizes = {name: size for name, size in entry["shape"].items() if name != "inputs"}
+        own = sizes | entry["shape"].get("inputs", {})
+        table.add_column("\n".join(f"{name}={value}" for name, value in own.items()), justify="right")
     for name in _names(result["shapes"]):
         table.add_row(name, *(_verdict(entry, name) for entry in result["shapes"]))
     counts = (f"{len(e['accepted'])} of {len(e['accepted']) + len(e['rejected'])}" for e in result["shapes"])

@@ -38,8 +38,8 @@ def test_liger_accepts_everything() -> None:
     assert counts("liger") == [12, 12, 12, 12, 11, 12]  # with k = 1 flat weights are right
 
 
-def test_flashinfer_accepts_half_of_them() -> None:
-    assert counts("flashinfer", only=(0,)) == [5]
+def test_flashinfer_accepts_half_of_them_and_all_where_hidden_states_are_zero() -> None:
+    assert counts("flashinfer", only=(0, 2)) == [5, 12]
 
 
 def test_flashinfer_accepts_everything_on_small_values() -> None:
@@ -111,6 +111,8 @@ def test_own_file(tmp_path: Path, suffix: str) -> None:
         ({"rule": "allclose"}, "kind"),
         ({"inputs": {"hidden_states": 1.0}}, "should have hidden_states, gate_up_proj"),
         ({"shapes": []}, "list of T, H, I, E, k"),
+        ({"shapes": [7]}, "tables of T, H, I, E, k"),
+        ({"shapes": [GOOD["shapes"][0] | {"inputs": {"hidden": 0.0}}]}, "inputs of a shape has"),
         ({"shapes": [{"T": 9, "H": 64, "I": 48, "E": 2, "k": 4}]}, "k is 4"),
         ({"shapes": [{"T": 0, "H": 64, "I": 48, "E": 2, "k": 1}]}, "whole number above 0"),
         ({"dtype": "bf15"}, "bf16"),
