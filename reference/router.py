@@ -37,7 +37,7 @@ def selection_scores(scores: Tensor, correction_bias: Tensor | None) -> Tensor:
 
 
 def combine_weights(scores: Tensor, topk_ids: Tensor, *, renormalize: bool, routed_scaling_factor: float) -> Tensor:
-    """Weights of the chosen experts, [T, E] and [T, k] -> [T, k]."""
+    """Weights of the chosen experts, [T, E] and [T, k] -> [T, k]; NaN where their scores are all 0 (0 / 0)."""
     weights = scores.gather(-1, topk_ids.long())
     if renormalize:
         weights = weights / weights.sum(-1, keepdim=True)

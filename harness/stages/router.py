@@ -1,7 +1,9 @@
 """The stage `router`: a choice is judged as a set, with ties and the rounding of fp32 scores allowed for.
 
 A set of ids is right when no expert outside of it (that may be chosen) has a selection score above one inside of it by
-more than the errors of both; groups likewise.  Weights are judged given the chosen ids, whatever they are.
+more than the errors of both; groups likewise.  Weights are judged given the chosen ids, whatever they are.  Where the
+scores of the chosen all underflow, any weight is right, as for a NaN: the contract divides 0 by 0 there, and
+implementations that add an epsilon to the sum give 0.
 """
 
 from itertools import combinations
@@ -186,6 +188,8 @@ def _judge_weights(call: Call, truth: Selection, weights: Tensor, ids: Tensor, r
         bound = bound + value * (of_sum + ids.shape[-1] * rounding.ACCUMULATOR)
     bound = bound + rounding.ulp(value, weights.dtype) * 0.501 + TINY * keywords["routed_scaling_factor"]
     judged = truth.defined[:, None] & value.isfinite()
+    if keywords["renormalize"]:  # a sum that underflows gives 0 / 0, or 0 where an epsilon is added
+        judged &= scores.sum(-1, keepdim=True) >= TINY
     used = torch.where(judged, (weights.double() - value).abs() / bound, 0.0).nan_to_num(nan=torch.inf)
     record.worst = max(record.worst, float(used.max()))
     if float(used.max()) <= 1:
@@ -260,6 +264,8 @@ def _logits(case: RouterCase, draw: Builder) -> Tensor:
             logits[middle] = float("nan")
         case "nan_element":
             logits[middle, case.E // 2] = float("nan")
+        case "underflow" if case.T:  # every sigmoid of one row is 0 in fp32, and the sum of the chosen ones too
+            logits[middle] -= 120.0
         case "inf":
             logits[middle, case.E // 3] = float("inf")
         case "minus_inf":  # as many are left as are chosen, or more
