@@ -159,9 +159,9 @@ def _numbers(where: str, what: str, found: Any, names: tuple[str, ...], kinds: t
     if not isinstance(found, dict) or set(found) != set(names):
         given = ", ".join(found) if isinstance(found, dict) else repr(found)
         raise UsageError(f"{where}: {what} has {given or 'nothing'}, but should have {', '.join(names)}")
+    whole = kinds == (int,)
     for name, value in found.items():
-        whole = kinds == (int,)
-        if not isinstance(value, kinds) or isinstance(value, bool) or value < (1 if whole else 0):
+        if type(value) not in kinds or value < (1 if whole else 0):
             wanted = "a whole number above 0" if whole else "a number, 0 or above"
             raise UsageError(f"{where}: {name} in {what} is {value!r}, but should be {wanted}")
 
@@ -274,7 +274,7 @@ def _grouped_linear(audit: Audit, shape: dict[str, Any]) -> Data:
     owners = row_experts(sizes)
     eager = torch.cat([x[owners == e] @ weight[e].T for e in range(experts)])
     fp32 = torch.cat([x[owners == e].float() @ weight[e].float().T for e in range(experts)])
-    return Data(wrong_outputs.linear(x, weight, sizes, None), fp32.to(x.dtype), eager, fp32)
+    return Data(wrong_outputs.linear(x, weight, sizes, bias=None), fp32.to(x.dtype), eager, fp32)
 
 
 def _normal(audit: Audit, scales: dict[str, float]) -> Callable[..., Tensor]:

@@ -53,7 +53,8 @@ def check(
     request = _request(stage, device, dtype, profile, config, seed)
     options = engine.Options(request.dtypes if dtype else None, timeout, _known_checks(stage, request, checks))
     worlds = _worlds(ranks)
-    _writable(json), _writable(html)
+    _writable(json)
+    _writable(html)
     prepare()
     results, errors = [], []
     with report.Progress() as progress:
@@ -66,8 +67,8 @@ def check(
             if results[-1]["interrupted"]:
                 break
     _deliver(results, json, html)
-    for error in errors:
-        _tell(error, debug)
+    for told in errors:
+        _tell(told, debug)
     raise typer.Exit(_status(results, errors))
 
 

@@ -225,6 +225,8 @@ def _import_file(spec: str, path: Path) -> Any:
     if name in sys.modules:
         return sys.modules[name]
     module_spec = importlib.util.spec_from_file_location(name, path.resolve())
+    if module_spec is None or module_spec.loader is None:
+        raise UsageError(f"implementation {spec!r}: {path} is no Python file")
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[name] = module
     folder = str(path.resolve().parent)

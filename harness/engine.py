@@ -16,6 +16,7 @@ from harness.errors import CannotJudge, HarnessError
 from harness.findings import HISTOGRAM_EDGES, MAX_Z
 from harness.pool import Pool, worker_count
 from harness.report import Result
+from harness.report.results import Check, Coverage, Failure
 
 EXAMPLES = {"quick": 200, "full": 500, "exhaustive": 3000}
 SEARCH_SECONDS = {"quick": 15.0, "full": 120.0, "exhaustive": 900.0}
@@ -55,16 +56,12 @@ class Tally:
     seconds: float = 0.0
     worst: float = 0.0
 
-    def as_dict(self, name: str) -> dict[str, Any]:
-        keys = ("failed", "unsupported", "skipped")
-        counted = {key: self.counts[key] for key in keys}
+    def as_check(self, name: str) -> Check:
         return {
-            "name": name,
-            "cases": self.counts.total(),
-            **counted,
-            "seconds": round(self.seconds, 3),
-            "worst": self.worst,
-        }
+            "name": name, "cases": self.counts.total(), "failed": self.counts["failed"],
+            "unsupported": self.counts["unsupported"], "skipped": self.counts["skipped"],
+            "seconds": round(self.seconds, 3), "worst": self.worst,
+        }  # fmt: skip
 
 
 class Run:
@@ -74,7 +71,7 @@ class Run:
         self.stage, self.spec, self.request, self.options, self.listener = stage, spec, request, options, listener
         self.started = time.monotonic()
         self.tallies: dict[str, Tally] = {}
-        self.failures: list[dict[str, Any]] = []
+        self.failures: list[Failure] = []
         self.refused: dict[str, list[str]] = defaultdict(list)
         self.reasons: dict[str, str] = {}
         self.skipped: dict[tuple[str, str], int] = Counter()
@@ -197,7 +194,7 @@ class Run:
             self._fail(answer["id"], finding)
 
     def _fail(self, case_id: str, finding: dict[str, Any]) -> None:
-        failure = {
+        failure: Failure = {
             "check": case_id.split("/")[1], "case": case_id, "message": finding["message"],
             "headroom": finding.get("headroom"), "where": finding.get("where", {}),
             "looks_like": finding.get("looks_like", []), "diagnosis": finding.get("diagnosis", []),
@@ -270,7 +267,7 @@ class Run:
         if text:
             self.heard["", "how it computes"][text] += 1
 
-    def _place(self, failure: dict[str, Any]) -> int:
+    def _place(self, failure: Failure) -> int:
         """Where a failure's case stands in the plan; failures are told in that order, not as they came."""
         return self.places.get(failure["case"], len(self.places))
 
@@ -301,7 +298,7 @@ class Run:
             "seconds": round(time.monotonic() - self.started, 2), "versions": self.loaded["versions"],
             "declared": {k: v for k, v in self.loaded["declared"].items() if k != "explicit"}, "error": self.error,
             "interrupted": self.interrupted,
-            "checks": [tally.as_dict(name) for name, tally in self.tallies.items() if tally.counts],
+            "checks": [tally.as_check(name) for name, tally in self.tallies.items() if tally.counts],
             "failures": self.failures, "coverage": self._coverage(),
             "statistics": {"z_histogram": {"edges": [*HISTOGRAM_EDGES, None], "counts": self.histogram,
                                            "limit": MAX_Z},
@@ -317,7 +314,7 @@ class Run:
         core = any(case.core() and case.variant.split(":")[0] in CORE_CHECKS for case in self.executed)
         return "pass" if core or (self.executed and self.options.checks) else "unsupported" if self.refused else "error"
 
-    def _coverage(self) -> dict[str, Any]:
+    def _coverage(self) -> Coverage:
         axes: dict[str, Counter] = defaultdict(Counter)
         refused = sorted(self.refused.items(), key=lambda item: -len(item[1]))
         for case in self.executed:

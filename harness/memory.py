@@ -10,6 +10,7 @@ import ctypes
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -158,7 +159,7 @@ def _poisoned_empty() -> Iterator[None]:
 
         return call
 
-    owners = [(torch, n) for n in ("empty", "empty_like", "empty_strided")]
+    owners: list[tuple[Any, str]] = [(torch, n) for n in ("empty", "empty_like", "empty_strided")]
     owners += [(Tensor, n) for n in ("new_empty", "new_empty_strided")]
     originals = [(owner, name, getattr(owner, name)) for owner, name in owners]
     try:

@@ -32,7 +32,7 @@ class Worker:
         self.process = context.Process(target=serve, args=(theirs, self.output, stage, spec, device), daemon=True)
         self.process.start()
         theirs.close()
-        self.loaded: dict[str, Any] | None = None
+        self.loaded: dict[str, Any] = {}  # what the process says of the implementation
         self.current: str | None = None
         self.history: list[str] = []
         self.deadline = time.monotonic() + START_BUDGET
@@ -74,9 +74,9 @@ class Pool:
     """Workers for one implementation.  Use as a context manager."""
 
     def __init__(self, stage: str, spec: str, device: str, workers: int, budget: float):
+        self.folder: str = tempfile.mkdtemp(prefix="moe-harness-")
         self._make = lambda: Worker(stage, spec, device, self.folder)
         self.size, self.budget = workers, budget
-        self.folder = tempfile.mkdtemp(prefix="moe-harness-")
         self.workers: list[Worker] = []
         self.deaths = 0
         self.memory_limit = _memory_limit(workers) if device == "cpu" else None
@@ -130,7 +130,7 @@ class Pool:
             self._await_loaded(worker)
             for case_id in case_ids:
                 worker.give(case_id, self._budget_now())
-                answer = None
+                answer: Any = None
                 while answer is None:
                     wait([worker.connection], POLL)
                     answer = self._answer(worker, replace=False)

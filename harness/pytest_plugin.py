@@ -6,7 +6,7 @@ the command runs, in the same isolated processes.  It adds nothing to other peop
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -15,6 +15,9 @@ from harness.cases.plans import ON_CUDA_ONLY, Planned
 from harness.cases.request import PROFILES, Request
 from harness.contracts import DEVICES, DTYPES, STAGES
 from harness.errors import HarnessError
+
+if TYPE_CHECKING:
+    from harness.report import Result
 
 POOLS = pytest.StashKey[dict[tuple[str, str], Any]]()
 ANSWER = "moe-harness"  # the user property that carries an answer from an xdist worker to the terminal
@@ -186,7 +189,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         write_html(results, config.option.impl_html)
 
 
-def results_of(reports: Iterable[Any], request: Request) -> list[dict[str, Any]]:
+def results_of(reports: Iterable[Any], request: Request) -> "list[Result]":
     """The answers that test reports carry, put together as the command puts them together."""
     from harness.engine import Listener, Options, Run
 

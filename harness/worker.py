@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from time import perf_counter
@@ -96,7 +97,7 @@ def describe(trial: Trial) -> str:
     return how_it_computes(trial)
 
 
-TASKS = {"judge": judge_id, "explain": explain_id, "describe": describe}
+TASKS: dict[str, Callable[..., Any]] = {"judge": judge_id, "explain": explain_id, "describe": describe}
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -88,7 +88,8 @@ class Layer:
         both = self.hidden_states.new_zeros(*self.ids.shape, self.gate_up.shape[1])
         for expert, tokens, slots in routed_rows(self.ids):
             both[tokens, slots] = self.hidden_states[tokens] @ self.gate_up[expert].double().T
-        return both.chunk(2, dim=-1)
+        gate, up = both.chunk(2, dim=-1)
+        return gate, up
 
     def outputs(self, hidden: Tensor) -> Tensor:
         """Output of every slot, [T, k, H], from its hidden values [T, k, I]."""
@@ -163,7 +164,7 @@ def _rerouted(layer: Layer, value: Tensor, slots: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------- grouped_linear
 
 
-def linear(x: Tensor, weight: Tensor, sizes: Tensor, bias: Tensor | None) -> Wrong:
+def linear(x: Tensor, weight: Tensor, sizes: Tensor, *, bias: Tensor | None) -> Wrong:
     """Name -> wrong [S, N] in fp64."""
     rows = x.double()
     if not rows.numel() or not weight.numel():
@@ -306,7 +307,7 @@ def _weights_for(logits: Tensor, options: dict[str, Any], ids: Tensor) -> Tensor
 
 _MAKERS: dict[str, Callable[[Call], Wrong]] = {
     "experts": lambda call: experts(layer_of(call)),
-    "grouped_linear": lambda call: linear(*call.args.values(), call.keywords["bias"]),
+    "grouped_linear": lambda call: linear(*call.args.values(), bias=call.keywords["bias"]),
     "shared_expert_gate": lambda call: gate(*call.args.values()),
     "router": lambda call: router(call.args["router_logits"], call.keywords),
 }

@@ -1,9 +1,9 @@
 """Cases of the stage `experts`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from harness.cases import boundaries as at
 from harness.cases.pairwise import pairwise
@@ -108,7 +108,7 @@ def _from_rows(rows: list[dict], tokens: Iterator[int], **fixed) -> Iterator[Cas
 
 def _exact(request: Request) -> Iterator[Case]:
     pairs = cycle((*at.RELEASED_EXPERTS[:4], (4, 2), *at.RELEASED_EXPERTS[4:], (7, 3)))
-    plain = {"data": "exact", "H": 32, "I": 24}
+    plain: dict[str, Any] = {"data": "exact", "H": 32, "I": 24}
     for tokens in at.TOKENS:  # a kernel chosen by T, by dtype
         for dtype in request.dtypes:
             experts, top_k = next(pairs)
@@ -176,7 +176,7 @@ def _layouts(request: Request) -> Iterator[Case]:
     for operand in OPERANDS:
         for kind in at.LAYOUTS:
             for dtype in request.pick(request.dtypes[-1:], request.dtypes):
-                fields = {"T": 1, "E": 1, "k": 1, "I": 1} if kind == "unit" else {"T": 13, "E": 5}
+                fields: dict[str, Any] = {"T": 1, "E": 1, "k": 1, "I": 1} if kind == "unit" else {"T": 13, "E": 5}
                 kind_of_map = "alternate" if operand == "expert_map" else "none"
                 yield ExpertsCase(
                     layout=f"{operand}:{kind}", data="exact", map=kind_of_map, dtype=dtype, H=40, **{"I": 24} | fields
@@ -220,7 +220,7 @@ def _repeats(request: Request) -> Iterator[Case]:
         yield ExpertsCase(T=5, H=256, I=64, E=16, k=8, dtype=dtype)
 
 
-def _cuda_cases(request: Request) -> dict[str, list[Case]]:
+def _cuda_cases(request: Request) -> dict[str, Sequence[Case]]:
     last = request.dtypes[-1]
     small = [
         ExpertsCase(T=tokens, H=256, I=128, E=16, k=4, dtype=dtype, map=kind)

@@ -1,8 +1,8 @@
 """Cases of the stage `grouped_linear`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from harness.cases import boundaries as at
 from harness.cases.pairwise import pairwise
@@ -115,7 +115,7 @@ def _layouts(request: Request) -> Iterator[Case]:
     for operand in OPERANDS:
         for kind in at.LAYOUTS:
             for dtype in request.dtypes:
-                shape = {"S": 1, "E": 1, "N": 1} if kind == "unit" else {"S": 30, "E": 5, "N": 21}
+                shape: dict[str, Any] = {"S": 1, "E": 1, "N": 1} if kind == "unit" else {"S": 30, "E": 5, "N": 21}
                 yield GroupedLinearCase(
                     layout=f"{operand}:{kind}", K=37, data="exact", dtype=dtype, bias=operand == "bias", **shape
                 )
@@ -146,7 +146,7 @@ def _laws(request: Request) -> Iterator[Case]:
             )
 
 
-def _cuda_cases(request: Request) -> dict[str, list[Case]]:
+def _cuda_cases(request: Request) -> dict[str, Sequence[Case]]:
     small = [GroupedLinearCase(S=rows, K=256, N=128, dtype=dtype) for rows in (1, 8, 64) for dtype in request.dtypes]
     large = [
         GroupedLinearCase(S=40, K=4096, N=2048, E=300, sizes="last", data="exact", dtype=request.dtypes[-1]),

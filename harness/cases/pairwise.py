@@ -22,7 +22,7 @@ def pairwise(
     for pair in pairs:
         if pair not in missing:
             continue
-        best, covered = None, set()
+        best, covered = None, set[Any]()
         for _ in range(CANDIDATES):
             picks = {name: rng.randrange(len(values)) for name, values in axes.items()} | dict(pair)
             if not allowed({name: axes[name][i] for name, i in picks.items()}):

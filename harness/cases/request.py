@@ -1,6 +1,6 @@
 """What the caller asks for, and the helpers by which a plan answers: profiles, dtypes, models, seeds."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -39,7 +39,7 @@ class Request:
         base = self.seed * 100_003
         return [c.but(seed=base + r * 10_007 + i) for r in range(rounds) for i, c in enumerate(cases)]
 
-    def on_cuda(self, cases: dict[str, list[Case]]) -> dict[str, list[Case]]:
+    def on_cuda(self, cases: Mapping[str, Sequence[Case]]) -> dict[str, list[Case]]:
         return {check: self.numbered(group) for check, group in cases.items()}
 
     def model_shapes(self) -> tuple[Any, ...]:

@@ -1,6 +1,6 @@
 """Cases of the stage `router`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -144,7 +144,7 @@ def _special(request: Request) -> Iterator[Case]:
 def _layouts(request: Request) -> Iterator[Case]:
     for kind in at.LAYOUTS:
         for dtype in request.dtypes:
-            shape = {"T": 1, "E": 1, "k": 1} if kind == "unit" else {"T": 13, "E": 37, "k": 5}
+            shape: dict[str, Any] = {"T": 1, "E": 1, "k": 1} if kind == "unit" else {"T": 13, "E": 37, "k": 5}
             yield RouterCase(layout=f"router_logits:{kind}", dtype=dtype, **shape)
         yield RouterCase(
             T=6, E=32, k=4, layout=f"correction_bias:{kind}", bias="small", scoring="sigmoid", groups="4x2"
@@ -162,12 +162,12 @@ def _laws(request: Request) -> Iterator[Case]:
         for dtype in request.pick(request.dtypes[:1] + request.dtypes[-1:], request.dtypes):
             yield RouterCase(T=18, E=60, k=4, dtype=dtype, variant=law)
             if law != "softmax_shift":
-                fields = {"scoring": "sigmoid", "bias": "small", "scale": 2.5, "renorm": False}
+                fields: dict[str, Any] = {"scoring": "sigmoid", "bias": "small", "scale": 2.5, "renorm": False}
                 yield RouterCase(T=40, E=64, k=8, dtype=dtype, variant=law, **fields)
             yield RouterCase(T=18, E=128, k=8, dtype=dtype, variant=law, renorm=False)
 
 
-def _cuda_cases(request: Request) -> dict[str, list[Case]]:
+def _cuda_cases(request: Request) -> dict[str, Sequence[Case]]:
     small = [RouterCase(T=tokens, dtype=dtype) for tokens in (1, 8, 64) for dtype in request.dtypes]
     return {
         "graph_replay": small,

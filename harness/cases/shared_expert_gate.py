@@ -1,6 +1,6 @@
 """Cases of the stage `shared_expert_gate`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar, Self
@@ -119,7 +119,7 @@ def _laws(request: Request) -> Iterator[Case]:
             yield GateCase(lead="24", H=48, D=40, dtype=dtype, variant=law)
 
 
-def _cuda_cases(request: Request) -> dict[str, list[Case]]:
+def _cuda_cases(request: Request) -> dict[str, Sequence[Case]]:
     small = [GateCase(lead=lead, H=256, D=256, dtype=dtype) for lead in ("1", "33") for dtype in request.dtypes]
     large = [GateCase(lead="1050000", H=2056, D=2056, dtype=request.dtypes[-1])]
     return {"graph_replay": small, "side_stream": small, "large_offsets": large}

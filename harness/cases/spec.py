@@ -4,8 +4,9 @@
 their default are left out of the id.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from harness.errors import UsageError, unknown
 
@@ -61,7 +62,7 @@ def parse(stage: str, text: str) -> Case:
     if stage not in kinds:
         raise unknown("stage", stage, list(kinds))
     types = {f.name: f.type for f in fields(kinds[stage])}
-    values: dict[str, object] = {}
+    values: dict[str, Any] = {}
     for item in filter(None, text.split(",")):
         name, equals, value = item.partition("=")
         if name not in types or not equals:
@@ -70,9 +71,12 @@ def parse(stage: str, text: str) -> Case:
     return kinds[stage](**values)
 
 
-def _value(name: str, text: str, kind: object) -> object:
-    kind = kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
-    convert = {"int": int, "float": float, "str": str, "bool": lambda t: bool(int(t))}[kind]
+def _value(name: str, text: str, annotation: object) -> object:
+    kind = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+    converters: dict[str, Callable[[str], object]] = {
+        "int": int, "float": float, "str": str, "bool": lambda t: bool(int(t)),
+    }  # fmt: skip
+    convert = converters[kind]
     try:
         return convert(text)
     except ValueError:

@@ -1,6 +1,7 @@
 """Relations between results that hold without a reference."""
 
 import torch
+from torch import Tensor
 
 from harness.cases import Case
 from harness.compare import against_bound
@@ -24,18 +25,17 @@ def laws(trial: Trial, case: Case) -> Record:
 def _linear_law(trial: Trial, call) -> Record:
     """The sum of the terms against zero, with the variance of the sum."""
     stage, declared = trial.stage, trial.subject.declared.rounds
-    residual = variance = shared = sources = None
+    sums: list[Tensor] = []  # of the results, of their variances, of what is shared between elements
     for term in terms(call.case.stage, call.case.variant, call):
         result = trial.invoke(term.call)
         bound = stage.expect(term.call, declared)
         parts = [term.coefficient * term.rows(result.double())]
         parts += [term.coefficient**2 * term.rows(v) for v in (bound.variance, bound.shared)]
-        per_row = bound.sources.reshape(*bound.value.shape[:-1], 2)
-        if residual is None:
-            residual, variance, shared = parts
-            sources = term.rows(per_row)
+        if not sums:
+            sums, sources = parts, term.rows(bound.sources.reshape(*bound.value.shape[:-1], 2))
         else:
-            residual, variance, shared = residual + parts[0], variance + parts[1], shared + parts[2]
+            sums = [total + part for total, part in zip(sums, parts, strict=True)]
+    residual, variance, shared = sums
     nothing = Bound(torch.zeros_like(residual), variance, shared, sources.reshape(-1, 2).clamp(min=1))
     return against_bound(_Rows, call, nothing, residual)
 

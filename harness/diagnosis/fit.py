@@ -115,7 +115,8 @@ class Values:
 
     def fit(self, candidate: Tensor, got: Tensor, others: tuple[Tensor, ...] = ()) -> Fit:
         """`others` are outputs of the candidate on inputs changed by a few roundings: how far it wavers by itself."""
-        candidate, got, *others = (self._focused(result) for result in (candidate, got, *others))
+        candidate, got = self._focused(candidate), self._focused(got)
+        others = tuple(self._focused(other) for other in others)
         if not got.numel():
             return Fit()
         sigma = self._variance(candidate, others).sqrt()

@@ -66,7 +66,7 @@ class _Inquiry:
         self.all = likely_first(suspects(trial.subject.stage, trial.device), case)
 
     def causes(self) -> list[dict[str, str]]:
-        unexplained, second_best = 0, []
+        unexplained, second_best = 0, list[dict[str, str]]()
         for scene in self._scenes():
             if self._out_of_time() or unexplained == UNEXPLAINED:
                 break

@@ -75,7 +75,7 @@ def sequences(case: Case, count: int = 3) -> Iterator[Scene]:
 
 
 def _experts() -> Iterator[dict[str, Any]]:
-    base = {"T": 21, "H": 72, "I": 40, "E": 6, "k": 3}
+    base: dict[str, Any] = {"T": 21, "H": 72, "I": 40, "E": 6, "k": 3}
     yield base
     yield base | {"activation": "gelu_tanh"}
     for change in ({"k": 1}, {"T": 1}, {"T": 1, "activation": "gelu_tanh"}, {"T": 3}, {"T": 5}, {"T": 8}, {"T": 65}):
@@ -84,7 +84,7 @@ def _experts() -> Iterator[dict[str, Any]]:
         yield base | change
     for change in ({"I": 25}, {"I": 48}, {"H": 24, "I": 24}, {"H": 32, "I": 16}, {"H": 48, "I": 48, "T": 64}):
         yield base | change
-    for change in (
+    others: tuple[dict[str, Any], ...] = (
         {"routing": "duplicates"},
         {"T": 40, "routing": "one", "k": 1},
         {"T": 70, "routing": "skewed"},
@@ -94,7 +94,8 @@ def _experts() -> Iterator[dict[str, Any]]:
         {"E": 12, "k": 10},
         {"E": 1, "k": 1},
         {"E": 3, "k": 2, "T": 2},
-    ):
+    )
+    for change in others:
         yield base | change
     for masked in ("some", "rows", "one"):
         for kind in ("none", "alternate", "block"):

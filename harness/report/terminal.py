@@ -103,7 +103,7 @@ def failures(found: Sequence[dict[str, Any]]) -> Iterator[Any]:
             yield Text(sentence + "\n", style="yellow")
 
 
-def checks_table(checks: Sequence[dict[str, Any]]) -> Table:
+def checks_table(checks: Sequence[Any]) -> Table:
     """One row per check; `worst` is the largest share of a bound that was used, above 1 it fails."""
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", show_footer=len(checks) > 1)
     total = {key: sum(check.get(key) or 0 for check in checks) for key in COUNTS}

@@ -121,7 +121,7 @@ def _margin(x: Tensor, gate: dict[str, Tensor], config: dict, dtype: torch.dtype
     slope = scores * (1 - scores) if rule.scoring == "sigmoid" else scores
     error = slope * rounding.store(logits, dtype).sqrt() + 2.0**-30
     margin = torch.full((len(x),), torch.inf, dtype=torch.float64)
-    if rule.num_expert_group is not None:
+    if rule.num_expert_group is not None and rule.topk_group is not None:
         by_group = router.group_scores(selection, rule.num_expert_group, biased=rule.scoring == "sigmoid")
         of_group = error.unflatten(-1, (rule.num_expert_group, -1)).amax(-1)
         margin = _border(by_group, of_group, rule.topk_group)
