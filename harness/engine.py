@@ -81,6 +81,7 @@ class Run:
         self.heard: dict[tuple[str, str], Counter] = defaultdict(Counter)
         self.loaded: dict[str, Any] = {"declared": {}, "versions": {}}
         self.places: dict[str, int] = {}  # of each case in the plan
+        self.power: dict[str, Any] = {"proved": 0, "replaced": []}  # data sets that reject every wrong output
         self.error: str | None = None
         self.interrupted = False
 
@@ -183,15 +184,27 @@ class Run:
             self.listener.advance(check, status)
 
     def _take_executed(self, check: str, case: Case, answer: dict[str, Any]) -> None:
+        judged = self._judged_as(answer)
+        case = self.parse(judged)[1]
         self.executed.append(case.but(variant=f"{check}:{case.variant}"))
         self.elements += answer["elements"]
         self.histogram = [a + b for a, b in zip(self.histogram, answer["histogram"] or self.histogram, strict=True)]
         for name, text in answer["observations"].items():
             self.heard[check, name][text] += 1
         if answer["status"] == "died":
-            self._fail(answer["id"], {"message": answer["reason"], "headroom": float("inf")})
+            self._fail(judged, {"message": answer["reason"], "headroom": float("inf")})
         for finding in answer["findings"][:1]:  # one failure per case; the others are mostly its consequences
-            self._fail(answer["id"], finding)
+            self._fail(judged, finding)
+
+    def _judged_as(self, answer: dict[str, Any]) -> str:
+        """The id of the data that judged: the planned ones, or those that took the place of data without power."""
+        planned, judged = answer["id"], answer.get("judged", answer["id"])
+        power = answer.get("power", {"rejected": 0, "accepted": []})
+        self.power["proved"] += bool(power["rejected"])
+        if judged != planned:
+            self.power["replaced"].append({"case": planned, "by": judged, "accepted": power["accepted"]})
+            self.places.setdefault(judged, self.places.get(planned, len(self.places)))
+        return judged
 
     def _fail(self, case_id: str, finding: dict[str, Any]) -> None:
         failure: Failure = {
@@ -327,6 +340,7 @@ class Run:
                 {"reason": self.reasons[alike], "cases": len(ids), "example": ids[0]} for alike, ids in refused
             ],
             "skipped": [{"what": what, "reason": why, "cases": n} for (what, why), n in self.skipped.items()],
+            "power": self.power,
             "axes": {name: dict(counts) for name, counts in axes.items()},
         }
 

@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.cases import Case
 from harness.compare import against_bound, exactly
 from harness.contracts import REJECTIONS, Subject
 from harness.findings import Record
+from harness.rounding import Bound
 from harness.stages import stage_module
 from harness.stages.call import Call
 
@@ -27,9 +29,18 @@ class Trial:
     def __init__(self, subject: Subject, device: str):
         self.subject, self.device = subject, device
         self.stage = stage_module(subject.stage)
+        self._ready: dict[Case, Call] = {}
 
-    def build(self, case) -> Call:
-        return self.stage.build(case, self.device)
+    def build(self, case: Case) -> Call:
+        """A call of its own for every time it is asked for."""
+        return self._ready.pop(case, None) or self.stage.build(case, self.device)
+
+    def prepare(self, case: Case) -> Call:
+        """The call that `build` hands out next for the case, with what a right result is."""
+        call = self.stage.build(case, self.device)
+        call.truth = right_result(call, self.subject.declared.rounds)
+        self._ready = {case: call}
+        return call
 
     def invoke(self, call: Call) -> Any:
         """The result, checked for what the contract says of its form.
@@ -83,12 +94,12 @@ class Trial:
 
     def judge(self, call: Call, result: Any) -> Record:
         """The result against what a right one may be."""
-        declared = self.subject.declared.rounds
-        if hasattr(self.stage, "compare"):  # a stage with a judgement of its own: the router's choice is a set
-            return self.stage.compare(call, result, declared)
-        if call.case.data == "exact":
-            return exactly(self.stage, call, self.stage.exact_value(call), result)
-        return against_bound(self.stage, call, self.stage.expect(call, declared), result)
+        truth = right_result(call, self.subject.declared.rounds) if call.truth is None else call.truth
+        if truth is None:
+            return self.stage.compare(call, result, self.subject.declared.rounds)
+        if isinstance(truth, Tensor):
+            return exactly(self.stage, call, truth, result)
+        return against_bound(self.stage, call, truth, result)
 
     def _checked(self, call: Call, result: Any) -> Any:
         wanted = self.stage.outputs(call)
@@ -115,6 +126,14 @@ class Trial:
         owner = call.arena.aliased_by(value)
         if owner is not None:
             raise Broken(f"{name} shares its memory with the input {owner}, but should be a new tensor")
+
+
+def right_result(call: Call, declared: tuple[str, ...] | None) -> Bound | Tensor | None:
+    """Bound, or the only right value of exact data; None where the stage has a judgement of its own."""
+    stage = stage_module(call.case.stage)
+    if hasattr(stage, "compare"):  # the router's choice is a set
+        return None
+    return stage.exact_value(call) if call.case.data == "exact" else stage.expect(call, declared)
 
 
 def _first_line(error: BaseException) -> str:

@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
-from harness.cases import parse_id
+from harness.cases import Planned, parse_id
 from harness.checks import CHECKS
 from harness.contracts import load
 from harness.errors import HarnessError
 from harness.findings import Record
+from harness.power import JUDGING, Proof, prove
 from harness.trial import Broken, Rejected, Trial
 from harness.worker_versions import versions
 
@@ -46,9 +47,13 @@ def judge_id(trial: Trial, case_id: str) -> dict[str, Any]:
     """Judge the case of that id; whatever goes wrong, in the implementation or here, is part of the answer."""
     _, check, case = parse_id(case_id)
     started = perf_counter()
-    record, status, reason = Record(), "passed", None
+    record, status, reason, proof = Record(), "passed", None, Proof(case)
     try:
-        record = CHECKS[check](trial, case)
+        proof = prove(trial, case) if check in JUDGING else proof
+        if proof.case is None:
+            record.skipped = f"no data of this shape tell right from wrong: {', '.join(proof.accepted)} pass"
+        else:
+            record = CHECKS[check](trial, proof.case)
         status, reason = (
             ("failed", None) if record.findings else ("skipped", record.skipped) if record.skipped else (status, None)
         )
@@ -64,7 +69,9 @@ def judge_id(trial: Trial, case_id: str) -> dict[str, Any]:
             status, reason = "skipped", f"not enough memory on this device: {str(error).splitlines()[0][:120]}"
         else:
             status, reason = "error", f"the harness failed on {case_id}: {traceback.format_exc()}"
-    answer = {"id": case_id, "status": status, "reason": reason, "seconds": perf_counter() - started, **asdict(record)}
+    judged = case_id if proof.case in (None, case) else Planned(check, proof.case).id
+    answer = {"id": case_id, "status": status, "reason": reason, "seconds": perf_counter() - started, **asdict(record),
+              "judged": judged, "power": proof.as_dict()}  # fmt: skip
     return answer | {"device_lost": status in ("failed", "error", "skipped") and _is_device_lost(trial.device)}
 
 

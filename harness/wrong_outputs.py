@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from harness.stages.call import Call
+from reference import moe_block as block
 from reference import router as routing
 from reference.experts import activate, local_ids, routed_rows
+from reference.experts import experts as routed_experts
 from reference.grouped_linear import grouped_linear, row_experts
 
 Wrong = dict[str, Any]
@@ -32,6 +34,10 @@ GROUPED_LINEAR = (
 SHARED_EXPERT_GATE = (
     "all_zeros", "doubled", "ungated", "gate_complemented", "gate_without_sigmoid", "gate_of_next_row",
     "last_16_of_H_dropped", "last_of_H_dropped", "one_row_zeroed", "one_element_off",
+)  # fmt: skip
+MOE_BLOCK = (
+    "all_zeros", "doubled", "shared_expert_dropped", "routed_part_dropped", "shared_expert_ungated", "flat_weights",
+    "row_of_next_token", "one_row_zeroed", "one_element_off",
 )  # fmt: skip
 ROUTER = (
     "weights_zero", "weights_doubled", "flat_weights", "renormalisation_flipped", "other_scoring", "weights_reversed",
@@ -52,11 +58,12 @@ def wrong_outputs(call: Call) -> Wrong:
     return maker(call)
 
 
-def common(value: Tensor, rows: Tensor) -> Wrong:
-    """Mistakes that need only the right value [rows, columns]; `rows` says which rows are not zero by rights."""
-    if not value.numel() or not bool(rows.any()):
+def common(value: Tensor) -> Wrong:
+    """Mistakes that need only the right value [rows, columns]."""
+    if not value.numel():
         return {}
-    row = int(rows.nonzero()[len(rows.nonzero()) // 2])
+    filled = value.any(-1).nonzero()[:, 0].tolist() or [0]  # a row of zeros cannot be lost
+    row = filled[len(filled) // 2]
     zeroed, off = value.clone(), value.clone()
     zeroed[row] = 0.0
     off[row, value.shape[-1] // 2] += value.abs().max()
@@ -92,10 +99,10 @@ class Layer:
         return gate, up
 
     def outputs(self, hidden: Tensor) -> Tensor:
-        """Output of every slot, [T, k, H], from its hidden values [T, k, I]."""
-        out = hidden.new_zeros(*self.ids.shape, self.down.shape[1])
+        """Output of every slot, [..., T, k, H], from its hidden values [..., T, k, I]."""
+        out = hidden.new_zeros(*hidden.shape[:-1], self.down.shape[1])
         for expert, tokens, slots in routed_rows(self.ids):
-            out[tokens, slots] = hidden[tokens, slots] @ self.down[expert].double().T
+            out[..., tokens, slots, :] = hidden[..., tokens, slots, :] @ self.down[expert].double().T
         return out
 
 
@@ -116,16 +123,17 @@ def experts(layer: Layer) -> Wrong:
         return {}
     gate, up = layer.halves()
     hidden = activate(gate, layer.activation) * up
-    slots = layer.outputs(hidden)
-    value = _combined(layer.weights, slots)
     other = "gelu_tanh" if layer.activation == "silu" else "silu"
-    found = common(value, live.any(-1)) | {
-        "other_activation": _combined(layer.weights, layer.outputs(activate(gate, other) * up)),
-        "gate_up_swapped": _combined(layer.weights, layer.outputs(activate(up, layer.activation) * gate)),
-        "renormalisation_flipped": _combined(layer.flipped, slots),
-        "last_16_of_I_dropped": _combined(layer.weights, layer.outputs(_without_last(hidden, 16))),
-        "last_of_I_dropped": _combined(layer.weights, layer.outputs(_without_last(hidden, 1))),
+    changed = {
+        "other_activation": activate(gate, other) * up,
+        "gate_up_swapped": activate(up, layer.activation) * gate,
+        "last_16_of_I_dropped": _without_last(hidden, 16),
+        "last_of_I_dropped": _without_last(hidden, 1),
     }
+    slots, *others = layer.outputs(torch.stack([hidden, *changed.values()]))  # the weights are widened once for all
+    value = _combined(layer.weights, slots)
+    found = common(value) | {"renormalisation_flipped": _combined(layer.flipped, slots)}
+    found |= {name: _combined(layer.weights, of) for name, of in zip(changed, others, strict=True)}
     if bool(live[:, -1].any()):
         found["last_slot_dropped"] = _combined(layer.weights[:, :-1], slots[:, :-1])
     if layer.ids.shape[1] > 1:
@@ -174,7 +182,7 @@ def linear(x: Tensor, weight: Tensor, sizes: Tensor, *, bias: Tensor | None) -> 
         return grouped_linear(rows, weight, sizes, bias=bias)
 
     value = run()
-    found = common(value, torch.ones(len(rows), dtype=torch.bool))
+    found = common(value)
     found["last_16_of_K_dropped"] = run(rows=_without_last(rows, 16))
     found["last_of_K_dropped"] = run(rows=_without_last(rows, 1))
     if bias is not None:
@@ -215,7 +223,8 @@ def gate(hidden_states: Tensor, gate_weight: Tensor, shared_output: Tensor) -> W
         return {}
     logit = hidden @ weight.T
     scale = logit.sigmoid()
-    found = common(scale * shared, torch.ones(len(shared), dtype=torch.bool)) | {
+    closed = scale < torch.finfo(torch.float32).tiny  # zeros are right there
+    found = common((scale * shared).masked_fill(closed, 0.0)) | {
         "ungated": shared,
         "gate_complemented": (1 - scale) * shared,
         "gate_without_sigmoid": logit * shared,
@@ -225,6 +234,33 @@ def gate(hidden_states: Tensor, gate_weight: Tensor, shared_output: Tensor) -> W
     if len(shared) > 1:
         found["gate_of_next_row"] = scale.roll(1, 0) * shared
     return {name: found[name] for name in SHARED_EXPERT_GATE if name in found}
+
+
+# ------------------------------------------------------------------------------------------------------------ moe_block
+
+
+def moe_block(hidden_states: Tensor, weights: dict[str, Tensor], config: dict[str, Any]) -> Wrong:
+    """Name -> wrong [T, H] in fp64."""
+    x = hidden_states.double()
+    if not x.numel():
+        return {}
+    wide = {name: weight.double() for name, weight in weights.items() if not name.startswith("experts.")}
+    gate_up, down, act = weights["experts.gate_up_proj"], weights["experts.down_proj"], block.activation(config)
+    shares, ids = block.routing(block.router_logits(x, wide, config), wide, config)
+    routed = routed_experts(x, gate_up, down, shares, ids, activation=act)
+    shared = block.shared_expert(x, wide, config)
+    value = routed if shared is None else routed + shared
+    found = common(value)
+    if shared is not None:
+        found |= {"shared_expert_dropped": routed, "routed_part_dropped": shared}
+    if "shared_expert_gate.weight" in wide:
+        found["shared_expert_ungated"] = routed + block.gated_mlp(x, wide, "shared_expert", act)
+    if len(x) > 1:
+        found["row_of_next_token"] = value.roll(1, 0)
+    if ids.shape[1] > 1:
+        flat = shares.mean(-1, keepdim=True).expand_as(shares)
+        found["flat_weights"] = value - routed + routed_experts(x, gate_up, down, flat, ids, activation=act)
+    return {name: found[name] for name in MOE_BLOCK if name in found}
 
 
 # --------------------------------------------------------------------------------------------------------------- router
@@ -293,7 +329,9 @@ def _changed_choice(run: Callable, logits: Tensor, options: dict[str, Any], weig
         found["last_choice_next_best"] = (_weights_for(logits, options, chosen), chosen)
     if bias is not None and top_k < experts and bool((bias != bias[0]).any()):
         found["bias_dropped"] = run(correction_bias=None)
-    if groups is not None and options["topk_group"] < groups and top_k < experts:
+    # Where a group's score is its largest, the best k experts are in the best k groups whatever is kept of the others.
+    decisive = groups is not None and options["topk_group"] < (groups if bias is not None else min(groups, top_k))
+    if decisive and top_k < experts:
         found["groups_ignored"] = run(num_expert_group=None, topk_group=None)
     return found
 
@@ -309,5 +347,6 @@ _MAKERS: dict[str, Callable[[Call], Wrong]] = {
     "experts": lambda call: experts(layer_of(call)),
     "grouped_linear": lambda call: linear(*call.args.values(), bias=call.keywords["bias"]),
     "shared_expert_gate": lambda call: gate(*call.args.values()),
+    "moe_block": lambda call: moe_block(*call.args.values()),
     "router": lambda call: router(call.args["router_logits"], call.keywords),
 }

@@ -82,6 +82,7 @@ def refill(call: Call, values: Call) -> None:
     """Copy the operands of `values` into those of `call`."""
     for name, tensor in tensors(call).items():
         tensor.copy_(tensors(values)[name])
+    call.truth = None
     call.arena.refresh()
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from harness.report import figures
 from harness.report.failure import SHOWN_PER_CHECK, by_check, details, number, signature
-from harness.report.ledger import cell, facts
+from harness.report.ledger import cell, facts, power_summary
 from harness.report.results import Result, completed, verdict_of, worst_verdict
 from harness.report.terminal import verdict_reason
 
@@ -59,6 +59,7 @@ def run(result: dict[str, Any]) -> dict[str, Any]:
         "checks": [check | {"status": cell(check)[0]} for check in result["checks"]],
         "failures": failures(result["failures"]),
         "coverage": result["coverage"],
+        "power": power_summary(result["coverage"]["power"]),
         "histogram": figures.histogram(result["statistics"]),
         "observations": result["observations"],
     }

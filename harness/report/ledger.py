@@ -22,6 +22,15 @@ def cell(check: dict[str, Any] | None) -> tuple[str, str]:
     return ("skipped", f"{skipped} skipped") if skipped else ("none", "no cases")
 
 
+def power_summary(power: dict[str, Any]) -> str | None:
+    """How many data sets were proved to tell right from wrong, and how many had to be replaced for that."""
+    if not power["proved"]:
+        return None
+    told = f"on {power['proved']} data sets every standard wrong output is rejected"
+    replaced = power["replaced"]
+    return f"{told}; powerless data sets replaced: {len(replaced)}" if replaced else told
+
+
 def axis_summary(counts: dict[str, int]) -> str:
     """`fp32: 200, bf16: 200`; of an axis with many values only how many, and the rarest."""
     if len(counts) <= AXIS_VALUES_SHOWN:

@@ -78,12 +78,20 @@ class Skipped(TypedDict):
     cases: int
 
 
+class Power(TypedDict):
+    """Data sets on which every standard wrong output was rejected, and those that took the place of others."""
+
+    proved: int
+    replaced: list[dict[str, Any]]  # {"case", "by", "accepted": names of the wrong outputs that passed}
+
+
 class Coverage(TypedDict):
     """The ledger: what was executed, what was not and why, and how often each value of each axis was met."""
 
     executed: int
     unsupported: list[Unsupported]
     skipped: list[Skipped]
+    power: Power
     axes: dict[str, dict[str, int]]
 
 
@@ -113,7 +121,7 @@ class Result(TypedDict, total=False):
 
 def completed(result: Result) -> dict[str, Any]:
     """The result with every absent or null collection replaced by an empty one, so that reports need not ask."""
-    empty: dict[str, Any] = {"executed": 0, "unsupported": [], "skipped": [], "axes": {}}
+    empty = empty_coverage()
     full: dict[str, Any] = {"verdict": "error", "stage": "?", "impl": "?", "error": None, "interrupted": False}
     full |= result
     for key, kind in {"versions": dict, "declared": dict, "statistics": dict}.items():
@@ -122,6 +130,12 @@ def completed(result: Result) -> dict[str, Any]:
         full[key] = full.get(key) or []
     full["coverage"] = empty | {key: value for key, value in (full.get("coverage") or {}).items() if value is not None}
     return full
+
+
+def empty_coverage() -> dict[str, Any]:
+    """The ledger of a run that did nothing."""
+    power: dict[str, Any] = {"proved": 0, "replaced": []}
+    return {"executed": 0, "unsupported": [], "skipped": [], "power": power, "axes": {}}
 
 
 def executed(result: Result) -> int:
@@ -188,9 +202,11 @@ def sum_checks(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def sum_coverage(ledgers: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """One ledger for several: counts added where the reason is the same."""
-    total: dict[str, Any] = {"executed": 0, "unsupported": [], "skipped": [], "axes": {}}
+    total = empty_coverage()
     for ledger in ledgers:
         total["executed"] += ledger["executed"]
+        total["power"]["proved"] += ledger["power"]["proved"]
+        total["power"]["replaced"] += ledger["power"]["replaced"]
         for key, same in (("unsupported", ("reason",)), ("skipped", ("what", "reason"))):
             add_entries(total[key], ledger[key], same)
         for axis, counts in ledger["axes"].items():

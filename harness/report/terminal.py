@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.report.failure import LABEL_WIDTH, by_check, details, left_out, number, representatives
-from harness.report.ledger import axis_summary, cell, facts
+from harness.report.ledger import axis_summary, cell, facts, power_summary
 from harness.report.results import Result, completed, verdict_of
 
 STYLES = {
@@ -137,6 +137,7 @@ def ledger(coverage: dict[str, Any], known_axes: Sequence[dict[str, Any]] = ()) 
         lines.append(("unsupported", f"{entry['cases']} cases: {entry['reason']}  (e.g. {entry.get('example', '-')})"))
     for entry in coverage["skipped"]:
         lines.append(("skipped", f"{entry['cases']} cases: {entry['what']}, {entry['reason']}"))
+    lines += [("power", told)] if (told := power_summary(coverage["power"])) else []
     yield labelled(lines)
     if coverage["axes"] in known_axes:
         yield labelled([("covered", "the same values of every axis as above")])

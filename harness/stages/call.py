@@ -22,6 +22,7 @@ class Call:
     args: dict[str, Any]
     keywords: dict[str, Any]
     arena: Arena = field(default_factory=Arena)
+    truth: Any = None  # what a right result is, where that is known already; void once the operands change
 
 
 class Builder:

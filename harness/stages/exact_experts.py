@@ -112,11 +112,14 @@ def _active_columns(case, ids: Tensor, weights: Tensor, experts: int, spread: in
         return active
     active = (builder.uniform(experts, case.H) < max(0.35, 1.5 * room / float(size.sum(-1).max()))).float()
     chosen = ids.clamp(min=0)
-    for _ in range(ids.shape[1]):  # switch off the largest share of every column that holds too much
+    # Switch experts off in every column that holds too much, in an order of the column's own that all tokens share:
+    # tokens that went each by its own shares would between them switch off every expert that they have in common.
+    rank = builder.uniform(experts, case.H)
+    for _ in range(ids.shape[1]):
         shares = size[:, :, None] * active[chosen]
         token, column = (shares.sum(1) > room).nonzero(as_tuple=True)
         if not len(token):
             break
-        worst = (shares[token, :, column] * (1 + 0.1 * builder.uniform(len(token), ids.shape[1]))).argmax(-1)
-        active[chosen[token, worst], column] = 0.0
+        ranks = rank[chosen[token], column[:, None]].masked_fill(shares[token, :, column] == 0, torch.inf)
+        active[chosen[token, ranks.argmin(-1)], column] = 0.0
     return active

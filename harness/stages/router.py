@@ -56,6 +56,15 @@ def compare(call: Call, result: tuple[Tensor, Tensor], declared: tuple[str, ...]
     return record
 
 
+def wrong_rows(call: Call, weights: Tensor, ids: Tensor) -> Tensor:
+    """[T] of bool: the rows for which `compare` would find fault with distinct ids in range and their weights."""
+    truth, wrong = Selection(call), torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    rows = truth.defined.nonzero()[:, 0]
+    if len(rows):
+        wrong[rows] = _excess(truth, rows, ids)[0] > 1
+    return wrong | (_used(call, truth, weights, ids)[0] > 1).any(-1)
+
+
 class Selection:
     """Scores of a call in fp64 with the largest error an fp32 evaluation may have, and which groups may be chosen."""
 
@@ -79,11 +88,10 @@ class Selection:
 
     def group_choices(self, row: int) -> list[tuple[int, ...]]:
         """Every set of groups that may be taken as the best ones of a row; almost always one."""
-        scores, slack = self.group_scores[row], self.group_slack[row]
-        limit = scores.topk(self.best).values[-1]
-        span = slack.max() * 2
-        sure = [g for g in range(self.groups) if scores[g] > limit + span]
-        maybe = [g for g in range(self.groups) if abs(scores[g] - limit) <= span]
+        scores, span = self.group_scores[row].tolist(), float(self.group_slack[row].max()) * 2
+        limit = sorted(scores)[-self.best]
+        sure = [g for g, score in enumerate(scores) if score > limit + span]
+        maybe = [g for g, score in enumerate(scores) if abs(score - limit) <= span]
         return [tuple(sure) + more for more in combinations(maybe, self.best - len(sure))][:4096]
 
     def excess(self, rows: Tensor, ids: Tensor, open_to: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,17 +132,23 @@ def _judge_choice(call: Call, truth: Selection, ids: Tensor, record: Record) -> 
     rows = truth.defined.nonzero()[:, 0]
     if not len(rows):
         return
-    everyone = torch.ones_like(truth.selection[rows], dtype=torch.bool)
-    open_to = everyone if truth.groups is None else _first_choice(truth, rows)
-    excess, left_out, slot = truth.excess(rows, ids[rows], open_to)
-    if truth.groups is not None:
-        _try_other_groups(truth, rows, ids, excess)
+    excess, left_out, slot, open_to = _excess(truth, rows, ids)
     worst = int(excess.argmax())
     record.worst = max(record.worst, float(excess[worst]))
     if float(excess[worst]) <= 1:
         return
     row = int(rows[worst])
     record.add(_wrong_choice(truth, row, ids, int(left_out[worst]), int(slot[worst]), excess, open_to[worst]))
+
+
+def _excess(truth: Selection, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `Selection.excess` for the choice of groups that explains each row best, and who may be chosen there."""
+    everyone = torch.ones_like(truth.selection[rows], dtype=torch.bool)
+    open_to = everyone if truth.groups is None else _first_choice(truth, rows)
+    excess, left_out, slot = truth.excess(rows, ids[rows], open_to)
+    if truth.groups is not None:
+        _try_other_groups(truth, rows, ids, excess)
+    return excess, left_out, slot, open_to
 
 
 def _first_choice(truth: Selection, rows: Tensor) -> Tensor:
@@ -148,7 +162,8 @@ def _try_other_groups(truth: Selection, rows: Tensor, ids: Tensor, excess: Tenso
     size = truth.selection.shape[-1] // truth.groups
     for place in (excess > 1).nonzero()[:, 0].tolist():
         row = int(rows[place])
-        for choice in truth.group_choices(row)[:64]:
+        choices = truth.group_choices(row)[:64]
+        for choice in choices if len(choices) > 1 else ():
             allowed = torch.zeros(1, truth.groups, dtype=torch.bool, device=ids.device)
             allowed[0, list(choice)] = True
             again, _, _ = truth.excess(
@@ -175,7 +190,8 @@ def _wrong_choice(
     return Finding(told, float(excess.max()), _where(row, slot, ids), looks)
 
 
-def _judge_weights(call: Call, truth: Selection, weights: Tensor, ids: Tensor, record: Record) -> None:
+def _used(call: Call, truth: Selection, weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Share of its bound that each weight's error uses, the values, the bounds, and which are judged; all [T, k]."""
     keywords = call.keywords
     scores = truth.scores.gather(-1, ids)
     relative = (truth.error / truth.scores.clamp(min=TINY)).gather(-1, ids)
@@ -191,6 +207,11 @@ def _judge_weights(call: Call, truth: Selection, weights: Tensor, ids: Tensor, r
     if keywords["renormalize"]:  # a sum that underflows gives 0 / 0, or 0 where an epsilon is added
         judged &= scores.sum(-1, keepdim=True) >= TINY
     used = torch.where(judged, (weights.double() - value).abs() / bound, 0.0).nan_to_num(nan=torch.inf)
+    return used, value, bound, judged
+
+
+def _judge_weights(call: Call, truth: Selection, weights: Tensor, ids: Tensor, record: Record) -> None:
+    used, value, bound, judged = _used(call, truth, weights, ids)
     record.worst = max(record.worst, float(used.max()))
     if float(used.max()) <= 1:
         return

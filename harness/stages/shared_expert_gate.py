@@ -55,18 +55,22 @@ def row_groups(call: Call) -> dict[str, Tensor]:
 
 
 def _exact(case: GateCase, lead: list[int], draw: Builder) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits 0, +128 or -128 from the last column and one more; the other columns have weight 0.
+    """Logits 0 or +-128 and beyond from the last column and one more, each of which decides some rows alone.
 
     At -128 every way to write a sigmoid gives 0 in fp32 (at -104 some leave a subnormal), and halves of the even
-    integers are integers.
+    integers are integers.  Two columns that always pulled the same way would hide that one of them is not read; in the
+    middle row the last one pulls alone, so that a single row shows it too.
     """
     hidden = draw.integers(-4, 5, (*lead, case.H)).double()
     weight = torch.zeros(1, case.H)
     other = int(draw.integers(0, case.H, (1,)))
-    weight[0, other] += 16.0
-    weight[0, -1] += 16.0
-    pull = draw.integers(-1, 2, (*lead, 1)) * 4.0
-    hidden[..., other : other + 1], hidden[..., -1:] = pull, pull
+    weight[0, other] += 32.0
+    weight[0, -1] += 32.0
+    for column in (other, case.H - 1):
+        hidden[..., column] = draw.integers(-1, 2, tuple(lead)) * 4.0
+    rows = hidden.view(-1, case.H)
+    for column, pull in ((other, 0.0), (case.H - 1, 4.0)):
+        rows[len(rows) // 2 : len(rows) // 2 + 1, column] = pull
     return hidden, weight, draw.integers(-100, 101, (*lead, case.D)) * 2.0
 
 
