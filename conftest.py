@@ -1,5 +1,6 @@
 """Settings of every pytest run in this tree: Hypothesis profiles, and markers that skip what cannot run and say why."""
 
+import ctypes
 import os
 from importlib.util import find_spec
 
@@ -18,6 +19,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Register the markers and load the Hypothesis profile that HYPOTHESIS_PROFILE names (ci unless set)."""
     for marker in MARKERS:
         config.addinivalue_line("markers", marker)
+    if not has_cuda_driver():  # read when Triton is imported, so set before anything imports it
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     # A test must give the same verdict on every machine, so ci draws the same examples each time and keeps no database.
     settings.register_profile(
         "ci", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
@@ -31,6 +34,15 @@ def pytest_configure(config: pytest.Config) -> None:
 def hypothesis_profile() -> str:
     """Name of the Hypothesis profile of this run."""
     return os.environ.get("HYPOTHESIS_PROFILE", "ci")
+
+
+def has_cuda_driver() -> bool:
+    """Whether Triton kernels may find a GPU; without, their tests run under Triton's interpreter."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def cuda_devices() -> int:

@@ -1,11 +1,10 @@
 """A run: plan, judge in worker processes, search with Hypothesis, confirm failures, and put the result together."""
 
-import os
 import re
 import shlex
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -21,7 +20,8 @@ from harness.report.results import Check, Coverage, Failure
 EXAMPLES = {"quick": 200, "full": 500, "exhaustive": 3000}
 SEARCH_SECONDS = {"quick": 15.0, "full": 120.0, "exhaustive": 900.0}
 CONFIRMED_PER_CHECK = 2  # failures judged once more, alone in a fresh process
-INTERPRETED_ROWS = 2600  # a program takes about 1 ms there
+INTERPRETED_ROWS = 300  # a program of a Triton kernel takes about 5 ms in the interpreter
+INTERPRETED_PATIENCE = 5  # ... and a case that many times longer than a kernel that is compiled may
 HEATMAPS_PER_CHECK = 5
 EXPLAINED = 3  # failures whose cause is searched for, EXPLAIN_SECONDS each
 EXPLAIN_SECONDS = 5.0
@@ -102,12 +102,14 @@ class Run:
 
     def _judge_with(self, pool: Pool) -> None:
         self.loaded = pool.start()
+        if self.loaded.get("interpreted"):
+            pool.budget *= INTERPRETED_PATIENCE
         planned = self._planned()
         self.places = {p.id: place for place, p in enumerate(planned)}
         sizes = Counter(p.check for p in planned)
         self.tallies = {check: Tally() for check in sizes}  # in the plan's order, whatever comes back first
         self.listener.start(self.spec, {**sizes, **({"property": self._examples()} if self._wants("property") else {})})
-        for answer in pool.judge(self._runnable(planned)):
+        for answer in self._answers(pool, self._runnable(planned)):
             self.take(answer)
         if self._wants("property"):
             self._search(pool)
@@ -115,6 +117,13 @@ class Run:
         self._check_declared_dtypes()
         self._explain(pool)
         self._describe(pool)
+
+    def _answers(self, pool: Pool, ids: list[str]) -> Iterator[dict[str, Any]]:
+        """Cases that fill a GPU's memory come last, one at a time."""
+        large = [case_id for case_id in ids if case_id.split("/")[1] == "large_offsets"]
+        yield from pool.judge(case_id for case_id in ids if case_id not in large)
+        for case_id in large:
+            yield pool.judge_one(case_id)
 
     def _dtypes(self) -> tuple[str, ...]:
         declared = tuple(self.loaded["declared"]["dtypes"])
@@ -142,7 +151,7 @@ class Run:
     def _runnable(self, planned: list[Planned]) -> list[str]:
         """Ids of what can run on this device; the rest goes into the ledger."""
         ids = []
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        interpreted = self.loaded.get("interpreted", False)
         for p in planned:
             if p.check in ON_CUDA_ONLY and self.request.device != "cuda":
                 self.take({"id": p.id, "status": "skipped", "reason": "needs --device cuda"})

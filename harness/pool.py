@@ -240,5 +240,6 @@ def prepare() -> None:
 
 
 def worker_count(device: str) -> int:
-    """Processes that judge at a time: one per core on the CPU, one on a GPU."""
-    return 1 if device == "cuda" else max(1, min(8, len(os.sched_getaffinity(0))))
+    """Processes that judge at a time: one per core, on a GPU one per two: most of its cases compile a kernel."""
+    cores = len(os.sched_getaffinity(0))
+    return max(1, min(8, cores // 2 if device == "cuda" else cores))

@@ -26,12 +26,13 @@ from harness.power import JUDGING, Proof, prove
 from harness.trial import Broken, Rejected, Trial
 from harness.worker_versions import versions
 
+KEPT = 2 << 30  # bytes of device memory that a worker keeps between cases
+
 
 def serve(connection: Connection, output: str, stage: str, spec: str, device: str) -> None:
     """Load, report, then judge one (check, case) per message until the connection closes."""
     _quieten(output)
-    if device == "cpu":
-        torch.set_num_threads(1)  # as many workers run as there are cores
+    torch.set_num_threads(2 if device == "cuda" else 1)  # as many workers run as there are cores, or half as many
     trial = _loaded(connection, stage, spec, device)
     if trial is None:
         return
@@ -72,7 +73,10 @@ def judge_id(trial: Trial, case_id: str) -> dict[str, Any]:
     judged = case_id if proof.case in (None, case) else Planned(check, proof.case).id
     answer = {"id": case_id, "status": status, "reason": reason, "seconds": perf_counter() - started, **asdict(record),
               "judged": judged, "power": proof.as_dict()}  # fmt: skip
-    return answer | {"device_lost": status in ("failed", "error", "skipped") and _is_device_lost(trial.device)}
+    lost = status in ("failed", "error", "skipped") and _is_device_lost(trial.device)
+    if trial.device == "cuda" and not lost and torch.cuda.memory_reserved() > KEPT:
+        torch.cuda.empty_cache()  # the other workers need it
+    return answer | {"device_lost": lost}
 
 
 def _is_device_lost(device: str) -> bool:
@@ -118,7 +122,8 @@ def _loaded(connection: Connection, stage: str, spec: str, device: str) -> Trial
         subject = load(stage, spec)
         if device not in subject.declared.devices:
             raise _other_device(spec, device, subject.declared.devices)
-        connection.send({"declared": subject.declared.as_dict(), "versions": versions()})
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1" and "triton" in sys.modules
+        connection.send({"declared": subject.declared.as_dict(), "versions": versions(), "interpreted": interpreted})
         return Trial(subject, device)
     except HarnessError as error:
         connection.send({"error": str(error), "exit_status": error.exit_status, "traceback": traceback.format_exc()})

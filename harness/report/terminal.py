@@ -171,7 +171,7 @@ def verdict_reason(result: dict[str, Any]) -> str:
         count = max(len(result["failures"]), sum(check.get("failed", 0) for check in result["checks"]))
         return f"{count} failures in {', '.join(failed) or ', '.join(by_check(result['failures']))}"
     if name == "error":
-        return result["error"] or "nothing was executed"
+        return result["error"] or (f"interrupted after {ran} cases" if ran else "nothing was executed")
     if name == "unsupported":
         return result["error"] or "supports none of the stage's core cases"
     refused = sum(entry["cases"] for entry in result["coverage"]["unsupported"])

@@ -1,10 +1,11 @@
 """The Triton experts inside transformers: `register()`, then `experts_implementation="moe_harness_triton"`.
 
-Any model whose experts keep `gate_up_proj` [E, 2I, H] (gate rows first) and `down_proj` [E, H, I] without biases
-runs on it, by `from_pretrained(..., experts_implementation=NAME)` or `model.set_experts_implementation(NAME)`: in
-`generate`, continuous batching and evaluation.  Under expert parallelism transformers gives a slot of another rank the
-index num_experts and the weight 0; such an index is outside the local experts, so the kernels leave the slot out.
-Nothing waits for the device, so a decoding step can be captured in a CUDA graph.
+Any model whose experts keep `gate_up_proj` [E, 2I, H] (gate rows first) and `down_proj` [E, H, I], or both transposed,
+without biases runs on it, by `from_pretrained(..., experts_implementation=NAME)` or
+`model.set_experts_implementation(NAME)`: in `generate`, continuous batching and evaluation.  Others are refused when
+they are first called.  Under expert parallelism transformers gives a slot of another rank the index num_experts and the
+weight 0; such an index is outside the local experts, so the kernels leave the slot out.  Nothing waits for the device,
+so a decoding step can be captured in a CUDA graph.
 """
 
 from torch import Tensor, nn
@@ -14,9 +15,14 @@ from impls.triton.experts import experts
 __all__ = ["NAME", "forward", "register"]
 
 NAME = "moe_harness_triton"
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 # What transformers' decorator sets on a module of experts, and what the kernels take.
-LAYOUT = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
+LAYOUT = {"has_gate": True, "has_bias": False, "is_concatenated": True}
+ACTIVATIONS = {
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+}
 
 
 def layout_problem(module: nn.Module) -> str | None:
@@ -28,24 +34,9 @@ def layout_problem(module: nn.Module) -> str | None:
     gate = getattr(type(module), "_apply_gate", None)
     if gate is not None and gate.__name__ != "_default_apply_gate":
         return f"it gates with its own {gate.__qualname__}, but {NAME} runs act(gate) * up only"
+    if type(module.act_fn).__name__ not in ACTIVATIONS:
+        return f"act_fn is {type(module.act_fn).__name__}, but {NAME} runs {', '.join(ACTIVATIONS)} only"
     return None
-
-
-def activation_name(module: nn.Module) -> str:
-    """The kernels' name of the module's activation.
-
-    Raises:
-        NotImplementedError: another activation than SiLU or the tanh approximation of GELU.
-    """
-    act = module.act_fn
-    if isinstance(act, nn.SiLU) or type(act).__name__ in ("SiLUActivation", "SiLU"):
-        return "silu"
-    if type(act).__name__ in ("GELUTanh", "NewGELUActivation") or getattr(act, "approximate", None) == "tanh":
-        return "gelu_tanh"
-    hidden_act = getattr(getattr(module, "config", None), "hidden_act", None)
-    if hidden_act in ACTIVATIONS:
-        return ACTIVATIONS[hidden_act]
-    raise NotImplementedError(f"act_fn is {type(act).__name__}, but {NAME} runs SiLU and GELU's tanh approximation")
 
 
 def forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -65,10 +56,14 @@ def forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_w
     """
     problem = layout_problem(self)
     if problem is not None:
-        raise NotImplementedError(f"{type(self).__name__}: {problem}")
-    return experts(
-        hidden_states, self.gate_up_proj, self.down_proj, top_k_weights, top_k_index, activation=activation_name(self)
-    )
+        raise NotImplementedError(f"{type(self).__name__}: {problem}; choose another experts_implementation for it")
+    gate_up, down = self.gate_up_proj, self.down_proj
+    if getattr(
+        self, "is_transposed", False
+    ):  # the kernels honour strides; such weights are read without the copy engine
+        gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+    activation = ACTIVATIONS[type(self.act_fn).__name__]
+    return experts(hidden_states, gate_up, down, top_k_weights, top_k_index, activation=activation)
 
 
 def register() -> str:

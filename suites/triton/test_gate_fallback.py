@@ -1,20 +1,13 @@
 """Which rows the Triton gate leaves to the plain expression, and that both ways give the same result."""
 
-import os
-
 import pytest
 import torch
 
 from harness import rounding
+from impls.triton import shared_expert_gate as gate
+from suites.triton import DEVICE, runnable
 
-pytest.importorskip("triton")
-
-from impls.triton import shared_expert_gate as gate  # noqa: E402
-
-CUDA = torch.cuda.is_available()
-runnable = pytest.mark.skipif(
-    not (CUDA or os.environ.get("TRITON_INTERPRET", "0") == "1"), reason="Triton needs CUDA or TRITON_INTERPRET=1"
-)
+pytestmark = runnable
 
 
 @pytest.mark.parametrize(
@@ -25,14 +18,12 @@ def test_rows_longer_than_a_program_holds_fall_back(hidden: int, width: int, ker
     assert gate.fits(hidden, width) is kernel
 
 
-@runnable
 @pytest.mark.parametrize("fallback", [False, True])
 def test_both_ways_are_right(fallback: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16, two leading dimensions, D other than H."""
     if fallback:
         monkeypatch.setattr(gate, "LONGEST", 4)
-    device = "cuda" if CUDA else "cpu"
-    args = [torch.randn(size, device=device).bfloat16() for size in ((2, 3, 40), (1, 40), (2, 3, 24))]
+    args = [torch.randn(size, device=DEVICE).bfloat16() for size in ((2, 3, 40), (1, 40), (2, 3, 24))]
     result = gate.shared_expert_gate(*args)
     bound = rounding.shared_expert_gate(*args, declared=gate.shared_expert_gate.rounds)
     assert float(bound.z(result).abs().amax()) <= rounding.max_limit()

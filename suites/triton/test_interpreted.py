@@ -1,0 +1,47 @@
+"""The judge on the Triton kernels without a GPU: a few small cases of every check, under Triton's interpreter.
+
+The whole quick profile takes minutes there: TRITON_INTERPRET=1 moe-harness check --stage experts --impl triton.
+"""
+
+from itertools import groupby
+
+import pytest
+
+from harness.cases import plan
+from harness.cases.plans import ON_CUDA_ONLY, Planned
+from harness.cases.request import Request
+from harness.pool import Pool, prepare
+from suites.triton import CUDA, runnable
+
+pytestmark = [*runnable, pytest.mark.skipif(CUDA, reason="judged on the GPU itself: moe-harness check --device cuda")]
+
+PER_CHECK = {"router": 4, "experts": 1, "grouped_linear": 2, "shared_expert_gate": 4}
+TOO_SLOW = ("leak", "determinism", "batch_invariance")  # many calls each
+
+
+def sample(stage: str) -> list[Planned]:
+    """Cases of each check spread evenly over its small ones."""
+    chosen = []
+    for check, planned in groupby(plan(stage, Request()), key=lambda p: p.check):
+        small = [p for p in planned if p.case.rows() <= 40 and size(p.case) <= 4096]
+        if check not in (*ON_CUDA_ONLY, *TOO_SLOW):
+            chosen += small[:: max(1, len(small) // PER_CHECK[stage])][: PER_CHECK[stage]]
+    return chosen
+
+
+def size(case: object) -> int:
+    """Roughly how many programs its kernels run: they are interpreted one after the other."""
+    inner = getattr(case, "I", getattr(case, "N", 1)) + getattr(case, "H", getattr(case, "K", 1))
+    return inner * min(getattr(case, "E", 1), case.rows())
+
+
+@pytest.mark.parametrize("stage", PER_CHECK)
+def test_small_cases_pass(stage: str) -> None:
+    planned = sample(stage)
+    assert len({p.check for p in planned}) >= 6
+    prepare()
+    with Pool(stage, "triton", "cpu", 1, 60.0) as pool:
+        assert pool.start()["interpreted"]
+        answers = list(pool.judge([p.id for p in planned]))
+    wrong = [(a["id"], a["reason"] or a["findings"][0]["message"]) for a in answers if a["status"] != "passed"]
+    assert not wrong
