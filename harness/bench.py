@@ -1,16 +1,14 @@
 """Time implementations of a stage against each other and against the floor that the machine sets.
 
-    floor = max(bytes / copy bandwidth, operations / matrix rate)
+    floor = max(bytes / copy bandwidth, operations / matrix rate, one launch)
 
-Bytes count every input once (of the experts' weights those that the batch touches) and every output once; operations
-are two per multiplication.  Both ceilings are measured in the same run, the matrix rate in the same way as the
-implementations are timed, many products in a row, which is lower than that of a single product on a cool chip.
+The three ceilings are measured in the same run, the matrix rate and the launch in the same way as the implementations
+are timed: many in a row, which for the product is slower than one alone on a cool chip.
 
-Every implementation is first called on the very data it is timed on, and its result compared with the reference's on a
-sample of tokens within the bound of its declared roundings; one that fails is not timed.  Then all are timed in turn,
-round after round, so that a drift of the clock meets all of them.  Where an implementation can be captured, what is
-timed is a CUDA graph that runs it over two sets of weights alternately, so that small batches do not find weights in
-the cache.
+What is timed is what is judged: after an implementation was captured in a CUDA graph (where it can be), its outputs
+are poisoned, the graph is replayed, and a sample of each result's rows compared with the reference within the bound of
+the declared roundings.  One that fails is not timed.  Then all are timed in turn, round after round, so that a drift of
+the clock meets all of them.
 """
 
 import contextlib
@@ -20,46 +18,18 @@ import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from harness import rounding
+from harness.bench_data import BATCHES, Batch, Draw, Layer, problem
 from harness.contracts import REJECTIONS, Subject, load
+from harness.memory import poison_value
 
-SETS = 2  # sets of weights that calls rotate over
-SAMPLE = 16  # tokens of each batch that are compared with the reference before timing
 TARGET_US = 2000.0  # a graph holds calls worth about this much
 MAX_CALLS = 64
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What is timed: a model's layer, or one rank's part of it where `local_experts` is fewer."""
-
-    name: str
-    experts: int
-    hidden: int
-    intermediate: int
-    top_k: int
-    local_experts: int | None = None
-
-    @classmethod
-    def of(cls, model: Any, *, name: str | None = None, local_experts: int | None = None) -> "Shape":
-        """From a model's shape (`fixtures.configs.shape`)."""
-        sizes = (model.num_experts, model.hidden_size, model.intermediate_size, model.top_k)
-        return cls(name or model.name, *sizes, local_experts)
-
-
-@dataclass
-class Load:
-    """One batch: a call per set of weights, and what it must cost at least."""
-
-    calls: list[tuple[dict[str, Any], dict[str, Any]]]
-    bytes: float
-    flops: float
-    sample: Tensor | None = None  # rows that are compared
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass
@@ -84,17 +54,31 @@ class Report:
     """Everything a run found."""
 
     stage: str
-    shape: Shape
+    model: dict[str, Any]
+    ep_size: int
     dtype: str
     device: str
     copy_bandwidth: float  # bytes per microsecond
     matrix_rate: float  # operations per microsecond
+    launch: float  # microseconds from one launch to the next inside a graph
     versions: dict[str, str]
     command: str
     timings: list[Timing] = field(default_factory=list)
+    stopped: str = ""  # why there are fewer timings than were asked for
+
+    @classmethod
+    def read(cls, path: Path) -> "Report":
+        """From a file that `as_json` gave."""
+        content = json.loads(path.read_text())
+        return cls(**content | {"timings": [Timing(**t) for t in content["timings"]]})
 
     def as_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"
+
+    @property
+    def title(self) -> str:
+        part = f", one rank of EP {self.ep_size}" if self.ep_size > 1 else ""
+        return f"{self.stage}, {self.model['name']}{part}, {self.dtype}, {self.device}"
 
 
 def _events(call: Callable[[], object]) -> float:
@@ -107,22 +91,6 @@ def _events(call: Callable[[], object]) -> float:
     return 1e3 * start.elapsed_time(end)
 
 
-class Draw:
-    """Random tensors on the device from a generator of its own.
-
-    PyTorch's default generator takes part in every graph capture, and one that fails leaves it unusable.
-    """
-
-    def __init__(self, seed: int):
-        self.generator = torch.Generator("cuda").manual_seed(seed)
-
-    def normal(self, *size: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-        return torch.randn(size, device="cuda", dtype=dtype, generator=self.generator).mul_(scale)
-
-    def uniform(self, *size: int) -> Tensor:
-        return torch.rand(size, device="cuda", generator=self.generator)
-
-
 def copy_bandwidth(draw: Draw, rounds: int = 10, size: int = 2**29) -> float:
     """Bytes read and written per microsecond by a copy of `size` numbers of four bytes."""
     source = draw.uniform(size)
@@ -131,9 +99,7 @@ def copy_bandwidth(draw: Draw, rounds: int = 10, size: int = 2**29) -> float:
     return 8 * size / statistics.median(_events(lambda: target.copy_(source)) for _ in range(rounds))
 
 
-def matrix_rate(
-    draw: Draw, dtype: torch.dtype = torch.bfloat16, side: int = 8192, rounds: int = 5, calls: int = 20
-) -> float:
+def matrix_rate(draw: Draw, dtype: torch.dtype, side: int = 8192, rounds: int = 5, calls: int = 20) -> float:
     """Operations per microsecond of a large product of random data, many in a row as the implementations run."""
     a, b = (draw.normal(side, side, dtype=dtype) for _ in range(2))
 
@@ -145,136 +111,35 @@ def matrix_rate(
     return 2 * side**3 * calls / statistics.median(_events(products) for _ in range(rounds))
 
 
-def _weights(shape: Shape, dtype: torch.dtype, draw: Draw) -> list[tuple[Tensor, Tensor]]:
-    """SETS pairs of experts' weights."""
-    local = shape.local_experts or shape.experts
-    h, i = shape.hidden, shape.intermediate
-    return [
-        (draw.normal(local, 2 * i, h, dtype=dtype, scale=h**-0.5), draw.normal(local, h, i, dtype=dtype, scale=i**-0.5))
-        for _ in range(SETS)
-    ]
-
-
-def _experts(shape: Shape, tokens: int, dtype: torch.dtype, weights: list, draw: Draw) -> Load:
-    """Uniform routing; on one rank of many, ids are global and a map gives the local ones."""
-    x = draw.normal(tokens, shape.hidden, dtype=dtype)
-    top = draw.uniform(tokens, shape.experts).topk(shape.top_k, dim=-1)
-    local = shape.local_experts or shape.experts
-    emap = None
-    if local < shape.experts:
-        emap = torch.full((shape.experts,), -1, device="cuda")
-        emap[:local] = torch.arange(local, device="cuda")
-    here = top.indices[top.indices < local]
-    names = ("hidden_states", "gate_up_proj", "down_proj", "topk_weights", "topk_ids")
-    routing = (top.values.softmax(-1).to(dtype), top.indices)
-    calls = [(dict(zip(names, (x, *w, *routing), strict=True)), {"expert_map": emap}) for w in weights]
-    one = 3 * shape.hidden * shape.intermediate
-    size = len(here.unique()) * one * x.element_size() + 2 * x.numel() * x.element_size()
-    return Load(calls, size, 2.0 * here.numel() * one, _rows(tokens))
-
-
-def _grouped_linear(shape: Shape, tokens: int, dtype: torch.dtype, weights: list, draw: Draw) -> Load:
-    """The experts' first product on its own: tokens * top_k sorted rows, [E, 2I, H]."""
-    local = shape.local_experts or shape.experts
-    ids = (draw.uniform(tokens * shape.top_k) * local).long().clamp(max=local - 1)
-    sizes = torch.bincount(ids, minlength=local)
-    x = draw.normal(len(ids), shape.hidden, dtype=dtype)
-    calls = [({"x": x, "weight": w[0], "group_sizes": sizes}, {}) for w in weights]
-    one = 2 * shape.hidden * shape.intermediate
-    rows = len(ids) * (shape.hidden + 2 * shape.intermediate)
-    size = (int((sizes > 0).sum()) * one + rows) * x.element_size()
-    return Load(calls, size, 2.0 * len(ids) * one, _rows(len(ids)))
-
-
-def _router(shape: Shape, tokens: int, dtype: torch.dtype, weights: list, draw: Draw) -> Load:
-    logits = [draw.normal(tokens, shape.experts, dtype=dtype) for _ in range(SETS)]
-    calls = [({"router_logits": t}, {"top_k": shape.top_k}) for t in logits]
-    return Load(calls, logits[0].numel() * logits[0].element_size() + tokens * shape.top_k * 12.0, 0.0, _rows(tokens))
-
-
-def _shared_expert_gate(shape: Shape, tokens: int, dtype: torch.dtype, weights: list, draw: Draw) -> Load:
-    def call() -> tuple[dict, dict]:
-        hidden, shared = (draw.normal(tokens, shape.hidden, dtype=dtype) for _ in range(2))
-        gate = draw.normal(1, shape.hidden, dtype=dtype, scale=shape.hidden**-0.5)
-        return {"hidden_states": hidden, "gate_weight": gate, "shared_output": shared}, {}
-
-    calls = [call() for _ in range(2 * SETS)]  # four, or 8192 rows of 1024 would stay in the cache
-    return Load(calls, 3.0 * tokens * shape.hidden * calls[0][0]["hidden_states"].element_size(), 0.0, _rows(tokens))
-
-
-LOADS = {
-    "experts": _experts,
-    "grouped_linear": _grouped_linear,
-    "router": _router,
-    "shared_expert_gate": _shared_expert_gate,
-}
-
-
-def _rows(count: int) -> Tensor:
-    """Up to SAMPLE row numbers spread over a batch."""
-    return torch.linspace(0, count - 1, min(SAMPLE, count), device="cuda").round().long().unique()
-
-
-def _expected(stage: str, args: dict, keywords: dict, rows: Tensor, declared: tuple[str, ...] | None) -> rounding.Bound:
-    """The bound of the sampled rows."""
-    if stage == "experts":
-        x, up, down, weights, ids = args.values()
-        part = (x[rows], up, down, weights[rows], ids[rows])
-        return rounding.experts(*part, activation="silu", expert_map=keywords["expert_map"], declared=declared)
-    if stage == "shared_expert_gate":
-        hidden, gate, shared = args.values()
-        return rounding.shared_expert_gate(hidden[rows], gate, shared[rows], declared=declared)
-    x, weight, sizes = args.values()
-    of = torch.arange(len(sizes), device=x.device).repeat_interleave(sizes)[rows]
-    part = torch.bincount(of, minlength=len(sizes))
-    return rounding.grouped_linear(x[rows], weight, part, bias=None, declared=declared)
-
-
-def _routing_problem(args: dict, keywords: dict, result: tuple[Tensor, Tensor], rows: Tensor) -> str:
-    """Whether the sampled rows chose the best experts (any of equals) and weighted them."""
-    scores = args["router_logits"][rows].double().softmax(-1)
-    weights, ids = (r[rows] for r in result)
-    chosen = scores.gather(-1, ids.long())
-    best = scores.topk(keywords["top_k"], dim=-1).values
-    slack = (
-        rounding.score_error(args["router_logits"][rows].double(), "softmax").amax() + torch.finfo(torch.float32).eps
-    )
-    if bool((chosen.sort(-1, descending=True).values - best).abs().amax() > 8 * slack):
-        return "the ids are not those of the largest scores"
-    wanted = chosen / chosen.sum(-1, keepdim=True)
-    return "" if bool((weights.double() - wanted).abs().amax() <= 16 * slack) else "the weights are not the scores'"
-
-
-def problem(subject: Subject, load_: Load) -> str:
-    """Why this implementation may not be timed on this batch, or ""."""
-    args, keywords = load_.calls[0]
-    try:
-        result = subject.call(args, keywords)
-        torch.cuda.synchronize()
-    except REJECTIONS as error:
-        return f"refuses: {str(error).splitlines()[0][:120]}"
-    except Exception as error:  # noqa: BLE001 - whatever a foreign implementation raises is its own
-        return f"raised {type(error).__name__}: {str(error).splitlines()[0][:120]}"
-    if subject.stage == "router":
-        return _routing_problem(args, keywords, result, load_.sample)
-    bound = _expected(subject.stage, args, keywords, load_.sample, subject.declared.rounds)
-    z = bound.z(result[load_.sample]).abs()
-    worst = float(z.nan_to_num(float("inf")).amax())
-    limit = rounding.max_limit()
-    return "" if worst <= limit else f"is wrong: {worst:.1f} sigma from the reference, the limit is {limit:.1f}"
+def launch_time(draw: Draw, rounds: int = 10, calls: int = 500) -> float:
+    """Microseconds from one launch to the next of a kernel that does next to nothing, inside a graph."""
+    x = draw.uniform(32)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            x.neg_()
+    graph.replay()
+    return statistics.median(_events(graph.replay) for _ in range(rounds)) / calls
 
 
 class _Runner:
-    """Runs one implementation over all its calls, from a CUDA graph where it can be captured."""
+    """Runs one implementation over all calls of a batch, from a CUDA graph where it can be captured."""
 
-    def __init__(self, subject: Subject, load_: Load):
-        self.calls = [lambda a=a, k=k: subject.call(a, k) for a, k in load_.calls]
-        for call in self.calls:
-            call()
+    def __init__(self, subject: Subject, batch: Batch):
+        self.calls = [lambda a=a, k=k: subject.call(a, k) for a, k in batch.calls]
+        self.last: list[Any] = []  # the latest result of each call
+        self._once()
         torch.cuda.synchronize()
         once = max(1.0, min(_events(self.calls[0]) for _ in range(2)))
         self.repeats = max(1, min(MAX_CALLS, int(TARGET_US / once)) // len(self.calls))
         self.graph = self._capture()
+
+    def _once(self) -> None:
+        self.last = [call() for call in self.calls]
+
+    def _all(self) -> None:
+        for _ in range(self.repeats):
+            self._once()
 
     def _capture(self) -> torch.cuda.CUDAGraph | None:
         graph = torch.cuda.CUDAGraph()
@@ -283,24 +148,52 @@ class _Runner:
                 self._all()
         except Exception:  # noqa: BLE001 - it waits for the device, or does what no graph may hold: timed call by call
             torch.cuda.synchronize()
+            self._once()
             return None
-        graph.replay()
         return graph
 
-    def _all(self) -> None:
-        for _ in range(self.repeats):
-            for call in self.calls:
-                call()
+    def results(self) -> list[Any]:
+        """A result of each call of what is timed; a graph finds its outputs poisoned."""
+        if self.graph is not None:
+            for result in self.last:
+                for tensor in result if isinstance(result, tuple | list) else (result,):
+                    tensor.fill_(poison_value(tensor.dtype))
+            self.graph.replay()
+        torch.cuda.synchronize()
+        return self.last
 
     def time(self) -> float:
         """Microseconds per call."""
         return _events(self.graph.replay if self.graph else self._all) / (self.repeats * len(self.calls))
 
 
-def _time_batch(subjects: list[Subject], load_: Load, tokens: int, rounds: int) -> list[Timing]:
-    """Check all, then time those that pass in turn."""
-    timings = [Timing(s.spec, tokens, refused=problem(s, load_)) for s in subjects]
-    runners = [None if t.refused else _Runner(s, load_) for s, t in zip(subjects, timings, strict=True)]
+def _runner(subject: Subject, batch: Batch) -> tuple[_Runner | None, str]:
+    """(runner, "") or (None, why this implementation may not be timed on this batch)."""
+    if "cuda" not in subject.declared.devices:
+        return None, f"declares the devices {', '.join(subject.declared.devices)}"
+    try:
+        runner = _Runner(subject, batch)
+        told = problem(subject, batch, runner.results())
+        return (None, told) if told else (runner, "")
+    except REJECTIONS as error:
+        return None, f"refuses: {_first_line(error)}"
+    except Exception as error:  # noqa: BLE001 - whatever a foreign implementation raises is its own
+        return None, f"raised {type(error).__name__}: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or ["(no message)"])[0][:160]
+
+
+def _time_batch(subjects: list[Subject], batch: Batch, tokens: int, rounds: int) -> list[Timing]:
+    """Judge all, then time those that pass in turn."""
+    timings, runners = [], []
+    for subject in subjects:
+        runner, refused = _runner(subject, batch)
+        if runner is None:
+            torch.cuda.empty_cache()  # it may have filled the memory
+        runners.append(runner)
+        timings.append(Timing(subject.spec, tokens, refused=refused))
     taken: list[list[float]] = [[] for _ in subjects]
     for turn in range(rounds + 1):
         for times, runner in zip(taken, runners, strict=True):
@@ -315,16 +208,21 @@ def _time_batch(subjects: list[Subject], load_: Load, tokens: int, rounds: int) 
     return timings
 
 
-def _add_floor(timing: Timing, load_: Load, report: Report) -> None:
-    by_bytes, by_flops = load_.bytes / report.copy_bandwidth, load_.flops / report.matrix_rate
-    timing.floor, timing.bound_by = max(by_bytes, by_flops), "bytes" if by_bytes >= by_flops else "operations"
-    timing.intensity = load_.flops / load_.bytes
-    timing.tflops = load_.flops / timing.median / 1e6 if timing.median else 0.0
+def _add_floor(timing: Timing, batch: Batch, report: Report) -> None:
+    floors = {
+        "bytes": batch.bytes / report.copy_bandwidth,
+        "operations": batch.flops / report.matrix_rate,
+        "launch": report.launch,
+    }
+    timing.bound_by = max(floors, key=lambda name: floors[name])
+    timing.floor = floors[timing.bound_by]
+    timing.intensity = batch.flops / batch.bytes
+    timing.tflops = batch.flops / timing.median / 1e6 if timing.median else 0.0
 
 
-def _packages() -> dict[str, str]:
+def _versions() -> dict[str, str]:
     """Versions of what the implementations are likely to stand on, where installed."""
-    found = {}
+    found = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
     for name in ("torch", "triton", "transformers", "liger-kernel"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
@@ -334,7 +232,7 @@ def _packages() -> dict[str, str]:
 def bench(
     stage: str,
     specs: list[str],
-    shape: Shape,
+    layer: Layer,
     tokens: list[int],
     *,
     dtype: str = "bf16",
@@ -345,28 +243,42 @@ def bench(
 ) -> Report:
     """Time `specs` at each number of `tokens`; needs a CUDA device.
 
+    Ctrl-C, or an implementation that leaves the device in error, ends the run with what was timed until then.
+
     Raises:
         ValueError: a stage that cannot be timed.
         UsageError, CannotJudge: an implementation that cannot be found or imported.
         RuntimeError: no CUDA device.
     """
-    if stage not in LOADS:
-        raise ValueError(f"stage is {stage!r}, but should be one of {', '.join(LOADS)}")
+    if stage not in BATCHES:
+        raise ValueError(f"stage is {stage!r}, but should be one of {', '.join(BATCHES)}")
     if not torch.cuda.is_available():
         raise RuntimeError("there is no CUDA device to time on")
     subjects = [load(stage, spec) for spec in specs]
-    kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    draw = Draw(seed)
-    progress("measuring the ceilings")
-    versions = {"python": platform.python_version(), "cuda": str(torch.version.cuda)} | _packages()
-    name = torch.cuda.get_device_name()
-    report = Report(stage, shape, dtype, name, copy_bandwidth(draw), matrix_rate(draw, kind), versions, command)
-    weights = _weights(shape, kind, draw) if stage in ("experts", "grouped_linear") else []
+    kind, draw = DTYPES[dtype], Draw(seed)
+    progress("measuring the ceilings: copy, product, launch")
+    report = Report(
+        stage, asdict(layer.model), layer.ep_size, dtype, torch.cuda.get_device_name(), copy_bandwidth(draw),
+        matrix_rate(draw, kind), launch_time(draw), _versions(), command,
+    )  # fmt: skip
+    try:
+        _time_all(report, subjects, layer, tokens, kind, draw, rounds, progress)
+    except KeyboardInterrupt:
+        report.stopped = "interrupted"
+    except RuntimeError as error:
+        report.stopped = f"the device failed: {_first_line(error)}"
+    return report
+
+
+def _time_all(
+    report: Report, subjects: list[Subject], layer: Layer, tokens: list[int], kind: torch.dtype, draw: Draw,
+    rounds: int, progress: Callable[[str], None],
+) -> None:  # fmt: skip
+    weights = layer.weights(kind, draw) if report.stage in ("experts", "grouped_linear") else []
     with torch.no_grad():
         for count in tokens:
-            progress(f"{stage} {shape.name}, {count} tokens")
-            batch = LOADS[stage](shape, count, kind, weights, draw)
+            progress(f"{report.stage}, {layer.model.name}: {count} tokens")
+            batch = BATCHES[report.stage](layer, count, kind, weights, draw)
             for timing in _time_batch(subjects, batch, count, rounds):
                 _add_floor(timing, batch, report)
                 report.timings.append(timing)
-    return report

@@ -1,6 +1,7 @@
-"""A bench report as a table and as a picture."""
+"""Bench reports as a table and as a picture."""
 
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -9,9 +10,11 @@ from harness.bench import Report, Timing
 
 def table(report: Report) -> Table:
     """One row per number of tokens and implementation: time, spread, ratio to the first, time over floor."""
-    copy, rate = report.copy_bandwidth / 1e6, report.matrix_rate / 1e6
-    title = f"{report.stage}, {report.shape.name}, {report.dtype}, {report.device}"
-    out = Table(title=title, caption=f"ceilings of this run: copy {copy:.2f} TB/s, product {rate:.0f} TFLOP/s")
+    ceilings = (
+        f"ceilings of this run: copy {report.copy_bandwidth / 1e6:.2f} TB/s, "
+        f"product {report.matrix_rate / 1e6:.0f} TFLOP/s, launch {report.launch:.2f} us"
+    )
+    out = Table(title=report.title, caption=ceilings)
     for name in ("tokens", "implementation", "time us", "spread", "over first", "over floor", "of floor", "bound by"):
         out.add_column(name, justify="left" if name in ("implementation", "bound by") else "right")
     for tokens in dict.fromkeys(t.tokens for t in report.timings):
@@ -25,20 +28,21 @@ def table(report: Report) -> Table:
 def _cells(timing: Timing, first: Timing) -> list[str]:
     if timing.refused:
         return [str(timing.tokens), timing.spec, "-", "", "", "", "", timing.refused]
-    spread = f"{timing.low:.1f} to {timing.high:.1f}"
     first_ratio = f"{timing.median / first.median:.2f}" if first.median else "-"
-    name = timing.spec if timing.captured else f"{timing.spec} (not captured)"
     over = timing.median / timing.floor
     return [
-        str(timing.tokens), name, f"{timing.median:.1f}", spread, first_ratio, f"{over:.2f}", f"{1 / over:.0%}",
+        str(timing.tokens), timing.spec if timing.captured else f"{timing.spec} (not captured)",
+        f"{timing.median:.1f}", f"{timing.low:.1f} to {timing.high:.1f}", first_ratio, f"{over:.2f}", f"{1 / over:.0%}",
         timing.bound_by,
     ]  # fmt: skip
 
 
 def picture(report: Report, path: Path) -> None:
     """Time against tokens with the floor, and the roofline, side by side.  Needs matplotlib."""
+    import matplotlib
     from matplotlib.figure import Figure
 
+    matplotlib.rcParams["svg.hashsalt"] = "moe-harness"  # equal figures give equal files
     figure = Figure(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     timed = [t for t in report.timings if not t.refused]
@@ -52,11 +56,11 @@ def picture(report: Report, path: Path) -> None:
     _roofline(right, report, [t.intensity for t in timed if t.intensity])
     left.legend()
     right.legend()
-    figure.suptitle(f"{report.stage}, {report.shape.name}, {report.dtype}, {report.device}")
-    figure.savefig(path, dpi=120)
+    figure.suptitle(report.title)
+    figure.savefig(path, dpi=120, **({"metadata": {"Date": None}} if path.suffix == ".svg" else {}))
 
 
-def _roofline(axes: object, report: Report, seen: list[float]) -> None:
+def _roofline(axes: Any, report: Report, seen: list[float]) -> None:
     """The two ceilings over the intensities that were seen."""
     low, high = (min(seen) / 2, max(seen) * 2) if seen else (0.1, 1000.0)
     steps = [low * (high / low) ** (i / 64) for i in range(65)]

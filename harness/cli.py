@@ -9,6 +9,7 @@ import typer
 
 from harness import contracts
 from harness.cases.request import PROFILES, Request
+from harness.commands import writable
 from harness.errors import EXIT_CANNOT_JUDGE, HarnessError, UsageError, unknown
 
 app = typer.Typer(
@@ -53,8 +54,8 @@ def check(
     request = _request(stage, device, dtype, profile, config, seed)
     options = engine.Options(request.dtypes if dtype else None, timeout, _known_checks(stage, request, checks))
     worlds = _worlds(ranks)
-    _writable(json)
-    _writable(html)
+    writable(json)
+    writable(html)
     prepare()
     results, errors = [], []
     with report.Progress() as progress:
@@ -219,14 +220,6 @@ def _known_check(check_name: str) -> None:
 
     if check_name not in CHECK_NAMES:
         raise unknown("check", check_name, list(CHECK_NAMES))
-
-
-def _writable(path: Path | None) -> None:
-    """Find out before the run, not after it, that a result cannot be written."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise UsageError(
-            f"cannot write {path}: " + ("it is a folder" if path.is_dir() else "its folder does not exist")
-        )
 
 
 def _deliver(results: list, json: Path | None, html: Path | None) -> None:

@@ -3,14 +3,16 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from harness.commands import writable
 from harness.errors import EXIT_CANNOT_JUDGE, EXIT_PASS, CannotJudge, UsageError, unknown
 
 TOKENS = "1,8,32,64,128,256,512,1024,4096,16384"
 STAGES = ("experts", "router", "grouped_linear", "shared_expert_gate")
+DTYPES = ("bf16", "fp16", "fp32")
 
 
 def bench(
@@ -18,7 +20,7 @@ def bench(
     impl: Annotated[list[str], typer.Option("--impl", "-i", help="What is timed; ratios are to the first.")],
     config: Annotated[str, typer.Option(help="The released model whose shapes are used.")] = "qwen3-30b-a3b",
     tokens: Annotated[str, typer.Option(help="Numbers of tokens.")] = TOKENS,
-    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "bf16",
     ep_size: Annotated[int, typer.Option(help="Time one rank's part of the experts under EP of this size.", min=1)] = 1,
     rounds: Annotated[int, typer.Option(help="Rounds; the median and the spread are over these.", min=3)] = 11,
     seed: Annotated[int, typer.Option(help="Other data.", min=0)] = 0,
@@ -31,21 +33,25 @@ def bench(
     from rich.console import Console
 
     from fixtures.configs import names, shape
+
+    for kind, value, known in (("stage", stage, STAGES), ("config", config, names()), ("dtype", dtype, DTYPES)):
+        if value not in known:
+            raise unknown(kind, value, list(known))
+    counts, model = token_counts(tokens), shape(config)
+    check_ep_size(model.num_experts, ep_size)
+    for path in (json, picture):
+        writable(path)
+    _require(picture)
     from harness import bench as library
+    from harness.bench_data import Layer
+    from harness.bench_view import picture as draw
     from harness.bench_view import table
 
-    if stage not in STAGES:
-        raise unknown("stage", stage, list(STAGES))
-    if config not in names():
-        raise unknown("config", config, names())
-    counts = _counts(tokens)
-    model = shape(config)
-    local = model.num_experts // ep_size if ep_size > 1 else None
-    command = "moe-harness " + shlex.join(sys.argv[1:])
     try:
         report = library.bench(
-            stage, impl, library.Shape.of(model, local_experts=local), counts, dtype=dtype, rounds=rounds, seed=seed,
-            command=command, progress=lambda text: print(text, file=sys.stderr, flush=True),
+            stage, impl, Layer(model, ep_size), counts, dtype=dtype, rounds=rounds, seed=seed,
+            command="moe-harness " + shlex.join(sys.argv[1:]),
+            progress=lambda text: print(text, file=sys.stderr, flush=True),
         )  # fmt: skip
     except RuntimeError as error:
         raise CannotJudge(f"nothing was timed: {error}") from error
@@ -53,12 +59,19 @@ def bench(
     if json is not None:
         json.write_text(report.as_json())
     if picture is not None:
-        _draw(report, picture)
+        draw(report, picture)
+    if report.stopped:
+        raise CannotJudge(f"only what is listed was timed: {report.stopped}")
     timed = any(not timing.refused for timing in report.timings)
     raise typer.Exit(EXIT_PASS if timed else EXIT_CANNOT_JUDGE)
 
 
-def _counts(text: str) -> list[int]:
+def token_counts(text: str) -> list[int]:
+    """The numbers of --tokens.
+
+    Raises:
+        UsageError: anything but positive whole numbers.
+    """
     try:
         counts = [int(part) for part in text.split(",")]
     except ValueError:
@@ -68,10 +81,20 @@ def _counts(text: str) -> list[int]:
     return counts
 
 
-def _draw(report: Any, path: Path) -> None:
-    from harness.bench_view import picture
+def check_ep_size(experts: int, ep_size: int) -> None:
+    """Refuse a number of ranks that cannot share the experts evenly (UsageError)."""
+    if experts % ep_size:
+        raise UsageError(f"--ep-size is {ep_size}, but should divide the model's {experts} experts")
 
-    try:
-        picture(report, path)
-    except ImportError as error:
-        raise CannotJudge("a picture needs matplotlib: pip install matplotlib") from error
+
+def _require(picture: Path | None) -> None:
+    """Find out before the run, not after it, that nothing can be timed or drawn."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise CannotJudge("nothing was timed: there is no CUDA device to time on")
+    if picture is not None:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError as error:
+            raise CannotJudge("a picture needs matplotlib: pip install matplotlib") from error

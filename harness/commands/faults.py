@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from harness import contracts
-from harness.errors import EXIT_FAIL, UsageError, unknown
+from harness.commands import writable
+from harness.errors import EXIT_FAIL, unknown
 
 
 def faults(
@@ -28,7 +29,7 @@ def faults(
     from harness.pool import prepare
 
     for path in (json, html, picture):
-        _writable(path)
+        writable(path)
     chosen = _chosen(stage, fault)
     if device not in contracts.DEVICES:
         raise unknown("device", device, list(contracts.DEVICES))
@@ -61,9 +62,3 @@ def _chosen(stage: str | None, names: list[str] | None) -> list:
         if name not in known:
             raise unknown("fault" if stage is None else f"fault of {stage}", name, known)
     return [entry for entry in found if not names or entry.name in names]
-
-
-def _writable(path: Path | None) -> None:
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        why = "it is a folder" if path.is_dir() else "its folder does not exist"
-        raise UsageError(f"cannot write {path}: {why}")

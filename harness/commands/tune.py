@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from harness.commands import writable
+from harness.commands.bench import TOKENS, check_ep_size, token_counts
 from harness.errors import CannotJudge, unknown
 
 TUNER = "impls.triton.tune"  # found by name, as every implementation is
@@ -13,9 +15,7 @@ TUNER = "impls.triton.tune"  # found by name, as every implementation is
 
 def tune(
     config: Annotated[str, typer.Option(help="The released model whose shapes are tuned.")] = "qwen3-30b-a3b",
-    tokens: Annotated[
-        str, typer.Option(help="Numbers of tokens, one entry each.")
-    ] = "1,8,32,64,128,256,512,1024,4096,16384",
+    tokens: Annotated[str, typer.Option(help="Numbers of tokens, one entry each.")] = TOKENS,
     ep_size: Annotated[int, typer.Option(help="Tune one rank's part of the experts under EP of this size.", min=1)] = 1,
     log: Annotated[Path, typer.Option(help="Timings so far; a stopped run goes on from here.")] = Path("tune.jsonl"),
     out: Annotated[Path | None, typer.Option(help="The tuned file; by default where it will be found.")] = None,
@@ -25,16 +25,20 @@ def tune(
     import torch
 
     from fixtures.configs import names, shape
-    from harness.commands.bench import _counts
 
     if config not in names():
         raise unknown("config", config, names())
-    counts = _counts(tokens)
+    counts, model = token_counts(tokens), shape(config)
+    check_ep_size(model.num_experts, ep_size)
+    for path in (log, out):
+        writable(path)
     if not torch.cuda.is_available():
         raise CannotJudge("nothing was tuned: there is no CUDA device to time on")
-    model = shape(config)
-    configs = import_module("impls.triton.configs")
-    wanted = configs.Shape(
+    wanted = import_module("impls.triton.configs").Shape(
         model.num_experts // ep_size, model.hidden_size, model.intermediate_size, model.top_k, element_size=2
     )
-    import_module(TUNER).tune(wanted, counts, log, out, processes)
+    try:
+        import_module(TUNER).tune(wanted, counts, log, out, processes)
+    except KeyboardInterrupt:
+        known = len(log.read_text().splitlines()) if log.exists() else 0
+        raise CannotJudge(f"stopped: {known} timings are in {log}, and the same command goes on from there") from None

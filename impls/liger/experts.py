@@ -4,6 +4,9 @@ Read in liger-kernel 0.8.5: Triton kernels with fp32 accumulators.  The activati
 in the dtype of hidden_states, the weighted sum over slots is made in fp32.  Products of fp32 operands go through tf32,
 cut off rather than rounded, so fp32 is refused.  Ids are indices into the weights and nothing else: there is no
 masked slot.
+
+Its first call at each (H, I) times 32 tiles of two kernels, a minute of compiling, which `moe-harness check` takes for
+a hang: judge it with LIGER_FUSED_MOE_AUTOTUNE=0, which takes one tile, and time it without.
 """
 
 from collections.abc import Callable
@@ -40,7 +43,8 @@ def experts(
     ids = topk_ids.long()
     if expert_map is not None:
         ids = torch.where(ids < 0, -1, expert_map.long()[ids.clamp(min=0)])
-    if (ids < 0).any():
+    # Nothing can be asked of a stream that is being captured; whoever captures has called it before.
+    if not torch.cuda.is_current_stream_capturing() and (ids < 0).any():
         raise NotImplementedError("liger's fused MoE counts every id as an expert: it takes no masked slot")
     if ids.numel() == 0:
         raise NotImplementedError("liger's fused MoE launches empty grids for no token")

@@ -1,12 +1,13 @@
-"""Top-k routing as rounds of argmax: take the best expert, cross it out, take the next.
+"""Top-k routing in plain PyTorch: router_logits [T, E] -> topk_weights [T, k] fp32, topk_ids [T, k] int64.
 
-router_logits [T, E] -> topk_weights [T, k] fp32, topk_ids [T, k] int64.
+`loop` takes the best expert, crosses it out and takes the next.  `topk` is the line that model code has: softmax, topk,
+renormalise.
 """
 
 import torch
 from torch import Tensor
 
-__all__ = ["loop"]
+__all__ = ["loop", "topk"]
 
 
 def loop(
@@ -42,6 +43,34 @@ def loop(
 loop.rounds = ()
 loop.deterministic = True
 loop.graph_capturable = True
+
+
+def topk(
+    router_logits: Tensor,
+    *,
+    top_k: int,
+    scoring: str = "softmax",
+    renormalize: bool = True,
+    correction_bias: Tensor | None = None,
+    num_expert_group: int | None = None,
+    topk_group: int | None = None,
+    routed_scaling_factor: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The stage `router` for softmax without groups, bias and scale.
+
+    Raises:
+        NotImplementedError: any of those.
+    """
+    if scoring != "softmax" or correction_bias is not None or num_expert_group is not None:
+        raise NotImplementedError("the plain expression has softmax only, no correction bias and no groups")
+    if routed_scaling_factor != 1.0:
+        raise NotImplementedError("the plain expression does not scale")
+    weights, ids = router_logits.softmax(-1, dtype=torch.float32).topk(top_k, dim=-1)
+    return (weights / weights.sum(-1, keepdim=True) if renormalize else weights), ids
+
+
+topk.rounds = ()
+topk.graph_capturable = True
 
 
 def _check(num_experts: int, top_k: int, scoring: str, num_expert_group: int | None, topk_group: int | None) -> None:

@@ -63,7 +63,9 @@ def batched_mm(
     """
     ids, masked = _local_ids(topk_ids, expert_map, gate_up_proj.shape[0])
     _check_gather(gate_up_proj, ids.numel())
-    if masked.any() and not (gate_up_proj[-1].isfinite().all() and down_proj[-1].isfinite().all()):
+    # Nothing can be asked of a stream that is being captured; whoever captures has called it before.
+    finite = _capturing() or not masked.any() or (gate_up_proj[-1].isfinite().all() and down_proj[-1].isfinite().all())
+    if not finite:
         raise NotImplementedError(
             "transformers' batched_mm runs masked slots on the last expert, whose weights are not finite here"
         )
@@ -103,6 +105,11 @@ def grouped_mm(
 
 grouped_mm.rounds = ("gate_up", "activation", "expert_output", "weighted")
 grouped_mm.deterministic = True
+
+
+def _capturing() -> bool:
+    """Whether this call is being recorded into a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream__capturing()
 
 
 def _local_ids(topk_ids: Tensor, expert_map: Tensor | None, num_experts: int) -> tuple[Tensor, Tensor]:

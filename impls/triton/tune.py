@@ -8,6 +8,7 @@ Candidates are compiled by several processes first: compiling takes longer than 
 
 import json
 import multiprocessing
+import signal
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +27,7 @@ from impls.triton.gate_up import gate_up
 __all__ = ["candidates", "time_in_graph", "tune"]
 
 SHARED_MEMORY = 227 * 1024
+SHARD = 8  # candidates that a process compiles at a time
 TOLERANCE = 2e-2  # relative norm between two right bf16 results; a wrong tile is off by 1
 
 
@@ -180,10 +182,13 @@ def _compile(shard: tuple[Shape, list[tuple[str, Tiling | Walk]]]) -> None:
 
 
 def compile_all(shape: Shape, jobs: list[tuple[str, Tiling | Walk]], processes: int) -> None:
-    """Compile `jobs` in `processes` fresh processes."""
+    """Compile `jobs` in `processes` fresh processes, which leave Ctrl-C to this one."""
     unique = list(dict.fromkeys(jobs))
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        pool.map(_compile, [(shape, unique[i::processes]) for i in range(processes)], chunksize=1)
+    shards = [(shape, unique[i : i + SHARD]) for i in range(0, len(unique), SHARD)]
+    ignore = (signal.SIGINT, signal.SIG_IGN)
+    with multiprocessing.get_context("spawn").Pool(processes, signal.signal, ignore) as pool:
+        for done, _ in enumerate(pool.imap_unordered(_compile, shards), 1):
+            print(f"compiled {min(done * SHARD, len(unique))} of {len(unique)} candidates", flush=True)
 
 
 def _key(kind: str, tokens: int, how: Tiling | Walk) -> str:
@@ -252,6 +257,7 @@ def tune(shape: Shape, tokens: list[int], log: Path, out: Path | None = None, pr
         best = {}
         for kind in kinds[t]:
             if missing:
+                print(f"{t:6} {kind:8} timing {len(list(candidates(kind, rows[t])))} candidates", flush=True)
                 _measure(kind, t, workload(shape, t, weights), list(candidates(kind, rows[t])), done, log)
             best[kind] = _best(kind, t, rows[t], done)
             print(f"{t:6} {kind:8} {best[kind]}", flush=True)
@@ -259,6 +265,7 @@ def tune(shape: Shape, tokens: list[int], log: Path, out: Path | None = None, pr
     content = {"shape": asdict(shape), "torch": torch.__version__, "entries": entries}
     path = out or configs.TUNED / f"{configs.device_name(torch.device('cuda'))}.{_name(shape)}.json"
     path.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"wrote {path}", flush=True)
     return content
 
 

@@ -1,0 +1,129 @@
+"""The bench times what is right only: its judgement on CPU tensors, and the whole of it on a GPU."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fixtures.configs import shape
+from harness import bench
+from harness.bench_data import BATCHES, Batch, Draw, Layer, problem
+from harness.contracts import Subject, load
+from harness.faults import get
+
+SMALL = {"hidden_size": 48, "intermediate_size": 32}
+LAYER = Layer(replace(shape("qwen3-30b-a3b"), num_experts=12, top_k=3, **SMALL))
+SIGMOID = Layer(replace(shape("deepseek-v3"), num_experts=16, num_expert_group=4, topk_group=2, top_k=3, **SMALL))
+FAULTS = {
+    "experts": ("gate_up_swapped", "activation_dropped"),
+    "router": ("never_renormalised", "ids_sorted_alone"),
+    "grouped_linear": ("expert_of_first_row_in_block",),
+    "shared_expert_gate": ("sigmoid_dropped", "gate_of_first_token"),
+}
+
+
+def batch_of(stage: str, layer: Layer = LAYER, tokens: int = 21) -> Batch:
+    draw = Draw(0, "cpu")
+    return BATCHES[stage](layer, tokens, torch.bfloat16, layer.weights(torch.bfloat16, draw), draw)
+
+
+def told(subject: Subject, batch: Batch) -> str:
+    return problem(subject, batch, [subject.call(args, keywords) for args, keywords in batch.calls])
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize("stage", BATCHES)
+def test_right_results_are_timed(stage: str, tokens: int) -> None:
+    assert told(load(stage, "torch:loop"), batch_of(stage, tokens=tokens)) == ""
+
+
+def test_one_rank_of_many_and_sigmoid_with_groups_are_judged_by_their_own_rule() -> None:
+    assert told(load("experts", "torch:loop"), batch_of("experts", replace(LAYER, ep_size=4))) == ""
+    assert told(load("router", "torch:loop"), batch_of("router", SIGMOID)) == ""
+    assert batch_of("router", SIGMOID).calls[0][1]["scoring"] == "sigmoid"
+
+
+@pytest.mark.parametrize(("stage", "name"), [(s, n) for s, names in FAULTS.items() for n in names])
+def test_a_wrong_result_is_not_timed(stage: str, name: str) -> None:
+    assert "is wrong" in told(load(stage, get(name).spec), batch_of(stage))
+
+
+def spoiled(which: int, change: Callable[[Any], Any]) -> str:
+    """What is said where the result of one call is changed."""
+    subject, batch = load("experts", "torch:loop"), batch_of("experts")
+    results = [subject.call(args, keywords) for args, keywords in batch.calls]
+    results[which] = change(results[which])
+    return problem(subject, batch, results)
+
+
+def test_every_set_of_weights_is_judged() -> None:
+    assert spoiled(1, lambda out: out) == ""
+    assert "sigma from the reference" in spoiled(1, lambda out: out * 1.5)
+
+
+def test_a_poisoned_or_misshapen_result_is_not_timed() -> None:
+    assert "inf sigma" in spoiled(0, lambda out: torch.full_like(out, float("nan")))
+    assert "returned shapes" in spoiled(0, lambda out: out[1:])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--stage", "expert"], 2, "did you mean 'experts'"),
+        (["--stage", "experts", "--config", "qwen3-30b"], 2, "did you mean 'qwen3-30b-a3b'"),
+        (["--stage", "experts", "--tokens", "8,x"], 2, "positive numbers such as 1,64,1024"),
+        (["--stage", "experts", "--dtype", "int8"], 2, "known: bf16, fp16, fp32"),
+        (["--stage", "experts", "--ep-size", "3"], 2, "should divide the model's 128 experts"),
+        (["--stage", "experts", "--json", "/nowhere/x.json"], 2, "its folder does not exist"),
+    ],
+)
+def test_wrong_calls_say_what_to_do(arguments: list[str], status: int, message: str) -> None:
+    done = command(*arguments)
+    assert (done.returncode, message in done.stderr) == (status, True), done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_without_a_device_nothing_is_timed() -> None:
+    done = command("--stage", "experts")
+    assert (done.returncode, done.stderr) == (
+        3, "moe-harness: nothing was timed: there is no CUDA device to time on\n"
+    )  # fmt: skip
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    line = [sys.executable, "-m", "harness.cli", "bench", "--impl", "torch:loop", *arguments]
+    return subprocess.run(line, capture_output=True, text=True)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_wrong_one_is_refused_and_the_right_one_timed(tmp_path: Path) -> None:
+    """The fault is right when it is called and wrong when it is replayed."""
+    specs = ["torch:loop", get("capture_takes_another_path").spec, get("gate_up_swapped").spec]
+    layer = Layer(replace(LAYER.model, hidden_size=256))
+    report = bench.bench("experts", specs, layer, [1, 33], rounds=3)
+    (tmp_path / "report.json").write_text(report.as_json())
+    assert bench.Report.read(tmp_path / "report.json") == report
+    for timing in report.timings:
+        assert timing.floor >= report.launch > 0
+        if timing.spec == "torch:loop":
+            assert 0 < timing.low <= timing.median <= timing.high
+        else:
+            assert "is wrong" in timing.refused and timing.median == 0
+
+
+@pytest.mark.gpu
+def test_one_that_fills_the_memory_is_refused_and_the_others_timed() -> None:
+    spec = f"{__file__}:greedy"
+    report = bench.bench("experts", [spec, "torch:loop"], LAYER, [5], rounds=3)
+    assert "OutOfMemoryError" in report.timings[0].refused
+    assert report.timings[1].median > 0
+
+
+def greedy(hidden_states: torch.Tensor, *operands: torch.Tensor, **options: Any) -> torch.Tensor:
+    """Takes more memory than any device has."""
+    return torch.empty(1 << 45, device=hidden_states.device)
