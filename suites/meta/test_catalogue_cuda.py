@@ -1,14 +1,18 @@
 """The faults that need a GPU show there: graphs, streams, atomics, offsets beyond 2^31."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from harness import rounding
-from harness.faults import get
+from harness.cases import plan
+from harness.cases.request import Request
+from harness.faults import all_faults, get
 from harness.faults.experts import run
+from harness.pool import Pool, prepare
 
 pytestmark = pytest.mark.gpu
 
@@ -16,6 +20,29 @@ GRAPH_FAULTS = (
     "graph_ignores_new_inputs", "replay_returns_the_one_before", "replays_accumulate", "graph_reads_freed_memory",
     "capture_takes_another_path",
 )  # fmt: skip
+
+ON_CUDA = [f for f in all_faults() if f.devices == ("cuda",)]
+LARGE = [f for f in ON_CUDA if f.name.endswith("in_32_bits")]
+TELLING = ("contract", "determinism", "graph_replay", "side_stream")  # the checks that see what only a GPU shows
+
+
+def survives(fault: Any, checks: tuple[str, ...]) -> bool:
+    """Whether every case of these checks passes the fault."""
+    prepare()
+    with Pool(fault.stage, fault.spec, "cuda", 1, 120.0) as pool:
+        request = Request(device="cuda", dtypes=tuple(pool.start()["declared"]["dtypes"]))
+        ids = (p.id for p in plan(fault.stage, request) if p.check in checks)
+        return not any(answer["status"] in ("failed", "died") for answer in map(pool.judge_one, ids))
+
+
+@pytest.mark.parametrize("fault", [f for f in ON_CUDA if f not in LARGE], ids=lambda fault: fault.name)
+def test_the_judge_finds(fault: Any) -> None:
+    assert not survives(fault, TELLING), f"{fault.name} survives; {fault.condition}"
+
+
+def test_the_judge_finds_offsets_in_32_bits() -> None:
+    """One after the other: each takes most of the device's memory."""
+    assert [f.name for f in LARGE if survives(f, ("large_offsets",))] == []
 
 
 def arguments(T: int = 7, H: int = 64, I: int = 32, E: int = 6, k: int = 3, seed: int = 0) -> list[Tensor]:  # noqa: E741

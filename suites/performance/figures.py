@@ -1,0 +1,146 @@
+"""The README's figures of speed, from the files that `moe-harness bench --json` wrote to suites/performance/data.
+
+python -m suites.performance.figures            rewrites the README's tables and docs/performance.svg
+"""
+
+from pathlib import Path
+
+from harness.bench import Report, Timing
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT / "suites/performance/data"
+README, PICTURE = ROOT / "README.md", ROOT / "docs/performance.svg"
+BEGIN, END = "<!-- figures: python -m suites.performance.figures -->\n", "<!-- end of figures -->\n"
+FIRST = "experts-qwen3-30b-a3b.json"
+MODELS = ("qwen3-235b-a22b", "qwen3-next-80b-a3b", "mixtral-8x7b", "deepseek-v3-ep8")
+SMALL = (
+    "router-qwen3-30b-a3b", "router-qwen3-next-80b-a3b", "shared_expert_gate-qwen3-omni-talker",
+    "shared_expert_gate-qwen3-next-80b-a3b",
+)  # fmt: skip
+
+
+def read(name: str) -> Report:
+    return Report.read(DATA / (name if name.endswith(".json") else f"{name}.json"))
+
+
+def by_spec(report: Report) -> dict[str, dict[int, Timing]]:
+    """Timings of a report by implementation and number of tokens."""
+    found: dict[str, dict[int, Timing]] = {}
+    for timing in report.timings:
+        found.setdefault(timing.spec, {})[timing.tokens] = timing
+    return found
+
+
+def row(*cells: object) -> str:
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def header(*cells: object) -> list[str]:
+    return [row(*cells), "|" + "---|" * len(cells)]
+
+
+def over_floor(timing: Timing) -> str:
+    """Time over floor; "-" for what was not timed."""
+    return f"{timing.median / timing.floor:.2f}" if timing.median else "-"
+
+
+def experts_table(report: Report) -> list[str]:
+    """Time over floor of every implementation."""
+    specs = by_spec(report)
+    tokens = list(next(iter(specs.values())))
+    lines = header("tokens", *tokens)
+    for spec, timings in specs.items():
+        lines.append(row(f"`{spec}`", *(over_floor(timings[t]) for t in tokens)))
+    return [*lines, "", *remarks(specs)]
+
+
+def remarks(specs: dict[str, dict[int, Timing]]) -> list[str]:
+    """What was timed call by call, and what was not timed and why."""
+    told = []
+    for spec, timings in specs.items():
+        eager = [t.tokens for t in timings.values() if t.median and not t.captured]
+        if eager:
+            told.append(f"- `{spec}` cannot be captured in a graph: timed call by call at {listed(eager)} tokens.")
+        for reason in dict.fromkeys(t.refused.split(". ")[0] for t in timings.values() if t.refused):
+            at = [t.tokens for t in timings.values() if t.refused.startswith(reason)]
+            told.append(f"- `{spec}` at {listed(at)} tokens: {reason}.")
+    return told
+
+
+def listed(tokens: list[int]) -> str:
+    return f"{tokens[0]} to {tokens[-1]}" if len(tokens) > 2 else " and ".join(map(str, tokens))
+
+
+def models_table(reports: list[Report]) -> list[str]:
+    """Time over floor of the Triton experts and how many times grouped_mm's speed that is, for each model."""
+    tokens = list(by_spec(reports[0])["triton"])
+    lines = header("tokens", *tokens)
+    for report in reports:
+        ours, peer = by_spec(report)["triton"], by_spec(report)["transformers:grouped_mm"]
+        part = f", one rank of EP {report.ep_size}" if report.ep_size > 1 else ""
+        lines.append(row(f"{report.model['name']}{part}", *(over_floor(ours[t]) for t in tokens)))
+        lines.append(row("... times as fast", *(faster(ours[t], peer[t]) for t in tokens)))
+    return lines
+
+
+def faster(ours: Timing, peer: Timing) -> str:
+    return f"{peer.median / ours.median:.1f}" if ours.median and peer.median else "-"
+
+
+def small_table(report: Report) -> list[str]:
+    """Microseconds, the plain expression's, and the share of the floor, of a router or gate."""
+    (ours_name, ours), (peer_name, peer) = by_spec(report).items()
+    model = report.model
+    size = f"E {model['num_experts']}, k {model['top_k']}" if report.stage == "router" else f"K {model['hidden_size']}"
+    lines = header(f"{report.stage}, {size}", *ours)
+    lines.append(row(f"`{ours_name}`, us", *(f"{t.median:.1f}" for t in ours.values())))
+    lines.append(row(f"times as fast as `{peer_name}`", *(faster(t, peer[n]) for n, t in ours.items())))
+    lines.append(row("share of the floor", *(f"{t.floor / t.median:.0%} ({t.bound_by})" for t in ours.values())))
+    return lines
+
+
+def spread(reports: list[Report], spec: str) -> float:
+    """The widest distance from the slowest to the fastest round over the median, of the timings above 10 us."""
+    return max((t.high - t.low) / t.median for r in reports for t in by_spec(r)[spec].values() if t.median > 10)
+
+
+def markdown() -> str:
+    """The tables, as they stand in the README."""
+    first, models, small = read(FIRST), [read(f"experts-{m}") for m in MODELS], [read(name) for name in SMALL]
+    versions = ", ".join(f"{name} {first.versions[name]}" for name in ("torch", "triton", "transformers"))
+    ceilings = f"{first.copy_bandwidth / 1e6:.2f} TB/s, {first.matrix_rate / 1e6:.0f} TFLOP/s"
+    intro = (
+        f"One {first.device}, {first.dtype} ({versions}): time over the floor that the ceilings of the same run set "
+        f"({ceilings}).\n{first.model['name']} ([figures](suites/performance/data/{FIRST})):"
+    )
+    outro = (
+        "Medians of 11 rounds; the widest spread of a `triton` figure above 10 us is "
+        f"{spread([first, *models, *small], 'triton'):.0%} of its median."
+    )
+    parts = [
+        [intro],
+        experts_table(first),
+        ["Other models, and how many times as fast as `transformers:grouped_mm` that is:"],
+        models_table(models),
+        ["Router and shared-expert gate, against the plain expression of PyTorch:"],
+        *(small_table(report) for report in small),
+        [outro],
+    ]
+    return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
+
+
+def rewritten(text: str) -> str:
+    """The README's text with its figures replaced."""
+    before, rest = text.split(BEGIN)
+    return before + BEGIN + markdown() + END + rest.split(END)[1]
+
+
+def main() -> None:
+    from harness.bench_view import picture
+
+    README.write_text(rewritten(README.read_text()))
+    picture(read(FIRST), PICTURE)
+
+
+if __name__ == "__main__":
+    main()
