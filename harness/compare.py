@@ -29,7 +29,7 @@ def against_bound(stage, call, bound: Bound, result: Tensor) -> Record:
         record.add(
             _located(stage, call, swallowed, "is {got}, but a NaN in the inputs reaches this element", flat, out)
         )
-    lost = value.isinf() & (out.double() != value) & _is_infinity_certain(call, value)
+    lost = value.isinf() & ~out.isnan() & (out.double() != value) & _is_infinity_certain(call, value)
     if bool(lost.any()):
         record.add(_located(stage, call, lost, "is {got}, but should be {want}: one product is infinite", flat, out))
     z = torch.where(finite, flat.z(out), 0.0)
@@ -66,7 +66,10 @@ def _is_nan_certain(call, value: Tensor) -> Tensor:
 
 
 def _is_infinity_certain(call, value: Tensor) -> Tensor:
-    """Where one infinite product among finite ones makes the value infinite, in whatever order they are summed."""
+    """Where one infinite product among finite ones makes the value infinite, in whatever order they are summed.
+
+    Sums that carry a correction (Kahan's, or operands split into halves) give inf - inf = NaN there, and may.
+    """
     return torch.full_like(value, call.case.data == "down_inf", dtype=torch.bool)
 
 
@@ -93,16 +96,23 @@ def _located(stage, call, wrong: Tensor, message: str, bound: Bound, out: Tensor
     error = (out.double() - bound.value).abs().nan_to_num(nan=torch.inf)
     score = torch.where(wrong, (error if z is None else z.nan_to_num(nan=torch.inf)), -1.0)
     row, column = divmod(int(score.argmax()), out.shape[-1])
-    told = message.format(
-        got=f"{float(out[row, column]):.6g}", want=f"{float(bound.value[row, column]):.6g}",
-        sigma=f"{float(bound.variance[row, column]) ** 0.5:.3g}", z="" if z is None else f"{float(z[row, column]):.3g}",
-    )  # fmt: skip
+    got, want = _apart(float(out[row, column]), float(bound.value[row, column]))
+    sigma = f"{float(bound.variance[row, column]) ** 0.5:.3g}"
+    told = message.format(got=got, want=want, sigma=sigma, z="" if z is None else f"{float(z[row, column]):.3g}")
     count = int(wrong.sum())
     return Finding(
         f"element [{row}, {column}] {told} ({count} of {wrong.numel()} elements are wrong)",
         where=stage.place_of(call, row, column),
         looks_like=structure(stage, call, bound.value, out, wrong),
         heatmap=heatmap(error, "|error|", None) if z is None else heatmap(z, "|z|", max_limit()),
+    )
+
+
+def _apart(got: float, want: float) -> tuple[str, str]:
+    """Both numbers, with as many digits as it takes to see that they differ."""
+    return next(
+        (pair for digits in (6, 9, 12) if (pair := (f"{got:.{digits}g}", f"{want:.{digits}g}"))[0] != pair[1]),
+        (f"{got:.17g}", f"{want:.17g}"),
     )
 
 

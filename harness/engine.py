@@ -267,13 +267,13 @@ class Run:
             before = pool.history_of(failure["case"])[-1:]
             again = before and pool.judge_alone([*before, failure["case"]])["status"] in ("failed", "died")
             told = "it passes alone in a fresh process: the result depends on earlier calls"
-            failure["looks_like"].insert(0, told + (", the one before suffices" if again else ""))
+            failure["looks_like"].insert(0, told + (", the one before suffices" if again else ", or on chance"))
             failure["replay"] = self._replay_line([*before, failure["case"]] if again else [failure["case"]])
 
     def _explain(self, pool: Pool) -> None:
-        """Ask for the cause of the first failures, one of each check; a process that died has told its own."""
+        """Ask for the cause of the first failures, one of each check; what raised or died has told its own."""
         self.failures.sort(key=self._place)
-        first = {failure["check"]: failure for failure in reversed(self.failures) if failure["heatmap"] is not None}
+        first = {failure["check"]: failure for failure in reversed(self.failures) if failure["where"]}
         chosen = sorted(first.values(), key=self._place)[:EXPLAINED]
         for failure in chosen:
             budget = 4 * EXPLAIN_SECONDS
@@ -333,7 +333,7 @@ class Run:
             return "fail"
         if self.error or self.interrupted:
             return "error"
-        core = any(case.core() and case.variant.split(":")[0] in CORE_CHECKS for case in self.executed)
+        core = any(c.core() and c.rows() and c.variant.split(":")[0] in CORE_CHECKS for c in self.executed)
         return "pass" if core or (self.executed and self.options.checks) else "unsupported" if self.refused else "error"
 
     def _coverage(self) -> Coverage:

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -56,11 +57,19 @@ class Worker:
             self.process.kill()
         self.process.join(5)
 
+    def tell_where(self) -> None:
+        """Let a process that hangs print where it is, before it is killed."""
+        with suppress(OSError):
+            os.kill(self.process.pid, signal.SIGUSR1)  # faulthandler listens, in C
+            time.sleep(0.3)
+
     def last_words(self) -> str:
-        """The end of what the process printed: the traceback of a fatal signal, an abort's message."""
+        """The end of what the process printed, or the innermost calls where a fatal signal left a traceback."""
         lines = Path(self.output).read_text(errors="replace").strip().splitlines()
-        told = [line for line in lines if "/harness/" not in line and "Extension modules" not in line]
-        return " | ".join(line.strip() for line in told[-4:])[:400]
+        fatal = [place for place, line in enumerate(lines) if line.endswith("(most recent call first):")]
+        told = lines[fatal[-1] + 1 :][:4] if fatal else lines[-4:]
+        told = [line for line in told if "/harness/" not in line and "Extension modules" not in line]
+        return " | ".join(line.strip() for line in told)[:400]
 
     def cause_of_death(self) -> str:
         self.process.join(5)
@@ -175,6 +184,7 @@ class Pool:
         except (EOFError, OSError):
             return self._bury(worker, f"the process was {_ended(worker)}", replace)
         if time.monotonic() > worker.deadline:
+            worker.tell_where()
             return self._bury(worker, f"no answer within its budget of {self._budget_now():.0f} s: it hangs", replace)
         if self.memory_limit is not None and worker.memory() > self.memory_limit:
             gib = self.memory_limit / 2**30

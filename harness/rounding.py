@@ -59,6 +59,12 @@ def store(x: Tensor, dtype: torch.dtype) -> Tensor:
     return variance
 
 
+def rounded_once(x: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
+    """Largest error of x, rounded to `dtype` once: before it was multiplied by `scale`, or after."""
+    info = torch.finfo(dtype)
+    return (x.abs() + info.smallest_normal * max(1.0, scale)) * (info.eps / 2)
+
+
 def accumulation(terms: int) -> float:
     """Variance factor of an fp32 sum of `terms` products, relative to the sum of their squares."""
     return (1 + terms / 4) * ACCUMULATOR**2
@@ -269,10 +275,20 @@ def score_error(logits: Tensor, scoring: str) -> Tensor:
     """Largest error of an fp32 score relative to its value, [T, E]; a score under the smallest normal may be 0."""
     x = logits.double()
     if scoring == "softmax":
-        distance = (x - x.amax(-1, keepdim=True)).abs().nan_to_num(nan=0.0, posinf=0.0)  # exp(-inf) is 0 without error
-        terms = x.shape[-1]
-        return ACCUMULATOR * (6 + distance + sqrt(terms) * 2)
+        largest = x.amax(-1, keepdim=True)
+        distance = (x - largest).abs().nan_to_num(nan=0.0, posinf=0.0)  # exp(-inf) is 0 without error
+        of_logsumexp = largest.abs().nan_to_num(nan=0.0, posinf=0.0)  # where the score is exp(x - logsumexp(x))
+        return ACCUMULATOR * (6 + distance + of_logsumexp + sqrt(x.shape[-1]) * 2)
     return ACCUMULATOR * (6 + x.abs().nan_to_num(nan=0.0, posinf=0.0))
+
+
+def score_slack(scores: Tensor, logits: Tensor, scoring: str) -> Tensor:
+    """Largest error of an fp32 score in fp64, [T, E].
+
+    A sigmoid as (1 + tanh(x / 2)) / 2, which shipped kernels use, is good to a roundoff of 1 and not of its own value.
+    """
+    slack = scores * score_error(logits, scoring)
+    return slack + (2 * ACCUMULATOR if scoring == "sigmoid" else 0.0)
 
 
 def _routing_variance(logits: Tensor, of_logits: Tensor, ids: Tensor, weights: Tensor, rule) -> tuple[Tensor, Tensor]:

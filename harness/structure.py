@@ -30,7 +30,7 @@ def _of_values(value: Tensor, out: Tensor, wrong: Tensor) -> list[str]:
     if len(ratio) > 3:
         middle = float(ratio.median())
         spread = float((ratio - middle).abs().median())
-        if spread < 0.02 * abs(middle) and abs(middle) > 1e-3:
+        if spread < 0.02 * abs(middle) and abs(middle) > 1e-3 and spread < 0.2 * abs(middle - 1):  # no mere rounding
             told.append(f"the result is the value times {middle:.4g}")
     return told + _permuted(value, out, wrong)
 

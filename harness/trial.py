@@ -70,7 +70,7 @@ class Trial:
             if wait:
                 self._check_device(error)
             raise Rejected(f"{type(error).__name__}: {_first_line(error)}") from error
-        except (Exception, SystemExit) as error:
+        except BaseException as error:  # SystemExit and KeyboardInterrupt too: Ctrl-C does not reach this process
             if call.case.optional:
                 raise Rejected(f"{type(error).__name__}: {_first_line(error)}") from error
             raise Broken(
@@ -137,7 +137,10 @@ def right_result(call: Call, declared: tuple[str, ...] | None) -> Bound | Tensor
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["(no message)"])[0][:300]
+    try:
+        return (str(error).strip().splitlines() or ["(no message)"])[0][:300]
+    except Exception as unprintable:
+        return f"(no message: its own text raises {type(unprintable).__name__})"
 
 
 def _user_frame(error: BaseException) -> str:

@@ -18,7 +18,7 @@ MOST_GATHERED = 20_000_000
 OPERANDS = ("hidden_states", "gate_up_proj", "down_proj", "topk_weights", "topk_ids", "expert_map")
 SPECIALS = (
     "token_nan", "token_inf", "expert_nan", "expert_inf", "down_inf", "unused_expert_nan", "tiny", "huge", "cancelling",
-    "signed_weights",
+    "signed_weights", "outside_fp16",
 )  # fmt: skip
 LAWS = (
     "token_permutation", "expert_relabelling", "slot_permutation", "batch_split", "row_alone", "weight_linearity",
@@ -199,7 +199,7 @@ def _memory(request: Request) -> Iterator[Case]:
 
 def _special(request: Request) -> Iterator[Case]:
     for variant in SPECIALS:
-        for dtype in request.dtypes:
+        for dtype in request.dtypes_of(variant):
             # Widths in 32s: elsewhere the CPU's own bf16 product lets a NaN spread (harness.memory tells how).
             yield ExpertsCase(T=20, I=32, E=6, k=2, dtype=dtype, data=variant)
             if request.profile != "quick":

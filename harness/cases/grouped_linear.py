@@ -10,7 +10,9 @@ from harness.cases.request import Request
 from harness.cases.spec import Case
 
 SIZES = ("random", "sparse", "first", "last", "even", "ones")
-SPECIALS = ("row_nan", "row_inf", "expert_nan", "expert_inf", "unused_expert_nan", "tiny", "huge", "cancelling")
+SPECIALS = (
+    "row_nan", "row_inf", "expert_nan", "expert_inf", "unused_expert_nan", "tiny", "huge", "cancelling", "outside_fp16",
+)  # fmt: skip
 LAWS = ("row_permutation", "expert_relabelling", "batch_split", "row_alone", "power_of_two", "additivity",
         "empty_expert_inserted")  # fmt: skip
 OPERANDS = ("x", "weight", "group_sizes", "bias")
@@ -134,7 +136,7 @@ def _memory(request: Request) -> Iterator[Case]:
 
 def _special(request: Request) -> Iterator[Case]:
     for data in SPECIALS:
-        for dtype in request.dtypes:
+        for dtype in request.dtypes_of(data):
             yield GroupedLinearCase(S=24, data=data, sizes="sparse", dtype=dtype)
 
 

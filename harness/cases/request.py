@@ -25,6 +25,10 @@ class Request:
         """The quick profile's value or that of the longer ones."""
         return quick if self.profile == "quick" else full
 
+    def dtypes_of(self, data: str) -> tuple[str, ...]:
+        """The dtypes in which this kind of data exists."""
+        return tuple(dtype for dtype in self.dtypes if (data, dtype) != ("outside_fp16", "fp16"))
+
     def shuffled(self, values: Iterable[int]) -> Iterator[int]:
         """`values` in a seeded order, over and over."""
         order = list(values)
@@ -33,8 +37,11 @@ class Request:
             yield from order
 
     def numbered(self, cases: Iterable[Case]) -> list[Case]:
-        """Seed each case by its place, and for the exhaustive profile repeat all of them with other seeds."""
-        cases = list(cases)
+        """Seed each case by its place, and for the exhaustive profile repeat all of them with other seeds.
+
+        A case that names no dtype, or one that is not asked for, is judged in the first that is.
+        """
+        cases = [c if c.dtype in self.dtypes else c.but(dtype=self.dtypes[0]) for c in cases]
         rounds = 5 if self.profile == "exhaustive" else 1
         base = self.seed * 100_003
         return [c.but(seed=base + r * 10_007 + i) for r in range(rounds) for i, c in enumerate(cases)]

@@ -12,6 +12,7 @@ from harness.cases.spec import Case
 LAWS = ("token_permutation", "expert_relabelling", "batch_split", "row_alone", "softmax_shift", "scale_is_linear")
 SPECIALS = (
     "nan_row", "nan_element", "inf", "minus_inf", "ties", "constant", "peaked", "negative", "far_negative", "underflow",
+    "overflow",
 )  # fmt: skip
 GROUPS = ("none", "8x4", "4x2", "2x1", "1x1", "8x3")
 BIASES = ("none", "small", "negative", "offset", "zero")

@@ -11,7 +11,9 @@ from harness.cases.request import Request
 from harness.cases.spec import Case
 
 LEADS = ("1", "7", "33", "2x3", "5x1x4", "0", "129", "2x0x3", "", "1x1x1x6", "1024")
-SPECIALS = ("row_nan", "row_inf", "output_nan", "tiny", "huge", "cancelling", "saturated", "saturated_off")
+SPECIALS = (
+    "row_nan", "row_inf", "output_nan", "tiny", "huge", "cancelling", "saturated", "saturated_off", "outside_fp16",
+)  # fmt: skip
 LAWS = ("row_permutation", "batch_split", "row_alone", "power_of_two", "additivity", "reshape")
 OPERANDS = ("hidden_states", "gate_weight", "shared_output")
 
@@ -109,7 +111,7 @@ def _memory(request: Request) -> Iterator[Case]:
 
 def _special(request: Request) -> Iterator[Case]:
     for data in SPECIALS:
-        for dtype in request.dtypes:
+        for dtype in request.dtypes_of(data):
             yield GateCase(lead="12", H=64, D=33, data=data, dtype=dtype)
 
 

@@ -8,7 +8,7 @@ from harness.compare import against_bound
 from harness.findings import Record
 from harness.laws import router as router_laws
 from harness.laws import terms
-from harness.rounding import ACCUMULATOR, Bound, score_error
+from harness.rounding import ACCUMULATOR, Bound, permitted, score_error
 from harness.trial import Trial
 
 
@@ -64,7 +64,10 @@ def _router_law(trial: Trial, call) -> Record:
     of_scores = max(
         float(score_error(c.args["router_logits"], keywords["scoring"]).max()) for c in (law.first, law.second)
     )
-    unit = torch.finfo(first[0].dtype).eps
+    dtypes = [first[0].dtype]
+    if "routing_weight" in permitted(trial.subject.declared.rounds):
+        dtypes.append(call.args["router_logits"].dtype)
+    unit = max(torch.finfo(dtype).eps for dtype in dtypes)
     limit = 4 * of_scores + 2 * (keywords["top_k"] + 4) * ACCUMULATOR + unit
     used = torch.where(same, difference / limit, 0.0)
     record.worst = max(record.worst, float(used.max()))

@@ -1,4 +1,7 @@
-"""What the error itself says, beyond which elements are wrong: factors of slots, experts and rows, and whole tiles."""
+"""What the error itself says, beyond which elements are wrong.
+
+Factors of slots, experts and rows, whole tiles, and roundings that are permitted but were not declared.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -9,6 +12,7 @@ from torch import Tensor
 
 from harness import rounding
 from harness.cases import Case
+from harness.compare import against_bound
 from harness.stages.call import Call
 from harness.trial import Broken, Rejected, Trial
 from reference.experts import expert_steps, local_ids, routed_rows
@@ -26,8 +30,24 @@ def looks(trial: Trial, case: Case) -> list[str]:
         return []
     if not isinstance(out, Tensor) or not hasattr(trial.stage, "expect") or not out.numel():
         return []
-    bound = trial.stage.expect(call, None)
-    return read(call, bound, out)
+    return undeclared(trial, call, out) or read(call, trial.stage.expect(call, None), out)
+
+
+def undeclared(trial: Trial, call: Call, out: Tensor) -> list[str]:
+    """The roundings that would explain a result, had they been declared as well."""
+    declared = trial.subject.declared.rounds
+    missing = [name for name in rounding.ROUNDINGS if name not in rounding.permitted(declared)]
+    if call.case.data == "exact" or not missing:
+        return []
+    if _is_within(trial, call, out, declared) or not _is_within(trial, call, out, None):
+        return []
+    enough = [name for name in missing if _is_within(trial, call, out, (*declared, name))]
+    names = f"{', '.join(enough)}{', any one of them,' if len(enough) > 1 else ''}" if enough else "more than one more"
+    return [f"a rounding that is not declared: within the bound if `rounds` held {names} as well"]
+
+
+def _is_within(trial: Trial, call: Call, out: Tensor, rounds: tuple[str, ...] | None) -> bool:
+    return not against_bound(trial.stage, call, trial.stage.expect(call, rounds), out).findings
 
 
 def read(call: Call, bound: rounding.Bound, out: Tensor) -> list[str]:

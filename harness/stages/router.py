@@ -52,17 +52,17 @@ def compare(call: Call, result: tuple[Tensor, Tensor], declared: tuple[str, ...]
     if not record.findings:
         truth = Selection(call)
         _judge_choice(call, truth, ids.long(), record)
-        _judge_weights(call, truth, weights, ids.long(), record)
+        _judge_weights(call, truth, weights, ids.long(), rounding.permitted(declared), record)
     return record
 
 
-def wrong_rows(call: Call, weights: Tensor, ids: Tensor) -> Tensor:
+def wrong_rows(call: Call, weights: Tensor, ids: Tensor, declared: tuple[str, ...] | None = None) -> Tensor:
     """[T] of bool: the rows for which `compare` would find fault with distinct ids in range and their weights."""
     truth, wrong = Selection(call), torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     rows = truth.defined.nonzero()[:, 0]
     if len(rows):
         wrong[rows] = _excess(truth, rows, ids)[0] > 1
-    return wrong | (_used(call, truth, weights, ids)[0] > 1).any(-1)
+    return wrong | (_used(call, truth, weights, ids, rounding.permitted(declared))[0] > 1).any(-1)
 
 
 class Selection:
@@ -71,7 +71,7 @@ class Selection:
     def __init__(self, call: Call):
         logits, keywords = call.args["router_logits"], call.keywords
         self.scores = reference.expert_scores(logits.double(), keywords["scoring"])
-        self.error = self.scores * rounding.score_error(logits, keywords["scoring"]) + TINY
+        self.error = rounding.score_slack(self.scores, logits, keywords["scoring"]) + TINY
         bias = keywords["correction_bias"]
         self.selection = reference.selection_scores(self.scores, bias)
         self.slack = self.error + (
@@ -190,7 +190,9 @@ def _wrong_choice(
     return Finding(told, float(excess.max()), _where(row, slot, ids), looks)
 
 
-def _used(call: Call, truth: Selection, weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _used(
+    call: Call, truth: Selection, weights: Tensor, ids: Tensor, rounds: frozenset[str]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Share of its bound that each weight's error uses, the values, the bounds, and which are judged; all [T, k]."""
     keywords = call.keywords
     scores = truth.scores.gather(-1, ids)
@@ -203,15 +205,20 @@ def _used(call: Call, truth: Selection, weights: Tensor, ids: Tensor) -> tuple[T
         of_sum = (scores * relative).sum(-1, keepdim=True) / scores.sum(-1, keepdim=True).clamp(min=TINY)
         bound = bound + value * (of_sum + ids.shape[-1] * rounding.ACCUMULATOR)
     bound = bound + rounding.ulp(value, weights.dtype) * 0.501 + TINY * keywords["routed_scaling_factor"]
+    if "routing_weight" in rounds:  # to the dtype of the logits, and handed over in another one
+        dtype, scale = call.args["router_logits"].dtype, keywords["routed_scaling_factor"]
+        bound = bound + rounding.rounded_once(value, dtype, scale)
     judged = truth.defined[:, None] & value.isfinite()
-    if keywords["renormalize"]:  # a sum that underflows gives 0 / 0, or 0 where an epsilon is added
-        judged &= scores.sum(-1, keepdim=True) >= TINY
+    if keywords["renormalize"]:  # a sum that may be 0 gives 0 / 0, or 0 where an epsilon is added
+        judged &= of_sum < 0.5
     used = torch.where(judged, (weights.double() - value).abs() / bound, 0.0).nan_to_num(nan=torch.inf)
     return used, value, bound, judged
 
 
-def _judge_weights(call: Call, truth: Selection, weights: Tensor, ids: Tensor, record: Record) -> None:
-    used, value, bound, judged = _used(call, truth, weights, ids)
+def _judge_weights(
+    call: Call, truth: Selection, weights: Tensor, ids: Tensor, rounds: frozenset[str], record: Record
+) -> None:
+    used, value, bound, judged = _used(call, truth, weights, ids, rounds)
     record.worst = max(record.worst, float(used.max()))
     if float(used.max()) <= 1:
         return
@@ -272,9 +279,9 @@ def _logits(case: RouterCase, draw: Builder) -> Tensor:
     middle = case.T // 2
     match case.data:
         case "negative":
-            logits = logits * 0.5 - (20.0 if softmax else 12.0)
-        case "far_negative":  # sigmoid(-20) is 2e-9: smaller still, and an added epsilon of 1e-20 would show
-            logits = logits * 0.5 - (1000.0 if softmax else 20.0)
+            logits = logits * 0.5 - (20.0 if softmax else 6.0)
+        case "far_negative":  # sigmoid(-12) is 6e-6, of which (1 + tanh) / 2 keeps a percent
+            logits = logits * 0.5 - (1000.0 if softmax else 12.0)
         case "peaked" if case.T:
             logits[torch.arange(case.T), draw.integers(0, case.E, (case.T,))] += 25.0 if softmax else 8.0
         case "ties":
@@ -287,6 +294,9 @@ def _logits(case: RouterCase, draw: Builder) -> Tensor:
             logits[middle, case.E // 2] = float("nan")
         case "underflow" if case.T:  # every sigmoid of one row is 0 in fp32, and the sum of the chosen ones too
             logits[middle] -= 120.0
+        case "overflow" if case.T:  # exp(100) is infinite in fp32: inf / inf, where no maximum is subtracted first
+            logits[torch.arange(case.T), draw.integers(0, case.E, (case.T,))] += 0.0 if softmax else 100.0
+            logits += 100.0 if softmax else 0.0
         case "inf":
             logits[middle, case.E // 3] = float("inf")
         case "minus_inf":  # as many are left as are chosen, or more

@@ -84,6 +84,9 @@ def _make_special(case: GateCase, hidden: Tensor, weight: Tensor, shared: Tensor
         shared *= 2.0**-8
     elif case.data == "huge":
         shared *= 2.0**10
+    elif case.data == "outside_fp16":
+        shared[::2] *= 2.0**17
+        shared[1::2] *= 2.0**-26
     elif case.data == "cancelling":
         hidden[..., 1::2] = hidden[..., 0::2][..., : hidden[..., 1::2].shape[-1]]
         weight[..., 1::2] = -0.9375 * weight[..., 0::2][..., : weight[..., 1::2].shape[-1]]

@@ -30,6 +30,13 @@ def test_a_plan_repeats_and_its_seed_matters(stage):
     assert ids != [p.id for p in plan(stage, Request(seed=6))]
 
 
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_only_the_dtypes_that_are_asked_for_are_planned(stage, device):
+    for dtype in DTYPES:
+        assert {p.case.dtype for p in plan(stage, Request(device=device, dtypes=(dtype,)))} == {dtype}
+
+
 def test_pairwise_covers_every_allowed_pair():
     axes = {"a": (1, 2, 3), "b": "xyz", "c": (True, False), "d": (0, 5)}
 

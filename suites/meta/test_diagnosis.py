@@ -19,8 +19,11 @@ from harness.diagnosis import explain, looks
 from harness.diagnosis.hiding import hidden
 from harness.diagnosis.measure import STAGES, measure, measured, summary, trial_of
 from harness.diagnosis.structure import ratios, tiles
+from harness.engine import Options, judge
 from harness.faults import experts as parts
 from harness.faults.catalogue import get
+from harness.pool import prepare
+from harness.structure import structure
 from harness.trial import Trial
 
 RIGHT = Path(__file__).parent / "right"
@@ -52,6 +55,23 @@ def right_trials() -> list[tuple[str, str]]:
         "grouped_linear": ("bias_in_model_dtype", "bias_first_k_backwards"),
     }
     return found + [(stage, f"{RIGHT / stage}.py:{name}") for stage, names in strangers.items() for name in names]
+
+
+@pytest.mark.parametrize(
+    ("name", "check"),
+    [
+        ("gate_up_swapped", "contract"),
+        ("bias_in_weights", "routing"),
+        ("bias_of_expert_zero", "contract"),
+        ("gate_inverted", "contract"),
+        ("shared_gate_lost", "contract"),
+    ],
+)
+def test_a_run_names_the_cause_whatever_the_stage(name: str, check: str) -> None:
+    prepare()
+    fault = get(name)
+    failures = judge(fault.stage, fault.spec, Request(), Options(checks=(check,)))["failures"]
+    assert [entry["fault"] for entry in failures[0]["diagnosis"]][:1] == [name]
 
 
 @pytest.mark.parametrize("name", SAMPLE)
@@ -210,6 +230,29 @@ def test_tiles_are_seen() -> None:
 
 def test_a_tail_of_columns_is_seen() -> None:
     assert "behind the last whole block of 32 or 16" in seen("n_tail_unwritten", GroupedLinearCase(N=40))
+
+
+def test_a_rounding_that_is_not_declared_is_seen() -> None:
+    def rounds_its_output(*call: Tensor, **options: object) -> Tensor:
+        return load("experts", "torch:loop").function(*call, **options)
+
+    rounds_its_output.rounds = ()
+    case = ExpertsCase(dtype="bf16", k=3)
+    assert looks(trial_of_function("experts", rounds_its_output), case) == []
+
+    def rounds_each_slot(x: Tensor, *weights: Tensor, **options: object) -> Tensor:
+        *others, topk_weights, topk_ids = weights
+        slots = zip(topk_weights.split(1, 1), topk_ids.split(1, 1), strict=True)
+        return sum(rounds_its_output(x, *others, w, i, **options).float() for w, i in slots).to(x.dtype)
+
+    rounds_each_slot.rounds = ()
+    told = looks(trial_of_function("experts", rounds_each_slot), case)
+    assert "not declared" in told[0] and "weighted" in told[0]
+
+
+def test_a_rounding_is_no_factor() -> None:
+    value = torch.linspace(1, 2, 640, dtype=torch.float64).reshape(10, 64)
+    assert not any("times" in told for told in structure(None, None, value, value.bfloat16(), value > 0))
 
 
 def test_nothing_is_seen_in_a_right_result() -> None:

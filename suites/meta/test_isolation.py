@@ -14,11 +14,11 @@ kept = []
 """
 
 BAD = {
-    "segfaults": ("ctypes.string_at(0)", "SIGSEGV"),
+    "segfaults": ("ctypes.string_at(0)", "SIGSEGV; it last printed: File"),
     "aborts": ("os.abort()", "SIGABRT"),
     "exits": ("os._exit(0)", "exit status 0"),
     "calls_exit": ("sys.exit(0)", "SystemExit"),
-    "hangs": ("time.sleep(1000)", "hangs"),
+    "hangs": ("time.sleep(1000)", 'hangs.py", line 9 in f'),
     "recurses": ("def f(): return f()\n        f()", "RecursionError"),
     "floods": ("x = [torch.ones(1 << 28) for _ in range(100)]", "GiB"),
 }
@@ -42,6 +42,14 @@ def test_a_process_killer_is_a_failure_beside_passed_cases(name, folder):
     assert result["coverage"]["executed"] > 20
     counted = {entry["reason"]: entry["cases"] for entry in result["coverage"]["skipped"]}
     assert result["coverage"]["executed"] + sum(counted.values()) == result["checks"][0]["cases"]
+
+
+def test_supporting_nothing_but_empty_inputs_is_unsupported(folder):
+    code = f"{HEAD}\ndef f(*a, **kw):\n    if len(a[0]):\n        raise ValueError\n    return right(*a, **kw)\n"
+    (folder / "empty.py").write_text(code)
+    prepare()
+    result = judge("experts", f"{folder / 'empty.py'}:f", Request(dtypes=("fp32",)), Options())
+    assert result["verdict"] == "unsupported" and result["coverage"]["executed"]
 
 
 def test_a_leak_is_a_failure(folder):

@@ -283,3 +283,19 @@ def round_gate_up(x, w13, w2, topk_weights, topk_ids, *, activation="silu", expe
 
 
 round_gate_up.rounds = ("gate_up", "expert_output")
+
+
+def compensated_sum(x, w13, w2, topk_weights, topk_ids, *, activation="silu", expert_map=None):
+    """Kahan's sum over the slots of a token."""
+    ids = to_local(topk_ids, expert_map)
+    total, lost = torch.zeros(x.shape), torch.zeros(x.shape)
+    for slot in range(ids.shape[1]):
+        for e in ids[:, slot].unique().tolist():
+            t = torch.where(ids[:, slot] == e)[0]
+            if e < 0:
+                continue
+            g, u = (x[t].float() @ w13[e].float().mT).chunk(2, dim=-1)
+            y = (ACTIVATIONS[activation](g) * u) @ w2[e].float().mT * topk_weights[t, slot, None].float() - lost[t]
+            grown = total[t] + y
+            lost[t], total[t] = (grown - total[t]) - y, grown
+    return total.to(x.dtype)

@@ -125,7 +125,7 @@ def softmax_by_hand(
     logits, *, top_k, scoring="softmax", renormalize=True, correction_bias=None, num_expert_group=None,
     topk_group=None, routed_scaling_factor=1.0,
 ):  # fmt: skip
-    """exp(x - max) and a multiplication with the reciprocal; sigmoid through tanh would lose small scores."""
+    """exp(x - max) and a multiplication with the reciprocal."""
     x = logits.to(torch.float32)
     if scoring == "softmax":
         p = torch.exp(x - x.amax(dim=-1, keepdim=True))
@@ -138,3 +138,43 @@ def softmax_by_hand(
         weights = weights * (routed_scaling_factor / weights.sum(-1, keepdim=True))
         return weights, ids
     return weights * routed_scaling_factor, ids
+
+
+def weights_rounded_early(
+    logits, *, top_k, scoring="softmax", renormalize=True, correction_bias=None, num_expert_group=None,
+    topk_group=None, routed_scaling_factor=1.0,
+):  # fmt: skip
+    """Weights rounded to the dtype of the logits, then scaled and handed over in fp32."""
+    scores = _scores(logits, scoring)
+    ids = _selection(scores, correction_bias, num_expert_group, topk_group).topk(top_k, dim=-1).indices
+    weights = _finish(scores.gather(1, ids), renormalize, 1.0).to(logits.dtype)
+    return weights.float() * routed_scaling_factor, ids
+
+
+weights_rounded_early.rounds = ("routing_weight",)
+
+
+def sigmoid_by_tanh(
+    logits, *, top_k, scoring="softmax", renormalize=True, correction_bias=None, num_expert_group=None,
+    topk_group=None, routed_scaling_factor=1.0,
+):  # fmt: skip
+    """(1 + tanh(x / 2)) / 2, as kernels with a fast tanh have it: scores far below 1 lose their digits."""
+    x = logits.float()
+    scores = torch.softmax(x, dim=-1) if scoring == "softmax" else 0.5 * torch.tanh(0.5 * x) + 0.5
+    ids = _selection(scores, correction_bias, num_expert_group, topk_group).topk(top_k, dim=-1).indices
+    return _finish(scores.gather(1, ids), renormalize, routed_scaling_factor), ids
+
+
+def only_bf16(
+    logits, *, top_k, scoring="softmax", renormalize=True, correction_bias=None, num_expert_group=None,
+    topk_group=None, routed_scaling_factor=1.0,
+):  # fmt: skip
+    """Declares one dtype, and breaks on any other."""
+    assert logits.dtype == torch.bfloat16
+    return plain_topk(
+        logits, top_k=top_k, scoring=scoring, renormalize=renormalize, correction_bias=correction_bias,
+        num_expert_group=num_expert_group, topk_group=topk_group, routed_scaling_factor=routed_scaling_factor,
+    )  # fmt: skip
+
+
+only_bf16.dtypes = ("bf16",)
