@@ -42,10 +42,10 @@ def _wait_for(peers, half, epoch, q, RANK: tl.constexpr, RANKS: tl.constexpr, PR
     return seen & 0xFFFFFFFF
 
 
-@triton.jit(do_not_specialize=["tokens", "bound", "num_experts"])
+@triton.jit(do_not_specialize=["tokens"])
 def gather(
-    hidden, weights, ids, table, out_hidden, out_weights, out_ids, counts, peers, epochs, tokens, bound, width, top_k,
-    num_experts, first, half_size, at_weights, at_ids,
+    hidden, weights, ids, out_hidden, out_weights, out_ids, counts, tokens,
+    table, peers, epochs, bound, width, top_k, num_experts, first, half_size, at_weights, at_ids,
     RANK: tl.constexpr, RANKS: tl.constexpr, PROGRAMS: tl.constexpr, TILE: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Rows, weights and ids of all ranks: row t of rank q at q * bound + t; ids local, -1 beyond a rank's tokens.
@@ -101,9 +101,9 @@ def gather(
     tl.store(epochs + program, epoch)
 
 
-@triton.jit(do_not_specialize=["tokens", "bound"])
+@triton.jit(do_not_specialize=["tokens"])
 def scatter_sum(
-    values, counts, out, peers, epochs, tokens, bound, width, first, half_size,
+    values, counts, out, tokens, peers, epochs, bound, width, first, half_size,
     RANK: tl.constexpr, RANKS: tl.constexpr, PROGRAMS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """out[t] = sum over ranks, in their order and in fp32, of their row RANK * bound + t of `values`."""

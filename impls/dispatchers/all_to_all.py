@@ -6,19 +6,17 @@ a token's slots meet in [T, k, H] and are summed there in one go: no atomics, th
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from impls.dispatchers.collectives import exchange_counts, exchange_rows
+from impls.dispatchers.collectives import exchange_counts, exchange_rows, grouped
 from impls.dispatchers.common import Dispatched, Dispatcher
 
 
 @dataclass(frozen=True)
 class Route:
-    """Which (token, slot) each sent row was, and how many rows went to and came from each rank."""
+    """Which copy (token * k + slot) each sent row was, and how many rows went to and came from each rank."""
 
-    tokens: Tensor
-    slots: Tensor
+    copies: Tensor
     sent: list[int]
     received: list[int]
     shape: tuple[int, int]  # T, k
@@ -31,17 +29,15 @@ class AllToAll(Dispatcher):
 
     def dispatch(self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Dispatched:
         """hidden_states [T_r, H], topk_weights and topk_ids [T_r, k] -> copies for own experts, k' = 1."""
-        owners = self.owners(topk_ids)
-        tokens, slots = (owners >= 0).nonzero(as_tuple=True)
-        order = owners[tokens, slots].argsort(stable=True)
-        tokens, slots = tokens[order], slots[order]
-        counts = torch.bincount(owners[tokens, slots], minlength=self.world_size)
-        route = Route(tokens, slots, counts.tolist(), exchange_counts(counts, self.group), tuple(topk_ids.shape))
-        ids = self.owner_ids(topk_ids)
+        counts, copies = grouped(self.owners(topk_ids).flatten(), self.world_size)
+        sent, received = exchange_counts(counts, self.group)
+        copies = copies[: sum(sent)]
+        route = Route(copies, sent, received, tuple(topk_ids.shape))
+        tokens = copies // max(topk_ids.shape[1], 1)
         return Dispatched(
             self._exchange(hidden_states[tokens], route),
-            self._exchange(topk_weights[tokens, slots, None], route),
-            self._exchange(ids[tokens, slots, None], route),
+            self._exchange(topk_weights.reshape(-1, 1)[copies], route),
+            self._exchange(self.owner_ids(topk_ids).reshape(-1, 1)[copies], route),
             route,
         )
 
@@ -52,6 +48,6 @@ class AllToAll(Dispatcher):
         """expert_output [S, H] -> this rank's tokens, [T_r, H]."""
         route: Route = d.route
         rows = exchange_rows(expert_output, route.received, route.sent, self.group)
-        slots = rows.new_zeros(*route.shape, rows.shape[-1])
-        slots[route.tokens, route.slots] = rows
-        return slots.sum(1)
+        slots = rows.new_zeros(route.shape[0] * route.shape[1], rows.shape[-1])
+        slots[route.copies] = rows
+        return slots.view(*route.shape, rows.shape[-1]).sum(1)

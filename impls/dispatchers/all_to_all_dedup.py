@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from impls.dispatchers.collectives import exchange_counts, exchange_rows
+from impls.dispatchers.collectives import exchange_counts, exchange_rows, grouped
 from impls.dispatchers.common import Dispatched, Dispatcher
 
 
@@ -35,11 +35,13 @@ class AllToAllDedup(Dispatcher):
         owners = self.owners(topk_ids)
         ranks = torch.arange(self.world_size, device=owners.device)
         needed = (owners[:, :, None] == ranks).any(1)  # [T, R]
-        targets, tokens = needed.T.nonzero(as_tuple=True)  # grouped by destination
+        counts, copies = grouped(torch.where(needed, ranks, -1).flatten(), self.world_size)
+        sent, received = exchange_counts(counts, self.group)
+        copies = copies[: sum(sent)]
+        tokens, targets = copies // self.world_size, copies % self.world_size
         places = (needed.cumsum(1) - 1)[tokens, targets]
-        counts = needed.sum(0)
         shape = (len(hidden_states), min(self.world_size, topk_ids.shape[1]))
-        route = Route(tokens, places, counts.tolist(), exchange_counts(counts, self.group), shape)
+        route = Route(tokens, places, sent, received, shape)
         foreign = owners[tokens] != targets[:, None]
         return Dispatched(
             self._exchange(hidden_states[tokens], route),

@@ -3,6 +3,7 @@
 Routing is done once, at the source.  Bytes per rank: (R-1) T (H s + k (s_w + s_i)) out, (R-1) T H s back.
 """
 
+import torch.distributed as dist
 from torch import Tensor
 
 from impls.dispatchers.collectives import gather_counts, gather_rows, scatter_sum
@@ -10,13 +11,24 @@ from impls.dispatchers.common import Dispatched, Dispatcher
 
 
 class AllgatherReducescatter(Dispatcher):
-    """All rows on all ranks; any T_r."""
+    """All rows on all ranks; any T_r.
+
+    Args:
+        equal_tokens: every rank holds as many tokens as this one, which the caller answers for: nothing is read back
+            to the host then, and the layer can be captured in a CUDA graph.
+    """
 
     scheme = "allgather_reducescatter"
 
+    def __init__(self, group: dist.ProcessGroup, *, num_experts: int, owner: Tensor, equal_tokens: bool = False):
+        super().__init__(group, num_experts=num_experts, owner=owner)
+        self.equal_tokens = equal_tokens
+
     def dispatch(self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Dispatched:
         """hidden_states [T_r, H], topk_weights and topk_ids [T_r, k] -> all rows of all ranks."""
-        counts = gather_counts(len(hidden_states), self.group, hidden_states.device)
+        tokens = len(hidden_states)
+        known = [tokens] * self.world_size if self.equal_tokens else None
+        counts = known or gather_counts(tokens, self.group, hidden_states.device)
         rows = gather_rows(hidden_states, counts, self.group)
         weights = gather_rows(topk_weights, counts, self.group)
         ids = gather_rows(topk_ids, counts, self.group)

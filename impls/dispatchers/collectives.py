@@ -31,11 +31,24 @@ def gather_counts(count: int, group: dist.ProcessGroup, device: torch.device) ->
     return counts.tolist()
 
 
-def exchange_counts(counts: Tensor, group: dist.ProcessGroup) -> list[int]:
-    """counts[r] rows go to rank r; returns how many come from each."""
-    received = torch.empty_like(counts)
-    dist.all_to_all_single(received, counts, group=group)
-    return received.tolist()
+def exchange_counts(counts: Tensor, group: dist.ProcessGroup) -> tuple[list[int], list[int]]:
+    """counts[r] rows go to rank r; returns how many go to and come from each, with one wait for the device."""
+    both = torch.stack([counts, torch.empty_like(counts)])
+    dist.all_to_all_single(both[1], counts, group=group)
+    sent, received = both.tolist()
+    return sent, received
+
+
+def grouped(ranks: Tensor, world_size: int) -> tuple[Tensor, Tensor]:
+    """Elements of `ranks` [n] by destination, without a wait for the device.
+
+    Returns:
+        how many elements go to each rank, [R], and their indices, grouped by rank in their order; those of rank -1
+        stand behind all others.
+    """
+    kinds = torch.arange(world_size, device=ranks.device)
+    order = torch.where(ranks < 0, world_size, ranks).argsort(stable=True)
+    return (ranks[:, None] == kinds).sum(0), order
 
 
 def gather_rows(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:

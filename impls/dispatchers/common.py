@@ -41,7 +41,7 @@ class Dispatcher:
             raise ValueError(f"owner has shape {list(owner.shape)}, but should have [{num_experts}]")
         if num_experts and not 0 <= int(owner.min()) <= int(owner.max()) < self.world_size:
             raise ValueError(f"owner names ranks {int(owner.min())} to {int(owner.max())} of {self.world_size}")
-        self._tables = {torch.device("cpu"): _Tables.of(owner, self.world_size)}
+        self._tables = {torch.device("cpu"): _Tables.of(owner, self.world_size, self.rank)}
 
     def tables(self, device: torch.device) -> "_Tables":
         """The ownership tables on `device`, copied there once."""
@@ -59,7 +59,7 @@ class Dispatcher:
 
     def own_ids(self, topk_ids: Tensor) -> Tensor:
         """Each slot's local id on this rank; -1 where the expert lives elsewhere or the id is -1."""
-        return self.owner_ids(topk_ids).masked_fill(self.owners(topk_ids) != self.rank, -1)
+        return self.tables(topk_ids.device).own[topk_ids.long()].to(topk_ids.dtype)
 
 
 @dataclass(frozen=True)
@@ -67,16 +67,18 @@ class _Tables:
     """[E + 1] each; the last entry is -1 and is what the id -1 reads."""
 
     owner: Tensor
-    local: Tensor
+    local: Tensor  # local id at the owner
+    own: Tensor  # local id on this rank, -1 for experts of others
 
     @classmethod
-    def of(cls, owner: Tensor, world_size: int) -> "_Tables":
+    def of(cls, owner: Tensor, world_size: int, own_rank: int) -> "_Tables":
         local = torch.empty_like(owner)
         for rank in range(world_size):
             mine = (owner == rank).nonzero().flatten()
             local[mine] = torch.arange(len(mine))
         end = torch.tensor([-1])
-        return cls(torch.cat([owner, end]), torch.cat([local, end]))
+        own = local.masked_fill(owner != own_rank, -1)
+        return cls(*(torch.cat([table, end]) for table in (owner, local, own)))
 
     def to(self, device: torch.device) -> "_Tables":
-        return _Tables(self.owner.to(device), self.local.to(device))
+        return _Tables(self.owner.to(device), self.local.to(device), self.own.to(device))

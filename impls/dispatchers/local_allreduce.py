@@ -1,8 +1,7 @@
 """local_allreduce: every rank already holds the same tokens; each runs its own experts, one all_reduce sums.
 
 Nothing is dispatched.  2 (R-1)/R T H s bytes per rank.  On tokens that differ between ranks the sum would mix the
-tokens of different requests without any sign of it, so `dispatch` compares checksums; `verify = False` leaves that
-out where the caller knows (it costs a small collective and a read of its result).
+tokens of different requests without any sign of it, so `dispatch` compares checksums, unless the caller knows better.
 """
 
 import torch
@@ -14,11 +13,19 @@ from impls.dispatchers.common import Dispatched, Dispatcher
 
 
 class LocalAllreduce(Dispatcher):
-    """all_reduce of each rank's part; needs identical tokens, weights and ids on every rank."""
+    """all_reduce of each rank's part; needs identical tokens, weights and ids on every rank.
+
+    Args:
+        verify: compare the ranks' tokens in every call, a small collective whose result the host reads; without it
+            the layer can be captured in a CUDA graph.
+    """
 
     scheme = "local_allreduce"
     requires_replicated_tokens = True
-    verify = True
+
+    def __init__(self, group: dist.ProcessGroup, *, num_experts: int, owner: Tensor, verify: bool = True):
+        super().__init__(group, num_experts=num_experts, owner=owner)
+        self.verify = verify
 
     def dispatch(self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Dispatched:
         """hidden_states [T, H], topk_weights and topk_ids [T, k] -> the same rows.

@@ -76,13 +76,13 @@ class Masked(Dispatcher):
     def _places(self, ids: Tensor, per_rank: int) -> Tensor:
         """Each copy's place in the send buffer [R * per_rank], [T, k]; -1 where the id is -1."""
         owners = self.owners(ids).flatten()
-        among = _running_count(owners, self.world_size)
+        among = running_count(owners)
         return torch.where(owners < 0, -1, owners * per_rank + among).view(ids.shape)
 
     def _expert_rows(self, ids: Tensor, bound: int) -> tuple[Tensor, int]:
         """Row of each received copy in the expert buffer, -1 for unused slots; and the buffer's length."""
         per_expert = bound * self.world_size
-        among = _running_count(ids, max(self.num_local, 1))
+        among = running_count(ids)
         return torch.where(ids < 0, -1, ids * per_expert + among), self.num_local * per_expert
 
     def _exchange(self, buffer: Tensor) -> Tensor:
@@ -102,10 +102,11 @@ def merge_duplicates(topk_weights: Tensor, topk_ids: Tensor) -> tuple[Tensor, Te
     return summed.to(topk_weights.dtype), topk_ids.masked_fill(~keep, -1)
 
 
-def _running_count(kinds: Tensor, num_kinds: int) -> Tensor:
-    """For each element, how many of the same kind stand before it; kinds [n] in [-1, num_kinds)."""
-    of_kind = kinds[:, None] == torch.arange(num_kinds, device=kinds.device)
-    return ((of_kind.cumsum(0) - 1) * of_kind).sum(1)
+def running_count(kinds: Tensor) -> Tensor:
+    """For each element of kinds [n], how many of the same kind stand before it."""
+    ordered, order = kinds.sort(stable=True)
+    first = torch.searchsorted(ordered, ordered)  # where the element's kind begins
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(kinds), device=kinds.device) - first)
 
 
 def _placed(values: Tensor, places: Tensor, size: int, fill: float | None = None) -> Tensor:
@@ -114,10 +115,11 @@ def _placed(values: Tensor, places: Tensor, size: int, fill: float | None = None
     shape = (size + 1, width)  # the row behind the end takes what is dropped
     buffer = values.new_empty(shape) if fill is None else values.new_full(shape, fill)
     buffer[torch.where(places < 0, size, places).flatten()] = values.reshape(-1, width)
-    return buffer[:size].clone()
+    return buffer[:size]
 
 
 def _taken(values: Tensor, places: Tensor) -> Tensor:
     """values[places[i]], zero where that is -1; [*places.shape, H]."""
-    padded = torch.cat([values, values.new_zeros(1, values.shape[-1])])
-    return padded[places]
+    if not len(values):
+        return values.new_zeros(*places.shape, values.shape[-1])
+    return values[places.clamp(min=0)].masked_fill_((places < 0)[..., None], 0)

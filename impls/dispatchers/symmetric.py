@@ -13,29 +13,19 @@ Bytes per rank: (R-1) T (H s + k (s_w + s_i)) out, (R-1) T H s back.
 
 import importlib.util
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from impls.dispatchers._launch import Prepared
 from impls.dispatchers.allgather_reducescatter import AllgatherReducescatter
 from impls.dispatchers.common import Dispatched, Dispatcher
 
 MAX_TOKENS = 128  # what is worth writing in this way where no bound is given
 ALIGNMENT = 128
 SMALLEST = 8 << 20  # bytes in a half, so that most calls find a workspace that is large enough
-
-
-@dataclass(frozen=True)
-class Route:
-    """The tokens of each rank, on the device; or what the fallback dispatched."""
-
-    tokens: int
-    bound: int
-    counts: Tensor
-    space: "Workspace"
-    fallback: Dispatched | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +65,24 @@ class Workspace:
 _WORKSPACES: dict[tuple[str, torch.device], list[Workspace]] = {}  # the last is the largest; graphs hold older ones
 
 
+class Plan(NamedTuple):
+    """What all calls with rows of one kind share."""
+
+    bound: int
+    space: Workspace
+    gather: Prepared
+    scatter_sums: dict[tuple[torch.dtype, int], Prepared]  # by dtype and width of the experts' output
+
+
+class Route(NamedTuple):
+    """The number of own tokens, those of each rank on the device, and what the fallback dispatched."""
+
+    tokens: int
+    counts: Tensor
+    plan: Plan
+    fallback: Dispatched | None = None
+
+
 class Symmetric(Dispatcher):
     """Direct writes over NVLink.
 
@@ -98,7 +106,7 @@ class Symmetric(Dispatcher):
         self.kernels, self.max_tokens = _put, max_tokens
         self.large = AllgatherReducescatter(group, num_experts=num_experts, owner=owner)
         self.constants = {"RANK": self.rank, "RANKS": self.world_size, "PROGRAMS": _put.PROGRAMS, "TILE": _put.TILE}
-        self._own: dict[torch.device, Tensor] = {}
+        self._plans: dict[tuple[Any, ...], Plan] = {}
 
     def _require(self) -> None:
         if dist.get_backend(self.group) != "nccl":
@@ -117,58 +125,65 @@ class Symmetric(Dispatcher):
     def _mapped(self, size: int, device: torch.device) -> Workspace:
         return Workspace.mapped(self.group, size, device, self.kernels.PROGRAMS)
 
-    def _layout(self, rows: int, width: int, top_k: int) -> tuple[int, int, int]:
-        """Where weights and ids begin in a half, and its end, in bytes; the same for any dtype."""
-        weights = _aligned(rows * width * 4)
-        ids = weights + _aligned(rows * top_k * 4)
-        return weights, ids, ids + _aligned(rows * top_k * 8)
-
-    def _own_table(self, device: torch.device) -> Tensor:
-        """Local id on this rank of each expert, -1 for those of others; the last entry is -1."""
-        if device not in self._own:
-            tables = self.tables(device)
-            self._own[device] = tables.local.masked_fill(tables.owner != self.rank, -1)
-        return self._own[device]
-
-    def dispatch(self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Dispatched:
-        """hidden_states [T_r, H], topk_weights and topk_ids [T_r, k] -> [R * bound, ...], padded with ids -1."""
-        (tokens, width), top_k, device = hidden_states.shape, topk_ids.shape[1], hidden_states.device
+    def _plan(self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Plan:
+        """The plan of these dtypes and widths; made at their first call, which may be a collective."""
+        width, top_k, device = hidden_states.shape[1], topk_ids.shape[1], hidden_states.device
+        key = (hidden_states.dtype, topk_weights.dtype, topk_ids.dtype, width, top_k, device)
+        known = self._plans.get(key)
+        if known is not None:
+            return known
         self._check(hidden_states, topk_weights, topk_ids)
         bound = MAX_TOKENS if self.max_tokens is None else self.max_tokens
         rows = self.world_size * bound
-        at_weights, at_ids, end = self._layout(rows, width, top_k)
-        space = self._workspace(end, device)
+        # Weights and ids stand behind the hidden states, at the same places for any dtype.
+        at_weights = _aligned(rows * width * 4)
+        at_ids = at_weights + _aligned(rows * top_k * 4)
+        space = self._workspace(at_ids + _aligned(rows * top_k * 8), device)
+        fixed = (self.tables(device).own, space.peers, space.epochs, bound, width, top_k, self.num_experts)
+        places = (space.first, space.half, at_weights, at_ids)
+        constants = {**self.constants, "SLOTS": self.kernels.MAX_TOP_K}
+        gather = Prepared(self.kernels.gather, self.kernels.PROGRAMS, (*fixed, *places), constants)
+        return self._plans.setdefault(key, Plan(bound, space, gather, {}))
+
+    def _scatter_sum(self, plan: Plan, dtype: torch.dtype, width: int) -> Prepared:
+        if dtype.itemsize > 4:
+            raise NotImplementedError(f"symmetric sums rows of up to 32 bits per element, not {dtype}")
+        space = plan.space
+        fixed = (space.peers, space.epochs, plan.bound, width, space.first, space.half)
+        return Prepared(self.kernels.scatter_sum, self.kernels.PROGRAMS, fixed, self.constants)
+
+    def dispatch(self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Dispatched:
+        """hidden_states [T_r, H], topk_weights and topk_ids [T_r, k] -> [R * bound, ...], padded with ids -1."""
+        tokens, width = hidden_states.shape
+        plan = self._plan(hidden_states, topk_weights, topk_ids)
+        if tokens > plan.bound and self.max_tokens is not None:
+            raise ValueError(f"this rank holds {tokens} tokens, but max_tokens is {self.max_tokens}")
+        rows, top_k = self.world_size * plan.bound, topk_ids.shape[1]
         out = Dispatched(
             hidden_states.new_empty(rows, width), topk_weights.new_empty(rows, top_k), topk_ids.new_empty(rows, top_k)
         )
-        counts = torch.empty(self.world_size, dtype=torch.int64, device=device)
-        self.kernels.gather[(self.kernels.PROGRAMS,)](
-            hidden_states.contiguous(), topk_weights.contiguous(), topk_ids.contiguous(), self._own_table(device),
-            out.hidden_states, out.topk_weights, out.topk_ids, counts, space.peers, space.epochs, tokens, bound,
-            width, top_k, self.num_experts, space.first, space.half, at_weights, at_ids,
-            **self.constants, SLOTS=self.kernels.MAX_TOP_K,
+        counts = plan.space.epochs.new_empty(self.world_size)
+        plan.gather(
+            _placed(hidden_states), _placed(topk_weights), _placed(topk_ids),
+            out.hidden_states, out.topk_weights, out.topk_ids, counts, tokens,
         )  # fmt: skip
-        out.route = Route(tokens, bound, counts, space)
-        if self.max_tokens is None and max(counts.tolist()) > bound:
+        out.route = Route(tokens, counts, plan)
+        if self.max_tokens is None and max(counts.tolist()) > plan.bound:
             large = self.large.dispatch(hidden_states, topk_weights, topk_ids)
-            route = Route(tokens, bound, counts, space, large)
+            route = Route(tokens, counts, plan, large)
             return Dispatched(large.hidden_states, large.topk_weights, large.topk_ids, route)
         return out
 
     def combine(self, expert_output: Tensor, d: Dispatched) -> Tensor:
         """expert_output [S, H] -> this rank's tokens, [T_r, H], in the dtype of expert_output."""
         route: Route = d.route
-        space = route.space
         if route.fallback is not None:
             return self.large.combine(expert_output, route.fallback)
-        if expert_output.element_size() > 4:
-            raise NotImplementedError(f"symmetric sums rows of up to 32 bits per element, not {expert_output.dtype}")
-        width = expert_output.shape[1]
-        result = expert_output.new_empty(route.tokens, width)
-        self.kernels.scatter_sum[(self.kernels.PROGRAMS,)](
-            expert_output.contiguous(), route.counts, result, space.peers, space.epochs, route.tokens, route.bound,
-            width, space.first, space.half, **self.constants,
-        )  # fmt: skip
+        kind = (expert_output.dtype, expert_output.shape[1])
+        if kind not in route.plan.scatter_sums:
+            route.plan.scatter_sums[kind] = self._scatter_sum(route.plan, *kind)
+        result = expert_output.new_empty(route.tokens, kind[1])
+        route.plan.scatter_sums[kind](_placed(expert_output), route.counts, result, route.tokens)
         return result
 
     def _check(self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> None:
@@ -176,9 +191,13 @@ class Symmetric(Dispatcher):
             raise NotImplementedError(f"k is {topk_ids.shape[1]}, but symmetric takes at most {self.kernels.MAX_TOP_K}")
         if max(hidden_states.element_size(), topk_weights.element_size()) > 4:
             raise NotImplementedError("symmetric moves hidden states and weights of up to 32 bits per element")
-        if self.max_tokens is not None and len(hidden_states) > self.max_tokens:
-            raise ValueError(f"this rank holds {len(hidden_states)} tokens, but max_tokens is {self.max_tokens}")
 
 
 def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _placed(tensor: Tensor) -> Tensor:
+    """The same values without gaps, at an address that is a multiple of 16."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from impls.dispatchers.collectives import gather_counts, gather_rows
-from impls.parallel.parallel_linear import ColumnParallel, MergedColumnParallel, RowParallel
+from impls.parallel.parallel_linear import MergedColumnParallel, Replicated, RowParallel
 from impls.parallel.reduction import Placed, State, finish
 
 Weights = dict[str, Tensor]
+SHARED = ("shared_expert", "shared_experts")  # Qwen's, gated; DeepSeek's, several in one MLP without a gate
 Route = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
@@ -72,7 +73,8 @@ class MoEBlock:
         self.logical = logical_experts(layout.replicas, self.num_experts)
         self.mine = self._own_experts()
         self.gate_up, self.down = self._load_experts(weights)
-        self.shared = SharedExpert(weights, layout) if "shared_expert.down_proj.weight" in weights else None
+        prefix = next((p for p in SHARED if f"{p}.down_proj.weight" in weights), None)
+        self.shared = None if prefix is None else SharedExpert(weights, prefix, layout)
         self.dispatcher: Any = None
         if layout.dispatcher is not None:
             self.dispatcher = layout.dispatcher(layout.experts, num_experts=len(self.logical), owner=layout.owner)
@@ -133,20 +135,26 @@ class MoEBlock:
 
 
 class SharedExpert:
-    """sigmoid(x . g) * MLP(x); the MLP sharded over `tensor` or whole, the gate always whole."""
+    """sigmoid(x . g) * MLP(x), or MLP(x) without a gate; the MLP sharded over `tensor` or whole, the gate whole.
 
-    def __init__(self, weights: Weights, layout: Layout):
+    Args:
+        prefix: of its weights' names, one of SHARED.
+    """
+
+    def __init__(self, weights: Weights, prefix: str, layout: Layout):
         self.sharded = layout.shared_sharded and layout.tensor is not None
-        down = weights["shared_expert.down_proj.weight"]
+        down = weights[f"{prefix}.down_proj.weight"]
         hidden, inner = down.shape
         place = {**layout.place(self.sharded), "dtype": down.dtype, "device": down.device}
         self.gate_up = MergedColumnParallel(1, hidden, [inner, inner], **place)
-        self.gate_up.load(0, weights["shared_expert.gate_proj.weight"], 0)
-        self.gate_up.load(0, weights["shared_expert.up_proj.weight"], 1)
+        self.gate_up.load(0, weights[f"{prefix}.gate_proj.weight"], 0)
+        self.gate_up.load(0, weights[f"{prefix}.up_proj.weight"], 1)
         self.down = RowParallel(1, inner, hidden, **place)
         self.down.load(0, down)
-        self.gate = ColumnParallel(1, hidden, 1, **layout.place(False), dtype=down.dtype, device=down.device)
-        self.gate.load(0, weights["shared_expert_gate.weight"])
+        self.gate: Replicated | None = None
+        if "shared_expert_gate.weight" in weights:
+            self.gate = Replicated(1, hidden, 1, **layout.place(False), dtype=down.dtype, device=down.device)
+            self.gate.load(0, weights["shared_expert_gate.weight"])
         # Tokens that only this rank holds make a whole shared expert's output complete instead of replicated.
         self.whole = State.REPLICATED if layout.tensor is not None else State.COMPLETE
 
@@ -154,7 +162,9 @@ class SharedExpert:
         """[T, H] -> [T, H], PARTIAL over `tensor` where the MLP is sharded."""
         sizes = torch.tensor([len(hidden_states)], device=hidden_states.device)
         gate, up = self.gate_up(hidden_states, sizes).chunk(2, dim=-1)
-        out = self.down(F.silu(gate) * up, sizes) * self.gate(hidden_states, sizes).sigmoid()
+        out = self.down(F.silu(gate) * up, sizes)
+        if self.gate is not None:
+            out = out * self.gate(hidden_states, sizes).sigmoid()
         return Placed(out, State.PARTIAL if self.sharded else self.whole)
 
 

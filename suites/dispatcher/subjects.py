@@ -12,6 +12,8 @@ REGISTERED = (
     "dispatchers:all_to_all_dedup",
     "dispatchers:masked",
 )
+# Worlds of the suites on GPUs; what this machine has too few GPUs for is skipped with their number.
+GPU_WORLDS = [pytest.param(n, marks=pytest.mark.multigpu(n=n), id=f"{n}gpus") for n in (2, 4, 8)]
 
 
 def chosen(config: pytest.Config, default: tuple[str, ...]) -> tuple[str, ...]:

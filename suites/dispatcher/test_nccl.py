@@ -1,4 +1,4 @@
-"""The dispatchers on GPUs: every planned case of 2 and 4 ranks over NCCL, bit for bit against the dense layer.
+"""The dispatchers on GPUs: every planned case over NCCL, one rank on each GPU, bit for bit against the dense layer.
 
 tox -e multigpu
 """
@@ -9,7 +9,7 @@ import pytest
 
 from harness.ranks import cases, judge
 from harness.ranks.jobs import Injection
-from suites.dispatcher.subjects import REGISTERED, chosen, told
+from suites.dispatcher.subjects import GPU_WORLDS, REGISTERED, chosen, told
 
 MORE = 20  # random cases for each number of ranks
 ON_GPUS = (*REGISTERED, "dispatchers:symmetric")
@@ -20,7 +20,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("impl", chosen(metafunc.config, ON_GPUS))
 
 
-def _judge_all(impl: str, world: int) -> None:
+@pytest.mark.parametrize("world", GPU_WORLDS)
+def test_equals_the_dense_layer(impl: str, world: int) -> None:
     rng = random.Random(world)
     planned = list(cases.dispatcher_cases([world])) + [("dense", cases.draw(rng, [world])) for _ in range(MORE)]
     judged, wrong = 0, []
@@ -33,16 +34,6 @@ def _judge_all(impl: str, world: int) -> None:
             break
     assert not wrong, "\n".join(wrong)
     assert judged == len(planned), verdict.unsupported
-
-
-@pytest.mark.multigpu(n=2)
-def test_two_gpus(impl: str) -> None:
-    _judge_all(impl, 2)
-
-
-@pytest.mark.multigpu(n=4)
-def test_four_gpus(impl: str) -> None:
-    _judge_all(impl, 4)
 
 
 @pytest.mark.multigpu(n=2)

@@ -1,7 +1,7 @@
 """What one rank does in a test of layouts: build the block under its layout, run its tokens, compare bit for bit.
 
-The data are exact: gates of 17 and more make silu the identity in fp32, weights are powers of two, the rest small
-integers, the shared gate's sigmoid is 1 or 1/2.  So every layout has to give the very bits of one rank.
+The data are exact: gates of 17 and more make silu the identity in fp32, routing weights have few bits, the rest are
+small integers, the shared gate's sigmoid is 1 or 1/2.  So every layout has to give the very bits of one rank.
 """
 
 from typing import Any
@@ -13,12 +13,29 @@ from torch import Tensor
 from harness.faults.layouts import fit
 from harness.ranks.loading import load
 from harness.ranks.worker import Rank, find
+from reference import moe_block, router
 from reference.experts import experts
 from reference.shared_expert_gate import shared_expert_gate
 
 HIDDEN, INNER = 16, 8
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _GROUPS: dict[tuple[tuple[int, ...], ...], list[Any]] = {}
+
+
+# Keys of each family's config that its routing depends on; 8 experts.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {"num_experts_per_tok": 3, "norm_topk_prob": False},
+    "qwen3_moe": {"num_experts_per_tok": 3, "norm_topk_prob": True},
+    "qwen3_next": {"num_experts_per_tok": 4, "norm_topk_prob": True},
+    "qwen3_omni_moe_talker_text": {"num_experts_per_tok": 3, "norm_topk_prob": True},
+    "mixtral": {"num_experts_per_tok": 2},
+    "deepseek_v2": {"num_experts_per_tok": 3, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2,
+                    "routed_scaling_factor": 2.0},
+    "deepseek_v3": {"num_experts_per_tok": 3, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.0},
+    # Not among the reference's families: softmax over real and zero-experts, bias for the choice only.
+    "longcat_flash": {"num_experts_per_tok": 4, "routed_scaling_factor": 2.0},
+}  # fmt: skip
+UNGATED = ("deepseek_v2", "deepseek_v3")  # their shared experts have no gate
 
 
 def split_world(parts: list[list[int]]) -> Any:
@@ -51,6 +68,7 @@ def weights_of(spec: dict[str, Any], random: torch.Generator) -> dict[str, Tenso
     small = spec["dtype"] == "bf16"
     gate, up, down = mlp(spec["experts"], small, random)
     logits = spec["experts"] + spec.get("zero", 0)
+    family = spec.get("family")
     found = {
         "gate.weight": integers((logits, HIDDEN), -2, 2, random),
         "experts.gate_up_proj": torch.cat([gate, up], 1),
@@ -58,10 +76,14 @@ def weights_of(spec: dict[str, Any], random: torch.Generator) -> dict[str, Tenso
     }
     if spec.get("shared"):
         gate, up, down = (part[0] for part in mlp(1, small, random))
-        scale = torch.zeros(1, HIDDEN).double()
-        scale[0, 7] = 40  # x[:, 7] is 0 or 1, so the sigmoid is 1/2 or 1
-        found |= {f"shared_expert.{n}_proj.weight": w for n, w in (("gate", gate), ("up", up), ("down", down))}
-        found["shared_expert_gate.weight"] = scale
+        prefix = "shared_experts" if family in UNGATED else "shared_expert"
+        found |= {f"{prefix}.{n}_proj.weight": w for n, w in (("gate", gate), ("up", up), ("down", down))}
+        if family not in UNGATED:
+            scale = torch.zeros(1, HIDDEN).double()
+            scale[0, 7] = 40  # x[:, 7] is 0 or 1, so the sigmoid is 1/2 or 1
+            found["shared_expert_gate.weight"] = scale
+    if family in ("deepseek_v3", "longcat_flash"):
+        found["gate.e_score_correction_bias"] = integers((logits,), -8, 8, random) / 64
     return found
 
 
@@ -76,10 +98,32 @@ def route(gate: Tensor, top_k: int) -> Any:
     """A router with exact logits; ties go to the lower id, weights are powers of two."""
 
     def routed(x: Tensor) -> tuple[Tensor, Tensor]:
-        logits = x.double() @ gate.double().T * 1024 - torch.arange(len(gate))
+        logits = x.cpu().double() @ gate.double().T * 1024 - torch.arange(len(gate))
         ids = logits.topk(min(top_k, len(gate)), dim=-1).indices
         weights = 0.5 ** torch.arange(1, ids.shape[1] + 1).double()
-        return weights.expand(ids.shape).float(), ids
+        return weights.expand(ids.shape).float().contiguous().to(x.device), ids.to(x.device)
+
+    return routed
+
+
+def family_route(family: str, weights: dict[str, Tensor]) -> Any:
+    """The family's own routing by the reference, its weights rounded to six bits behind the point: sums stay exact.
+
+    It runs on the CPU and in fp64 wherever the tokens are, so that all ranks and the reference choose alike.
+    """
+    config = {"model_type": family, **FAMILIES[family]}
+
+    def routed(x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = (x.cpu().double() @ weights["gate.weight"].T) / 16 - torch.arange(len(weights["gate.weight"])) / 4096
+        if family == "longcat_flash":
+            w, ids = router.router(
+                logits, top_k=config["num_experts_per_tok"], renormalize=False,
+                correction_bias=weights["gate.e_score_correction_bias"],
+                routed_scaling_factor=config["routed_scaling_factor"],
+            )  # fmt: skip
+        else:
+            w, ids = moe_block.routing(logits, weights, config)
+        return ((w * 64).round() / 64).float().to(x.device), ids.to(x.device)
 
     return routed
 
@@ -94,11 +138,13 @@ def parts_of(x: Tensor, weights: dict[str, Tensor], routed: Any, num_experts: in
     real = ids.masked_fill(ids >= num_experts, -1)
     out = experts(x, weights["experts.gate_up_proj"], weights["experts.down_proj"], w, real)
     out += torch.where(ids >= num_experts, w, 0).sum(1, keepdim=True) * x
-    if "shared_expert.down_proj.weight" not in weights:
+    prefix = next((p for p in ("shared_expert", "shared_experts") if f"{p}.down_proj.weight" in weights), None)
+    if prefix is None:
         return out.double(), torch.zeros_like(out).double()
-    gate, up, down = (weights[f"shared_expert.{name}_proj.weight"] for name in ("gate", "up", "down"))
-    mlp_out = (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
-    return out.double(), shared_expert_gate(x, weights["shared_expert_gate.weight"], mlp_out).double()
+    shared = moe_block.gated_mlp(x, weights, prefix, "silu")
+    if "shared_expert_gate.weight" in weights:
+        shared = shared_expert_gate(x, weights["shared_expert_gate.weight"], shared)
+    return out.double(), shared.double()
 
 
 def layout_of(me: Rank, spec: dict[str, Any]) -> tuple[dict[str, Any], int]:
@@ -130,11 +176,12 @@ def run(me: Rank, spec: dict[str, Any], seed: int) -> dict[str, Any]:
     block_module = "impls.parallel.moe_block"
     keywords, batch = layout_of(me, spec)
     layout = load("moe_block", f"{block_module}:Layout")(**keywords)
-    routed = route(weights["gate.weight"], spec["k"])
-    given = {name: tensor.to(dtype) for name, tensor in weights.items() if name != "gate.weight"}
+    family = spec.get("family")
+    routed = route(weights["gate.weight"], spec["k"]) if family is None else family_route(family, weights)
+    given = {name: tensor.to(me.device, dtype) for name, tensor in weights.items() if not name.startswith("gate.")}
     extra = {"finish": find(spec["finish"])} if "finish" in spec else {}
     block = load("moe_block", f"{block_module}:MoEBlock")(given, routed, layout, **extra)
-    out = block(batches[batch].to(dtype)).double()
+    out = block(batches[batch].to(me.device, dtype)).cpu().double()
     me.recorder.injector.injection = None
     routed_part, shared_part = parts_of(batches[batch], weights, routed, spec["experts"])
     expected = routed_part + shared_part

@@ -12,8 +12,9 @@ DISPATCHERS = ("naive", "allgather_reducescatter", "all_to_all", "all_to_all_ded
 BASE: dict[str, Any] = {"experts": 6, "k": 3, "dtype": "fp32"}
 
 
-def _check(spec: dict[str, Any], ranks: int, seed: int = 0) -> None:
-    outcome = pool.run(TASK, spec, ranks=ranks, seed=seed)
+def check(spec: dict[str, Any], ranks: int, seed: int = 0, backend: str = "gloo") -> None:
+    """Every rank's output is, bit for bit, that of one rank."""
+    outcome = pool.run(TASK, spec, ranks=ranks, seed=seed, backend=backend)
     assert outcome.ok, (outcome.failure.headline(), outcome.failure.trace)
     for rank, result in enumerate(outcome.results):
         assert result["equal"], f"rank {rank} of {spec}: {result['message']}, fit {result['fit']}"
@@ -23,35 +24,35 @@ def _check(spec: dict[str, Any], ranks: int, seed: int = 0) -> None:
 @pytest.mark.parametrize("shared", [None, "sharded", "replicated"])
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_tensor_parallel(ranks: int, shared: str | None, dtype: str) -> None:
-    _check({**BASE, "layout": "tp", "tokens": [5], "shared": shared, "dtype": dtype, "k": 2}, ranks)
+    check({**BASE, "layout": "tp", "tokens": [5], "shared": shared, "dtype": dtype, "k": 2}, ranks)
 
 
 @pytest.mark.parametrize("shared", [None, "sharded", "replicated"])
 @pytest.mark.parametrize("tokens", [[3, 3], [0, 5], [4, 0], [0, 0], [2, 1, 0, 3]])
 def test_sequence_parallel(tokens: list[int], shared: str | None) -> None:
-    _check({**BASE, "layout": "sequence", "tokens": tokens, "shared": shared}, len(tokens))
+    check({**BASE, "layout": "sequence", "tokens": tokens, "shared": shared}, len(tokens))
 
 
 @pytest.mark.parametrize("dispatcher", DISPATCHERS)
 @pytest.mark.parametrize("owner", [[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1], [1] * 6, [0, 1, 0, 1, 0, 1]])
 def test_expert_parallel_even_uneven_and_idle(dispatcher: str, owner: list[int]) -> None:
     spec = {**BASE, "layout": "ep", "dispatcher": f"dispatchers:{dispatcher}", "owner": owner, "shared": "replicated"}
-    _check({**spec, "tokens": [4, 1]}, 2)
-    _check({**spec, "tokens": [0, 3]}, 2)
+    check({**spec, "tokens": [4, 1]}, 2)
+    check({**spec, "tokens": [0, 3]}, 2)
 
 
 @pytest.mark.parametrize("dispatcher", DISPATCHERS)
 def test_more_ranks_than_experts(dispatcher: str) -> None:
     spec = {**BASE, "layout": "ep", "dispatcher": f"dispatchers:{dispatcher}", "experts": 3, "owner": [0, 3, 3]}
-    _check({**spec, "tokens": [2, 0, 3, 1]}, 4)
+    check({**spec, "tokens": [2, 0, 3, 1]}, 4)
 
 
 @pytest.mark.parametrize("dispatcher", [d for d in DISPATCHERS if d != "local_allreduce"])
 @pytest.mark.parametrize("shared", [None, "sharded", "replicated"])
 def test_tensor_and_expert_parallel(dispatcher: str, shared: str | None) -> None:
     spec = {**BASE, "layout": "tp_ep", "dispatcher": f"dispatchers:{dispatcher}", "owner": [0, 0, 1, 1, 1, 1]}
-    _check({**spec, "tokens": [3, 2], "shared": shared}, 4)
-    _check({**spec, "tokens": [0, 2], "shared": shared}, 4)
+    check({**spec, "tokens": [3, 2], "shared": shared}, 4)
+    check({**spec, "tokens": [0, 2], "shared": shared}, 4)
 
 
 @pytest.mark.parametrize("dispatcher", DISPATCHERS)
@@ -59,7 +60,7 @@ def test_redundant_experts(dispatcher: str) -> None:
     """Experts 1 and 4 are held twice; the physical experts of a logical one are on different ranks."""
     replicas = [[0], [1, 6], [2], [3], [4, 7], [5]]
     spec = {**BASE, "layout": "ep", "dispatcher": f"dispatchers:{dispatcher}", "replicas": replicas}
-    _check({**spec, "owner": [0, 0, 0, 0, 1, 1, 1, 0], "tokens": [6, 3], "shared": "replicated"}, 2)
+    check({**spec, "owner": [0, 0, 0, 0, 1, 1, 1, 0], "tokens": [6, 3], "shared": "replicated"}, 2)
 
 
 @pytest.mark.parametrize("layout", ["tp", "sequence", "ep"])
@@ -67,7 +68,7 @@ def test_zero_experts(layout: str) -> None:
     spec = {**BASE, "layout": layout, "zero": 3, "k": 4, "tokens": [5, 2], "shared": "replicated"}
     if layout == "ep":
         spec |= {"dispatcher": "dispatchers:all_to_all_dedup", "owner": [0, 0, 0, 1, 1, 1]}
-    _check(spec, 2)
+    check(spec, 2)
 
 
 @pytest.mark.parametrize("fault", ["own_copies_lost", "finalize_not_reverse", "owner_by_division", "reduced_again"])

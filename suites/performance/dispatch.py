@@ -28,8 +28,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from impls.dispatchers import dispatcher as schemes
-from impls.dispatchers.collectives import gather_rows
-from impls.dispatchers.common import Dispatched, Dispatcher
+from impls.dispatchers.common import Dispatcher
 
 H, E, K, INTERMEDIATE = 2048, 128, 8, 768  # Qwen3-30B-A3B
 TOKENS = (1, 64, 1024, 8192)
@@ -47,25 +46,17 @@ def batch(tokens: int, seed: int) -> Batch:
     return hidden, (weights / weights.sum(-1, keepdim=True)).bfloat16(), ids
 
 
-class KnownCounts(schemes.allgather_reducescatter):
-    """The least that NCCL needs: every rank knows that all have as many tokens as it has, nothing is read back."""
-
-    def dispatch(self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Dispatched:
-        counts = [len(hidden_states)] * self.world_size
-        rows, weights, ids = (gather_rows(t, counts, self.group) for t in (hidden_states, topk_weights, topk_ids))
-        return Dispatched(rows, weights, self.own_ids(ids), counts)
-
-
 def make(scheme: str, tokens: int) -> Dispatcher:
-    """The dispatcher over all ranks, experts in equal blocks; bounds where a scheme takes one."""
+    """The dispatcher over all ranks, experts in equal blocks; bounds where a scheme takes one.
+
+    `+equal` is the least that NCCL needs: every rank knows that all have as many tokens as it has.
+    """
     ranks = dist.get_world_size()
     name, _, extra = scheme.partition("+")
-    options = {"max_tokens": tokens} if extra == "bound" else {}
-    kind = KnownCounts if extra == "known" else getattr(schemes, name)
-    made = kind(dist.group.WORLD, num_experts=E, owner=torch.arange(E) * ranks // E, **options)
+    options: dict[str, Any] = {"bound": {"max_tokens": tokens}, "equal": {"equal_tokens": True}}.get(extra, {})
     if name == "local_allreduce":
-        made.verify = False  # the check of the ranks' tokens is for debugging and reads its result on the host
-    return made
+        options["verify"] = False  # the check of the ranks' tokens is for debugging and reads its result on the host
+    return getattr(schemes, name)(dist.group.WORLD, num_experts=E, owner=torch.arange(E) * ranks // E, **options)
 
 
 def median_us(call: Callable[[], Any], iterations: int, warmup: int = 5) -> float:
@@ -208,31 +199,38 @@ def graphed(scheme: str, tokens: int, seeds: tuple[int, ...] = (11, 12, 13)) -> 
 
 
 PLAN = (
-    "naive", "local_allreduce", "allgather_reducescatter", "allgather_reducescatter+known", "all_to_all",
+    "naive", "local_allreduce", "allgather_reducescatter", "allgather_reducescatter+equal", "all_to_all",
     "all_to_all_dedup", "masked+bound", "symmetric", "symmetric+bound",
 )  # fmt: skip
-GRAPHED = ("local_allreduce", "allgather_reducescatter+known", "masked+bound", "symmetric+bound")
+GRAPHED = ("local_allreduce", "allgather_reducescatter+equal", "masked+bound", "symmetric+bound")
 
 
-def run_rank(rank: int, ranks: int, store: str, path: str) -> None:
-    """Everything one rank measures; rank 0 prints and writes after each figure."""
+def join(rank: int, ranks: int, store: str) -> None:
+    """This process as one rank on the GPU of its number."""
     torch.cuda.set_device(rank)
     dist.init_process_group(
         "nccl", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
     )
-    link = link_bandwidth()
-    torch.cuda.empty_cache()
-    bandwidth = max(link.values())
-    found: dict[str, Any] = {
-        "command": f"python3 suites/performance/dispatch.py --ranks {ranks}",
+
+
+def header(command: str, ranks: int) -> dict[str, Any]:
+    """What was measured on."""
+    return {
+        "command": f"python3 {command} --ranks {ranks}",
         "device": f"{ranks} x {torch.cuda.get_device_name()}",
         "versions": {"torch": torch.__version__, "nccl": ".".join(map(str, torch.cuda.nccl.version()))},
         "shape": {"H": H, "E": E, "k": K, "dtype": "bf16"},
-        "link_GB_per_s": link,
-        "table": [],
-        "graphs": [],
-        "failures": [],
     }
+
+
+def run_rank(rank: int, ranks: int, store: str, path: str) -> None:
+    """Everything one rank measures; rank 0 prints and writes after each figure."""
+    join(rank, ranks, store)
+    link = link_bandwidth()
+    torch.cuda.empty_cache()
+    bandwidth = max(link.values())
+    found = {**header("suites/performance/dispatch.py", ranks), "link_GB_per_s": link}
+    found |= {"table": [], "graphs": [], "failures": []}
 
     def tell(kind: str, entry: dict[str, Any]) -> None:
         found[kind].append(entry)
@@ -275,20 +273,30 @@ def print_table(found: dict[str, Any]) -> None:
         row = [f"{cells[t]['dispatch_combine_us']:.0f} ({cells[t]['over_floor']:.1f})" if t in cells else "-"
                for t in TOKENS]  # fmt: skip
         print(f"{scheme:30}", *(f"{cell:>18}" for cell in row))
+    time = {(e["scheme"], e["tokens_per_rank"]): e["dispatch_combine_us"] for e in found["table"]}
+    for tokens in (1, SMALL):
+        for ours, nccl in (
+            ("symmetric+bound", "allgather_reducescatter+equal"),
+            ("symmetric", "allgather_reducescatter"),
+        ):
+            if (ours, tokens) in time and (nccl, tokens) in time:
+                ratio = time[nccl, tokens] / time[ours, tokens]
+                print(f"T={tokens}: {ours} is {ratio:.2f} times as fast as {nccl} outside graphs")
     for entry in found["graphs"]:
         print(f"graph {entry['scheme']:30} T={entry['tokens_per_rank']:<4} {entry['dispatch_combine_us']:.1f} us; with "
               f"experts eager {entry['eager_us']:.0f} us, replayed {entry['replay_us']:.0f} us, worst relative error "
               f"{entry['worst_relative_error']:.1e}")  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Times of the dispatchers over the GPUs of this host.")
+def main(run: Callable[..., None], path: str) -> None:
+    """Start `run` as one process per GPU; both scripts have the same command line."""
+    parser = argparse.ArgumentParser(description="Times over the GPUs of this host.")
     parser.add_argument("--ranks", type=int, default=torch.cuda.device_count())
-    parser.add_argument("--json", default="dispatch.json")
+    parser.add_argument("--json", default=path)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run_rank, (given.ranks, f"{folder}/store", given.json), nprocs=given.ranks)
+        mp.spawn(run, (given.ranks, f"{folder}/store", given.json), nprocs=given.ranks)
 
 
 if __name__ == "__main__":
-    main()
+    main(run_rank, "dispatch.json")
