@@ -2,10 +2,14 @@
 
 import ctypes
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from harness.ranks.ledger import Ledger
 
 MARKERS = (
     "gpu: needs one CUDA device",
@@ -13,6 +17,44 @@ MARKERS = (
     "accuracy: needs lm-eval, a model and hours; run by the tox environment of that name",
     "nightly: too slow for every change; runs where the Hypothesis profile is nightly",
 )
+REPORTS = pytest.StashKey[list[pytest.TestReport]]()
+LEDGER = pytest.StashKey[Ledger]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--ledger FILE; `python -m harness.ranks.ledger FILE` then tells what is missing."""
+    parser.addoption("--ledger", type=Path, help="write each test's outcome here as it comes")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What will run is written down before it does."""
+    path = session.config.getoption("--ledger")
+    if path is not None and not session.config.option.collectonly:
+        session.config.stash[LEDGER] = Ledger(path, [item.nodeid for item in session.items])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """One line for each test, whichever of its phases ended it."""
+    reports: list[pytest.TestReport] = item.stash.setdefault(REPORTS, [])
+    result = yield
+    if (ledger := item.config.stash.get(LEDGER, None)) is not None:
+        last = next((report for report in reports if report.outcome != "passed"), reports[-1])
+        ledger.add(item.nodeid, last.outcome, sum(report.duration for report in reports), str(last.longrepr or ""))
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    item.stash.setdefault(REPORTS, []).append(report)
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A run that was interrupted or stopped early has no end."""
+    if (ledger := session.config.stash.get(LEDGER, None)) is not None and exitstatus in (0, 1):
+        ledger.finish()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -61,7 +61,7 @@ def check(
     with report.Progress() as progress:
         for spec in impl:
             try:
-                results.append(_judge(stage, spec, request, options, worlds, progress))
+                results.append(_judge(stage, spec, request, options, worlds, progress, _keeper(json, results)))
             except HarnessError as error:
                 errors.append(error)
                 results.append(engine.error_result(stage, spec, request, error))
@@ -73,14 +73,29 @@ def check(
     raise typer.Exit(_status(results, errors))
 
 
-def _judge(stage: str, spec: str, request: Request, options: Any, worlds: tuple[int, ...], progress: Any) -> Any:
+def _judge(
+    stage: str, spec: str, request: Request, options: Any, worlds: tuple[int, ...], progress: Any, keep: Any
+) -> Any:
     from harness import engine
 
     if stage in contracts.STAGES:
         return engine.judge(stage, spec, request, options, progress)
     from harness.ranks.run import judge_ranks
 
-    return judge_ranks(stage, spec, request, options, worlds, progress)
+    return judge_ranks(stage, spec, request, options, worlds, progress, keep)
+
+
+def _keeper(json: Path | None, before: list) -> Any:
+    """Writes an unfinished result behind those `before`, whole at any time; nothing where no file was asked for."""
+    from harness import report
+
+    def keep(result: Any) -> None:
+        if json is not None:
+            unfinished = json.with_name(json.name + ".part")
+            unfinished.write_text(report.dumps([*before, result]))
+            unfinished.replace(json)
+
+    return keep
 
 
 def _worlds(text: str) -> tuple[int, ...]:

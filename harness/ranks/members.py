@@ -75,15 +75,18 @@ class LocalMember:
         """Nothing to do: the memory is shared."""
 
     def ticks(self) -> int | None:
-        process = Path(f"/proc/{self.process.pid}")
+        process, total = Path(f"/proc/{self.process.pid}"), 0
         try:
-            fields = (process / "stat").read_text().rpartition(")")[2].split()
-            children = (process / "task" / str(self.process.pid) / "children").read_text()
+            for thread in (process / "task").iterdir():
+                state, *fields = (thread / "stat").read_text().rpartition(")")[2].split()
+                if state != "S":  # it runs, waits for its turn on a busy machine, or for a disk
+                    return None
+                if (thread / "children").read_text().strip():  # it may be waiting for a compiler that it started
+                    return None
+                total += int(fields[10]) + int(fields[11])
         except OSError:
             return None
-        if children.strip():  # it may be waiting for a compiler that it started
-            return None
-        return int(fields[11]) + int(fields[12]) if fields[0] == "S" else None
+        return total
 
     def said(self) -> str:
         path = self.home.log(self.rank)

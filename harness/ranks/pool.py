@@ -25,7 +25,7 @@ from harness.ranks.members import LocalMember, Member, wait
 from harness.ranks.proof import of_job, stalemate
 
 PATIENCE = 0.15  # seconds without progress before a proof is looked for
-STALL = 0.8  # seconds in which a rank outside collectives used no processor before it counts as hung
+STALL = 0.6  # seconds in which no thread of a rank outside collectives wanted a processor before it counts as hung
 BUDGET = 60.0  # seconds a case may take in all
 START = 60.0  # seconds a pool may take to start, the first import of torch included
 POLL = 0.02
@@ -167,11 +167,13 @@ class _Watch:
         )
 
     def _idle_for(self, rank: int, now: float) -> float:
-        """Seconds for which the rank's process has slept without using any processor."""
+        """Seconds for which the rank's process was asleep, with all its threads, at every look."""
         ticks = self.members[rank].ticks()
-        if ticks is None or rank not in self.used or self.used[rank][0] != ticks:
-            self.used[rank] = (ticks or 0, now)
-        return now - max(self.used[rank][1], self.moved)
+        if ticks is None:
+            self.used.pop(rank, None)
+        elif rank not in self.used or self.used[rank][0] != ticks:
+            self.used[rank] = (ticks, now)
+        return now - max(self.used[rank][1], self.moved) if rank in self.used else 0.0
 
 
 _POOLS: dict[tuple[int, str], Pool] = {}

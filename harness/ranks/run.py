@@ -2,28 +2,30 @@
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from harness.cases import Case
 from harness.cases.request import Request
 from harness.engine import Listener, Options, Run
-from harness.errors import UsageError
 from harness.ranks import cases, strategies
-from harness.ranks.judge import Verdict, judge
+from harness.ranks.judge import Verdict, judge, planned
 from harness.report import Result
 
 EXAMPLES = {"quick": 60, "full": 500, "exhaustive": 3000}
-KIND_NAMES = {"merged": "merged_column", "column": "column", "row": "row", "replicated": "replicated"}
 
 
 class RankRun(Run):
     """One dispatcher or sharded layer over several world sizes."""
 
     def __init__(
-        self, stage: str, spec: str, request: Request, options: Options, listener: Any, worlds: tuple[int, ...]
-    ):
+        self, stage: str, spec: str, request: Request, options: Options, listener: Any, worlds: tuple[int, ...],
+        keep: Callable[[Result], None],
+    ):  # fmt: skip
         super().__init__(stage, spec, request, options, listener)
         self.worlds, self.backend = worlds, "nccl" if request.device == "cuda" else "gloo"
+        self.keep = keep
+        self.left: Counter[str] = Counter()  # cases of each check that are planned and not judged yet
 
     def parse(self, case_id: str) -> tuple[str, Case]:
         return cases.parse_id(case_id)
@@ -37,28 +39,42 @@ class RankRun(Run):
         from harness.worker_versions import versions
 
         self.loaded = {"declared": {}, "versions": versions()}
-        planned = self._planned_ids()
-        self.places = {case_id: place for place, case_id in enumerate(planned)}
-        sizes = Counter(cases.parse_id(case_id)[0] for case_id in planned)
+        ids = self._planned_ids()
+        self.places = {case_id: place for place, case_id in enumerate(ids)}
         examples = EXAMPLES[self.request.profile]
-        self.listener.start(self.spec, {**sizes, "property": examples})
+        self.left = Counter(cases.parse_id(case_id)[0] for case_id in ids) + Counter({"property": examples})
+        self.listener.start(self.spec, dict(self.left))
+        self._keep_unfinished()
         try:
-            for case_id in planned:
+            for case_id in ids:
                 self._judge_one(case_id)
+                self.left[cases.parse_id(case_id)[0]] -= 1
+                self._keep_unfinished()
             self._search_ranks(examples)
+            del self.left["property"]  # the search may end early; what it has to do is not a number of cases
         except KeyboardInterrupt:
             self.interrupted = True
             self.listener.note("interrupted: this is what was judged until then")
         return self.result()
 
+    def result(self) -> Result:
+        """What is known by now; a planned case that was not judged keeps it from passing."""
+        result = super().result()
+        for check, cases_left in (+self.left).items():
+            result["coverage"]["skipped"].append({"what": check, "reason": "not judged", "cases": cases_left})
+        if +self.left and result["verdict"] == "pass":
+            result["verdict"] = "error"
+        return result
+
+    def _keep_unfinished(self) -> None:
+        """Hand over what is known, marked as cut short: it stands if nothing comes after it."""
+        self.keep({**self.result(), "interrupted": True})
+
     def _planned_ids(self) -> list[str]:
-        profile, seed = self.request.profile, self.request.seed
-        if self.stage == "dispatcher":
-            planned = cases.dispatcher_cases(self.worlds, profile=profile, seed=seed)
-        else:
-            planned = cases.linear_cases(self.worlds, kind_of(self.spec), profile=profile, seed=seed)
+        asked = {"profile": self.request.profile, "seed": self.request.seed, "backend": self.backend}
+        ids = planned(self.stage, self.spec, self.worlds, **asked)
         wanted = self.options.dtypes or cases.DTYPES
-        return [cases.case_id(check, case) for check, case in planned if case.dtype in wanted]
+        return [case_id for case_id in ids if cases.parse_id(case_id)[1].dtype in wanted]
 
     def _judge_one(self, case_id: str) -> Verdict:
         started = time.monotonic()
@@ -73,7 +89,8 @@ class RankRun(Run):
         if self.stage == "dispatcher":
             drawn = strategies.dispatcher_cases(self.worlds)
         else:
-            drawn = strategies.linear_cases(self.worlds, (kind_of(self.spec),))
+            kinds = {cases.parse_id(case_id)[1].kind for case_id in self.places}  # type: ignore[attr-defined]
+            drawn = strategies.linear_cases(self.worlds, sorted(kinds))
         verdicts: dict[str, Verdict] = {}
 
         def holds(case: Case) -> bool:
@@ -88,16 +105,6 @@ class RankRun(Run):
         for name, verdict in verdicts.items():
             if not verdict.findings or (smallest is not None and name == smallest.id()):
                 self.take({**as_answer(verdict, verdict.seconds), "counts_as": "property"})
-
-
-def kind_of(spec: str) -> str:
-    """Which sharded layer a class is, by its name; UsageError where the name does not tell."""
-    name = spec.rpartition(":")[2].lower()
-    for part, kind in KIND_NAMES.items():
-        if part in name:
-            return kind
-    raise UsageError(f"the class {spec!r} should have Replicated, MergedColumn, Column or Row in its name: "
-                     "it is judged as the layer that its name says")  # fmt: skip
 
 
 def as_answer(verdict: Verdict, seconds: float) -> dict[str, Any]:
@@ -118,7 +125,13 @@ def as_answer(verdict: Verdict, seconds: float) -> dict[str, Any]:
 
 
 def judge_ranks(
-    stage: str, spec: str, request: Request, options: Options, worlds: tuple[int, ...], listener: Any
+    stage: str,
+    spec: str,
+    request: Request,
+    options: Options,
+    worlds: tuple[int, ...],
+    listener: Any,
+    keep: Callable[[Result], None] = lambda result: None,
 ) -> Result:
-    """Judge one implementation of a stage that runs on many ranks."""
-    return RankRun(stage, spec, request, options, listener or Listener(), worlds).judge()
+    """Judge one implementation of a stage that runs on many ranks; `keep` hears after every case what is known."""
+    return RankRun(stage, spec, request, options, listener or Listener(), worlds, keep).judge()
