@@ -36,6 +36,7 @@ class Recorder:
         self.texts: list[bytes] = []  # each call as JSON
         self.calls: list[Call] = []
         self.inside = False
+        self.started: dict[int, Call] = {}  # operations that nobody has waited for yet
         self.job = 0
         self.failed: Call | None = None  # the call out of which an exception came
         self.injector = Injector()
@@ -44,7 +45,7 @@ class Recorder:
         """Forget the last job's calls; `injector` goes around those of this one."""
         self.job = job
         self.calls, self.injector, self.inside, self.failed = [], injector, False, None
-        self.texts = []
+        self.texts, self.started = [], {}
         os.ftruncate(self.journal, 0)
         self.say(State.RUNNING)
 
@@ -91,12 +92,14 @@ def call_site() -> str:
 
 
 class RecordedWork:
-    """A pending operation whose `wait` is visible in the heartbeat; all else is the work's own."""
+    """A pending operation whose `wait` is visible in the heartbeat."""
 
     def __init__(self, work: Any, recorder: Recorder, call: Call):
         self._work, self._recorder, self._call = work, recorder, call
+        recorder.started[call.index] = call
 
     def wait(self, *args: Any, **keywords: Any) -> Any:
+        self._recorder.started.pop(self._call.index, None)
         self._recorder.say(State.WAITING, self._call)
         try:
             result = self._work.wait(*args, **keywords)
@@ -107,6 +110,8 @@ class RecordedWork:
         return result
 
     def __getattr__(self, name: str) -> Any:
+        """All else is the work's own; whoever asks it whether it is done, or for its future, takes care of it."""
+        self._recorder.started.pop(self._call.index, None)
         return getattr(self._work, name)
 
 

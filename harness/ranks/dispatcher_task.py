@@ -12,8 +12,8 @@ from torch import Tensor
 
 from harness.contracts import REJECTIONS
 from harness.ranks import received_rows, volume, world_data
-from harness.ranks.cases import parse_id
-from harness.ranks.loading import load
+from harness.ranks.cases import DispatcherCase, parse_id
+from harness.ranks.loading import load_class
 from harness.ranks.results import Report, differing_rows
 from harness.ranks.worker import Rank
 from reference.dispatcher import Batch, owned_experts
@@ -25,13 +25,13 @@ def run(me: Rank, spec: dict[str, Any], seed: int) -> dict[str, Any]:
     With "explain" every rank tells what is odd about the rows it received, also where its own tokens are right.
     """
     check, case = parse_id(spec["case"])
-    subject = load("dispatcher", spec["impl"])
+    subject = load_class("dispatcher", spec["impl"])
     replicated = bool(getattr(subject, "requires_replicated_tokens", False))
     report = Report(me.rank)
     worlds = [world_data.build(case, replicated=replicated)]
     if check == "live":
-        worlds.append(world_data.build(case.but(seed=case.seed + 1), replicated=replicated))
-        worlds[1] = worlds[1].with_experts_of(worlds[0])
+        other = world_data.build(case.but(seed=case.seed + 1, T=other_tokens(case)), replicated=replicated)
+        worlds.append(other.with_experts_of(worlds[0]))
     try:
         dispatcher = subject(me.group, num_experts=case.E, owner=worlds[0].owner.clone())
         limit = getattr(dispatcher, "max_live", None)
@@ -44,8 +44,18 @@ def run(me: Rank, spec: dict[str, Any], seed: int) -> dict[str, Any]:
     return report.as_dict()
 
 
+def other_tokens(case: DispatcherCase) -> str:
+    """Tokens of a second dispatch: other numbers on other ranks, so that nothing of the first fits it by chance."""
+    return "+".join(str(max(0, tokens - 1)) for tokens in reversed(case.tokens))
+
+
 def _judge(me: Rank, dispatcher: Any, worlds: list[world_data.World], report: Report, explain: bool) -> None:
     """Dispatch all, combine in reverse order, then look at everything."""
+    for name in ("dispatch", "combine"):
+        if not callable(getattr(dispatcher, name, None)):
+            report.fail("contract", f"{type(dispatcher).__name__} has no method {name}")
+    if report.findings:
+        return
     inputs = [Batch(*(t.clone().to(me.device) for t in world.batches[me.rank])) for world in worlds]
     dispatched = [dispatcher.dispatch(*batch) for batch in inputs]
     for world, d in zip(worlds, dispatched, strict=True):
@@ -57,6 +67,9 @@ def _judge(me: Rank, dispatcher: Any, worlds: list[world_data.World], report: Re
     outputs: list[Tensor] = []
     for number in reversed(range(len(worlds))):
         outputs.insert(0, dispatcher.combine(_run_experts(dispatched[number], worlds[number], me), dispatched[number]))
+    for call in me.recorder.started.values():
+        told = f"rank {me.rank}, call {call}: started and never waited for, so that its result may come too late"
+        report.fail("contract", told)
     me.recorder.injector.injection = None  # what follows belongs to the harness
     for number, world in enumerate(worlds):
         which = "" if len(worlds) == 1 else f"dispatch {number + 1} of {len(worlds)}, combined in reverse order: "
@@ -136,8 +149,12 @@ def _check_inputs(given: Batch, original: Batch, d: Any, out: Tensor, report: Re
         if not same:
             report.fail("inputs", f"{name} was modified")
         for label, result in (("d.hidden_states", d.hidden_states), ("d.topk_ids", d.topk_ids), ("combine", out)):
-            if after.numel() and result.untyped_storage().data_ptr() == after.untyped_storage().data_ptr():
+            if after.numel() and isinstance(result, Tensor) and _memory(result) == _memory(after):
                 report.fail("inputs", f"the result {label} shares memory with the argument {name}")
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _check_volume(me: Rank, dispatcher: Any, world: world_data.World, report: Report) -> None:

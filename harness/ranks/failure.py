@@ -121,10 +121,14 @@ def _hang(evidence: Evidence) -> Failure | None:
 
 
 def _timeout(evidence: Evidence) -> Failure | None:
-    for rank, beat in enumerate(evidence.beats):
-        if rank not in evidence.replies:
-            return Failure("timeout", rank, _where(beat), f"no result after {evidence.seconds:.1f} s")
-    return None
+    """A rank outside collectives before those that wait inside one, which may be waiting for it."""
+    late = [(beat.state == State.WAITING, rank) for rank, beat in enumerate(evidence.beats)
+            if rank not in evidence.replies]  # fmt: skip
+    if not late:
+        return None
+    waiting, rank = min(late)
+    busy = "" if waiting else ": it computes, or waits for something outside of collectives"
+    return Failure("timeout", rank, _where(evidence.beats[rank]), f"no result after {evidence.seconds:.1f} s{busy}")
 
 
 def _with_secondary(failure: Failure, evidence: Evidence) -> Failure:

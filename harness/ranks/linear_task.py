@@ -12,7 +12,7 @@ from torch import Tensor
 from harness.contracts import REJECTIONS
 from harness.errors import UsageError
 from harness.ranks.cases import LinearCase, parse_id
-from harness.ranks.loading import load
+from harness.ranks.loading import load_class
 from harness.ranks.results import Report, differing_rows
 from harness.ranks.worker import Rank
 from harness.ranks.world_data import TORCH_DTYPES
@@ -39,13 +39,13 @@ def kind_of(subject: Any) -> str:
 
 def kind(me: Rank, spec: dict[str, str], seed: int) -> str:
     """Task: which kind of layer spec["impl"] is."""
-    return kind_of(load("parallel_linear", spec["impl"]))
+    return kind_of(load_class("parallel_linear", spec["impl"]))
 
 
 def run(me: Rank, spec: dict[str, str], seed: int) -> dict[str, Any]:
     """Task: spec = {"impl": ..., "case": id}.  Returns a Report as plain data."""
     _, case = parse_id(spec["case"])
-    subject = load("parallel_linear", spec["impl"])
+    subject = load_class("parallel_linear", spec["impl"])
     report = Report(me.rank)
     if kind_of(subject) != case.kind:  # type: ignore[attr-defined]
         report.rejected = f"{spec['impl']} is {kind_of(subject)}, the case asks for {case.kind}"  # type: ignore

@@ -1,9 +1,17 @@
 """Finds an implementation by its spec in a worker; the class is kept, so that a case costs no import."""
 
 import functools
+import inspect
 from typing import Any
 
 from harness import contracts
+from harness.errors import UsageError
+
+# How the contract makes an object of each stage: positional arguments, and the names of the others.
+MADE_BY = {
+    "dispatcher": (("group",), ("num_experts", "owner")),
+    "parallel_linear": (("num_experts", "in_features", "out_features"), ("rank", "world_size", "dtype", "device")),
+}
 
 
 @functools.cache
@@ -15,3 +23,23 @@ def load(stage: str, spec: str) -> Any:
         CannotJudge: the module fails while it is imported.
     """
     return contracts.find(stage, spec)
+
+
+@functools.cache
+def load_class(stage: str, spec: str) -> Any:
+    """As `load`, for a class that the contract's arguments fit.
+
+    Raises:
+        UsageError: as `load`, and where it is no class, or one that takes other arguments.
+    """
+    subject, (positional, named) = load(stage, spec), MADE_BY[stage]
+    call = f"({', '.join([*positional, *(f'{name}=...' for name in named)])})"
+    if not callable(subject):
+        raise UsageError(f"{spec!r} is {type(subject).__name__}, but the stage {stage} takes a class, made by {call}")
+    try:
+        inspect.signature(subject).bind(*positional, **dict.fromkeys(named))
+    except TypeError as error:
+        raise UsageError(f"{spec!r} cannot be made by {call}, as the stage {stage} does: {error}") from None
+    except ValueError:  # built in C, nothing is known of its arguments
+        pass
+    return subject

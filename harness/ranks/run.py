@@ -12,6 +12,7 @@ from harness.ranks import cases, strategies
 from harness.ranks.judge import Verdict, judge, planned
 from harness.report import Result
 
+ENOUGH = 10  # cases that ended the ranks' processes; each costs new ones, and the verdict stands
 EXAMPLES = {"quick": 60, "full": 500, "exhaustive": 3000}
 
 
@@ -26,6 +27,7 @@ class RankRun(Run):
         self.worlds, self.backend = worlds, "nccl" if request.device == "cuda" else "gloo"
         self.keep = keep
         self.left: Counter[str] = Counter()  # cases of each check that are planned and not judged yet
+        self.broken = 0  # cases that ended the ranks' processes
 
     def parse(self, case_id: str) -> tuple[str, Case]:
         return cases.parse_id(case_id)
@@ -50,6 +52,9 @@ class RankRun(Run):
                 self._judge_one(case_id)
                 self.left[cases.parse_id(case_id)[0]] -= 1
                 self._keep_unfinished()
+                if self.broken >= ENOUGH:
+                    self.listener.note(f"stopped: {ENOUGH} cases have ended the ranks' processes")
+                    return self.result()
             self._search_ranks(examples)
             del self.left["property"]  # the search may end early; what it has to do is not a number of cases
         except KeyboardInterrupt:
@@ -79,6 +84,7 @@ class RankRun(Run):
     def _judge_one(self, case_id: str) -> Verdict:
         started = time.monotonic()
         verdict = judge(self.spec, case_id, backend=self.backend, budget=self.options.timeout)
+        self.broken += verdict.failure is not None
         self.take(as_answer(verdict, time.monotonic() - started))
         return verdict
 

@@ -17,9 +17,10 @@ from harness.ranks.cases import DispatcherCase
 from reference.dispatcher import Batch
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# Largest |x|.  Sums reach (|x| + 1) * (1 + ... + 10): 220 <= 2^8 in bf16, 1925 <= 2^11 in fp16; in fp32 the weights
-# have the remaining bits of 24 behind the point.
-LARGEST = {"fp32": 511, "fp16": 34, "bf16": 3}
+# Integers up to here are exact.  In fp32 the hidden states take 12 bits of the 24, so that half of them do not survive
+# fp16, and the weights what is left behind the point.
+EXACT = {"fp16": 2**11, "bf16": 2**8}
+LARGEST_FP32 = 4095
 TAG_COLUMNS = 6
 _EXPERT_FIELDS = ("owner", "signs", "permutations", "constants")
 
@@ -64,13 +65,18 @@ def build(case: DispatcherCase, *, replicated: bool = False) -> World:
 
 
 def _hidden(case: DispatcherCase, total: int, random: torch.Generator) -> Tensor:
-    largest = LARGEST[case.dtype]
+    largest = largest_hidden(case)
     hidden = torch.randint(-largest, largest + 1, (total, case.H), generator=random)
     hidden[:, :TAG_COLUMNS] = tags(total)
     hidden = hidden.to(TORCH_DTYPES[case.dtype])
     if case.ids == "nan" and total:
         hidden[total // 2, -1] = torch.nan  # one token of one rank; no other row may change
     return hidden
+
+
+def largest_hidden(case: DispatcherCase) -> int:
+    """Largest |x|: sums of k slots reach (|x| + 1) * (1 + ... + k)."""
+    return LARGEST_FP32 if case.dtype == "fp32" else EXACT[case.dtype] // (case.k * (case.k + 1) // 2) - 1
 
 
 def tags(total: int) -> Tensor:
@@ -91,8 +97,8 @@ def _weights(case: DispatcherCase, total: int, random: torch.Generator) -> Tenso
     order = torch.rand(total, case.k, generator=random).argsort(1) + 1.0
     if case.dtype != "fp32":
         return order
-    # As many bits behind the point as leave the largest sum exact: 14 for k = 1, 8 for k = 10.
-    unit = 2 ** (24 - math.ceil(math.log2((LARGEST["fp32"] + 1) * case.k * (case.k + 3) / 2)))
+    # As many bits behind the point as leave the largest sum exact: 11 for k = 1, 5 for k = 10.
+    unit = 2 ** (24 - math.ceil(math.log2((LARGEST_FP32 + 1) * case.k * (case.k + 3) / 2)))
     return order + (torch.randint(0, unit // 2, order.shape, generator=random) * 2 + 1) / unit
 
 

@@ -1,0 +1,73 @@
+"""Strangers' files: right is never failed, wrong never passed, and the message says who, where and why."""
+
+from pathlib import Path
+
+import pytest
+
+from harness.cases.request import Request
+from harness.engine import Options
+from harness.errors import HarnessError
+from harness.ranks import judge
+from harness.ranks.run import ENOUGH, judge_ranks
+from harness.report.results import verdict_of
+from suites.dispatcher.strangers import wrong
+
+FOLDER = Path(__file__).parent / "strangers"
+RIGHT = ("Padded", "Pickled", "Letters", "Overlapped", "Wide", "OneAtATime", "EvenOnly", "Same", "HalfOnly")
+
+
+LAYERS = ("MyColumnParallel", "MyReplicatedLinear", "RowSharded", "GateUpMergedColumn")
+
+
+def _judge(file: str, name: str, stage: str = "dispatcher") -> dict:
+    spec = f"{FOLDER / file}:{name}"
+    return judge_ranks(stage, spec, Request(), Options(timeout=5.0), (2, 3), None)
+
+
+def _first_message(name: str, stage: str) -> str:
+    """What is told first of a file that is wrong."""
+    spec = f"{FOLDER / 'wrong.py'}:{name}"
+    for case in judge.planned(stage, spec, (1, 2, 3)):
+        for finding in judge.judge(spec, case, budget=5.0).findings:
+            return finding["message"]
+    raise AssertionError(f"{name} survives")
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_right_is_passed(name: str) -> None:
+    result = _judge("right.py", name)
+    assert verdict_of(result) == "pass", [f["message"] for f in result["failures"][:3]]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_right_layers_are_passed(name: str) -> None:
+    result = _judge("right.py", name, "parallel_linear")
+    assert verdict_of(result) == "pass", [f["message"] for f in result["failures"][:3]]
+
+
+@pytest.mark.parametrize("name", wrong.SAID)
+def test_wrong_is_failed_with_its_cause(name: str) -> None:
+    told = _first_message(name, "dispatcher")
+    assert wrong.SAID[name] in told, told
+
+
+@pytest.mark.parametrize("name", wrong.SAID_OF_LAYERS)
+def test_wrong_layers_are_failed(name: str) -> None:
+    told = _first_message(name, "parallel_linear")
+    assert wrong.SAID_OF_LAYERS[name] in told, told
+
+
+def test_a_dispatcher_that_ends_every_process_ends_the_run() -> None:
+    """Each case would cost new processes; what was not judged is told."""
+    result = _judge("wrong.py", "Brittle")
+    assert verdict_of(result) == "fail" and len(result["failures"]) == ENOUGH
+    assert {"dense", "live"} <= {entry["what"] for entry in result["coverage"]["skipped"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("a_function", "num_experts"), ("A_NUMBER", "is int"), ("Positional", "num_experts"), ("Missing", "Missing")],
+)
+def test_what_the_contract_cannot_make_is_a_wrong_call(name: str, words: str) -> None:
+    with pytest.raises(HarnessError, match=words):
+        _judge("wrong.py", name)
