@@ -77,7 +77,12 @@ def test_what_the_faults_are_made_from_is_right(base: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "words"), [("parallel:Nothing", "does not exist"), ("harness.ranks.pool:Outcome", "of no known kind")]
+    ("spec", "words"),
+    [
+        ("parallel:Nothing", "does not exist"),
+        ("harness.ranks.pool:Outcome", "cannot be made by"),
+        ("suites.dispatcher.strangers.wrong:Nameless", "of no known kind"),
+    ],
 )
 def test_what_cannot_be_judged_is_a_usage_error(spec: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):

@@ -92,7 +92,7 @@ def measure(block: Block, x: Tensor, chosen: Choice, expected: Tensor, graph: bo
     if not float(error) < WRONG:
         raise RuntimeError(f"the result is wrong by {float(error):.3g} of the largest element")
     iterations = 30 if len(x) <= 8192 else 10
-    entry: dict[str, Any] = {"error": float(error), "eager_us": median_us(lambda: block(x), iterations)}
+    entry: dict[str, Any] = {"error": float(error), "eager_us": median_us(lambda: block(x), iterations, warmup=10)}
     if graph:
         try:
             entry["graph_us"] = median_us(captured(lambda: block(x))[0].replay, 50 if len(x) <= 8192 else 10)

@@ -320,6 +320,10 @@ class RowLikeReplicated(MyReplicatedLinear):
         return keep
 
 
+class Nameless(MyColumnParallel):
+    """Which layer is it?"""
+
+
 SAID_OF_LAYERS = {
     "InterleavedColumn": "",
     "SilentRow": "should be 'partial'",

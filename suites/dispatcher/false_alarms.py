@@ -1,0 +1,79 @@
+"""Count false alarms over many ranks: right dispatchers and layers on random cases of worlds 1, 2 and 4.
+
+    python -m suites.dispatcher.false_alarms --cases 5000 --json docs/false_alarms_ranks.json
+
+With n cases and no alarm the rate is below 3 / n at 95 % confidence.
+"""
+
+import argparse
+import json
+import random
+import time
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+
+from harness.ranks import cases, judge
+from harness.ranks.cases import DTYPES, LinearCase
+from suites.dispatcher.subjects import REGISTERED
+
+WORLDS = (1, 2, 4)
+STRANGERS = Path(__file__).with_name("strangers") / "right.py"
+DISPATCHERS = (
+    *REGISTERED,
+    *(f"{STRANGERS}:{name}" for name in ("Padded", "Pickled", "Letters", "Overlapped", "Wide", "OneAtATime", "Same")),
+)
+LINEARS = {
+    "replicated": ("parallel:Replicated", f"{STRANGERS}:MyReplicatedLinear"),
+    "column": ("parallel:ColumnParallel", f"{STRANGERS}:MyColumnParallel"),
+    "merged_column": ("parallel:MergedColumnParallel", f"{STRANGERS}:GateUpMergedColumn"),
+    "row": ("parallel:RowParallel", f"{STRANGERS}:RowSharded"),
+}
+
+
+def drawn(rng: random.Random) -> tuple[str, str]:
+    """(implementation, case id); one case in four is a layer."""
+    if rng.random() < 0.75:
+        return rng.choice(DISPATCHERS), cases.case_id(rng.choice(cases.CHECKS["dispatcher"]), cases.draw(rng, WORLDS))
+    ranks, experts, kind = rng.choice(WORLDS), rng.randint(1, 5), rng.choice(list(LINEARS))
+    case = LinearCase(
+        R=ranks,
+        E=experts,
+        K=ranks * rng.randint(1, 9),
+        N=ranks * rng.randint(1, 9),
+        S="+".join(str(rng.choice([0, 0, 1, 2, 5, 16])) for _ in range(experts)),
+        kind=kind,
+        dtype=rng.choice(DTYPES),
+        seed=rng.randrange(10**6),
+    )
+    return rng.choice(LINEARS[kind]), cases.case_id("shard", case)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="False alarms over many ranks.")
+    parser.add_argument("--cases", type=int, default=5000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    rng, alarms, counts, start = random.Random(given.seed), [], Counter(), time.monotonic()
+    for number in range(given.cases):
+        spec, case = drawn(rng)
+        verdict = judge.judge(spec, case)
+        outcome = "failed" if verdict.findings else "refused" if verdict.unsupported else "passed"
+        counts[f"{case.split('/')[0]} {outcome}"] += 1
+        alarms += [{"impl": spec, "case": case, "told": f["message"]} for f in verdict.findings]
+        if number % 500 == 499:
+            print(
+                f"{number + 1} cases, {time.monotonic() - start:.0f} s, {dict(counts)}, {len(alarms)} alarms",
+                flush=True,
+            )
+    command = f"python -m suites.dispatcher.false_alarms --cases {given.cases} --seed {given.seed}"
+    found = {"command": command, "torch": version("torch"), "worlds": WORLDS, "implementations": len(DISPATCHERS) + 8,
+             "cases": given.cases, "outcomes": dict(sorted(counts.items())), "alarms": alarms}  # fmt: skip
+    if given.json is not None:
+        text = json.dumps(found, indent=1).replace(str(STRANGERS), "suites/dispatcher/strangers/right.py")
+        given.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
