@@ -211,7 +211,7 @@ def _time_batch(subjects: list[Subject], batch: Batch, tokens: int, rounds: int)
 def _add_floor(timing: Timing, batch: Batch, report: Report) -> None:
     floors = {
         "bytes": batch.bytes / report.copy_bandwidth,
-        "operations": batch.flops / report.matrix_rate,
+        "flops": batch.flops / report.matrix_rate,
         "launch": report.launch,
     }
     timing.bound_by = max(floors, key=lambda name: floors[name])

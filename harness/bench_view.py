@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from harness.bench import Report, Timing
@@ -10,31 +11,58 @@ from harness.bench import Report, Timing
 
 def table(report: Report) -> Table:
     """One row per number of tokens and implementation: time, spread, ratio to the first, time over floor."""
-    ceilings = (
-        f"ceilings of this run: copy {report.copy_bandwidth / 1e6:.2f} TB/s, "
-        f"product {report.matrix_rate / 1e6:.0f} TFLOP/s, launch {report.launch:.2f} us"
-    )
-    out = Table(title=report.title, caption=ceilings)
-    for name in ("tokens", "implementation", "time us", "spread", "over first", "over floor", "of floor", "bound by"):
-        out.add_column(name, justify="left" if name in ("implementation", "bound by") else "right")
+    out = Table(box=box.SIMPLE, title=report.title, caption=ceilings(report))
+    for name in ("tokens", "", "time us", "spread", "/ first", "/ floor", "of floor"):
+        out.add_column(name, justify="right", no_wrap=True)
+    out.add_column("bound by", no_wrap=True)
+    numbers = {spec: n for n, spec in enumerate(dict.fromkeys(t.spec for t in report.timings), 1)}
     for tokens in dict.fromkeys(t.tokens for t in report.timings):
         rows = [t for t in report.timings if t.tokens == tokens]
         for timing in rows:
-            out.add_row(*_cells(timing, rows[0]))
-        out.add_section()
+            shown = str(tokens) if timing is rows[0] else ""
+            out.add_row(shown, f"[{numbers[timing.spec]}]", *_cells(timing, rows[0]))
     return out
+
+
+def legend(report: Report) -> str:
+    """The implementations by the numbers that the table gives them."""
+    specs = dict.fromkeys(t.spec for t in report.timings)
+    return "\n".join(f"[{n}] {spec}" for n, spec in enumerate(specs, 1))
+
+
+def ceilings(report: Report) -> str:
+    """What this machine reached in the same run."""
+    return (
+        f"ceilings of this run: copy {report.copy_bandwidth / 1e6:.2f} TB/s, "
+        f"product {report.matrix_rate / 1e6:.0f} TFLOP/s, launch {report.launch:.2f} us"
+    )
+
+
+def remarks(report: Report) -> list[str]:
+    """What was timed call by call, and what was not timed and why."""
+    told = []
+    for spec in dict.fromkeys(t.spec for t in report.timings):
+        own = [t for t in report.timings if t.spec == spec]
+        eager = [t.tokens for t in own if t.median and not t.captured]
+        if eager:
+            told.append(f"{spec} was not captured in a graph but timed call by call at {_listed(eager)} tokens")
+        for reason in dict.fromkeys(t.refused.split(". ")[0] for t in own if t.refused):
+            at = [t.tokens for t in own if t.refused.startswith(reason)]
+            told.append(f"{spec} was not timed at {_listed(at)} tokens: it {reason}")
+    return told
+
+
+def _listed(tokens: list[int]) -> str:
+    return f"{tokens[0]} to {tokens[-1]}" if len(tokens) > 2 else " and ".join(map(str, tokens))
 
 
 def _cells(timing: Timing, first: Timing) -> list[str]:
     if timing.refused:
-        return [str(timing.tokens), timing.spec, "-", "", "", "", "", timing.refused]
+        return ["-"]
     first_ratio = f"{timing.median / first.median:.2f}" if first.median else "-"
     over = timing.median / timing.floor
-    return [
-        str(timing.tokens), timing.spec if timing.captured else f"{timing.spec} (not captured)",
-        f"{timing.median:.1f}", f"{timing.low:.1f} to {timing.high:.1f}", first_ratio, f"{over:.2f}", f"{1 / over:.0%}",
-        timing.bound_by,
-    ]  # fmt: skip
+    spread = f"{timing.low:.1f}..{timing.high:.1f}"
+    return [f"{timing.median:.1f}", spread, first_ratio, f"{over:.2f}", f"{1 / over:.0%}", timing.bound_by]
 
 
 def picture(report: Report, path: Path) -> None:

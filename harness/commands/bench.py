@@ -44,8 +44,8 @@ def bench(
     _require(picture)
     from harness import bench as library
     from harness.bench_data import Layer
+    from harness.bench_view import legend, remarks, table
     from harness.bench_view import picture as draw
-    from harness.bench_view import table
 
     try:
         report = library.bench(
@@ -55,7 +55,10 @@ def bench(
         )  # fmt: skip
     except RuntimeError as error:
         raise CannotJudge(f"nothing was timed: {error}") from error
-    Console().print(table(report))
+    console = Console()
+    console.print(legend(report), table(report), sep="\n", highlight=False, markup=False)
+    for remark in remarks(report):
+        console.print(remark, highlight=False, markup=False)
     if json is not None:
         json.write_text(report.as_json())
     if picture is not None:

@@ -6,6 +6,7 @@ python -m suites.performance.figures            rewrites the README's tables and
 from pathlib import Path
 
 from harness.bench import Report, Timing
+from harness.bench_view import remarks
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "suites/performance/data"
@@ -51,24 +52,7 @@ def experts_table(report: Report) -> list[str]:
     lines = header("tokens", *tokens)
     for spec, timings in specs.items():
         lines.append(row(f"`{spec}`", *(over_floor(timings[t]) for t in tokens)))
-    return [*lines, "", *remarks(specs)]
-
-
-def remarks(specs: dict[str, dict[int, Timing]]) -> list[str]:
-    """What was timed call by call, and what was not timed and why."""
-    told = []
-    for spec, timings in specs.items():
-        eager = [t.tokens for t in timings.values() if t.median and not t.captured]
-        if eager:
-            told.append(f"- `{spec}` cannot be captured in a graph: timed call by call at {listed(eager)} tokens.")
-        for reason in dict.fromkeys(t.refused.split(". ")[0] for t in timings.values() if t.refused):
-            at = [t.tokens for t in timings.values() if t.refused.startswith(reason)]
-            told.append(f"- `{spec}` at {listed(at)} tokens: {reason}.")
-    return told
-
-
-def listed(tokens: list[int]) -> str:
-    return f"{tokens[0]} to {tokens[-1]}" if len(tokens) > 2 else " and ".join(map(str, tokens))
+    return [*lines, "", *(f"- {remark}" for remark in remarks(report))]
 
 
 def models_table(reports: list[Report]) -> list[str]:
