@@ -11,8 +11,8 @@ from harness.bench import Report, Timing
 
 def table(report: Report) -> Table:
     """One row per number of tokens and implementation: time, spread, ratio to the first, time over floor."""
-    out = Table(box=box.SIMPLE, title=report.title, caption=ceilings(report))
-    for name in ("tokens", "", "time us", "spread", "/ first", "/ floor", "of floor"):
+    out = Table(box=box.SIMPLE, padding=(0, 0, 0, 1), title=report.title, caption=ceilings(report))
+    for name in ("tokens", "", "time us", "spread", "/first", "/floor", "of floor"):
         out.add_column(name, justify="right", no_wrap=True)
     out.add_column("bound by", no_wrap=True)
     numbers = {spec: n for n, spec in enumerate(dict.fromkeys(t.spec for t in report.timings), 1)}

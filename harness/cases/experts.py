@@ -226,6 +226,10 @@ def _cuda_cases(request: Request) -> dict[str, Sequence[Case]]:
         ExpertsCase(T=tokens, H=256, I=128, E=16, k=4, dtype=dtype, map=kind)
         for tokens in (1, 8, 64) for dtype in request.dtypes for kind in ("none", "block")
     ]  # fmt: skip
+    # what is captured may be a simpler way than what is called
+    small += [
+        ExpertsCase(T=t, H=256, I=128, E=16, k=4, dtype=last, activation="gelu_tanh", masked="some") for t in (1, 64)
+    ]
     # 2^31 elements are passed in the weights, in the activations and in the routed rows; 5 to 13 GB each.
     large = [
         ExpertsCase(T=16, H=4096, I=1024, E=300, k=8, routing="last", data="exact", dtype=last),

@@ -170,6 +170,7 @@ def _laws(request: Request) -> Iterator[Case]:
 
 def _cuda_cases(request: Request) -> dict[str, Sequence[Case]]:
     small = [RouterCase(T=tokens, dtype=dtype) for tokens in (1, 8, 64) for dtype in request.dtypes]
+    small.append(RouterCase(T=9, E=64, scoring="sigmoid", bias="small", groups="8x4", scale=2.5))
     return {
         "graph_replay": small,
         "side_stream": small,

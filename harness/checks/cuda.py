@@ -10,7 +10,7 @@ from harness.checks.plain import plain
 from harness.findings import Record
 from harness.memory import poison_value
 from harness.stages.call import Call
-from harness.trial import Rejected, Trial
+from harness.trial import Broken, Rejected, Trial
 
 REPLAYS = 12
 SLEEP_CYCLES = 20_000_000  # about 10 ms at 2 GHz: far longer than a launch, so that a wrong stream runs ahead
@@ -48,8 +48,14 @@ def _capture(trial: Trial, call: Call):
             trial.launch(call, wait=False)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph):
-        result = trial.launch(call, wait=False)
+    try:
+        with torch.no_grad(), torch.cuda.graph(graph):
+            result = trial.launch(call, wait=False)
+    except Rejected:
+        raise
+    except Exception as error:  # ending a capture that failed raises an error of its own over what failed in it
+        cause = error.__context__ or error
+        raise Broken(f"is declared graph_capturable, but cannot be captured: {cause}") from error
     return graph, result
 
 

@@ -66,7 +66,7 @@ def test_on_a_gpu_a_resumed_run_times_only_what_is_missing(tmp_path: Path) -> No
     log, out = tmp_path / "log", tmp_path / "tuned.json"
     tune.tune(SHAPE, [1], log, out, processes=2)
     lines = log.read_text().splitlines()
-    assert len(lines) == len(candidates(1))
+    assert len(lines) == len(set(candidates(1)))
     log.write_text("\n".join(lines[:-2]) + "\n")
     again = tune.tune(SHAPE, [1], log, out, processes=2)
     assert log.read_text().splitlines()[:-2] == lines[:-2] and len(log.read_text().splitlines()) == len(lines)
