@@ -58,7 +58,7 @@ def _few_gate_up(
         col = n0 + tl.arange(0, BN)
         at = act + slot.to(tl.int64) * WIDTH + row[:, None] * 0 + col[None, :]
         mask = (row == 0)[:, None] & (col < WIDTH)[None, :]
-        tl.store(at, narrow(gated(g, u, GELU), act.dtype.element_ty, WIDEN), mask=mask)
+        tl.store(at, narrow(gated(g, u, GELU, act.dtype.element_ty), act.dtype.element_ty, WIDEN), mask=mask)
 
 
 @triton.jit

@@ -79,9 +79,9 @@ def _linear(
     else:
         after_previous(PDL)
         let_next_start(PDL)
-        rows, starts, row_tiles, ends = expert_runs(counts, c_e, E, n_blocks, BLOCK_E, BM)
+        rows, ends = expert_runs(counts, c_e, E, n_blocks, BLOCK_E, BM, 0)
         for tile in tl.range(tl.program_id(0), tl.max(ends, 0), tl.num_programs(0), flatten=FLAT):
-            e, count, start, m, n = find_tile(tile, rows, starts, row_tiles, ends, n_blocks, BLOCK_E, GROUP)
+            e, count, start, m, n = find_tile(tile, counts, c_e, rows, ends, n_blocks, BM, 0, GROUP)
             if TAIL and count - m * BM <= BM // 2:
                 _linear_tile(
                     a_half, w, bias, y, slots, e, count, start, m * BM, n * BN, K, N, a_row, a_col, w_e, w_n, w_k,

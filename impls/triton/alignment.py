@@ -8,8 +8,9 @@ Masked slots (id -1, or an expert that lives elsewhere) appear nowhere.  The ord
 the same in every run.  There is no padding: the grouped products find their row tiles from `counts`, so nothing has
 to be known on the host and the launches can be captured in a CUDA graph.
 
-Up to ONE_LAUNCH slots one program per expert reads all ids; beyond, two launches: histograms of chunks, then each part
-of a chunk places its slots from the histograms before it, ranking them by comparing all pairs of the part.
+Up to ONE_LAUNCH slots one program per expert reads all ids.  Beyond, three launches over parts of the slots, one warp
+each: count the slots of each expert in a part, sum the counts of the parts before, place the slots, ranking those of a
+part by comparing all its pairs.
 """
 
 import torch
@@ -21,7 +22,8 @@ from impls.triton._common import after_previous, early_start, let_next_start, on
 
 __all__ = ["align"]
 
-ONE_LAUNCH = 8192
+ONE_LAUNCH = 4096
+COLUMNS = 4  # experts of one program that sums up parts
 
 
 @triton.jit
@@ -65,52 +67,58 @@ def _align_small(
 
 
 @triton.jit
-def _count_chunks(
+def _count_parts(
     ids, emap, table, S, top_k, id_row, id_col, map_len, E,
-    HAS_MAP: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_MAP: tl.constexpr, BLOCK_E: tl.constexpr, PART: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program c: histogram of chunk c over the experts, one row of `table`; masked slots fall into bin E."""
-    chunk = tl.program_id(0)
-    slot = chunk * BLOCK + tl.arange(0, BLOCK)
+    """Program p: how many slots of part p each expert has, one row of `table`."""
+    let_next_start(PDL)
+    part = tl.program_id(0)
+    slot = part * PART + tl.arange(0, PART)
     e = local_expert(ids, emap, slot, slot < S, top_k, id_row, id_col, map_len, E, HAS_MAP)
-    bins = tl.histogram(tl.where(e < 0, E, e), BLOCK_E)
-    tl.store(table + chunk * BLOCK_E + tl.arange(0, BLOCK_E), bins)
+    bins = tl.histogram(tl.maximum(e, 0), BLOCK_E, mask=e >= 0)
+    tl.store(table + part.to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E), bins)
 
 
 @triton.jit
-def _place_chunks(
-    ids, emap, table, slots, counts, S, top_k, id_row, id_col, map_len, E, chunks,
-    HAS_MAP: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """Program (c, p): place part p of chunk c behind lower experts, earlier chunks and earlier parts."""
+def _sum_parts(
+    table, counts, E, parts, BLOCK_E: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr
+):
+    """Program c: replace each count of COLUMNS experts by the sum of those above it; their totals go to `counts`."""
     after_previous(PDL)
     let_next_start(PDL)
-    chunk, part = tl.program_id(0), tl.program_id(1)
-    experts = tl.arange(0, BLOCK_E)
-    total = tl.zeros((BLOCK_E,), tl.int32)
-    before = tl.zeros((BLOCK_E,), tl.int32)
-    for first in range(0, chunks, ROWS):
-        c = first + tl.arange(0, ROWS)
-        rows = tl.load(table + c[:, None] * BLOCK_E + experts[None, :], mask=(c < chunks)[:, None], other=0)
-        total += tl.sum(rows, 0)
-        before += tl.sum(tl.where((c < chunk)[:, None], rows, 0), 0)
-    starts = tl.cumsum(total, 0) - total
-    first_program = (experts < E) & (chunk + part == 0)
-    tl.store(counts + experts, total, mask=first_program)
-    tl.store(counts + E + experts, starts, mask=first_program)
-    whole = tl.arange(0, BLOCK)
-    slot = chunk * BLOCK + whole
-    earlier = (slot < S) & (whole < part * PART)
-    e = local_expert(ids, emap, slot, earlier, top_k, id_row, id_col, map_len, E, HAS_MAP)
-    before += tl.histogram(tl.where(e < 0, E, e), BLOCK_E)
-    free = starts + before  # the next free position of each expert
+    e = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((COLUMNS,), tl.int32)
+    for first in range(0, parts, ROWS):
+        part = first + tl.arange(0, ROWS)
+        at = table + part[:, None].to(tl.int64) * BLOCK_E + e[None, :]
+        inside = (part < parts)[:, None]
+        bins = tl.load(at, mask=inside, other=0)
+        tl.store(at, total[None, :] + tl.cumsum(bins, 0) - bins, mask=inside)
+        total += tl.sum(bins, 0)
+    tl.store(counts + e, total, mask=e < E)
+
+
+@triton.jit
+def _place_parts(
+    ids, emap, table, slots, counts, S, top_k, id_row, id_col, map_len, E,
+    HAS_MAP: tl.constexpr, BLOCK_E: tl.constexpr, PART: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program p: the slots of part p go behind those of lower experts and those of earlier parts."""
+    part = tl.program_id(0)
     lane = tl.arange(0, PART)
-    slot = chunk * BLOCK + part * PART + lane
+    slot = part * PART + lane
     e = local_expert(ids, emap, slot, slot < S, top_k, id_row, id_col, map_len, E, HAS_MAP)
-    binned = tl.where(e < 0, E, e)
-    same = (binned[:, None] == binned[None, :]) & (lane[None, :] < lane[:, None])
-    tl.store(slots + tl.gather(free, binned, 0) + tl.sum(same.to(tl.int32), 1), slot, mask=e >= 0)
+    earlier = (e[:, None] == e[None, :]) & (lane[None, :] < lane[:, None])
+    rank = tl.sum(earlier.to(tl.int32), 1)
+    after_previous(PDL)
+    let_next_start(PDL)
+    experts = tl.arange(0, BLOCK_E)
+    total = tl.load(counts + experts, mask=experts < E, other=0)
+    starts = tl.cumsum(total, 0) - total
+    tl.store(counts + E + experts, starts, mask=experts + part * BLOCK_E < E)  # the first program only
+    free = starts + tl.load(table + part.to(tl.int64) * BLOCK_E + experts)
+    tl.store(slots + tl.gather(free, tl.maximum(e, 0), 0) + rank, slot, mask=e >= 0)
 
 
 def align(topk_ids: Tensor, num_experts: int, expert_map: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -143,14 +151,14 @@ def align(topk_ids: Tensor, num_experts: int, expert_map: Tensor | None = None) 
                 topk_ids, emap, slots, counts, *shared, HAS_MAP=has_map, BLOCK=block, PDL=early, num_warps=warps
             )
             return counts, slots
-        chunk, part = (1024, 128) if total <= 32768 else (2048, 256)
-        block_e, chunks = triton.next_power_of_2(num_experts + 1), triton.cdiv(total, chunk)
-        table = torch.empty(chunks, block_e, dtype=torch.int32, device=topk_ids.device)
-        flags = {"HAS_MAP": has_map, "BLOCK_E": block_e, "BLOCK": chunk}
-        _count_chunks[(chunks,)](topk_ids, emap, table, *shared, **flags)
-        _place_chunks[(chunks, chunk // part)](
-            topk_ids, emap, table, slots, counts, *shared, chunks, **flags,
-            PART=part, ROWS=max(1, 4096 // block_e), PDL=early, launch_pdl=early,
-            num_warps=part // 32,
+        part = 64 if total <= 32768 else 128
+        parts, block_e = triton.cdiv(total, part), max(COLUMNS, triton.next_power_of_2(num_experts))
+        table = torch.empty(parts, block_e, dtype=torch.int32, device=topk_ids.device)
+        flags = {"HAS_MAP": has_map, "BLOCK_E": block_e, "PART": part, "PDL": early, "num_warps": 1}
+        _count_parts[(parts,)](topk_ids, emap, table, *shared, **flags)
+        _sum_parts[(block_e // COLUMNS,)](
+            table, counts, num_experts, parts, BLOCK_E=block_e, COLUMNS=COLUMNS,
+            ROWS=min(1024, triton.next_power_of_2(parts)), PDL=early, launch_pdl=early, num_warps=8,
         )  # fmt: skip
+        _place_parts[(parts,)](topk_ids, emap, table, slots, counts, *shared, **flags, launch_pdl=early)
     return counts, slots

@@ -59,8 +59,9 @@ class Tiling:
     `waves`: the grid in programs per multiprocessor (0: one program per possible tile).  `tma`: read tiles through the
     copy engine where the layout allows.  `swap`: compute the tile transposed, weights first.  `flat`: make one loop of
     the loops over tiles and over k, so that the next tile is being read while this one is written.  `tail`: give the
-    last rows of an expert a tile of half the height where they fit.  `by_expert`: a program takes all rows of one
-    expert, and finds its tile with one load.
+    last rows of an expert a tile of half the height where they fit.  `extra`: let the last tile of an expert have up to
+    that many rows more, so that its weights are read once for both (first product only).  `by_expert`: a program takes
+    all rows of one expert, and finds its tile with one load.
     """
 
     m: int
@@ -74,6 +75,7 @@ class Tiling:
     swap: bool = False
     flat: bool = False
     tail: bool = False
+    extra: int = 0
     by_expert: bool = False
 
 

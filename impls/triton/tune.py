@@ -74,7 +74,10 @@ def candidates(kind: str, rows: float) -> Iterator[Tiling | Walk]:
     parts = 2 if kind == "gate_up" else 1
     for tiling in (*_streaming(rows), *_middle(rows), *_large(rows)):
         tile = Tiling(**{**asdict(tiling), "n": tiling.n * 2 // parts})
-        if (parts * tile.n + tile.m) * tile.k * 2 * tile.stages <= SHARED_MEMORY - 4096 and tile.n <= 256:
+        if tile.extra and parts == 1:
+            continue
+        rows_read = parts * tile.n + tile.m + tile.extra
+        if rows_read * tile.k * 2 * tile.stages <= SHARED_MEMORY - 2048 and tile.n <= 256:
             yield tile
 
 
@@ -105,6 +108,10 @@ def _middle(rows: float) -> Iterator[Tiling]:
                 yield Tiling(m, n, k, stages=stages, warps=4)
                 yield Tiling(m, n, k, stages=stages, warps=8)
             yield Tiling(m, n, k, stages=stages, warps=4, by_expert=True)
+        for extra in (16, 32):
+            yield Tiling(m, 64, 64, warps=4, stages=3, swap=True, extra=extra)
+            yield Tiling(m, 64, 64, warps=4, stages=4, swap=True, extra=extra)
+        yield Tiling(m, 64, 64, warps=4, stages=4, waves=2, flat=True)
     yield Tiling(64, 64, 64, warps=4, tail=True)
     yield Tiling(128, 64, 64, warps=4, tail=True)
 
@@ -122,6 +129,10 @@ def _large(rows: float) -> Iterator[Tiling]:
             yield Tiling(m, n, k, 8, warps, stages, waves=2 if warps == 4 else 1, flat=True)
         if warps == 8:
             yield Tiling(m, n, k, 2, warps, stages)
+    yield Tiling(128, 64, 64, warps=4, stages=3, swap=True, extra=32)
+    yield Tiling(128, 128, 64, 8, 8, 4, extra=64)
+    yield Tiling(128, 128, 64, 2, 8, 4, tail=True)
+    yield Tiling(128, 128, 64, 16, 8, 4, waves=1)
 
 
 def time_in_graph(calls: list[Callable[[], object]], rounds: int = 7, at_least_us: float = 600.0) -> list[float]:

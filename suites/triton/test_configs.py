@@ -37,7 +37,7 @@ def cut_down(entry: configs.Entry) -> configs.Entry:
     if entry.walk is not None:
         return configs.Entry(walk=configs.Walk(up_n=16, up_k=32, down_n=16, down_k=32))
     small = {"m": 16, "n": 16, "k": 32, "tma": False, "tail": False, "group": 8, "warps": 4, "stages": 3}
-    tilings = (replace(t, waves=min(t.waves, 1), **small) for t in (entry.gate_up, entry.down))
+    tilings = (replace(t, waves=min(t.waves, 1), extra=min(t.extra, 16), **small) for t in (entry.gate_up, entry.down))
     return configs.Entry(None, *tilings)
 
 
@@ -94,6 +94,26 @@ def test_entry_is_right_cold_and_warm(name: str) -> None:
         f"{name} is {worst(cold, batch):.1f} sigma off, but should be within {limit:.1f}"
     )
     assert worst(between, other) <= limit, f"{name} is {worst(between, other):.1f} sigma off on the second batch"
+
+
+HEIGHTS = {
+    "half a tile": configs.Tiling(64, 16, 32, tail=True),
+    "extra rows": configs.Tiling(16, 16, 32, extra=16),
+    "extra rows, swapped": configs.Tiling(16, 16, 32, extra=16, swap=True),
+    "extra rows or half a tile, by expert": configs.Tiling(32, 16, 32, extra=16, tail=True, by_expert=True),
+    "extra rows, paired, persistent": configs.Tiling(64, 16, 32, extra=64, waves=1),
+}
+
+
+@pytest.mark.parametrize("rows", [17, 33, 65])
+@pytest.mark.parametrize("name", HEIGHTS)
+def test_tiles_of_every_height(name: str, rows: int) -> None:
+    """One expert with as many rows as end a tile, fill the rows beside it, or go one past them."""
+    batch = layer(rows)
+    batch[-1][:] = torch.tensor([0, *[-1] * (TOP_K - 1)], device=DEVICE)
+    entry = configs.Entry(gate_up=HEIGHTS[name], down=configs.Tiling(16, 32, 32))
+    result = run_entry(entry, *batch, "silu", None, batch[-1].numel())
+    assert worst(result, batch) <= rounding.max_limit()
 
 
 def test_nearest_entry_has_the_rows_per_expert() -> None:
