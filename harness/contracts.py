@@ -77,9 +77,9 @@ class Declarations:
     def of(cls, function: Callable) -> "Declarations":
         """Read the attributes of `function`; a value outside the contract is a UsageError that names it."""
         found = {name: getattr(function, name) for name in cls.__dataclass_fields__ if hasattr(function, name)}
-        found.pop("explicit", None)
+        found = {name: value for name, value in found.items() if value is not None and name != "explicit"}
         for name, known in (("dtypes", DTYPES), ("devices", DEVICES), ("rounds", DECLARED_ROUNDINGS)):
-            if name in found and found[name] is not None:
+            if name in found:
                 found[name] = _names(name, found[name], known)
         for name in ("deterministic", "batch_invariant", "graph_capturable"):
             if name in found and not isinstance(found[name], bool):
@@ -96,6 +96,8 @@ def _names(attribute: str, value: Any, known: tuple[str, ...]) -> tuple[str, ...
     for name in names:
         if name not in known:
             raise UsageError(f"the attribute {attribute!r} holds {name!r}, but should hold only {', '.join(known)}")
+    if not names and attribute != "rounds":
+        raise UsageError(f"the attribute {attribute!r} is empty, but should hold some of {', '.join(known)}")
     return names
 
 
@@ -141,9 +143,10 @@ def load(stage: str, spec: str) -> Subject:
     """
     check_stage(stage)
     function = find(stage, spec)
-    if not callable(function):
+    if not callable(function) or isinstance(function, type):
+        kind = "a class" if isinstance(function, type) else type(function).__name__
         raise UsageError(
-            f"{spec!r} is {type(function).__name__}, but should be a function with the signature\n"
+            f"{spec!r} is {kind}, but should be a function (or an object that can be called) with the signature\n"
             f"  {stage}{SIGNATURES[stage]}"
         )
     return Subject(stage, spec, function, Declarations.of(function), _check_signature(stage, spec, function))
@@ -267,8 +270,14 @@ class _telling_import_errors:
 
 
 def _attribute(spec: str, module: Any, attribute: str) -> Any:
-    if hasattr(module, attribute):
-        return getattr(module, attribute)
+    """`attribute` of the module; `Class.method` too."""
+    found = module
+    for name in attribute.split("."):
+        if not hasattr(found, name):
+            break
+        found = getattr(found, name)
+    else:
+        return found
     functions = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
     raise UsageError(f"implementation {spec!r}: {unknown('attribute', attribute, functions)}")
 

@@ -27,5 +27,7 @@ class CannotJudge(HarnessError):
 def unknown(kind: str, got: str, wanted: list[str]) -> UsageError:
     """The message for a name that does not exist, with the nearest names that do."""
     near = get_close_matches(got, wanted, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else "known: " + ", ".join(sorted(wanted))
+    hint = (
+        f"did you mean {' or '.join(repr(n) for n in near)}?" if near else f"known: {', '.join(sorted(wanted)) or '-'}"
+    )
     return UsageError(f"{kind} {got!r} does not exist; {hint}")

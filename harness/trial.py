@@ -49,7 +49,9 @@ class Trial:
             Rejected: NotImplementedError, ValueError or TypeError (any exception at all on an optional case).
             Broken: another exception, an input that was written to, or a result of another form.
         """
+        before = {name: dict(value) for name, value in call.args.items() if isinstance(value, dict)}
         result = self.launch(call)
+        _check_entries(before, call.args)
         modified = call.arena.violations()
         if modified:
             operand, what = modified[0]
@@ -134,6 +136,15 @@ def right_result(call: Call, declared: tuple[str, ...] | None) -> Bound | Tensor
     if hasattr(stage, "compare"):  # the router's choice is a set
         return None
     return stage.exact_value(call) if call.case.data == "exact" else stage.expect(call, declared)
+
+
+def _check_entries(before: dict[str, dict], after: dict[str, Any]) -> None:
+    """Raises Broken where an entry of a dict among the inputs was set, replaced or taken out."""
+    for name, entries in before.items():
+        now = after[name]
+        for key in {**entries, **now}:
+            if key not in now or key not in entries or entries[key] is not now[key]:
+                raise Broken(f"the input {name} was modified in its entry {key!r}, but no input may be written")
 
 
 def _first_line(error: BaseException) -> str:

@@ -39,6 +39,13 @@ bad_declaration.rounds = ("everything",)
 def other(hidden_states, weights): ...
 def plain(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids):
     return right(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids)
+class Box:
+    def __init__(self, *args): ...
+    @staticmethod
+    def run(*args, **kw): return right(*args, **kw)
+Box.run.dtypes = None
+def nowhere(*args, **kw): return right(*args, **kw)
+nowhere.dtypes = ()
 not_a_function = 3
 """
 
@@ -115,6 +122,10 @@ def test_declared_dtypes_are_the_ones_judged(kernels):
     assert judge(kernels, "only_bf16", "--dtype", "fp32").returncode == 3
 
 
+def test_a_function_inside_a_class_is_found_and_none_declares_nothing(kernels):
+    assert judge(kernels, "Box.run", "--dtype", "fp16").returncode == 0
+
+
 def test_missing_keywords_are_unsupported_where_they_matter(kernels):
     done = judge(kernels, "plain", "--json", "plain.json")
     assert done.returncode == 0
@@ -132,7 +143,9 @@ def test_missing_keywords_are_unsupported_where_they_matter(kernels):
         (("--stage", "experts", "--impl", "kernel.py"), 2, "kernel.py:FUNCTION"),
         (("--stage", "experts", "--impl", "kernel.py:other"), 2, "wanted: experts("),
         (("--stage", "experts", "--impl", "kernel.py:not_a_function"), 2, "should be a function"),
+        (("--stage", "experts", "--impl", "kernel.py:Box"), 2, "is a class"),
         (("--stage", "experts", "--impl", "kernel.py:bad_declaration"), 2, "'everything'"),
+        (("--stage", "experts", "--impl", "kernel.py:nowhere"), 2, "'dtypes' is empty"),
         (("--stage", "experts", "--impl", "broken.py:f"), 3, "ZeroDivisionError"),
         (("--stage", "experts", "--impl", "syntax.py:f"), 3, "syntax.py:1"),
         (("--stage", "experts", "--impl", "dies.py:f"), 3, "exit status 7"),

@@ -44,6 +44,20 @@ def test_a_process_killer_is_a_failure_beside_passed_cases(name, folder):
     assert result["coverage"]["executed"] + sum(counted.values()) == result["checks"][0]["cases"]
 
 
+def test_a_dict_among_the_inputs_may_not_be_changed(folder):
+    code = """
+from reference.moe_block import moe_block
+def f(hidden_states, weights, config):
+    out = moe_block(hidden_states, weights, config)
+    config["norm_topk_prob"] = not config.get("norm_topk_prob")
+    return out
+"""
+    (folder / "config.py").write_text(code)
+    prepare()
+    result = judge("moe_block", f"{folder / 'config.py'}:f", Request(dtypes=("fp32",)), Options(checks=("contract",)))
+    assert "the input config was modified in its entry 'norm_topk_prob'" in result["failures"][0]["message"]
+
+
 def test_supporting_nothing_but_empty_inputs_is_unsupported(folder):
     code = f"{HEAD}\ndef f(*a, **kw):\n    if len(a[0]):\n        raise ValueError\n    return right(*a, **kw)\n"
     (folder / "empty.py").write_text(code)
