@@ -109,7 +109,7 @@ grouped_mm.deterministic = True
 
 def _capturing() -> bool:
     """Whether this call is being recorded into a CUDA graph."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream__capturing()
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _local_ids(topk_ids: Tensor, expert_map: Tensor | None, num_experts: int) -> tuple[Tensor, Tensor]:

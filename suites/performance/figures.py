@@ -98,7 +98,8 @@ def markdown() -> str:
         f"({ceilings}).\n{first.model['name']} ([figures](suites/performance/data/{FIRST})):"
     )
     outro = (
-        "Medians of 11 rounds; the widest spread of a `triton` figure above 10 us is "
+        "Reading weights alone is a little faster than copying, so a ratio may fall below 1. Medians of 11 rounds; "
+        "the widest spread of a `triton` figure above 10 us is "
         f"{spread([first, *models, *small], 'triton'):.0%} of its median."
     )
     parts = [

@@ -1,0 +1,18 @@
+"""The README's figures of speed are those of the files that the bench wrote."""
+
+from suites.performance import figures
+
+
+def test_readme_equals_the_files() -> None:
+    text = figures.README.read_text()
+    assert figures.rewritten(text) == text, "run python -m suites.performance.figures"
+
+
+def test_figures_come_from_the_command_with_nothing_left_out() -> None:
+    for path in sorted(figures.DATA.glob("*.json")):
+        if path.name.startswith("dispatch"):
+            continue
+        report = figures.read(path.name)
+        assert report.command.startswith("moe-harness bench --stage ") and path.name in report.command
+        assert not report.stopped
+        assert all(t.median > 0 or t.refused for t in report.timings)
