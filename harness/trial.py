@@ -1,6 +1,8 @@
 """Calling an implementation: what it may do (return, refuse) and what it may not (crash, lie about its result)."""
 
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +23,24 @@ class Rejected(Exception):
 
 class Broken(Exception):
     """The implementation failed in a way that leaves no result to judge."""
+
+
+@contextmanager
+def kept_defaults() -> Iterator[None]:
+    """Put back what the code inside sets for the whole process: the judge makes its own tensors with these."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        if torch.get_default_dtype() != dtype:
+            torch.set_default_dtype(dtype)
+        if torch.get_default_device() != device:
+            torch.set_default_device(None if device.type == "cpu" else device)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        if torch.are_deterministic_algorithms_enabled() != deterministic:
+            torch.use_deterministic_algorithms(deterministic)
 
 
 class Trial:
@@ -64,7 +84,7 @@ class Trial:
         if missing:
             raise Rejected(f"has no parameter {', '.join(missing)}")
         try:
-            with torch.no_grad():
+            with torch.no_grad(), kept_defaults():
                 result = self.subject.call(call.args, call.keywords)
             if wait:
                 self.synchronize()

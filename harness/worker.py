@@ -23,7 +23,7 @@ from harness.contracts import load
 from harness.errors import HarnessError
 from harness.findings import Record
 from harness.power import JUDGING, Proof, prove
-from harness.trial import Broken, Rejected, Trial
+from harness.trial import Broken, Rejected, Trial, kept_defaults
 from harness.worker_versions import versions
 
 KEPT = 2 << 30  # bytes of device memory that a worker keeps between cases
@@ -119,7 +119,8 @@ def _loaded(connection: Connection, stage: str, spec: str, device: str) -> Trial
     try:
         if device == "cuda" and not torch.cuda.is_available():
             raise _no_cuda()
-        subject = load(stage, spec)
+        with kept_defaults():
+            subject = load(stage, spec)
         if device not in subject.declared.devices:
             raise _other_device(spec, device, subject.declared.devices)
         interpreted = os.environ.get("TRITON_INTERPRET") == "1" and "triton" in sys.modules

@@ -58,6 +58,18 @@ def f(hidden_states, weights, config):
     assert "the input config was modified in its entry 'norm_topk_prob'" in result["failures"][0]["message"]
 
 
+def test_what_a_call_sets_for_the_process_does_not_reach_the_judge(folder):
+    code = (
+        f"{HEAD}\ntorch.set_default_dtype(torch.bfloat16)\n"
+        "def f(*a, **kw):\n    torch.set_default_device('meta')\n"
+        "    with torch.device('cpu'):\n        return right(*a, **kw)\n"
+    )
+    (folder / "defaults.py").write_text(code)
+    prepare()
+    result = judge("experts", f"{folder / 'defaults.py'}:f", Request(dtypes=("bf16",)), Options(checks=("contract",)))
+    assert result["verdict"] == "pass", result["error"] or result["failures"][0]["message"]
+
+
 def test_supporting_nothing_but_empty_inputs_is_unsupported(folder):
     code = f"{HEAD}\ndef f(*a, **kw):\n    if len(a[0]):\n        raise ValueError\n    return right(*a, **kw)\n"
     (folder / "empty.py").write_text(code)
