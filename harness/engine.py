@@ -20,7 +20,7 @@ from harness.report.results import Check, Coverage, Failure
 EXAMPLES = {"quick": 200, "full": 500, "exhaustive": 3000}
 SEARCH_SECONDS = {"quick": 15.0, "full": 120.0, "exhaustive": 900.0}
 CONFIRMED_PER_CHECK = 2  # failures judged once more, alone in a fresh process
-INTERPRETED_ROWS = 300  # a program of a Triton kernel takes about 5 ms in the interpreter
+INTERPRETED_STEPS = 600  # a step of a Triton kernel takes some 10 ms in the interpreter
 INTERPRETED_PATIENCE = 5  # ... and a case that many times longer than a kernel that is compiled may
 HEATMAPS_PER_CHECK = 5
 EXPLAINED = 3  # failures whose cause is searched for, EXPLAIN_SECONDS each
@@ -155,8 +155,8 @@ class Run:
         for p in planned:
             if p.check in ON_CUDA_ONLY and self.request.device != "cuda":
                 self.take({"id": p.id, "status": "skipped", "reason": "needs --device cuda"})
-            elif interpreted and p.case.rows() > INTERPRETED_ROWS:
-                reason = f"more than {INTERPRETED_ROWS} rows take too long in Triton's interpreter"
+            elif interpreted and p.case.steps() > INTERPRETED_STEPS:
+                reason = f"more than {INTERPRETED_STEPS} tiles take too long in Triton's interpreter"
                 self.take({"id": p.id, "status": "skipped", "reason": reason})
             else:
                 ids.append(p.id)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 from harness.cases import boundaries as at
 from harness.cases.pairwise import pairwise
 from harness.cases.request import Request
-from harness.cases.spec import Case
+from harness.cases.spec import Case, tile_steps
 
 ROUTINGS = ("uniform", "one", "skewed", "duplicates", "last")
 MASKS = ("none", "some", "rows")
@@ -44,6 +44,9 @@ class ExpertsCase(Case):
 
     def rows(self) -> int:
         return self.T * self.k
+
+    def steps(self) -> int:
+        return tile_steps(self.rows(), self.E, self.H, self.I)
 
     def resized(self) -> Self:
         return self.but(T=2 * self.T + 1, H=self.H + 8, I=self.I + 8, seed=self.seed + 1)

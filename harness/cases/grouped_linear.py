@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 from harness.cases import boundaries as at
 from harness.cases.pairwise import pairwise
 from harness.cases.request import Request
-from harness.cases.spec import Case
+from harness.cases.spec import Case, tile_steps
 
 SIZES = ("random", "sparse", "first", "last", "even", "ones")
 SPECIALS = (
@@ -31,6 +31,9 @@ class GroupedLinearCase(Case):
 
     def rows(self) -> int:
         return self.S
+
+    def steps(self) -> int:
+        return tile_steps(self.S, self.E, self.K, self.N)
 
     def resized(self) -> Self:
         return self.but(S=2 * self.S + 1, K=self.K + 8, N=self.N + 8, seed=self.seed + 1)

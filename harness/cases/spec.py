@@ -40,9 +40,18 @@ class Case:
         """Rows of work in the call."""
         raise NotImplementedError
 
+    def steps(self) -> int:
+        """About how many small tiles a kernel goes through, which is what it costs to interpret one."""
+        return self.rows()
+
     def core(self) -> bool:
         """Whether this is an ordinary input that every implementation of the stage is for."""
         return not self.layout and not self.optional
+
+
+def tile_steps(rows: int, experts: int, depth: int, columns: int) -> int:
+    """Tiles of 16 x 32 x 32 in a grouped product whose rows are spread over experts."""
+    return min(rows, experts + rows // 16) * -(-depth // 32) * -(-columns // 32)
 
 
 def _text(value: object) -> str:
