@@ -41,18 +41,21 @@ def header(*cells: object) -> list[str]:
 
 
 def over_floor(timing: Timing) -> str:
-    """Time over floor; "-" for what was not timed."""
-    return f"{timing.median / timing.floor:.2f}" if timing.median else "-"
+    """Time over floor; "-" for what was not timed, and the number of launches where the floor is one launch."""
+    if not timing.median:
+        return "-"
+    ratio = timing.median / timing.floor
+    return f"{ratio:.0f} launches" if timing.bound_by == "launch" else f"{ratio:.2f}"
 
 
 def experts_table(report: Report) -> list[str]:
-    """Time over floor of every implementation."""
-    specs = by_spec(report)
+    """Time over floor of every implementation that was timed at all."""
+    specs = {spec: timings for spec, timings in by_spec(report).items() if any(t.median for t in timings.values())}
     tokens = list(next(iter(specs.values())))
     lines = header("tokens", *tokens)
     for spec, timings in specs.items():
         lines.append(row(f"`{spec}`", *(over_floor(timings[t]) for t in tokens)))
-    return [*lines, "", *(f"- {remark}" for remark in remarks(report))]
+    return [*lines, "", *(f"- {remark}" for remark in remarks(report) if remark.split()[0] in specs)]
 
 
 def models_table(reports: list[Report]) -> list[str]:
