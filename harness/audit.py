@@ -255,7 +255,10 @@ def _roundings(dtype: torch.dtype) -> tuple[tuple[torch.dtype, torch.dtype], ...
     return (dtype, dtype), (dtype, torch.float32), (torch.float32, torch.float32)
 
 
-def _layer(hidden, gate_up, down, weights, ids, activation: str, inside: torch.dtype, sums: torch.dtype) -> Tensor:
+def _layer(
+    hidden: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor,
+    activation: str, inside: torch.dtype, sums: torch.dtype,
+) -> Tensor:  # fmt: skip
     out = torch.zeros(hidden.shape, dtype=sums)
     for expert, tokens, slots in routed_rows(ids):
         gate, up = (hidden[tokens].to(sums) @ gate_up[expert].to(sums).T).chunk(2, dim=-1)

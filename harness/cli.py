@@ -57,7 +57,8 @@ def check(
     writable(json)
     writable(html)
     prepare()
-    results, errors = [], []
+    results: list[report.Result] = []
+    errors: list[HarnessError] = []
     with report.Progress() as progress:
         for spec in impl:
             try:
@@ -199,7 +200,9 @@ def _replay_ranks(cases: list[str], impl: str, device: str, timeout: float) -> i
     return 1 if failed else 0 if executed else EXIT_CANNOT_JUDGE
 
 
-def _request(stage: str, device: str, dtype, profile: str, config, seed: int) -> Request:
+def _request(
+    stage: str, device: str, dtype: list[str] | None, profile: str, config: list[str] | None, seed: int
+) -> Request:
     """The checked form of what was asked; UsageError for any unknown name."""
     from fixtures.configs import names, shape
 

@@ -3,7 +3,7 @@
 Both statistics are needed: a lost column shows in the first, a weight off by one per cent only in the second.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,12 +11,13 @@ from torch import Tensor
 
 from harness.findings import HISTOGRAM_EDGES, Finding, Record
 from harness.rounding import Bound, max_limit, rms_limit
-from harness.structure import heatmap, structure
+from harness.stages.call import Call
+from harness.structure import Places, heatmap, structure
 
 TILE = (16, 64)
 
 
-def against_bound(stage, call, bound: Bound, result: Tensor) -> Record:
+def against_bound(stage: Places, call: Call, bound: Bound, result: Tensor) -> Record:
     """Judge `result` elementwise and by its rms.  Elements whose value is NaN or infinite are judged by kind alone."""
     value, out = _rows(bound.value), _rows(result.detach())
     flat = Bound(value, _rows(bound.variance), _rows(bound.shared), bound.sources)
@@ -41,7 +42,7 @@ def against_bound(stage, call, bound: Bound, result: Tensor) -> Record:
     return record
 
 
-def exactly(stage, call, value: Tensor, result: Tensor) -> Record:
+def exactly(stage: Places, call: Call, value: Tensor, result: Tensor) -> Record:
     """Judge `result` bitwise (a zero of either sign is a zero)."""
     value, out = _rows(value), _rows(result.detach().double())
     record = Record(elements=value.numel())
@@ -60,12 +61,12 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor.reshape(1, 1)
 
 
-def _is_nan_certain(call, value: Tensor) -> Tensor:
+def _is_nan_certain(call: Call, value: Tensor) -> Tensor:
     """Where a NaN (not an infinity) among the inputs makes the value NaN, whatever way it is computed."""
     return torch.full_like(value, call.case.data.endswith("nan"), dtype=torch.bool)
 
 
-def _is_infinity_certain(call, value: Tensor) -> Tensor:
+def _is_infinity_certain(call: Call, value: Tensor) -> Tensor:
     """Where one infinite product among finite ones makes the value infinite, in whatever order they are summed.
 
     Sums that carry a correction (Kahan's, or operands split into halves) give inf - inf = NaN there, and may.
@@ -79,7 +80,7 @@ def _add_histogram(record: Record, z: Tensor) -> None:
     record.histogram = [a + b for a, b in zip(record.histogram, counts.tolist(), strict=True)]
 
 
-def _judge_largest(stage, call, bound: Bound, out: Tensor, z: Tensor, record: Record) -> None:
+def _judge_largest(stage: Places, call: Call, bound: Bound, out: Tensor, z: Tensor, record: Record) -> None:
     limit = max_limit()
     largest = float(z.max())
     record.worst = max(record.worst, largest / limit)
@@ -91,7 +92,9 @@ def _judge_largest(stage, call, bound: Bound, out: Tensor, z: Tensor, record: Re
     record.add(finding)
 
 
-def _located(stage, call, wrong: Tensor, message: str, bound: Bound, out: Tensor, z: Tensor | None = None) -> Finding:
+def _located(
+    stage: Places, call: Call, wrong: Tensor, message: str, bound: Bound, out: Tensor, z: Tensor | None = None
+) -> Finding:
     """A finding at the worst element, with what the pattern of wrong elements looks like."""
     error = (out.double() - bound.value).abs().nan_to_num(nan=torch.inf)
     score = torch.where(wrong, (error if z is None else z.nan_to_num(nan=torch.inf)), -1.0)
@@ -116,7 +119,7 @@ def _apart(got: float, want: float) -> tuple[str, str]:
     )
 
 
-def _judge_rms(stage, call, bound: Bound, out: Tensor, z: Tensor, record: Record) -> None:
+def _judge_rms(stage: Places, call: Call, bound: Bound, out: Tensor, z: Tensor, record: Record) -> None:
     for name, rms, limit in _statistics(stage, call, bound, z):
         record.worst = max(record.worst, rms / limit)
         if rms > limit:
@@ -126,7 +129,7 @@ def _judge_rms(stage, call, bound: Bound, out: Tensor, z: Tensor, record: Record
             return
 
 
-def _statistics(stage, call, bound: Bound, z: Tensor) -> Iterator[tuple[str, float, float]]:
+def _statistics(stage: Places, call: Call, bound: Bound, z: Tensor) -> Iterator[tuple[str, float, float]]:
     """(name, rms, limit), the widest groups first."""
     squares = z.square()
     share = (bound.shared / bound.variance).clamp(0, 1)
@@ -152,7 +155,9 @@ def _statistics(stage, call, bound: Bound, z: Tensor) -> Iterator[tuple[str, flo
                 yield of(f"the tile at [{row}, {column}]", slice(row, row + TILE[0]), columns)
 
 
-def _worst_rows_and_columns(squares: Tensor, of) -> Iterator[tuple[str, float, float]]:
+def _worst_rows_and_columns(
+    squares: Tensor, of: Callable[..., tuple[str, float, float]]
+) -> Iterator[tuple[str, float, float]]:
     """The three rows and columns with the largest rms: the others are under the same limit or a lower statistic."""
     for row in squares.mean(1).topk(min(3, squares.shape[0])).indices.tolist():
         yield of(f"row {row}", slice(row, row + 1))

@@ -14,9 +14,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.errors import CannotJudge, HarnessError, UsageError, unknown
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DTYPES = ("fp32", "fp16", "bf16")
 DEVICES = ("cpu", "cuda")
@@ -29,28 +32,27 @@ _DTYPE_ALIASES = {"float32": "fp32", "float": "fp32", "float16": "fp16", "half":
 
 
 def _router(
-    router_logits,
-    *,
-    top_k,
-    scoring="softmax",
-    renormalize=True,
-    correction_bias=None,
-    num_expert_group=None,
-    topk_group=None,
-    routed_scaling_factor=1.0,
-): ...
+    router_logits: "Tensor", *, top_k: int, scoring: str = "softmax", renormalize: bool = True,
+    correction_bias: "Tensor | None" = None, num_expert_group: int | None = None, topk_group: int | None = None,
+    routed_scaling_factor: float = 1.0,
+) -> "tuple[Tensor, Tensor]": ...  # fmt: skip
 
 
-def _experts(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, *, activation="silu", expert_map=None): ...
+def _experts(
+    hidden_states: "Tensor", gate_up_proj: "Tensor", down_proj: "Tensor", topk_weights: "Tensor", topk_ids: "Tensor",
+    *, activation: str = "silu", expert_map: "Tensor | None" = None,
+) -> "Tensor": ...  # fmt: skip
 
 
-def _grouped_linear(x, weight, group_sizes, *, bias=None): ...
+def _grouped_linear(
+    x: "Tensor", weight: "Tensor", group_sizes: "Tensor", *, bias: "Tensor | None" = None
+) -> "Tensor": ...
 
 
-def _shared_expert_gate(hidden_states, gate_weight, shared_output): ...
+def _shared_expert_gate(hidden_states: "Tensor", gate_weight: "Tensor", shared_output: "Tensor") -> "Tensor": ...
 
 
-def _moe_block(hidden_states, weights, config): ...
+def _moe_block(hidden_states: "Tensor", weights: "dict[str, Tensor]", config: dict[str, Any]) -> "Tensor": ...
 
 
 SIGNATURES: dict[str, inspect.Signature] = {
@@ -254,9 +256,9 @@ class _telling_import_errors:
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, error, traceback):
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if error is None or isinstance(error, HarnessError | KeyboardInterrupt):
-            return False
+            return
         frame = traceback
         while frame.tb_next is not None:
             frame = frame.tb_next

@@ -15,7 +15,7 @@ from harness.errors import CannotJudge, HarnessError
 from harness.findings import HISTOGRAM_EDGES, MAX_Z
 from harness.pool import Pool, worker_count
 from harness.report import Result
-from harness.report.results import Check, Coverage, Failure
+from harness.report.results import Check, Coverage, Failure, Power
 
 EXAMPLES = {"quick": 200, "full": 500, "exhaustive": 3000}
 SEARCH_SECONDS = {"quick": 15.0, "full": 120.0, "exhaustive": 900.0}
@@ -81,7 +81,7 @@ class Run:
         self.heard: dict[tuple[str, str], Counter] = defaultdict(Counter)
         self.loaded: dict[str, Any] = {"declared": {}, "versions": {}}
         self.places: dict[str, int] = {}  # of each case in the plan
-        self.power: dict[str, Any] = {"proved": 0, "replaced": []}  # data sets that reject every wrong output
+        self.power: Power = {"proved": 0, "replaced": []}  # data sets that reject every wrong output
         self.error: str | None = None
         self.interrupted = False
 

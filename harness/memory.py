@@ -8,7 +8,7 @@ is seen by comparing the buffers' bits with a snapshot.
 import contextlib
 import ctypes
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,8 +152,8 @@ def poisoned_allocations(device: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _poisoned_empty() -> Iterator[None]:
-    def poisoning(make):
-        def call(*args, **kwargs):
+    def poisoning(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any, **kwargs: Any) -> Tensor:
             out = make(*args, **kwargs)
             return out.fill_(poison_value(out.dtype)) if _poisonable(out) else out
 

@@ -59,8 +59,11 @@ class Worker:
 
     def tell_where(self) -> None:
         """Let a process that hangs print where it is, before it is killed."""
+        pid = self.process.pid
+        if pid is None:
+            return
         with suppress(OSError):
-            os.kill(self.process.pid, signal.SIGUSR1)  # faulthandler listens, in C
+            os.kill(pid, signal.SIGUSR1)  # faulthandler listens, in C
             time.sleep(0.3)
 
     def last_words(self) -> str:

@@ -181,8 +181,8 @@ def _few_experts(call: Call, part: Call, rows: Tensor) -> Call:
 def _rows_of(truth: Any, rows: Tensor) -> Any:
     if not isinstance(truth, Bound):
         return None if truth is None else _matrix(truth)[rows]
-    parts = (_matrix(tensor)[rows] for tensor in (truth.value, truth.variance, truth.shared))
-    return Bound(*parts, truth.sources[rows])
+    value, variance, shared = (_matrix(tensor)[rows] for tensor in (truth.value, truth.variance, truth.shared))
+    return Bound(value, variance, shared, truth.sources[rows])
 
 
 def _matrix(tensor: Tensor) -> Tensor:

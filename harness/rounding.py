@@ -12,14 +12,18 @@ below follow from that and from the false alarms wanted, FALSE_ALARMS in a whole
 from dataclasses import dataclass
 from functools import cache
 from math import log, sqrt
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from harness.contracts import ROUNDINGS
 from reference import moe_block as block
-from reference.experts import expert_steps, local_ids, routed_rows
+from reference.experts import ExpertSteps, expert_steps, local_ids, routed_rows
 from reference.grouped_linear import row_experts
+
+Rounds = frozenset[str]  # roundings that a result may hold
+Declared = tuple[str, ...] | None  # those an implementation declares; None: all of them
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ACCUMULATOR = 2.0**-24  # unit roundoff of fp32, the least the contract allows
@@ -70,7 +74,7 @@ def accumulation(terms: int) -> float:
     return (1 + terms / 4) * ACCUMULATOR**2
 
 
-def product_variance(terms: int, rounds: frozenset[str], dtype: torch.dtype) -> float:
+def product_variance(terms: int, rounds: Rounds, dtype: torch.dtype) -> float:
     """As `accumulation`; fp32 operands are cut to tf32 first where that is declared.
 
     The cut's variance is TF32^2 / 12 an operand, and its mean shrinks every product by TF32, the whole sum with them.
@@ -78,7 +82,7 @@ def product_variance(terms: int, rounds: frozenset[str], dtype: torch.dtype) -> 
     return accumulation(terms) + (7 / 6 * TF32**2 if "tf32" in rounds and dtype == torch.float32 else 0.0)
 
 
-def permitted(declared: tuple[str, ...] | None) -> frozenset[str]:
+def permitted(declared: Declared) -> Rounds:
     """The set of roundings a result may hold: what is declared, or all of them."""
     return frozenset(ROUNDINGS if declared is None else declared)
 
@@ -149,7 +153,9 @@ def activation_derivative(gate: Tensor, activation: str) -> Tensor:
     return 0.5 * (1 + t) + 0.5 * gate * (1 - t * t) * root * (1 + 3 * cubic * gate * gate)
 
 
-def _hidden_variance(steps, square_products: Tensor, terms: int, activation: str, rounds, dtype) -> Tensor:
+def _hidden_variance(
+    steps: ExpertSteps, square_products: Tensor, terms: int, activation: str, rounds: Rounds, dtype: torch.dtype
+) -> Tensor:
     """Variance of act(g) * u, given sum (w x)^2 of both halves."""
     variance = square_products * product_variance(terms, rounds, dtype)
     if "gate_up" in rounds:
@@ -163,7 +169,9 @@ def _hidden_variance(steps, square_products: Tensor, terms: int, activation: str
     return hidden + (store(steps.hidden, dtype) if "activation" in rounds else store(steps.hidden, torch.float32))
 
 
-def expert_steps_and_variance(rows, gate_up, down, activation: str, rounds, dtype, *, weighted: bool) -> tuple:
+def expert_steps_and_variance(
+    rows: Tensor, gate_up: Tensor, down: Tensor, activation: str, rounds: Rounds, dtype: torch.dtype, *, weighted: bool
+) -> tuple[ExpertSteps, Tensor]:
     """(steps of one expert on `rows`, variance of its output [n, H]).
 
     `weighted`: the routing weight may be applied to the hidden values instead, which rounds them a second time.
@@ -180,17 +188,9 @@ def expert_steps_and_variance(rows, gate_up, down, activation: str, rounds, dtyp
 
 
 def experts(
-    hidden_states,
-    gate_up_proj,
-    down_proj,
-    topk_weights,
-    topk_ids,
-    *,
-    activation,
-    expert_map,
-    declared,
-    weight_variance=None,
-) -> Bound:
+    hidden_states: Tensor, gate_up_proj: Tensor, down_proj: Tensor, topk_weights: Tensor, topk_ids: Tensor, *,
+    activation: str, expert_map: Tensor | None, declared: Declared, weight_variance: Tensor | None = None,
+) -> Bound:  # fmt: skip
     """Bound of the stage `experts`.  `weight_variance` [T, k] is that of routing weights which are themselves computed.
 
     A duplicate of an expert in a row shares its error with the first, so a token's slots on one expert are taken
@@ -229,7 +229,7 @@ def experts(
     return Bound(value, variance, shared, sources)
 
 
-def grouped_linear(x, weight, group_sizes, *, bias, declared) -> Bound:
+def grouped_linear(x: Tensor, weight: Tensor, group_sizes: Tensor, *, bias: Tensor | None, declared: Declared) -> Bound:
     """Bound of the stage `grouped_linear`: one product per row, at most one more rounding before the bias."""
     rounds = permitted(declared)
     rows = x.double()
@@ -249,7 +249,7 @@ def grouped_linear(x, weight, group_sizes, *, bias, declared) -> Bound:
     return Bound(value, variance, torch.zeros_like(variance), sources)
 
 
-def gate_variance(logit: Tensor, squares: Tensor, terms: int, rounds, dtype) -> Tensor:
+def gate_variance(logit: Tensor, squares: Tensor, terms: int, rounds: Rounds, dtype: torch.dtype) -> Tensor:
     """Variance of sigmoid(logit): the product's, a store of the logit, exp in fp32, a store of the gate."""
     gate = logit.sigmoid()
     slope = gate * (1 - gate)
@@ -258,7 +258,9 @@ def gate_variance(logit: Tensor, squares: Tensor, terms: int, rounds, dtype) -> 
     return variance + (4 * ACCUMULATOR * gate * (1 + logit.abs() * (1 - gate))).square() + store(gate, dtype)
 
 
-def shared_expert_gate(hidden_states, gate_weight, shared_output, *, declared) -> Bound:
+def shared_expert_gate(
+    hidden_states: Tensor, gate_weight: Tensor, shared_output: Tensor, *, declared: Declared
+) -> Bound:
     """Bound of the stage `shared_expert_gate`; the gate's error is common to a row."""
     dtype, rounds = hidden_states.dtype, permitted(declared)
     x, w, y = hidden_states.double(), gate_weight.double(), shared_output.double()
@@ -291,7 +293,9 @@ def score_slack(scores: Tensor, logits: Tensor, scoring: str) -> Tensor:
     return slack + (2 * ACCUMULATOR if scoring == "sigmoid" else 0.0)
 
 
-def _routing_variance(logits: Tensor, of_logits: Tensor, ids: Tensor, weights: Tensor, rule) -> tuple[Tensor, Tensor]:
+def _routing_variance(
+    logits: Tensor, of_logits: Tensor, ids: Tensor, weights: Tensor, rule: block.RoutingRule
+) -> tuple[Tensor, Tensor]:
     """Variance of the routing weights' own errors [T, k], and of the relative error of what normalises them [T, 1].
 
     A softmax weight moves by w_j (d_j - sum_i w_i d_i) with the errors d of the logits; the sum runs over the chosen
@@ -309,7 +313,9 @@ def _routing_variance(logits: Tensor, of_logits: Tensor, ids: Tensor, weights: T
     return own, (logits.softmax(-1).square() * of_logits).sum(-1, keepdim=True)
 
 
-def moe_block(hidden_states, weights: dict[str, Tensor], config: dict, *, declared) -> Bound:
+def moe_block(
+    hidden_states: Tensor, weights: dict[str, Tensor], config: dict[str, Any], *, declared: Declared
+) -> Bound:
     """Bound of the stage `moe_block`, for tokens whose choice of experts no permitted rounding changes."""
     dtype, rounds = hidden_states.dtype, permitted(declared)
     x, wide = (
@@ -333,7 +339,9 @@ def moe_block(hidden_states, weights: dict[str, Tensor], config: dict, *, declar
     return Bound(value, variance, shared, routed.sources)
 
 
-def _shared_expert(x: Tensor, wide: dict[str, Tensor], act: str, rounds, dtype) -> tuple[Tensor, Tensor, Tensor] | None:
+def _shared_expert(
+    x: Tensor, wide: dict[str, Tensor], act: str, rounds: Rounds, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """(value, variance, the part of it common to a row) of the shared expert's term."""
     prefix = next((p for p in ("shared_expert", "shared_experts") if f"{p}.down_proj.weight" in wide), None)
     if prefix is None:

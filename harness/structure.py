@@ -1,15 +1,25 @@
 """What the pattern of an error looks like: which rows, columns, experts, and how the result relates to the value."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from harness.stages.call import Call
 
 MOST = 5  # patterns told, best evidence first
 PIXELS = 64
 
 
-def structure(stage, call, value: Tensor, out: Tensor, wrong: Tensor) -> list[str]:
+class Places(Protocol):
+    """What names the rows of an output: the module of a stage."""
+
+    def place_of(self, call: Call, row: int, column: int) -> dict[str, Any]: ...
+
+    def row_groups(self, call: Call) -> dict[str, Tensor]: ...
+
+
+def structure(stage: Places, call: Call, value: Tensor, out: Tensor, wrong: Tensor) -> list[str]:
     """Sentences about the wrong elements of `out` [rows, columns], most telling first."""
     told = [*_of_values(value, out.double(), wrong), *_of_groups(stage, call, wrong), *_of_places(wrong)]
     return told[:MOST]
@@ -52,7 +62,7 @@ def _permuted(value: Tensor, out: Tensor, wrong: Tensor) -> list[str]:
     return []
 
 
-def _of_groups(stage, call, wrong: Tensor) -> list[str]:
+def _of_groups(stage: Places, call: Call, wrong: Tensor) -> list[str]:
     rows = wrong.any(1)
     if bool(rows.all()) or not bool(rows.any()):
         return []

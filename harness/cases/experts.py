@@ -102,7 +102,7 @@ def _axes(request: Request) -> dict[str, tuple]:
     }
 
 
-def _from_rows(rows: list[dict], tokens: Iterator[int], **fixed) -> Iterator[Case]:
+def _from_rows(rows: list[dict], tokens: Iterator[int], **fixed: Any) -> Iterator[Case]:
     for row in rows:
         experts, top_k = row.pop("experts")
         most = max(1, MOST_GATHERED // (top_k * row["H"] * row["I"]))
@@ -158,7 +158,7 @@ def _numeric(request: Request) -> Iterator[Case]:
             yield _of_model(request, shape, T=tokens)
 
 
-def _of_model(request: Request, shape, **fields) -> Case:
+def _of_model(request: Request, shape: Any, **fields: Any) -> Case:
     fields = {"H": shape.hidden_size, "I": shape.intermediate_size, "E": shape.num_experts, "k": shape.top_k} | fields
     return ExpertsCase(dtype=request.dtypes[-1], map=request.map_for(shape), **fields)
 

@@ -97,7 +97,7 @@ def _exact(request: Request) -> Iterator[Case]:
             yield _of_model(request, shape, S=rows, data="exact")
 
 
-def _of_model(request: Request, shape, **fields) -> Case:
+def _of_model(request: Request, shape: Any, **fields: Any) -> Case:
     ranks = int(request.map_for(shape).removeprefix("rank").replace("none", "1"))
     return GroupedLinearCase(K=shape.hidden_size, N=2 * shape.intermediate_size, E=max(1, shape.num_experts // ranks),
                              dtype=request.dtypes[-1], **fields)  # fmt: skip

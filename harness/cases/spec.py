@@ -29,7 +29,7 @@ class Case:
     def _told(self, name: str) -> bool:
         return getattr(self, name) != type(self).__dataclass_fields__[name].default
 
-    def but(self, **changes) -> Self:
+    def but(self, **changes: Any) -> Self:
         return replace(self, **changes)
 
     def resized(self) -> Self:

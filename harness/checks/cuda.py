@@ -1,6 +1,7 @@
 """Checks that only a GPU can make: graph replay, side streams, offsets beyond 2^31."""
 
 import contextlib
+from typing import Any
 
 import torch
 
@@ -40,7 +41,7 @@ def graph_replay(trial: Trial, case: Case) -> Record:
     return record
 
 
-def _capture(trial: Trial, call: Call):
+def _capture(trial: Trial, call: Call) -> Any:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), torch.no_grad():

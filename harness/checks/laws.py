@@ -9,6 +9,7 @@ from harness.findings import Record
 from harness.laws import router as router_laws
 from harness.laws import terms
 from harness.rounding import ACCUMULATOR, Bound, permitted, score_error
+from harness.stages.call import Call
 from harness.trial import Trial
 
 
@@ -22,7 +23,7 @@ def laws(trial: Trial, case: Case) -> Record:
     return record
 
 
-def _linear_law(trial: Trial, call) -> Record:
+def _linear_law(trial: Trial, call: Call) -> Record:
     """The sum of the terms against zero, with the variance of the sum."""
     stage, declared = trial.stage, trial.subject.declared.rounds
     sums: list[Tensor] = []  # of the results, of their variances, of what is shared between elements
@@ -44,15 +45,15 @@ class _Rows:
     """Names the rows of a relation, which need not be those of any one call."""
 
     @staticmethod
-    def place_of(call, row: int, column: int) -> dict[str, int]:
+    def place_of(call: Call, row: int, column: int) -> dict[str, int]:
         return {"row": row, "column": column}
 
     @staticmethod
-    def row_groups(call) -> dict:
+    def row_groups(call: Call) -> dict[str, Tensor]:
         return {}
 
 
-def _router_law(trial: Trial, call) -> Record:
+def _router_law(trial: Trial, call: Call) -> Record:
     law = getattr(router_laws, call.case.variant)(call)
     first, second = trial.invoke(law.first), trial.invoke(law.second)
     record = trial.judge(law.first, first)

@@ -8,6 +8,7 @@ from harness.findings import Record
 from harness.laws import router as router_laws
 from harness.laws import terms
 from harness.memory import poisoned_allocations
+from harness.stages.call import Call
 from harness.trial import Rejected, Trial
 
 REPETITIONS = 6
@@ -47,7 +48,7 @@ def batch_invariance(trial: Trial, case: Case) -> Record:
     return record
 
 
-def _together_and_alone(trial: Trial, call) -> tuple:
+def _together_and_alone(trial: Trial, call: Call) -> tuple:
     if call.case.stage == "router":
         law = router_laws.row_alone(call)
         return tuple(r[law.rows] for r in trial.invoke(law.first)), trial.invoke(law.second)

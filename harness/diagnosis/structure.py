@@ -41,7 +41,7 @@ def undeclared(trial: Trial, call: Call, out: Tensor) -> list[str]:
         return []
     if _is_within(trial, call, out, declared) or not _is_within(trial, call, out, None):
         return []
-    enough = [name for name in missing if _is_within(trial, call, out, (*declared, name))]
+    enough = [name for name in missing if _is_within(trial, call, out, (*(declared or ()), name))]
     names = f"{', '.join(enough)}{', any one of them,' if len(enough) > 1 else ''}" if enough else "more than one more"
     return [f"a rounding that is not declared: within the bound if `rounds` held {names} as well"]
 

@@ -1,5 +1,7 @@
 """Laws of the stage `experts`; each function is one law and returns its terms."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -42,7 +44,7 @@ def batch_split(call: Call) -> list[Term]:
     half = call.case.T // 3
     size = call.case.T
 
-    def padded(before: int, after: int):
+    def padded(before: int, after: int) -> Any:
         return lambda out: torch.cat([out.new_zeros(before, out.shape[1]), out, out.new_zeros(after, out.shape[1])])
 
     first = Term(_with_rows(call, slice(0, half)), -1.0, padded(0, size - half))

@@ -1,6 +1,9 @@
 """Laws of the stage `grouped_linear`; each function is one law and returns its terms."""
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from harness.laws import Term, changed, shuffled
 from harness.stages.call import Call
@@ -33,7 +36,7 @@ def batch_split(call: Call) -> list[Term]:
     ends = a["group_sizes"].long().cumsum(0)
     first = ends.clamp(max=cut).diff(prepend=ends.new_zeros(1))
 
-    def padded(before: int, after: int):
+    def padded(before: int, after: int) -> Any:
         return lambda out: torch.cat([out.new_zeros(before, out.shape[1]), out, out.new_zeros(after, out.shape[1])])
 
     head = changed(call, x=a["x"][:cut], group_sizes=first)
@@ -67,7 +70,7 @@ def empty_expert_inserted(call: Call) -> list[Term]:
     """An expert without rows may be added anywhere, whatever its weights hold."""
     a, at, bias = call.args, call.case.E // 2, call.keywords["bias"]
 
-    def inserted(values, new):
+    def inserted(values: Tensor, new: Tensor) -> Tensor:
         return torch.cat([values[:at], new, values[at:]])
 
     operands = {

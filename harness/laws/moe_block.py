@@ -1,5 +1,7 @@
 """Laws of the stage `moe_block`; each function is one law and returns its terms."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ def batch_split(call: Call) -> list[Term]:
     """Two parts of a batch give the parts of the result."""
     size, cut = call.case.T, call.case.T // 3
 
-    def padded(before: int, after: int):
+    def padded(before: int, after: int) -> Any:
         return lambda out: torch.cat([out.new_zeros(before, out.shape[1]), out, out.new_zeros(after, out.shape[1])])
 
     head, tail = _with_rows(call, slice(0, cut)), _with_rows(call, slice(cut, None))

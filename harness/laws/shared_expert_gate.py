@@ -1,12 +1,15 @@
 """Laws of the stage `shared_expert_gate`; each function is one law and returns its terms."""
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from harness.laws import Term, changed, shuffled
 from harness.stages.call import Call
 
 
-def _with_rows(call: Call, rows) -> Call:
+def _with_rows(call: Call, rows: Tensor | slice) -> Call:
     return changed(call, **{name: call.args[name][rows] for name in ("hidden_states", "shared_output")})
 
 
@@ -21,7 +24,7 @@ def batch_split(call: Call) -> list[Term]:
     size = len(call.args["hidden_states"])
     cut = size // 3
 
-    def padded(before: int, after: int):
+    def padded(before: int, after: int) -> Any:
         return lambda out: torch.cat([out.new_zeros(before, out.shape[1]), out, out.new_zeros(after, out.shape[1])])
 
     head, tail = _with_rows(call, slice(0, cut)), _with_rows(call, slice(cut, None))

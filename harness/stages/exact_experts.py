@@ -13,6 +13,7 @@ certain.
 import torch
 from torch import Tensor
 
+from harness.cases.experts import ExpertsCase
 from harness.stages.call import Builder
 from reference.experts import local_ids, routed_rows
 
@@ -21,7 +22,9 @@ LARGEST_GATE = 51
 WEIGHTS = (1.0, 0.5, 0.25)
 
 
-def draw(case, builder: Builder, ids: Tensor, weights: Tensor, expert_map: Tensor | None, local: Tensor) -> tuple:
+def draw(
+    case: ExpertsCase, builder: Builder, ids: Tensor, weights: Tensor, expert_map: Tensor | None, local: Tensor
+) -> tuple:
     """(hidden_states, gate_up_proj, down_proj, topk_weights), as CPU tensors in the dtype of the case."""
     ones = _constant_columns(case.H, builder)
     hidden = builder.signs(case.T, case.H)
@@ -34,7 +37,10 @@ def draw(case, builder: Builder, ids: Tensor, weights: Tensor, expert_map: Tenso
     return hidden.to(builder.dtype), gate_up, down, weights
 
 
-def value(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, *, activation, expert_map) -> Tensor:
+def value(
+    hidden_states: Tensor, gate_up_proj: Tensor, down_proj: Tensor, topk_weights: Tensor, topk_ids: Tensor,
+    *, activation: str, expert_map: Tensor | None,
+) -> Tensor:  # fmt: skip
     """The exact result, [T, H] in fp64; act(g) is g here, so that the value owes nothing to any exp."""
     x, out = hidden_states.double(), torch.zeros(hidden_states.shape, dtype=torch.float64, device=hidden_states.device)
     for expert, tokens, slots in routed_rows(local_ids(topk_ids, expert_map)):
@@ -44,7 +50,7 @@ def value(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, *, act
     return out
 
 
-def _weights(case, ids: Tensor, spread: int, builder: Builder) -> Tensor:
+def _weights(case: ExpertsCase, ids: Tensor, spread: int, builder: Builder) -> Tensor:
     """[T, k] of powers of two; where the dtype has little room, only so uneven that all slots fit into one column.
 
     Five slots of bf16 fit with equal weights, two with the largest and the smallest; columns have to be switched off
@@ -73,7 +79,7 @@ def _constant_columns(width: int, builder: Builder) -> Tensor:
     return order[: max(1, width // 4)]
 
 
-def _gate_up(case, ones: Tensor, experts: int, builder: Builder) -> Tensor:
+def _gate_up(case: ExpertsCase, ones: Tensor, experts: int, builder: Builder) -> Tensor:
     inner, width = case.I, case.H
     out = torch.zeros(experts, 2 * inner, width, dtype=builder.dtype)
     free = torch.tensor(sorted(set(range(width)) - set(ones.tolist())) or [0])
@@ -90,7 +96,7 @@ def _gate_up(case, ones: Tensor, experts: int, builder: Builder) -> Tensor:
     return out
 
 
-def _down(case, active: Tensor, spread: int, builder: Builder) -> Tensor:
+def _down(case: ExpertsCase, active: Tensor, spread: int, builder: Builder) -> Tensor:
     """[E, H, I] with `spread` entries +-1 in each active row; the rows walk the columns from the last one down."""
     experts, width = active.shape
     out = torch.zeros(experts, width, case.I, dtype=builder.dtype)
@@ -103,7 +109,9 @@ def _down(case, active: Tensor, spread: int, builder: Builder) -> Tensor:
     return out
 
 
-def _active_columns(case, ids: Tensor, weights: Tensor, experts: int, spread: int, builder: Builder) -> Tensor:
+def _active_columns(
+    case: ExpertsCase, ids: Tensor, weights: Tensor, experts: int, spread: int, builder: Builder
+) -> Tensor:
     """[E_local, H] of 0 and 1: where an expert's rows of down_proj hold anything."""
     active = torch.ones(experts, case.H)
     room = EXACT_INTEGERS[case.dtype] / (LARGEST_GATE * spread)

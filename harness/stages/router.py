@@ -173,7 +173,7 @@ def _try_other_groups(truth: Selection, rows: Tensor, ids: Tensor, excess: Tenso
 
 
 def _wrong_choice(
-    truth: Selection, row: int, ids: Tensor, left_out: int, slot: int, excess: Tensor, open_to
+    truth: Selection, row: int, ids: Tensor, left_out: int, slot: int, excess: Tensor, open_to: Tensor
 ) -> Finding:
     chosen = int(ids[row, slot])
     wrong = int((excess > 1).sum())

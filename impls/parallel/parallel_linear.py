@@ -9,6 +9,7 @@ A router is Replicated, never RowParallel.  Rank and world size are arguments: n
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,7 +135,7 @@ class MergedColumnParallel(Linear):
 
     output = "sharded"
 
-    def __init__(self, num_experts: int, in_features: int, out_features: Sequence[int], **place):
+    def __init__(self, num_experts: int, in_features: int, out_features: Sequence[int], **place: Any):
         self.parts = list(out_features)
         self.local_parts = [share(size, place["world_size"], "out_features") for size in self.parts]
         super().__init__(num_experts, in_features, sum(self.parts), **place)

@@ -41,7 +41,8 @@ class ExpertParallel:
             block = Qwen3MoeSparseMoeBlock(config).eval().requires_grad_(False)
         block.load_state_dict(weights, assign=True, strict=True)
         model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"mlp": block})])})
-        model.config, model.tp_plan = SimpleNamespace(), config.base_model_ep_plan
+        model.config = SimpleNamespace()  # type: ignore[assignment]
+        model.tp_plan = config.base_model_ep_plan  # type: ignore[assignment]
         kind = weights["gate.weight"].device.type
         mesh = DeviceMesh.from_group(group, kind, mesh_dim_names=("tp",))
         apply_tensor_parallelism(model, mesh)

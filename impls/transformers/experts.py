@@ -154,7 +154,7 @@ def _module(path: str, gate_up: Tensor, down: Tensor, activation: str) -> nn.Mod
         hidden_size=gate_up.shape[2],
         moe_intermediate_size=gate_up.shape[1] // 2,
         hidden_act=ACTIVATIONS[activation],
-        experts_implementation=path,
+        experts_implementation=path,  # type: ignore[call-arg]  # a keyword of the parent
     )
     with torch.device("meta"):
         module = Qwen3MoeExperts(config)
