@@ -177,6 +177,8 @@ def replay(
             console.print(f"{answer['status']}  {case}", highlight=False, soft_wrap=True)
             if answer["reason"]:
                 console.print(f"  {answer['reason']}", highlight=False, soft_wrap=True, markup=False)
+            if answer["findings"]:
+                pool.explain(case, answer["findings"][0])
             for finding in answer["findings"]:
                 emit(console, failure_block({**finding, "check": parse_id(case)[1], "case": case}))
             failed += answer["status"] in ("failed", "died")

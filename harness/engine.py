@@ -13,7 +13,7 @@ from harness.cases.plans import ON_CUDA_ONLY, Planned
 from harness.cases.request import Request
 from harness.errors import CannotJudge, HarnessError
 from harness.findings import HISTOGRAM_EDGES, MAX_Z
-from harness.pool import Pool, worker_count
+from harness.pool import EXPLAINED, Pool, worker_count
 from harness.report import Result
 from harness.report.results import Check, Coverage, Failure, Power
 
@@ -23,8 +23,6 @@ CONFIRMED_PER_CHECK = 2  # failures judged once more, alone in a fresh process
 INTERPRETED_STEPS = 600  # a step of a Triton kernel takes some 10 ms in the interpreter
 INTERPRETED_PATIENCE = 5  # ... and a case that many times longer than a kernel that is compiled may
 HEATMAPS_PER_CHECK = 5
-EXPLAINED = 3  # failures whose cause is searched for, EXPLAIN_SECONDS each
-EXPLAIN_SECONDS = 5.0
 DESCRIBED_STAGES = ("experts", "grouped_linear")
 CORE_CHECKS = ("contract", "exact", "numeric", "routing", "dense", "live", "shard")
 
@@ -274,12 +272,8 @@ class Run:
         """Ask for the cause of the first failures, one of each check; what raised or died has told its own."""
         self.failures.sort(key=self._place)
         first = {failure["check"]: failure for failure in reversed(self.failures) if failure["where"]}
-        chosen = sorted(first.values(), key=self._place)[:EXPLAINED]
-        for failure in chosen:
-            budget = 4 * EXPLAIN_SECONDS
-            told = pool.ask(budget, "explain", failure["case"], EXPLAIN_SECONDS) or {"diagnosis": [], "looks_like": []}
-            failure["diagnosis"] = told["diagnosis"]
-            failure["looks_like"] += [text for text in told["looks_like"] if text not in failure["looks_like"]]
+        for failure in sorted(first.values(), key=self._place)[:EXPLAINED]:
+            pool.explain(failure["case"], failure)
 
     def _describe(self, pool: Pool) -> None:
         """Let the probes tell how a right implementation computes."""

@@ -19,6 +19,8 @@ from harness.worker import serve
 POLL = 0.1  # seconds between looks at the clock and at the memory of the workers
 START_BUDGET = 180.0  # seconds for importing an implementation
 ENOUGH = 4 << 30  # bytes; the largest case holds 0.5 GiB, and one of a released model up to 2.5
+EXPLAINED = 3  # failures of a run whose cause is searched for
+EXPLAIN_SECONDS = 5.0  # for each
 DEATHS = 3  # after so many crashes and hangs the implementation is judged no further
 
 
@@ -90,7 +92,7 @@ class Pool:
         self._make = lambda: Worker(stage, spec, device, self.folder)
         self.size, self.budget = workers, budget
         self.workers: list[Worker] = []
-        self.deaths = 0
+        self.deaths = self.explained = 0
         self.memory_limit = _memory_limit(workers) if device == "cpu" else None
 
     def __enter__(self) -> "Pool":
@@ -165,6 +167,16 @@ class Pool:
         self.workers[0] = fresh = self._make()
         self._await_loaded(fresh)
         return None
+
+    def explain(self, case_id: str, failure: dict[str, Any]) -> None:
+        """Add to a finding or failure what causes it; what raised or died, and so is nowhere, has told its own."""
+        if not failure.get("where"):
+            return
+        self.explained += 1
+        told = self.ask(4 * EXPLAIN_SECONDS, "explain", case_id, EXPLAIN_SECONDS)
+        if told is not None:
+            failure["diagnosis"] = told["diagnosis"]
+            failure["looks_like"] = list(dict.fromkeys([*failure["looks_like"], *told["looks_like"]]))
 
     def history_of(self, case_id: str) -> list[str]:
         """The cases judged before `case_id` in the same process."""

@@ -127,6 +127,7 @@ def falsify(judged: tuple[str, str, None], request: pytest.FixtureRequest) -> Ca
 def conclude(request: pytest.FixtureRequest, spec: str, answer: dict[str, Any]) -> None:
     """Turn an answer into the test's outcome, and keep it for the report."""
     __tracebackhide__ = True
+    from harness.pool import EXPLAINED
     from harness.report import failure_text
 
     request.node.user_properties.append((ANSWER, {"spec": spec, "answer": answer}))
@@ -137,6 +138,9 @@ def conclude(request: pytest.FixtureRequest, spec: str, answer: dict[str, Any]) 
     if answer["status"] == "passed":
         return
     finding = (answer["findings"] or [{"message": answer["reason"], "headroom": None}])[0]
+    pool = pool_for(request.config, answer["id"].split("/")[0], spec)
+    if pool.explained < EXPLAINED:
+        pool.explain(answer["id"], finding)
     device = request.config.option.impl_device
     replay = f"moe-harness replay '{answer['id']}' --impl {spec}" + ("" if device == "cpu" else f" --device {device}")
     case = {"check": answer["id"].split("/")[1], "case": answer["id"], "replay": replay}

@@ -104,7 +104,8 @@ def test_a_failure_replays_from_its_line(kernels):
     failure = json.loads((kernels / "halved.json").read_text())["failures"][0]
     assert {"check", "case", "message", "headroom", "where", "diagnosis", "replay"} <= set(failure)
     line = failure["replay"].split()[1:]
-    assert run(kernels, *line).returncode == 1
+    again = run(kernels, *line)
+    assert again.returncode == 1 and "slot 0 counts 0.5 times" in " ".join(again.stdout.split())
     assert run(kernels, *[word.replace("halved", "right") for word in line]).returncode == 0
 
 
