@@ -1,13 +1,15 @@
 """The pool, the recorder and the proofs: what went wrong is told by rank, call and cause, and within a second."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 
-from harness.ranks import pool, traces
+from harness.ranks import judge, pool, traces
 from harness.ranks.calls import Call
 from harness.ranks.heartbeat import Beat, State
+from harness.ranks.jobs import Injection
 from harness.ranks.proof import of_job, stalemate
 
 TASKS = "suites.dispatcher.tasks"
@@ -65,6 +67,21 @@ def test_bytes_of_every_operation() -> None:
     assert [s["gather"] for s in sent] == [0, 16, 16]
     assert [s["scatter"] for s in sent] == [32, 0, 0]
     assert sent[0]["isend"] == 16 and outcome.traces[1][8].received == 16
+
+
+def test_no_false_alarm_on_a_busy_machine() -> None:
+    """Twice as many processes as cores compute beside the ranks, one of which also comes late now and then."""
+    burners = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * (os.cpu_count() or 1))]
+    try:
+        for number in range(15):
+            injection = Injection("late", 1, 2) if number % 5 == 4 else None
+            case = f"dispatcher/dense/R=4,E=5,k=2,T=3+0+2+1,seed={number}"
+            verdict = judge.judge("dispatchers:all_to_all", case, injection=injection)
+            assert verdict.passed, verdict.failure or verdict.findings
+    finally:
+        for burner in burners:
+            burner.kill()
+            burner.wait()
 
 
 def test_the_controller_needs_no_torch() -> None:
