@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from impls.dispatchers import dispatcher as schemes
 from impls.dispatchers.common import Dispatcher
+from impls.parallel.replayed import capture
 
 H, E, K, INTERMEDIATE = 2048, 128, 8, 768  # Qwen3-30B-A3B
 TOKENS = (1, 64, 1024, 8192)
@@ -144,21 +145,6 @@ def weights_of(rank: int, local: int) -> tuple[Tensor, Tensor]:
     return up, down
 
 
-def captured(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """`call`, run once aside and captured; the tensors that replays write."""
-    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    dist.barrier()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        result = call()
-    return graph, result
-
-
 def graphed(scheme: str, tokens: int, seeds: tuple[int, ...] = (11, 12, 13)) -> dict[str, Any]:
     """Capture dispatch + experts + combine, replay with changed tokens and routing, compare, time."""
     from impls.triton.experts import experts
@@ -178,7 +164,7 @@ def graphed(scheme: str, tokens: int, seeds: tuple[int, ...] = (11, 12, 13)) -> 
 
     static = of_seed(10)
     eager = median_us(lambda: layer(mover, static), 30)
-    graph, result = captured(lambda: layer(mover, static))
+    graph, result = capture(lambda: layer(mover, static))
     worst = 0.0
     for seed in seeds:
         rows = of_seed(seed)
@@ -191,7 +177,7 @@ def graphed(scheme: str, tokens: int, seeds: tuple[int, ...] = (11, 12, 13)) -> 
     dist.all_reduce(errors, op=dist.ReduceOp.MAX)
     replay = median_us(graph.replay, 50)
     output = torch.randn_like(mover.dispatch(*static).hidden_states)
-    alone, _ = captured(lambda: [mover.combine(output, mover.dispatch(*static)) for _ in range(REPEATED)])
+    alone, _ = capture(lambda: [mover.combine(output, mover.dispatch(*static)) for _ in range(REPEATED)])
     moved = median_us(alone.replay, 50) / REPEATED
     return {"scheme": scheme, "tokens_per_rank": tokens, "eager_us": eager, "replay_us": replay,
             "dispatch_combine_us": moved,

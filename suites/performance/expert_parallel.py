@@ -8,10 +8,10 @@ Router, experts and the ranks' exchange of a block of Qwen3-30B-A3B in bf16; all
     distinct      every rank holds T tokens of its own, which a dispatcher moves: the same R * T tokens in all; what
                   transformers' block takes for them is its time on replicated tokens
 
-Times are of the slowest rank, medians from CUDA events: `eager` as called, mostly the host's time for few tokens, and
-`graph` replayed from a CUDA graph.  `error` is the largest difference from transformers:grouped_mm over the largest
-element, on the same choice of experts: bf16 logits have ties, which two routers may break differently.  A block that is
-not right is not timed.
+Times are of the slowest rank, medians from CUDA events: `eager` as called, mostly the host's time for few tokens,
+`replayed` as called through `impls.parallel.replayed`, and `graph` the replay of the CUDA graph alone.  `error` is the
+largest difference from transformers:grouped_mm over the largest element, on the same choice of experts: bf16 logits
+have ties, which two routers may break differently.  A block that is not right is not timed.
 """
 
 import json
@@ -28,10 +28,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from impls.parallel.replayed import Replayed
 from impls.transformers.expert_parallel import ExpertParallel
 from impls.triton.experts import experts
 from impls.triton.router import router
-from suites.performance.dispatch import INTERMEDIATE, TOKENS, E, H, K, captured, header, join, main, make, median_us
+from suites.performance.dispatch import INTERMEDIATE, TOKENS, E, H, K, header, join, main, make, median_us
 
 Choice = tuple[Tensor, Tensor]  # topk_weights, topk_ids
 Block = Callable[..., Tensor]  # of hidden states and, for the check alone, the choice of experts
@@ -86,7 +87,7 @@ def choice(x: Tensor, weights: dict[str, Tensor]) -> Choice:
 
 
 def measure(block: Block, x: Tensor, chosen: Choice, expected: Tensor, graph: bool) -> dict[str, Any]:
-    """Error, time as called, and time in a graph or why there is none."""
+    """Error, time as called, and times with a graph or why there is none."""
     error = (block(x, chosen).float() - expected).abs().max() / expected.abs().max()
     dist.all_reduce(error, op=dist.ReduceOp.MAX)
     if not float(error) < WRONG:
@@ -95,7 +96,9 @@ def measure(block: Block, x: Tensor, chosen: Choice, expected: Tensor, graph: bo
     entry: dict[str, Any] = {"error": float(error), "eager_us": median_us(lambda: block(x), iterations, warmup=10)}
     if graph:
         try:
-            entry["graph_us"] = median_us(captured(lambda: block(x))[0].replay, 50 if len(x) <= 8192 else 10)
+            replayed, iterations = Replayed(block), 50 if len(x) <= 8192 else 10
+            entry["replayed_us"] = median_us(lambda: replayed(x), iterations)
+            entry["graph_us"] = median_us(next(iter(replayed.captured.values()))[0].replay, iterations)
         except Exception as reason:
             entry["no_graph"] = f"{type(reason).__name__}: {reason}"[:300]
     return entry
@@ -140,15 +143,15 @@ def run_rank(rank: int, ranks: int, store: str, path: str) -> None:
 def print_ratios(table: list[dict[str, Any]]) -> None:
     """transformers' best time over our best, for each layout and number of tokens."""
     for tokens in TOKENS:
-        for kind in ("eager_us", "graph_us"):
+        for kind in ("eager_us", "replayed_us", "graph_us"):
             times = {(e["layout"], e["block"]): e[kind] for e in table if e["tokens_per_rank"] == tokens and kind in e}
             best = min((t for (_, name), t in times.items() if name in THEIRS), default=float("nan"))
             for layout, schemes in OURS.items():
                 own = {name: times[layout, name] for name in schemes if (layout, name) in times}
                 if own:
                     name = min(own, key=own.__getitem__)
-                    print(f"T={tokens:<5} {kind:9} {layout:11} {name:30} {own[name]:9.1f} us, transformers {best:9.1f} "
-                          f"us: {best / own[name]:.2f} times", flush=True)  # fmt: skip
+                    told = f"T={tokens:<5} {kind:11} {layout:11} {name:30} {own[name]:9.1f} us"
+                    print(f"{told}, transformers {best:9.1f} us: {best / own[name]:.2f} times", flush=True)
 
 
 if __name__ == "__main__":
