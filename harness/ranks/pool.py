@@ -25,7 +25,7 @@ from harness.ranks.members import LocalMember, Member, wait
 from harness.ranks.proof import of_job, stalemate
 
 PATIENCE = 0.15  # seconds without progress before a proof is looked for
-STALL = 0.6  # seconds in which no thread of a rank outside collectives wanted a processor before it counts as hung
+STALL = 0.5  # seconds in which no thread of a rank outside collectives wanted a processor before it counts as hung
 BUDGET = 60.0  # seconds a case may take in all
 START = 60.0  # seconds a pool may take to start, the first import of torch included
 POLL = 0.02

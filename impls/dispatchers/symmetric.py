@@ -5,8 +5,8 @@ nothing is read back to the host and shapes depend on it alone, so dispatch and 
 and replayed with other tokens and routing.  Without it the ranks compare their numbers of tokens, which costs one host
 read; more than MAX_TOKENS on any rank go through allgather_reducescatter on every rank.
 
-Alone in a graph on four H200s, 64 tokens of H = 2048 per rank take 31 us there and back, NCCL with known counts 72;
-with 1024 tokens NCCL is faster (suites/performance/data/dispatch_h200x4.json).
+On four H200s, 64 tokens of H = 2048 per rank take 31 us there and back alone in a graph and 47 us called one by one,
+NCCL with known counts 65 and 155; with 1024 tokens NCCL is faster (suites/performance/data/dispatch_h200x4.json).
 
 Bytes per rank: (R-1) T (H s + k (s_w + s_i)) out, (R-1) T H s back.
 """
