@@ -61,6 +61,9 @@ class DispatcherCase(Case):
     def tokens(self) -> list[int]:
         return numbers(self.T)
 
+    def rows(self) -> int:
+        return sum(self.tokens)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LinearCase(Case):
@@ -77,12 +80,15 @@ class LinearCase(Case):
     def __post_init__(self) -> None:
         _one_of("kind", self.kind, KINDS)
         _one_of("dtype", self.dtype, DTYPES)
-        if len(self.rows) != self.E:
-            raise UsageError(f"S is {self.S!r}, which is {len(self.rows)} experts, but E is {self.E}")
+        if len(self.group_sizes) != self.E:
+            raise UsageError(f"S is {self.S!r}, which is {len(self.group_sizes)} experts, but E is {self.E}")
 
     @property
-    def rows(self) -> list[int]:
+    def group_sizes(self) -> list[int]:
         return numbers(self.S)
+
+    def rows(self) -> int:
+        return sum(self.group_sizes)
 
 
 CASES: dict[str, type[Case]] = {kind.stage: kind for kind in (DispatcherCase, LinearCase)}

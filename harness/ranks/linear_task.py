@@ -68,7 +68,7 @@ def weights_of(case: LinearCase) -> tuple[list[list[Tensor]], Tensor]:
         whole = torch.randint(-3, 4, (parts, case.N, case.K), generator=random)
         rank = torch.rand(parts, case.N, case.K, generator=random).argsort(-1).argsort(-1)
         weights.append(list((whole * (rank < keep)).to(dtype)))
-    return weights, torch.randint(-3, 4, (sum(case.rows), case.K), generator=random).to(dtype)
+    return weights, torch.randint(-3, 4, (sum(case.group_sizes), case.K), generator=random).to(dtype)
 
 
 def _judge(me: Rank, subject: Any, case: LinearCase, report: Report) -> None:
@@ -85,7 +85,7 @@ def _judge(me: Rank, subject: Any, case: LinearCase, report: Report) -> None:
     mine = reference.input_shard(x, me.rank, me.world_size).contiguous() if case.kind == "row" else x.clone()
     given = mine.to(me.device)
     before = given.clone()
-    out = layer(given, torch.tensor(case.rows, device=me.device))
+    out = layer(given, torch.tensor(case.group_sizes, device=me.device))
     if not torch.equal(given, before):
         report.fail("inputs", "x was modified")
     if case.kind == "row" and getattr(layer, "output", None) != "partial":
@@ -110,7 +110,7 @@ def expected_part(weights: list[list[Tensor]], x: Tensor, case: LinearCase, rank
         else:
             stacked.append(reference.row_shard(parts[0], rank, ranks) if case.kind == "row" else parts[0])
     rows = reference.input_shard(x, rank, ranks) if case.kind == "row" else x
-    return grouped_linear(rows.double(), torch.stack(stacked).double(), torch.tensor(case.rows))
+    return grouped_linear(rows.double(), torch.stack(stacked).double(), torch.tensor(case.group_sizes))
 
 
 def _compare(me: Rank, out: Any, weights: list[list[Tensor]], x: Tensor, case: LinearCase, report: Report) -> None:
@@ -125,7 +125,7 @@ def _compare(me: Rank, out: Any, weights: list[list[Tensor]], x: Tensor, case: L
         return
     row = int(wrong[0])
     column = int(differing_rows(got[row, :, None], expected[row, :, None])[0])
-    expert = int(torch.bucketize(row, torch.tensor(case.rows).cumsum(0), right=True))
+    expert = int(torch.bucketize(row, torch.tensor(case.group_sizes).cumsum(0), right=True))
     report.fail(
         "shard",
         f"rank {me.rank}: {len(wrong)} of {len(expected)} rows differ; first is row {row} (expert {expert}), column "
@@ -141,7 +141,9 @@ def _explain(got: Tensor, weights: list[list[Tensor]], x: Tensor, case: LinearCa
     for other in range(case.R):
         if other != rank and _equal(got, expected_part(weights, x, case, other)):
             found.append({"fault": "shard of another rank", "evidence": f"the result is that of rank {other}"})
-    whole = grouped_linear(x.double(), torch.stack([torch.cat(p) for p in weights]).double(), torch.tensor(case.rows))
+    whole = grouped_linear(
+        x.double(), torch.stack([torch.cat(p) for p in weights]).double(), torch.tensor(case.group_sizes)
+    )
     if case.kind == "row" and _equal(got, whole):
         found.append({"fault": "reduced already", "evidence": "the result is the whole sum, not this rank's part"})
     if case.kind == "replicated" and case.R > 1 and _equal(got, _row_part(weights, x, case, rank)):
@@ -156,7 +158,7 @@ def _explain(got: Tensor, weights: list[list[Tensor]], x: Tensor, case: LinearCa
 def _row_part(weights: list[list[Tensor]], x: Tensor, case: LinearCase, rank: int) -> Tensor:
     parts = torch.stack([reference.row_shard(part[0], rank, case.R) for part in weights])
     rows = reference.input_shard(x, rank, case.R)
-    return grouped_linear(rows.double(), parts.double(), torch.tensor(case.rows))
+    return grouped_linear(rows.double(), parts.double(), torch.tensor(case.group_sizes))
 
 
 def _equal(got: Tensor, other: Tensor) -> bool:

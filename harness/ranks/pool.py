@@ -149,7 +149,7 @@ class _Watch:
             return True
         if now - self.moved < PATIENCE:
             return False
-        proof = stalemate(beats, frozenset(self.evidence.exits))
+        proof = stalemate(beats, frozenset(self.evidence.exits), lambda rank: self.members[rank].calls())
         if proof is not None and self._still(sequences):
             self.evidence.stalemate = proof
             return True

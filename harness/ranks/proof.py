@@ -1,11 +1,12 @@
-"""From what the ranks said last to a proof that they will never go on.
+"""From what the ranks said last, and the calls they have begun, to a proof that they will never go on.
 
-Without progress nothing is proved by time alone: a transfer may be slow.  What proves a stalemate is that nobody is
-left who could move: every rank either waits in a call, or is done, or is dead, and some pending call cannot complete
-because a member of its group is not in it.
+Without progress nothing is proved by time alone: a transfer may be slow, and on a busy machine a rank may leave a call
+long before another does.  A call is answered once every other member of its group has begun the call that belongs to
+it, the n-th on the same group: then it only takes time.  What proves a stalemate is a call whose answers disagree, or
+one that waits for a rank that is done, dead, or itself waits for such a rank, in a circle or not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from harness.ranks.calls import POINT_TO_POINT, Call
@@ -26,41 +27,78 @@ def of_job(beats: Sequence[Beat], number: int) -> list[Beat]:
     return [beat if beat.job == number else Beat(beat.sequence, State.RUNNING) for beat in beats]
 
 
-def stalemate(beats: Sequence[Beat], dead: frozenset[int] = frozenset()) -> Stalemate | None:
-    """The proof that no rank can go on, or None where one still might."""
+Begun = Callable[[int], Sequence[Call]]
+
+
+def stalemate(
+    beats: Sequence[Beat], dead: frozenset[int] = frozenset(), begun: Begun | None = None
+) -> Stalemate | None:
+    """The proof that some rank can never go on, or None where all still might.
+
+    Args:
+        dead: ranks whose process is gone.
+        begun: all calls that a rank has begun; by default the pending one alone.
+    """
     if any(beat.state == State.RUNNING and rank not in dead for rank, beat in enumerate(beats)):
         return None
     pending = {r: b.call for r, b in enumerate(beats) if r not in dead and b.state == State.WAITING and b.call}
+    calls = {rank: begun(rank) if begun else [c for c in [beats[rank].call] if c] for rank in range(len(beats))}
+    missing: dict[int, list[int]] = {}  # for each pending rank, those it waits for
     for rank, call in pending.items():
-        found = _unmatched(rank, call, pending, dead)
+        answers = {member: _answer(rank, call, calls, member) for member in _members(rank, call)}
+        given = {member: answer for member, answer in answers.items() if answer is not None}
+        missing[rank] = [member for member, answer in answers.items() if answer is None]
+        found = disagreement(given) if call.op not in POINT_TO_POINT and not missing[rank] else None
         if found is not None:
-            return found
-    return None
+            return Stalemate("mismatch", found)
+    free = _free(missing)
+    return next((_waits(rank, pending, missing, free, dead) for rank in missing if rank not in free), None)
 
 
-def _unmatched(rank: int, call: Call, pending: dict[int, Call], dead: frozenset[int]) -> Stalemate | None:
-    members = (rank, call.root) if call.op in POINT_TO_POINT else call.group
-    for member in members:
-        if member is None or member in pending:
-            continue
+def _members(rank: int, call: Call) -> tuple[int, ...]:
+    return (rank, call.root) if call.op in POINT_TO_POINT else call.group  # type: ignore[return-value]
+
+
+def _answer(rank: int, call: Call, calls: dict[int, Sequence[Call]], member: int) -> Call | None:
+    """The call of `member` that belongs to `call` of `rank`; None where it has not begun it."""
+    if member == rank:
+        return call
+    if call.op in POINT_TO_POINT:  # the n-th send meets the n-th receive
+        own, other = ("send", "recv") if "send" in call.op else ("recv", "send")
+        before = [c for c in calls[rank] if own in c.op and c.root == member and c.index < call.index]
+        answers = [c for c in calls[member] if other in c.op and c.root == rank]
+    else:
+        before = [c for c in _on_group(calls[rank], call.group) if c.index < call.index]
+        answers = _on_group(calls[member], call.group)
+    return answers[len(before)] if len(answers) > len(before) else None
+
+
+def _on_group(calls: Sequence[Call], group: tuple[int, ...]) -> list[Call]:
+    return [call for call in calls if call.group == group and call.op not in POINT_TO_POINT]
+
+
+def _free(missing: dict[int, list[int]]) -> set[int]:
+    """Ranks whose call is answered, or will be once others of them have gone on."""
+    free: set[int] = set()
+    while more := {rank for rank, others in missing.items() if rank not in free and set(others) <= free}:
+        free |= more
+    return free
+
+
+def _waits(
+    rank: int, pending: dict[int, Call], missing: dict[int, list[int]], free: set[int], dead: frozenset[int]
+) -> Stalemate:
+    """What keeps `rank`: a rank that is gone for good before one that is stuck elsewhere."""
+    call = pending[rank]
+    member = min((m for m in missing[rank] if m not in free), key=lambda m: (m in pending, m))
+    told = {rank: str(call)}
+    if member not in pending:
         gone = "is dead" if member in dead else "has finished its task"
         cause = f"{gone}, while rank {rank} waits for it in call {call}"
-        return Stalemate("deadlock", Disagreement(member, None, cause, {rank: str(call)}))
-    if call.op in POINT_TO_POINT:
-        return _message(rank, call, pending)
-    calls = {member: pending[member] for member in members}
-    elsewhere = next((r for r, other in calls.items() if other.group != call.group), None)
-    if elsewhere is not None:
+        return Stalemate("deadlock", Disagreement(member, None, cause, told))
+    where = pending[member]
+    if call.op not in POINT_TO_POINT and where.op not in POINT_TO_POINT and where.group != call.group:
         cause = f"waits on other ranks than rank {rank}, which is in call {call}"
-        return Stalemate("mismatch", Disagreement(elsewhere, calls[elsewhere], cause, {rank: str(call)}))
-    found = disagreement(calls)
-    return None if found is None else Stalemate("mismatch", found)
-
-
-def _message(rank: int, call: Call, pending: dict[int, Call]) -> Stalemate | None:
-    peer = pending[call.root]  # type: ignore[index]
-    wanted = "recv" if "send" in call.op else "send"
-    if wanted in peer.op and peer.root == rank:
-        return None
+        return Stalemate("mismatch", Disagreement(member, where, cause, told))
     cause = f"is in another call, while rank {rank} waits for it in call {call}"
-    return Stalemate("deadlock", Disagreement(call.root, peer, cause, {rank: str(call)}))  # type: ignore[arg-type]
+    return Stalemate("deadlock", Disagreement(member, where, cause, told))

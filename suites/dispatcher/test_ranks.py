@@ -133,6 +133,42 @@ def test_a_rank_that_has_not_begun_the_job_may_still_come() -> None:
     assert stalemate(of_job([beats[0], Beat(5, State.DONE, None, 7)], 7)) is not None
 
 
+def _message(index: int, op: str, peer: int) -> Call:
+    return _call(index, op, root=peer)
+
+
+def test_a_message_whose_answer_was_begun_before_is_no_deadlock() -> None:
+    """Rank 0 waits for rank 2, but has asked for what rank 1 sends; without that nobody can go on."""
+    asked = {0: [_message(0, "irecv", 1), _message(1, "irecv", 2)], 1: [_message(0, "isend", 0)], 2: []}
+    beats = [Beat(4, State.WAITING, asked[0][1]), Beat(4, State.WAITING, asked[1][0])]
+    sent = {2: [_message(0, "isend", 0)]}
+    beats.append(Beat(4, State.WAITING, sent[2][0]))
+    assert stalemate(beats, begun=lambda rank: {**asked, **sent}[rank]) is None
+    circle = {0: [_message(0, "recv", 2)], 1: [_message(0, "send", 0)], 2: [_message(0, "recv", 1)]}
+    proof = stalemate([Beat(4, State.WAITING, calls[0]) for calls in circle.values()])
+    assert proof is not None and (proof.kind, proof.disagreement.rank) == ("deadlock", 2)
+
+
+def test_a_rank_that_has_left_a_call_first_is_no_mismatch() -> None:
+    """Its peer is still in the call before, whose data have come, on a machine that gives it no time."""
+    begun = {0: [_call(0), _call(1, "broadcast")], 1: [_call(0)]}
+    beats = [Beat(6, State.WAITING, begun[0][1]), Beat(4, State.WAITING, begun[1][0])]
+    assert stalemate(beats, begun=lambda rank: begun[rank]) is None
+    begun[1].append(_call(1))
+    beats[1] = Beat(6, State.WAITING, begun[1][1])
+    proof = stalemate(beats, begun=lambda rank: begun[rank])
+    assert proof is not None and proof.kind == "mismatch"
+
+
+def test_who_waits_for_one_that_will_go_on_is_not_stuck() -> None:
+    """Rank 0 waits for 1, which waits for a slow message from 2: nobody is stuck; without the message all are."""
+    begun = {0: [_call(0)], 1: [_message(0, "recv", 2)], 2: [_message(0, "isend", 1), _call(1, group=(1, 2))]}
+    beats = [Beat(2, State.WAITING, calls[-1]) for calls in begun.values()]
+    assert stalemate(beats, begun=lambda rank: begun[rank]) is None
+    del begun[2][0]
+    assert stalemate(beats, begun=lambda rank: begun[rank]) is not None
+
+
 def test_different_groups_wait_for_each_other() -> None:
     beats = [Beat(1, State.WAITING, _call(0)), Beat(1, State.WAITING, _call(0, group=(1, 2))), Beat(1, State.DONE)]
     proof = stalemate(beats)
