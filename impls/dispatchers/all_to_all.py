@@ -32,7 +32,7 @@ class AllToAll(Dispatcher):
         counts, copies = grouped(self.owners(topk_ids).flatten(), self.world_size)
         sent, received = exchange_counts(counts, self.group)
         copies = copies[: sum(sent)]
-        route = Route(copies, sent, received, tuple(topk_ids.shape))
+        route = Route(copies, sent, received, (topk_ids.shape[0], topk_ids.shape[1]))
         tokens = copies // max(topk_ids.shape[1], 1)
         return Dispatched(
             self._exchange(hidden_states[tokens], route),

@@ -42,8 +42,9 @@ class HeadParallel(Linear):
         device: torch.device | str,
     ):
         self.heads, self.head_dim = local_heads(num_heads, rank, world_size), head_dim
-        place = {"rank": rank, "world_size": world_size, "dtype": dtype, "device": device}
-        super().__init__(1, in_features, num_heads * head_dim, **place)
+        super().__init__(
+            1, in_features, num_heads * head_dim, rank=rank, world_size=world_size, dtype=dtype, device=device
+        )
 
     def local_out(self) -> int:
         return len(self.heads) * self.head_dim

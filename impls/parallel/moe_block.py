@@ -81,7 +81,7 @@ class MoEBlock:
 
     def _own_experts(self) -> list[int]:
         """Physical experts of this rank, ascending."""
-        if self.layout.dispatcher is None:
+        if self.layout.dispatcher is None or self.layout.owner is None:
             return list(range(len(self.logical)))
         rank = dist.get_rank(self.layout.experts)
         return (self.layout.owner == rank).nonzero().flatten().tolist()
@@ -89,7 +89,7 @@ class MoEBlock:
     def _load_experts(self, weights: Weights) -> tuple[MergedColumnParallel, RowParallel]:
         gate_up, down = weights["experts.gate_up_proj"], weights["experts.down_proj"]
         hidden, inner = down.shape[1:]
-        place = {**self.layout.place(), "dtype": down.dtype, "device": down.device}
+        place: dict[str, Any] = {**self.layout.place(), "dtype": down.dtype, "device": down.device}
         merged = MergedColumnParallel(len(self.mine), hidden, [inner, inner], **place)
         row = RowParallel(len(self.mine), inner, hidden, **place)
         for local, physical in enumerate(self.mine):
@@ -100,7 +100,7 @@ class MoEBlock:
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """hidden_states [T, H] of this rank -> [T, H]."""
         rows = None
-        if self.layout.sequence_parallel:
+        if self.layout.sequence_parallel and self.layout.tensor is not None:
             rows = gather_counts(len(hidden_states), self.layout.tensor, hidden_states.device)
             hidden_states = gather_rows(hidden_states, rows, self.layout.tensor)
         weights, ids = self.route(hidden_states)
@@ -145,7 +145,7 @@ class SharedExpert:
         self.sharded = layout.shared_sharded and layout.tensor is not None
         down = weights[f"{prefix}.down_proj.weight"]
         hidden, inner = down.shape
-        place = {**layout.place(self.sharded), "dtype": down.dtype, "device": down.device}
+        place: dict[str, Any] = {**layout.place(self.sharded), "dtype": down.dtype, "device": down.device}
         self.gate_up = MergedColumnParallel(1, hidden, [inner, inner], **place)
         self.gate_up.load(0, weights[f"{prefix}.gate_proj.weight"], 0)
         self.gate_up.load(0, weights[f"{prefix}.up_proj.weight"], 1)

@@ -35,7 +35,7 @@ class ExpertParallel:
         experts, hidden, inner = weights["experts.down_proj"].shape
         config = Qwen3MoeConfig(
             hidden_size=hidden, moe_intermediate_size=inner, num_experts=experts, num_experts_per_tok=top_k,
-            norm_topk_prob=True, num_hidden_layers=1, experts_implementation=experts_implementation,
+            norm_topk_prob=True, num_hidden_layers=1, experts_implementation=experts_implementation,  # type: ignore[call-arg]
         )  # fmt: skip
         with torch.device("meta"):
             block = Qwen3MoeSparseMoeBlock(config).eval().requires_grad_(False)

@@ -101,6 +101,12 @@ class Entry:
     gate_up: Tiling | None = None
     down: Tiling | None = None
 
+    def products(self) -> tuple[Tiling, Tiling]:
+        """The tilings of both products; ValueError where only a walk is held."""
+        if self.gate_up is None or self.down is None:
+            raise ValueError(f"{self} should hold the tilings of both products")
+        return self.gate_up, self.down
+
 
 def grid_size(tiling: Tiling, slots: int, experts: int, columns: int, device: torch.device, runs: bool = True) -> int:
     """Programs to launch for `slots` routed rows as expected; a program takes further tiles if there are more.
@@ -189,14 +195,14 @@ def choose_linear(shape: Shape, rows: int, device: torch.device) -> Tiling:
     `shape.hidden` is the depth K and `shape.width` the columns N, so H of a tuned file is N and its I is K.
     """
     if device.type != "cuda":
-        return small(1024).down
+        return small(1024).products()[1]
     near = []
     for known, entries in tuned_files(device_name(device)):
         seen = Shape(shape.experts, shape.width, shape.hidden, known.top_k, shape.element_size)
         near += [(seen.distance(known), known, t, e.down) for t, e in entries if e.down is not None]
     near = [n for n in near if n[0] <= NEAR]
     if not near:
-        return generic(shape, max(rows, WALKED + 1)).down
+        return generic(shape, max(rows, WALKED + 1)).products()[1]
     closest = min(n[0] for n in near)
     wanted = rows / shape.experts
 

@@ -50,9 +50,10 @@ def run_entry(
     """
     if entry.walk is not None:
         return few_tokens(x, up, down, weights, ids, activation, expert_map, entry.walk)
+    first, second = entry.products()
     counts, slots = align(ids, up.shape[0], expert_map)
-    act = gate_up(x, up, counts, slots, ids.shape[1], activation, entry.gate_up, expected)
-    y = linear(act, down, counts, entry.down, expected, slots=slots)
+    act = gate_up(x, up, counts, slots, ids.shape[1], activation, first, expected)
+    y = linear(act, down, counts, second, expected, slots=slots)
     return combine(y, weights, ids, up.shape[0], expert_map)
 
 

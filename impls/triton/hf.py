@@ -8,6 +8,8 @@ weight 0; such an index is outside the local experts, so the kernels leave the s
 so a decoding step can be captured in a CUDA graph.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from impls.triton.experts import experts
@@ -39,11 +41,11 @@ def layout_problem(module: nn.Module) -> str | None:
     return None
 
 
-def forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts' forward as transformers calls it.
 
     Args:
-        self: the module of experts.
+        self: the module of experts, an nn.Module.
         hidden_states: [T, H].
         top_k_index: int64 [T, k], num_experts for a slot of another rank.
         top_k_weights: [T, k].
@@ -58,9 +60,8 @@ def forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_w
     if problem is not None:
         raise NotImplementedError(f"{type(self).__name__}: {problem}; choose another experts_implementation for it")
     gate_up, down = self.gate_up_proj, self.down_proj
-    if getattr(
-        self, "is_transposed", False
-    ):  # the kernels honour strides; such weights are read without the copy engine
+    if getattr(self, "is_transposed", False):
+        # The kernels honour strides; such weights are read without the copy engine.
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
     activation = ACTIVATIONS[type(self.act_fn).__name__]
     return experts(hidden_states, gate_up, down, top_k_weights, top_k_index, activation=activation)

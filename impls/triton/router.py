@@ -11,6 +11,8 @@ counts as -inf, and lanes behind the last expert, like those already chosen, hol
 `router_from_hidden` runs the gate's product first: one more launch, parallel over rows and experts, logits in fp32.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -188,7 +190,7 @@ def _rows(tokens: int, block_e: int) -> tuple[int, int]:
     return (1, 1) if tokens <= 512 or block_e > 256 else (4, 4)
 
 
-def router_from_hidden(hidden_states: Tensor, gate_weight: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+def router_from_hidden(hidden_states: Tensor, gate_weight: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """Route hidden_states [T, H] with the gate's weight [E, H]; `options` as for `router`.
 
     The logits are kept in fp32, which may choose another expert than logits rounded to the model's dtype.

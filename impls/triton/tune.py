@@ -10,9 +10,11 @@ import json
 import multiprocessing
 import signal
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,7 +137,7 @@ def _large(rows: float) -> Iterator[Tiling]:
     yield Tiling(128, 128, 64, 16, 8, 4, waves=1)
 
 
-def time_in_graph(calls: list[Callable[[], object]], rounds: int = 7, at_least_us: float = 600.0) -> list[float]:
+def time_in_graph(calls: Sequence[Callable[[], object]], rounds: int = 7, at_least_us: float = 600.0) -> list[float]:
     """Microseconds per call over `rounds` replays of a graph that runs `calls` in turn, several times each."""
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -163,19 +165,19 @@ def time_in_graph(calls: list[Callable[[], object]], rounds: int = 7, at_least_u
     return times
 
 
-def _calls(kind: str, load: Workload, how: Tiling | Walk) -> list[Callable[[], Tensor]]:
+def _calls(kind: str, load: Workload, how: Any) -> list[Callable[[], Tensor]]:
     """One call per set of weights."""
     total, top_k, experts = load.ids.numel(), load.ids.shape[1], load.up[0].shape[0]
     if kind == "walk":
         return [
-            lambda i=i: few_tokens(load.x, load.up[i], load.down[i], load.weights, load.ids, "silu", None, how)
+            partial(few_tokens, load.x, load.up[i], load.down[i], load.weights, load.ids, "silu", None, how)
             for i in range(2)
         ]
     counts, slots = align(load.ids, experts)
     if kind == "gate_up":
-        return [lambda i=i: gate_up(load.x, load.up[i], counts, slots, top_k, "silu", how, total) for i in range(2)]
+        return [partial(gate_up, load.x, load.up[i], counts, slots, top_k, "silu", how, total) for i in range(2)]
     act = gate_up(load.x, load.up[0], counts, slots, top_k, "silu", Tiling(16, 32, 64), total)
-    return [lambda i=i: linear(act, load.down[i], counts, how, total, slots=slots) for i in range(2)]
+    return [partial(linear, act, load.down[i], counts, how, total, slots=slots) for i in range(2)]
 
 
 def _compile(shard: tuple[Shape, list[tuple[str, Tiling | Walk]]]) -> None:
@@ -228,8 +230,9 @@ def _measure(kind: str, tokens: int, load: Workload, jobs: list[Tiling | Walk], 
 
 def _best(kind: str, tokens: int, rows: float, done: dict) -> tuple[float, Tiling | Walk] | None:
     """(microseconds, candidate) of the fastest; the two halves of a walk are chosen apart."""
-    found = [(done.get(_key(kind, tokens, how)), how) for how in candidates(kind, rows)]
-    found = sorted((f for f in found if f[0] is not None), key=lambda f: f[0])
+    keys = {_key(kind, tokens, how): how for how in candidates(kind, rows)}
+    found: list[tuple[float, Any]] = [(done[key], how) for key, how in keys.items() if done.get(key) is not None]
+    found.sort(key=lambda f: f[0])
     if kind != "walk" or not found:
         return found[0] if found else None
     default = Walk()
@@ -263,11 +266,12 @@ def tune(shape: Shape, tokens: list[int], log: Path, out: Path | None = None, pr
     print(f"{len(missing)} of {len(jobs)} timings to do", flush=True)
     if missing:
         compile_all(shape, missing, processes)
-    weights, entries = weights_for(shape) if missing else None, {}
+    weights = weights_for(shape) if missing else None
+    entries = {}
     for t in tokens:
         best = {}
         for kind in kinds[t]:
-            if missing:
+            if weights is not None:
                 print(f"{t:6} {kind:8} timing {len(list(candidates(kind, rows[t])))} candidates", flush=True)
                 _measure(kind, t, workload(shape, t, weights), list(candidates(kind, rows[t])), done, log)
             best[kind] = _best(kind, t, rows[t], done)
@@ -289,4 +293,6 @@ def _entry(best: dict) -> Entry:
     walk, up, down = (best.get(kind) for kind in ("walk", "gate_up", "down"))
     if walk and (not up or not down or walk[0] < up[0] + down[0] + 4.0):
         return Entry(walk=walk[1])
+    if not up or not down:
+        raise RuntimeError("no candidate of a product ran; the messages above say why")
     return Entry(gate_up=up[1], down=down[1])
