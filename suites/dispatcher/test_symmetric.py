@@ -5,9 +5,11 @@ import pytest
 pytest.importorskip("triton")
 
 from harness.ranks import cases, judge
+from harness.ranks.loading import load
 from suites.dispatcher.subjects import told
 
 FILE = "suites/dispatcher/interpreted.py"
+_Prepared = load("dispatcher", "impls.dispatchers._launch:Prepared")
 
 
 @pytest.mark.parametrize("name", ["Symmetric", "Bounded"])
@@ -23,3 +25,27 @@ def test_refused_on_every_rank_without_gpus() -> None:
     verdict = judge.judge("dispatchers:symmetric", "dispatcher/dense/R=2,E=4,k=2,T=2+2")
     assert not verdict.findings
     assert "gloo" in str(verdict.unsupported)
+
+
+class _Kernel:
+    """What Triton's kernels look like from outside: the first start compiles, the compiled one is started directly."""
+
+    def __init__(self) -> None:
+        self.compiled: list[tuple[object, ...]] = []
+        self.direct: list[tuple[object, ...]] = []
+
+    def __getitem__(self, grid: object):
+        def first(*arguments: object, **constants: object) -> dict[object, object]:
+            self.compiled.append((*arguments, *constants.values()))
+            return {grid: lambda *later: self.direct.append(later)}
+
+        return first
+
+
+def test_a_prepared_kernel_gets_the_same_arguments_in_the_same_order() -> None:
+    kernel = _Kernel()
+    start = _Prepared(kernel, 4, ("peers", 7), {"RANK": 0, "RANKS": 2})
+    for rows in ("a", "b", "c"):
+        start(rows, 1)
+    assert kernel.compiled == [("a", 1, "peers", 7, 0, 2)]
+    assert kernel.direct == [("b", 1, "peers", 7, 0, 2), ("c", 1, "peers", 7, 0, 2)]
