@@ -8,7 +8,7 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from harness.cases import spec as spec_module
 from harness.cases.spec import Case
@@ -107,7 +107,7 @@ def parse_id(text: str) -> tuple[str, Case]:
         raise unknown("stage", stage, list(CASES))
     _one_of("check", check, CHECKS[stage])
     types = {f.name: f.type for f in fields(CASES[stage])}
-    given: dict[str, object] = {}
+    given: dict[str, Any] = {}
     for item in filter(None, values.split(",")):
         name, _, value = item.partition("=")
         if name not in types:
@@ -162,7 +162,7 @@ def linear_cases(
     for ranks, repeat in itertools.product(worlds, range(1 if profile == "quick" else 3)):
         for i, (inner, outer) in enumerate(((1, 1), (2, 1), (1, 2), (3, 2), (4, 4))):
             dtype, number = DTYPES[i % len(DTYPES)], seed + repeat * 1000 + i
-            size = {"K": 4 * inner * ranks, "N": 4 * outer * ranks, "S": rows[i], "E": 3}
+            size: dict[str, Any] = {"K": 4 * inner * ranks, "N": 4 * outer * ranks, "S": rows[i], "E": 3}
             yield "shard", LinearCase(R=ranks, kind=kind, dtype=dtype, seed=number, **size)
 
 

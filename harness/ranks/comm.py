@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ def _reduction(op: Any) -> str:
 
 def call_site() -> str:
     """file:line and function of the nearest frame outside torch and this package."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         path = frame.f_code.co_filename
         if not path.startswith((_LIBRARY, "<")) and os.path.dirname(path) != _OWN:

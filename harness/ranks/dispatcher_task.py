@@ -25,6 +25,7 @@ def run(me: Rank, spec: dict[str, Any], seed: int) -> dict[str, Any]:
     With "explain" every rank tells what is odd about the rows it received, also where its own tokens are right.
     """
     check, case = parse_id(spec["case"])
+    assert isinstance(case, DispatcherCase)
     subject = load_class("dispatcher", spec["impl"])
     replicated = bool(getattr(subject, "requires_replicated_tokens", False))
     report = Report(me.rank)
@@ -82,7 +83,7 @@ def _judge(me: Rank, dispatcher: Any, worlds: list[world_data.World], report: Re
 def _check_contract(me: Rank, d: Any, world: world_data.World, report: Report) -> bool:
     """Attributes, shapes, dtypes and the range of the ids of what dispatch returned."""
     before = len(report.findings)
-    tensors = [getattr(d, name, None) for name in Batch._fields]
+    tensors: list[Any] = [getattr(d, name, None) for name in Batch._fields]
     for name, tensor in zip(Batch._fields, tensors, strict=True):
         if not isinstance(tensor, Tensor) or tensor.dim() != 2:
             report.fail("contract", f"d.{name} is {_kind(tensor)}, but should be a tensor of two dimensions")

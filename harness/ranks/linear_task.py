@@ -47,11 +47,12 @@ def run(me: Rank, spec: dict[str, str], seed: int) -> dict[str, Any]:
     _, case = parse_id(spec["case"])
     subject = load_class("parallel_linear", spec["impl"])
     report = Report(me.rank)
-    if kind_of(subject) != case.kind:  # type: ignore[attr-defined]
-        report.rejected = f"{spec['impl']} is {kind_of(subject)}, the case asks for {case.kind}"  # type: ignore
+    assert isinstance(case, LinearCase)
+    if kind_of(subject) != case.kind:
+        report.rejected = f"{spec['impl']} is {kind_of(subject)}, the case asks for {case.kind}"
         return report.as_dict()
     try:
-        _judge(me, subject, case, report)  # type: ignore[arg-type]
+        _judge(me, subject, case, report)
     except REJECTIONS as error:
         report.rejected = f"{type(error).__name__}: {error}"
     return report.as_dict()
@@ -116,8 +117,8 @@ def expected_part(weights: list[list[Tensor]], x: Tensor, case: LinearCase, rank
 def _compare(me: Rank, out: Any, weights: list[list[Tensor]], x: Tensor, case: LinearCase, report: Report) -> None:
     expected = expected_part(weights, x, case, me.rank)
     if not isinstance(out, Tensor) or out.shape != expected.shape or out.dtype != x.dtype:
-        got = f"{out.dtype} {list(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
-        report.fail("contract", f"the result is {got}, but should be {x.dtype} {list(expected.shape)}")
+        found = f"{out.dtype} {list(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+        report.fail("contract", f"the result is {found}, but should be {x.dtype} {list(expected.shape)}")
         return
     got = out.cpu().double()
     wrong = differing_rows(got, expected)

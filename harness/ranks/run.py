@@ -76,8 +76,8 @@ class RankRun(Run):
         self.keep({**self.result(), "interrupted": True})
 
     def _planned_ids(self) -> list[str]:
-        asked = {"profile": self.request.profile, "seed": self.request.seed, "backend": self.backend}
-        ids = planned(self.stage, self.spec, self.worlds, **asked)
+        profile, seed = self.request.profile, self.request.seed
+        ids = planned(self.stage, self.spec, self.worlds, profile=profile, seed=seed, backend=self.backend)
         wanted = self.options.dtypes or cases.DTYPES
         return [case_id for case_id in ids if cases.parse_id(case_id)[1].dtype in wanted]
 
@@ -92,6 +92,7 @@ class RankRun(Run):
         from harness.strategies import falsify
 
         check = cases.CHECKS[self.stage][0]
+        drawn: Any
         if self.stage == "dispatcher":
             drawn = strategies.dispatcher_cases(self.worlds)
         else:

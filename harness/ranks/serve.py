@@ -35,9 +35,10 @@ class Server:
     def run(self) -> None:
         """Until the controller goes away."""
         while True:
-            ends = [self.control, *([self.member.end] if self.member is not None else [])]
+            ends: list[Any] = [self.control, *([self.member.end] if self.member is not None else [])]
             for end in connection.wait(ends, POLL):
-                if end is self.control:
+                commanded = end is self.control
+                if commanded:
                     self._command(*self.control.recv())
                 elif self.member is not None:
                     self._pass_on(self.member.receive())

@@ -5,7 +5,7 @@ Two calls of equal shape in swapped order look the same by all that; they are to
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from harness.ranks.calls import POINT_TO_POINT, Call
@@ -72,7 +72,7 @@ def disagreement(calls: dict[int, Call]) -> Disagreement | None:
     return _sizes(calls)
 
 
-def _odd_one_out(calls: dict[int, Call], values: dict[int, object], words: str) -> Disagreement:
+def _odd_one_out(calls: dict[int, Call], values: Mapping[int, object], words: str) -> Disagreement:
     usual = Counter(values.values()).most_common(1)[0][0]
     odd = [rank for rank, value in values.items() if value != usual]
     # With two ranks neither is the usual one; the higher is told apart from the lower.
@@ -121,7 +121,7 @@ def _swapped(of: dict[int, list[Call]]) -> Disagreement | None:
 def _compare_messages(traces: Sequence[Sequence[Call]]) -> Disagreement | None:
     """Sends and receives between each pair of ranks have to match in number and size."""
     for source, trace in enumerate(traces):
-        for target in {c.root for c in trace if c.op in ("send", "isend")} - {None}:
+        for target in {c.root for c in trace if c.op in ("send", "isend") and c.root is not None}:
             sends = [c for c in trace if c.op in ("send", "isend") and c.root == target]
             receives = [c for c in traces[target] if c.op in ("recv", "irecv") and c.root == source]
             for sent, received in zip(sends, receives, strict=False):
