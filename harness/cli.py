@@ -178,7 +178,7 @@ def replay(
             if answer["reason"]:
                 console.print(f"  {answer['reason']}", highlight=False, soft_wrap=True, markup=False)
             if answer["findings"]:
-                pool.explain(case, answer["findings"][0])
+                pool.explain(answer.get("judged", case), answer["findings"][0])
             for finding in answer["findings"]:
                 emit(console, failure_block({**finding, "check": parse_id(case)[1], "case": case}))
             failed += answer["status"] in ("failed", "died")

@@ -1,6 +1,6 @@
 """What a check finds, as plain data that crosses from the judging process to the reporting one."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 HISTOGRAM_EDGES = tuple(i / 4 for i in range(41))  # |z| from 0 to 10 in quarters; the last bin holds all beyond
@@ -17,6 +17,11 @@ class Finding:
     looks_like: list[str] = field(default_factory=list)
     diagnosis: list[dict[str, str]] = field(default_factory=list)
     heatmap: dict[str, Any] | None = None
+
+
+def unfinished(case_id: str, status: str, reason: str) -> dict[str, Any]:
+    """A worker's answer for a case that it could not answer itself."""
+    return {"id": case_id, "status": status, "reason": reason, "seconds": 0.0, **asdict(Record())}
 
 
 @dataclass

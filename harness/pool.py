@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import CannotJudge, UsageError
-from harness.worker import serve
+from harness.findings import unfinished
 
 POLL = 0.1  # seconds between looks at the clock and at the memory of the workers
 START_BUDGET = 180.0  # seconds for importing an implementation
@@ -32,7 +32,7 @@ class Worker:
         self.connection, theirs = context.Pipe()
         descriptor, self.output = tempfile.mkstemp(dir=folder, suffix=".log")
         os.close(descriptor)
-        self.process = context.Process(target=serve, args=(theirs, self.output, stage, spec, device), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, self.output, stage, spec, device), daemon=True)
         self.process.start()
         theirs.close()
         self.loaded: dict[str, Any] = {}  # what the process says of the implementation
@@ -211,9 +211,7 @@ class Pool:
         words = worker.last_words()
         if replace:
             self._replace(worker)
-        message = f"{cause}" + (f"; it last printed: {words}" if words else "")
-        return {"id": worker.current, "status": "died", "reason": message, "seconds": 0.0, "findings": [], "worst": 0.0,
-                "elements": 0, "histogram": [], "observations": {}}  # fmt: skip
+        return unfinished(str(worker.current), "died", cause + (f"; it last printed: {words}" if words else ""))
 
     def _replace(self, worker: Worker) -> None:
         """A fresh process in the place of one that died, or whose device is lost."""
@@ -239,14 +237,20 @@ class Pool:
             raise error
 
 
+def _serve(*arguments: Any) -> None:
+    """`harness.worker.serve`, imported where it runs: this process needs no torch."""
+    from harness.worker import serve
+
+    serve(*arguments)
+
+
 def _ended(worker: Worker) -> str:
     cause = worker.cause_of_death()
     return cause if cause.startswith("killed") else f"gone: it {cause}"
 
 
 def _not_judged(case_id: str) -> dict[str, Any]:
-    return {"id": case_id, "status": "skipped", "reason": f"not judged after {DEATHS} crashes or hangs", "seconds": 0.0,
-            "findings": [], "worst": 0.0, "elements": 0, "histogram": [], "observations": {}}  # fmt: skip
+    return unfinished(case_id, "skipped", f"not judged after {DEATHS} crashes or hangs")
 
 
 def _memory_limit(workers: int) -> int:

@@ -140,7 +140,7 @@ def conclude(request: pytest.FixtureRequest, spec: str, answer: dict[str, Any]) 
     finding = (answer["findings"] or [{"message": answer["reason"], "headroom": None}])[0]
     pool = pool_for(request.config, answer["id"].split("/")[0], spec)
     if pool.explained < EXPLAINED:
-        pool.explain(answer["id"], finding)
+        pool.explain(answer.get("judged", answer["id"]), finding)
     device = request.config.option.impl_device
     replay = f"moe-harness replay '{answer['id']}' --impl {spec}" + ("" if device == "cpu" else f" --device {device}")
     case = {"check": answer["id"].split("/")[1], "case": answer["id"], "replay": replay}

@@ -91,12 +91,12 @@ class Trial:
         except REJECTIONS as error:
             if wait:
                 self._check_device(error)
-            raise Rejected(f"{type(error).__name__}: {_first_line(error)}") from error
+            raise Rejected(f"{type(error).__name__}: {first_line(error)}") from error
         except BaseException as error:  # SystemExit and KeyboardInterrupt too: Ctrl-C does not reach this process
             if call.case.optional:
-                raise Rejected(f"{type(error).__name__}: {_first_line(error)}") from error
+                raise Rejected(f"{type(error).__name__}: {first_line(error)}") from error
             raise Broken(
-                f"raised {type(error).__name__}: {_first_line(error)}\n  at {_user_frame(error)}\n  the contract "
+                f"raised {type(error).__name__}: {first_line(error)}\n  at {_user_frame(error)}\n  the contract "
                 "allows NotImplementedError, ValueError and TypeError, for inputs it refuses"
             ) from error
         return result
@@ -107,7 +107,7 @@ class Trial:
             self.synchronize()
         except Exception as error:
             raise Broken(
-                f"refused ({_first_line(refusal)}), but left the device in error: {_first_line(error)}"
+                f"refused ({first_line(refusal)}), but left the device in error: {first_line(error)}"
             ) from error
 
     def synchronize(self) -> None:
@@ -167,7 +167,7 @@ def _check_entries(before: dict[str, dict], after: dict[str, Any]) -> None:
                 raise Broken(f"the input {name} was modified in its entry {key!r}, but no input may be written")
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     try:
         return (str(error).strip().splitlines() or ["(no message)"])[0][:300]
     except Exception as unprintable:

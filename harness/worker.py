@@ -23,7 +23,7 @@ from harness.contracts import load
 from harness.errors import HarnessError
 from harness.findings import Record
 from harness.power import JUDGING, Proof, prove
-from harness.trial import Broken, Rejected, Trial, kept_defaults
+from harness.trial import Broken, Rejected, Trial, first_line, kept_defaults
 from harness.worker_versions import versions
 
 KEPT = 2 << 30  # bytes of device memory that a worker keeps between cases
@@ -67,7 +67,7 @@ def judge_id(trial: Trial, case_id: str) -> dict[str, Any]:
         status, reason = "error", str(error)
     except Exception as error:
         if _is_out_of_memory(error):
-            status, reason = "skipped", f"not enough memory on this device: {str(error).splitlines()[0][:120]}"
+            status, reason = "skipped", f"not enough memory on this device: {first_line(error)[:120]}"
         else:
             status, reason = "error", f"the harness failed on {case_id}: {traceback.format_exc()}"
     judged = case_id if proof.case in (None, case) else Planned(check, proof.case).id

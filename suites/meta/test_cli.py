@@ -213,3 +213,9 @@ def test_replay_of_a_malformed_case(kernels):
     for case in ("experts/exact", "experts/exact/T=x", "experts/exact/Q=3", "experts/exakt/T=3"):
         done = run(kernels, "replay", case, "--impl", "torch:loop")
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+
+
+def test_the_controlling_process_imports_no_torch():
+    code = "import sys, harness.engine, harness.strategies, harness.report.html; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=os.getcwd())
+    assert done.stdout.strip() == "False", done.stderr
