@@ -85,7 +85,8 @@ def picture(report: Report, path: Path) -> None:
     left.legend()
     right.legend()
     figure.suptitle(report.title)
-    figure.savefig(path, dpi=120, **({"metadata": {"Date": None}} if path.suffix == ".svg" else {}))
+    undated: Any = {"Date": None} if path.suffix == ".svg" else None
+    figure.savefig(path, dpi=120, metadata=undated)
 
 
 def _roofline(axes: Any, report: Report, seen: list[float]) -> None:

@@ -435,7 +435,8 @@ def bias_added_by_every_split(*call: Tensor, **options: Any) -> Tensor:
     consequence="Every expert runs on every row and is masked by multiplication: NaN reaches all rows.",
 )
 def masked_by_multiplication(x: Tensor, weight: Tensor, group_sizes: Tensor, *, bias: Tensor | None = None) -> Tensor:
-    experts, total = owners(group_sizes, x.shape[0]), 0
+    experts = owners(group_sizes, x.shape[0])
+    total = torch.zeros(x.shape[0], weight.shape[1], dtype=wide(x), device=x.device)
     for expert in range(weight.shape[0]):
         mine = (experts == expert).to(wide(x))[:, None]
         total = total + mine * biased(matmul(x, weight[expert]), bias, expert)
