@@ -1,7 +1,8 @@
 """The kill matrix: every check against every fault of the catalogue, each until its first kill.
 
-A fault is judged like any implementation, in one worker process, its checks and their cases in the order of a real run.
-As many faults are judged at a time as there are cores.  The result is plain data (`Matrix`).
+A fault is judged like any implementation, in one worker process (or over the ranks of its cases), its checks and their
+cases in the order of a real run.  As many faults are judged at a time as there are cores.  The result is plain data
+(`Matrix`).
 
 Until a fault is killed for the first time every case of every check is judged.  After that each further check gets at
 most `AFTER_FIRST_KILL` cases, spread evenly over its plan: "survived 24 of 359" then says that 24 were judged, no more.
@@ -17,10 +18,11 @@ from typing import Any
 
 from harness import strategies
 from harness.cases import plan
+from harness.cases.names import CHECK_NAMES, RANK_CHECKS
 from harness.cases.plans import ON_CUDA_ONLY, Planned
 from harness.cases.request import Request
 from harness.errors import HarnessError
-from harness.faults.catalogue import Fault
+from harness.faults.catalogue import RANKED, Fault
 from harness.pool import DEATHS, Pool
 
 Matrix = dict[str, Any]
@@ -29,20 +31,18 @@ Cell = dict[str, Any]
 
 AFTER_FIRST_KILL = 24
 EXAMPLES = 60  # of the check `property`, as in a quick run
+WORLDS = (1, 2, 4)  # ranks over which the faults of many ranks are judged
+RANK_CHECKS_OF = {
+    "dispatcher": ("dense", "contract", "inputs", "volume", "refusal", "ranks"),
+    "parallel_linear": ("shard", "contract", "inputs", "ranks"),
+    "layouts": ("reduction",),
+}
 MEMORY_LIMIT = 2 << 30  # bytes a worker may hold: one fault leaks on purpose
 
 # What a check is for that kills no fault first; a check with neither a first kill nor a line here fails the command.
 JUSTIFICATIONS = {
-    "batch_invariance": "Bits a function declares, which no bound can see; the property is rare among the faults.",
-    "property": "Last in order, over combinations that the plan leaves out; shrinks to the smallest failing case.",
-    "leak": "Measures growth per call; a leak of the catalogue is large enough to end the process in an earlier check.",
-    "determinism": "Bits a function declares: both results are within the bound.",
     "laws": "Needs no reference, so it would see an error that the reference shares.",
-    "layouts": "Varies strides alone, so that its name tells the cause.",
-    "memory": "Sees the calls before and after, poison and earlier results.",
-    "special": "Values at which a term alone decides: NaN, infinity, tiny, huge.",
-    "sentinels": "Ids of -1 and NaN weights, which ordinary data never hold.",
-    "numeric": "Activations and roundings, to which the exact data are blind on purpose.",
+    "property": "Last in order, over combinations that the plan leaves out; shrinks to the smallest failing case.",
 }
 
 
@@ -61,15 +61,20 @@ def run(faults: Iterable[Fault], options: Options, heard: Callable[[Row], None] 
     """Judge every fault; `heard` gets each row as it is ready.  An interruption leaves out what was not judged."""
     started, faults = time.monotonic(), list(faults)
     order = {fault.name: place for place, fault in enumerate(faults)}
-    for stage in dict.fromkeys(fault.stage for fault in faults):
+    for stage in dict.fromkeys(fault.stage for fault in faults if fault.stage not in RANKED):
         _property_cases(stage, options.request)  # drawn once, before threads share it
     rows: list[Row] = []
+
+    def judge(group: list[Fault]) -> None:
+        for fault in group:
+            rows.append(judge_fault(fault, options))
+            heard(rows[-1])
+
     with ThreadPoolExecutor(options.jobs or len(os.sched_getaffinity(0))) as threads:
-        futures = [threads.submit(judge_fault, fault, options) for fault in _longest_first(faults)]
+        futures = [threads.submit(judge, group) for group in _groups(faults)]
         try:
             for future in as_completed(futures):
-                rows.append(future.result())
-                heard(rows[-1])
+                future.result()
         except KeyboardInterrupt:
             for future in futures:
                 future.cancel()
@@ -85,10 +90,15 @@ def judge_fault(fault: Fault, options: Options) -> Row:
         "condition": fault.condition, "consequence": fault.consequence, "status": "survived", "reason": None,
         "first_killer": None, "checks": {}, "seconds": 0.0,
     }  # fmt: skip
+    if fault.stage in RANKED and options.request.device != "cpu":
+        return row | {"status": "skipped", "reason": "faults of many ranks are judged with --device cpu"}
     if options.request.device not in fault.devices:
         return row | {"status": "skipped", "reason": f"needs --device {' or '.join(fault.devices)}"}
     started = time.monotonic()
     budget = options.hang_timeout if fault.sign == "process" else options.timeout
+    if fault.stage in RANKED:
+        _fill_ranked(row, fault, options)
+        return row | {"seconds": round(time.monotonic() - started, 2)}
     try:
         with Pool(fault.stage, fault.spec, options.request.device, 1, budget) as pool:
             pool.memory_limit = MEMORY_LIMIT if options.request.device == "cpu" else None
@@ -114,6 +124,34 @@ def _fill(row: Row, pool: Pool, dtypes: tuple[str, ...], options: Options) -> No
         if cell["status"] == "killed" and row["status"] == "survived":
             row["status"] = "killed"
             row["first_killer"] = {"check": check, "case": cell["case"], "cases": judged, "of_check": cell["cases"]}
+
+
+def _fill_ranked(row: Row, fault: Fault, options: Options) -> None:
+    """Every planned case until the first kill, some of the rest after it; a finding says which check it is of."""
+    from harness.ranks.judge import judge, planned
+
+    request = options.request
+    ids = planned(fault.stage, fault.spec, WORLDS, profile=request.profile, seed=request.seed)
+    judged = breakdowns = 0
+    while ids and breakdowns < DEATHS:
+        case_id, *ids = ids
+        judged += 1
+        verdict = judge(fault.spec, case_id, budget=options.timeout)
+        breakdowns += verdict.failure is not None
+        for finding in verdict.findings:
+            _kill(row, finding, judged, judged + len(ids))
+        if row["status"] == "survived" and verdict.findings:
+            check = verdict.findings[0]["check"]
+            row["first_killer"] = {"check": check, "case": case_id, "cases": judged, "of_check": judged}
+            row["status"], ids = "killed", spread(ids, options.after_first)
+    for check in RANK_CHECKS_OF[fault.stage]:
+        row["checks"].setdefault(check, _cell("survived", judged, judged, None))
+
+
+def _kill(row: Row, finding: dict[str, Any], cases: int, planned: int) -> None:
+    message = finding["message"].splitlines()[0][:300]
+    cell = _cell("killed", cases, planned, None) | {"case": finding["case"], "message": message}
+    row["checks"].setdefault(finding["check"], cell)
 
 
 def _judge_check(pool: Pool, ids: list[str], planned: int) -> Cell:
@@ -162,9 +200,15 @@ def _property_cases(stage: str, request: Request) -> list[str]:
     return drawn
 
 
-def _longest_first(faults: list[Fault]) -> list[Fault]:
-    """Hangs and the stage with most cases first, so that both cores end at about the same time."""
-    return sorted(faults, key=lambda fault: (fault.sign != "process", fault.stage != "experts"))
+def _groups(faults: list[Fault]) -> list[list[Fault]]:
+    """What one thread judges in turn: all that needs the ranks of this process, any other fault alone.
+
+    Longest first, so that both cores end at about the same time.
+    """
+    ranked = [fault for fault in faults if fault.stage in RANKED]
+    others = [[fault] for fault in faults if fault.stage not in RANKED]
+    others.sort(key=lambda group: (group[0].sign != "process", group[0].stage != "experts"))
+    return ([ranked] if ranked else []) + others
 
 
 # --------------------------------------------------------------------------------------------------------- what it says
@@ -204,6 +248,4 @@ def _kills(row: Row, check: str) -> bool:
 
 
 def _check_order() -> Iterator[str]:
-    from harness.cases.names import CHECK_NAMES
-
-    yield from CHECK_NAMES
+    yield from dict.fromkeys((*CHECK_NAMES, *RANK_CHECKS))

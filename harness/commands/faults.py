@@ -55,8 +55,9 @@ def faults(
 
 def _chosen(stage: str | None, names: list[str] | None) -> list:
     from harness.faults import all_faults
+    from harness.faults.catalogue import STAGES_WITH_FAULTS
 
-    found = all_faults(contracts.check_stage(stage) if stage else None)
+    found = all_faults(contracts.check_stage(stage, STAGES_WITH_FAULTS) if stage else None)
     known = [entry.name for entry in found]
     for name in names or ():
         if name not in known:

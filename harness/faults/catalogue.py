@@ -20,12 +20,14 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from harness.contracts import SIGNATURES
+from harness.contracts import RANK_STAGES, SIGNATURES, STAGES
 
 MODULES = (
     "router", "alignment", "experts", "sentinels", "precision", "memory", "process", "cuda",
-    "grouped_linear", "shared_expert_gate", "moe_block",
+    "grouped_linear", "shared_expert_gate", "moe_block", "dispatcher", "parallel_linear", "layouts",
 )  # fmt: skip
+RANKED = (*RANK_STAGES, "layouts")  # judged over many ranks; see harness.faults.ranked
+STAGES_WITH_FAULTS = (*STAGES, *RANKED)
 
 SIGNS = {
     "value": "the result differs from the reference by more than rounding",
@@ -91,13 +93,8 @@ def fault(
     if sign not in SIGNS:
         raise ValueError(f"sign is {sign!r}, but should be one of {', '.join(SIGNS)}")
 
-    def enter(function: Callable[..., Any]) -> Callable[..., Any]:
-        name = function.__name__
-        known = _FAULTS.get(name)
-        # A module may be executed again (reload, run by path); another module's name may not be taken.
-        if known is not None and known.function.__module__ != function.__module__:
-            raise ValueError(f"a fault named {name!r} exists already, in {known.function.__module__}")
-        signature = SIGNATURES[stage]
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        name, signature = function.__name__, SIGNATURES[stage]
 
         @functools.wraps(function)
         def call(*args: Any, **keywords: Any) -> Any:
@@ -109,12 +106,23 @@ def fault(
         for attribute, value in {"devices": devices, **declares}.items():
             setattr(call, attribute, value)
         example = None if shows is None else MappingProxyType(dict(shows))
-        _FAULTS[name] = Fault(
-            name, stage, family, condition, consequence, call, source, hidden, example, sign, devices, stateful
+        enter(
+            Fault(name, stage, family, condition, consequence, call, source, hidden, example, sign, devices, stateful)
         )
         return call
 
-    return enter
+    return decorate
+
+
+def enter(found: Fault) -> None:
+    """Add to the catalogue; ValueError where another module has a fault of that name.
+
+    A module may be executed again (reload, run by path).
+    """
+    known = _FAULTS.get(found.name)
+    if known is not None and known.function.__module__ != found.function.__module__:
+        raise ValueError(f"a fault named {found.name!r} exists already, in {known.function.__module__}")
+    _FAULTS[found.name] = found
 
 
 def all_faults(stage: str | None = None) -> tuple[Fault, ...]:

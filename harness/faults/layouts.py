@@ -1,48 +1,19 @@
 """Faults of the one reduction: functions in the place of the right one, and the fit that names them.
 
 Each takes (routed, shared, group, rows) with `.tensor` and `.state.name` (PARTIAL, REPLICATED, COMPLETE) and returns
-this rank's output; `expect` is the (a, b) of  output = a * Routed + b * Shared  over n ranks, None where no such fit
-exists because ranks hold unequal parts.
+this rank's output.  What a misplaced reduction does is read from  output = a * Routed + b * Shared  over n ranks; where
+no such (a, b) exists, ranks hold unequal parts.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from harness.faults.ranked import ranked
 
-@dataclass(frozen=True)
-class LayoutFault:
-    """A wrong cell of the table of the one reduction."""
-
-    name: str
-    function: Callable[..., Tensor]
-    shared_sharded: bool  # the layout that it is a fault of
-    expect: Callable[[int], tuple[float, float] | None]
-    source: str
-
-    @property
-    def spec(self) -> str:
-        return f"{self.function.__module__}:{self.name}"
-
-
-LAYOUT_FAULTS: dict[str, LayoutFault] = {}
-
-
-def layout_fault(
-    source: str, *, shared_sharded: bool, expect: Callable[[int], tuple[float, float] | None]
-) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Enter a function under its own name."""
-
-    def enter(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        name, url = function.__name__, f"https://github.com/{source}"
-        LAYOUT_FAULTS[name] = LayoutFault(name, function, shared_sharded, expect, url)
-        return function
-
-    return enter
+RESIDUAL = 1e-3  # of a fit relative to the output; exact data leave 1e-15, a missing reduction about 1
 
 
 def total(tensor: Tensor, group: Any) -> Tensor:
@@ -52,38 +23,64 @@ def total(tensor: Tensor, group: Any) -> Tensor:
     return tensor
 
 
-@layout_fault("sgl-project/sglang/pull/35535", shared_sharded=False, expect=lambda n: (1, n))
+def finish(routed: Any, shared: Any, group: Any, rows: Any) -> Tensor:
+    """The right one: partial parts are summed, together where both are; a replicated part is added afterwards."""
+    if shared.state.name == "PARTIAL":
+        return total(routed.tensor + shared.tensor, group)
+    return total(routed.tensor, group) + shared.tensor
+
+
+@ranked("layouts", "TP", source="sgl-project/sglang/pull/35535", condition="more than one rank",
+        consequence="The shared expert, held by every rank, is counted once per rank.",
+        shows="R=2,T=3,shared=replicated",
+        hidden=("R=1,T=3,shared=replicated",))  # fmt: skip
 def replicated_shared_summed(routed: Any, shared: Any, group: Any, rows: Any) -> Tensor:
     return total(routed.tensor + shared.tensor, group)
 
 
-@layout_fault("vllm-project/tpu-inference/pull/3435", shared_sharded=True, expect=lambda n: None)
+@ranked("layouts", "TP", source="vllm-project/tpu-inference/pull/3435", condition="more than one rank",
+        consequence="Each rank adds its own part of the shared expert to the complete routed part.",
+        shows="R=2,T=3,shared=sharded",
+        hidden=("R=1,T=3,shared=sharded",))  # fmt: skip
 def shared_partial_plus_routed_full(routed: Any, shared: Any, group: Any, rows: Any) -> Tensor:
     return total(routed.tensor, group) + shared.tensor
 
 
-@layout_fault("vllm-project/vllm/pull/28277", shared_sharded=True, expect=lambda n: (n, n))
+@ranked("layouts", "TP", source="vllm-project/vllm/pull/28277", condition="more than one rank",
+        consequence="The layer's output, complete already, is summed over the ranks again.",
+        shows="R=2,T=3,shared=sharded",
+        hidden=("R=1,T=3,shared=sharded",))  # fmt: skip
 def reduced_twice(routed: Any, shared: Any, group: Any, rows: Any) -> Tensor:
     return total(total(routed.tensor + shared.tensor, group), group)
 
 
-@layout_fault("sgl-project/sglang/issues/36879", shared_sharded=True, expect=lambda n: None)
+@ranked("layouts", "TP", source="sgl-project/sglang/issues/36879", condition="more than one rank",
+        consequence="Every rank goes on with its own part of the sum.",
+        shows="R=2,T=3,shared=sharded",
+        hidden=("R=1,T=3,shared=sharded",))  # fmt: skip
 def reduction_left_out(routed: Any, shared: Any, group: Any, rows: Any) -> Tensor:
     return routed.tensor + shared.tensor
 
 
-@layout_fault("vllm-project/vllm/pull/41763", shared_sharded=False, expect=lambda n: (1, 1 / n))
+@ranked("layouts", "TP", source="vllm-project/vllm/pull/41763", condition="more than one rank",
+        consequence="The shared expert counts one rank's share only.",
+        shows="R=2,T=3,shared=replicated",
+        hidden=("R=1,T=3,shared=replicated",))  # fmt: skip
 def shared_divided_by_ranks(routed: Any, shared: Any, group: Any, rows: Any) -> Tensor:
     count = dist.get_world_size(group)
     return total(routed.tensor + shared.tensor / count / count, group)
 
 
-@layout_fault("NousResearch/torchtitan/pull/36", shared_sharded=False, expect=lambda n: (1, 0))
+@ranked("layouts", "TP", source="NousResearch/torchtitan/pull/36", condition="a shared expert",
+        consequence="The shared expert is missing.",
+        shows="R=2,T=3,shared=replicated")  # fmt: skip
 def shared_dropped(routed: Any, shared: Any, group: Any, rows: Any) -> Tensor:
     return total(routed.tensor, group)
 
 
-@layout_fault("vllm-project/vllm/pull/44313", shared_sharded=True, expect=lambda n: (1, 2))
+@ranked("layouts", "TP", source="vllm-project/vllm/pull/44313", condition="a shared expert",
+        consequence="The routed scaling factor multiplies the shared expert too.",
+        shows="R=2,T=3,shared=sharded")  # fmt: skip
 def scale_touches_shared(routed: Any, shared: Any, group: Any, rows: Any) -> Tensor:
     return total(routed.tensor + 2 * shared.tensor, group)
 
@@ -99,7 +96,7 @@ def fit(output: Tensor, routed: Tensor, shared: Tensor) -> tuple[float, float, f
 
 def name_fit(a: float, b: float, residual: float, ranks: int) -> str:
     """What a fit says about the reduction over `ranks`."""
-    if residual > 1e-3:
+    if residual > RESIDUAL:
         return "no multiple of routed and shared part: a reduction is missing, or parts of different tokens were added"
     known = {(1.0, 1.0): "right", (1.0, float(ranks)): f"shared expert counted {ranks} times",
              (float(ranks), float(ranks)): "reduced twice", (1.0, 1 / ranks): "shared expert lost on all ranks but one",

@@ -131,6 +131,21 @@ def leaks_memory(*call: Tensor, **options: Any) -> Tensor:
 @fault(
     "experts",
     "process",
+    condition="many calls",
+    sign="process",
+    stateful=True,
+    shows={},
+    consequence="Every result is kept: memory runs out after hours, and no single call looks wrong.",
+)
+def results_kept_for_ever(*call: Tensor, **options: Any) -> Tensor:
+    result = run(*call, **options)
+    _leaked.append(result.clone())
+    return result
+
+
+@fault(
+    "experts",
+    "process",
     condition="always",
     sign="process",
     shows={},

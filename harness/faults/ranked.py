@@ -1,4 +1,4 @@
-"""Faults of the stages that run on many ranks: classes, entered like the functions of `harness.faults.catalogue`.
+"""Faults of the stages that run on many ranks: classes or functions, entered in the one catalogue.
 
     @ranked("dispatcher", "EP", condition="always", consequence="...", shows="R=2,E=3,k=1,T=0+2")
     class owner_by_division(Copies):
@@ -8,18 +8,17 @@
 each `hidden` case gives the right answer all the same.
 """
 
-import importlib
 from collections.abc import Callable
 from typing import TypeVar
 
-from harness.faults.catalogue import Fault
+from harness.cases.names import RANK_CHECKS
+from harness.faults.catalogue import Fault, enter
 
-MODULES = ("dispatcher", "parallel_linear")
-SEEN_BY = ("dense", "contract", "inputs", "volume", "refusal", "ranks", "shard")
+FIRST_CHECK = {"dispatcher": "dense", "parallel_linear": "shard", "layouts": "reduction"}
+SIGNS = {"ranks": "process", "inputs": "inputs"}
 GITHUB = "https://github.com/"
 
-_FAULTS: dict[str, Fault] = {}
-Kind = TypeVar("Kind", bound=type)
+Kind = TypeVar("Kind", bound=Callable)
 
 
 def ranked(
@@ -34,7 +33,7 @@ def ranked(
     source: str | None = None,
     hidden: tuple[str, ...] = (),
 ) -> Callable[[Kind], Kind]:
-    """Enter a class in the catalogue.
+    """Enter a class (of layouts: a function) in the catalogue.
 
     Args:
         shows: fields of a case, "R=2,E=3,k=1,T=0+2".
@@ -44,29 +43,17 @@ def ranked(
     Raises:
         ValueError: unknown `seen_by`, or a name that is taken.
     """
-    first = {"dispatcher": "dense", "parallel_linear": "shard"}[stage]
+    first = FIRST_CHECK[stage]
     seen_by = seen_by or first
-    if seen_by not in SEEN_BY:
-        raise ValueError(f"seen_by is {seen_by!r}, but should be one of {', '.join(SEEN_BY)}")
+    if seen_by not in RANK_CHECKS:
+        raise ValueError(f"seen_by is {seen_by!r}, but should be one of {', '.join(RANK_CHECKS)}")
 
-    def enter(kind: Kind) -> Kind:
-        known = _FAULTS.get(kind.__name__)
-        if known is not None and known.function.__module__ != kind.__module__:
-            raise ValueError(f"a fault named {kind.__name__!r} exists already, in {known.function.__module__}")
+    def decorate(kind: Kind) -> Kind:
         example = {"case": f"{stage}/{check or first}/{shows}", "seen_by": seen_by}
         cases = tuple(f"{stage}/{first}/{case}" for case in hidden)
         url = None if source is None else GITHUB + source
-        sign = {"ranks": "process", "inputs": "inputs"}.get(seen_by, "value")
-        _FAULTS[kind.__name__] = Fault(
-            kind.__name__, stage, family, condition, consequence, kind, url, cases, example, sign
-        )
+        sign = SIGNS.get(seen_by, "value")
+        enter(Fault(kind.__name__, stage, family, condition, consequence, kind, url, cases, example, sign))
         return kind
 
-    return enter
-
-
-def all_ranked(stage: str | None = None) -> tuple[Fault, ...]:
-    """Every fault of the stages that run on many ranks, or those of one of them."""
-    for module in MODULES:
-        importlib.import_module(f"harness.faults.{module}")
-    return tuple(fault for fault in _FAULTS.values() if stage in (None, fault.stage))
+    return decorate

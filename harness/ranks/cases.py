@@ -16,6 +16,7 @@ from harness.errors import UsageError, unknown
 
 OWNERS = ("block", "cyclic", "random", "last_empty", "one")
 ROUTINGS = ("plain", "masked", "duplicates", "hot", "none", "nan")
+SHARED = ("replicated", "sharded")
 KINDS = ("replicated", "column", "merged_column", "row")
 DTYPES = ("fp32", "bf16", "fp16")
 
@@ -91,8 +92,23 @@ class LinearCase(Case):
         return sum(self.group_sizes)
 
 
-CASES: dict[str, type[Case]] = {kind.stage: kind for kind in (DispatcherCase, LinearCase)}
-CHECKS = {"dispatcher": ("dense", "live"), "parallel_linear": ("shard",)}
+@dataclass(frozen=True, kw_only=True)
+class LayoutCase(Case):
+    """The one reduction of a layer over R ranks: T tokens, and a shared expert that is sharded or on every rank."""
+
+    stage: ClassVar[str] = "layouts"
+    R: int
+    T: int
+    H: int = 16
+    shared: str = "replicated"
+
+    def __post_init__(self) -> None:
+        _one_of("shared", self.shared, SHARED)
+        _one_of("dtype", self.dtype, DTYPES)
+
+
+CASES: dict[str, type[Case]] = {kind.stage: kind for kind in (DispatcherCase, LinearCase, LayoutCase)}
+CHECKS = {"dispatcher": ("dense", "live"), "parallel_linear": ("shard",), "layouts": ("reduction",)}
 
 
 def case_id(check: str, case: Case) -> str:
@@ -164,6 +180,14 @@ def linear_cases(
             dtype, number = DTYPES[i % len(DTYPES)], seed + repeat * 1000 + i
             size: dict[str, Any] = {"K": 4 * inner * ranks, "N": 4 * outer * ranks, "S": rows[i], "E": 3}
             yield "shard", LinearCase(R=ranks, kind=kind, dtype=dtype, seed=number, **size)
+
+
+def layout_cases(worlds: Sequence[int], *, seed: int = 0) -> Iterator[tuple[str, LayoutCase]]:
+    """(check, case): both kinds of shared expert, few tokens and many, every dtype."""
+    for ranks, (number, tokens) in itertools.product(worlds, enumerate((1, 3, 17))):
+        for shared in SHARED:
+            dtype = DTYPES[number % len(DTYPES)]
+            yield "reduction", LayoutCase(R=ranks, T=tokens, shared=shared, dtype=dtype, seed=seed + number)
 
 
 def draw(rng: random.Random, worlds: Sequence[int]) -> DispatcherCase:

@@ -20,6 +20,7 @@ Finding = dict[str, Any]
 TASKS = {
     "dispatcher": "harness.ranks.dispatcher_task:run",
     "parallel_linear": "harness.ranks.linear_task:run",
+    "layouts": "harness.ranks.layout_task:run",
 }
 
 
@@ -82,6 +83,8 @@ def planned(
     if stage == "dispatcher":
         plan = cases.dispatcher_cases(worlds, profile=profile, seed=seed)
         return [cases.case_id(check, case) for check, case in plan]
+    if stage == "layouts":
+        return [cases.case_id(check, case) for check, case in cases.layout_cases(worlds, seed=seed)]
     if stage != "parallel_linear":
         raise errors.unknown("stage", stage, list(TASKS))
     outcome = pool.run("harness.ranks.linear_task:kind", {"impl": spec}, ranks=1, backend=backend)

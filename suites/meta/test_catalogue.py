@@ -28,7 +28,7 @@ from reference.moe_block import moe_block
 from reference.router import combine_weights, expert_scores, router, selection_scores
 from reference.shared_expert_gate import shared_expert_gate
 
-FAULTS = all_faults()
+FAULTS = tuple(fault for fault in all_faults() if fault.stage in SIGNATURES)  # those of one device
 REFERENCES = {f.__name__: f for f in (experts, router, grouped_linear, shared_expert_gate, moe_block)}
 EXAMPLES = [fault for fault in FAULTS if fault.shows is not None and fault.sign != "process" and "cpu" in fault.devices]
 
@@ -461,7 +461,7 @@ def call_and_leave(fault: Fault, call: Call) -> None:
 
 @pytest.mark.parametrize("fault", [f for f in FAULTS if f.sign == "process"], ids=lambda fault: fault.name)
 def test_process_fault_does_not_return(fault: Fault) -> None:
-    if fault.name == "leaks_memory":
+    if fault.name in ("leaks_memory", "results_kept_for_ever"):
         pytest.skip("returns; its memory is seen over many calls only")
     call = experts_call(**fault.shows)
     child = multiprocessing.get_context("fork").Process(target=call_and_leave, args=(fault, call))

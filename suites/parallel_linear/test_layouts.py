@@ -1,11 +1,14 @@
 """The whole block under every layout: each rank's output has the very bits of one rank that holds everything."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from harness.faults.layouts import LAYOUT_FAULTS, LayoutFault, name_fit
-from harness.ranks import pool
+from harness.faults import Fault, all_faults
+from harness.faults.layouts import RESIDUAL, name_fit
+from harness.ranks import judge, pool
+from harness.ranks.cases import parse_id
 
 TASK = "suites.parallel_linear.layout_tasks:run"
 DISPATCHERS = ("naive", "allgather_reducescatter", "all_to_all", "all_to_all_dedup", "masked", "local_allreduce")
@@ -78,20 +81,46 @@ def test_a_wrong_dispatcher_shows_in_the_block(fault: str) -> None:
     assert not outcome.ok or not all(result["equal"] for result in outcome.results)
 
 
+# (a, b) of  output = a * Routed + b * Shared  over n ranks; None where ranks hold unequal parts.
+FITS: dict[str, Callable[[int], tuple[float, float] | None]] = {
+    "replicated_shared_summed": lambda n: (1, n),
+    "shared_partial_plus_routed_full": lambda n: None,
+    "reduced_twice": lambda n: (n, n),
+    "reduction_left_out": lambda n: None,
+    "shared_divided_by_ranks": lambda n: (1, 1 / n),
+    "shared_dropped": lambda n: (1, 0),
+    "scale_touches_shared": lambda n: (1, 2),
+}
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("fault", LAYOUT_FAULTS.values(), ids=lambda fault: fault.name)
-def test_a_misplaced_reduction_is_seen_and_named(fault: LayoutFault, ranks: int) -> None:
-    shared = "sharded" if fault.shared_sharded else "replicated"
+@pytest.mark.parametrize("fault", all_faults("layouts"), ids=lambda fault: fault.name)
+def test_a_misplaced_reduction_is_seen_and_named(fault: Fault, ranks: int) -> None:
+    shared = parse_id(fault.shows["case"])[1].shared
     spec = {**BASE, "layout": "tp", "tokens": [7], "shared": shared, "finish": fault.spec}
     outcome = pool.run(TASK, spec, ranks=ranks)
     assert outcome.ok, outcome.failure
     assert not any(result["equal"] for result in outcome.results)
     a, b, residual = outcome.results[0]["fit"]
-    expected = fault.expect(ranks)
+    expected = FITS[fault.name](ranks)
     if expected is None:
-        assert residual > 1e-3 and "missing" in name_fit(a, b, residual, ranks)
+        assert residual > RESIDUAL and "missing" in name_fit(a, b, residual, ranks)
     else:
         assert (a, b) == pytest.approx(expected, abs=1e-4) and name_fit(a, b, residual, ranks) != "right"
+
+
+@pytest.mark.parametrize("fault", all_faults("layouts"), ids=lambda fault: fault.name)
+def test_the_reduction_alone_shows_it_and_hides_it_where_it_says(fault: Fault) -> None:
+    verdict = judge.judge(fault.spec, fault.shows["case"])
+    assert {finding["check"] for finding in verdict.findings} == {"reduction"}
+    assert verdict.findings[0]["diagnosis"][0]["fault"] != "right"
+    for case in fault.hidden:
+        assert judge.judge(fault.spec, case).passed, case
+
+
+def test_the_right_reduction_passes() -> None:
+    for case in judge.planned("layouts", "harness.faults.layouts:finish", [1, 2, 4]):
+        assert judge.judge("harness.faults.layouts:finish", case).passed, case
 
 
 def test_replicas_have_to_be_a_map() -> None:

@@ -8,8 +8,7 @@ import torch
 from hypothesis import given, settings
 
 from harness.errors import UsageError
-from harness.faults import Fault
-from harness.faults.ranked import all_ranked
+from harness.faults import Fault, all_faults
 from harness.ranks import cases, judge, strategies
 from harness.ranks.cases import LinearCase
 from harness.ranks.loading import load
@@ -23,7 +22,7 @@ OF_KIND = {
     "merged_column": "MergedColumnParallel",
     "row": "RowParallel",
 }
-FAULTS = all_ranked("parallel_linear")
+FAULTS = all_faults("parallel_linear")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -1,0 +1,78 @@
+"""The published kill matrix is that of the present catalogue, every check earns its place, and the README says so."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from harness import kill_matrix
+from harness.cases.names import CHECK_NAMES, RANK_CHECKS
+from harness.cases.plans import ON_CUDA_ONLY
+from harness.contracts import SIGNATURES
+from harness.errors import UsageError
+from harness.faults import all_faults
+from harness.faults.catalogue import RANKED
+from harness.faults.ranked import FIRST_CHECK
+
+ROOT = Path(__file__).parents[2]
+MATRIX = json.loads((ROOT / "docs" / "kill_matrix.json").read_text())
+SUMMARY = {entry["check"]: entry for entry in MATRIX["summary"]}
+README = (ROOT / "README.md").read_text()
+
+
+def test_every_fault_of_the_catalogue_has_a_row() -> None:
+    assert {row["fault"] for row in MATRIX["rows"]} == {fault.name for fault in all_faults()}
+
+
+def test_nothing_survives_and_only_a_gpu_is_missing() -> None:
+    assert MATRIX["survivors"] == []
+    assert {entry["reason"] for entry in MATRIX["skipped"]} <= {"needs --device cuda"}
+    assert MATRIX["killed"] + len(MATRIX["skipped"]) == len(all_faults())
+
+
+@pytest.mark.parametrize("check", dict.fromkeys((*CHECK_NAMES, *RANK_CHECKS)))
+def test_a_check_kills_something_first_or_is_justified(check: str) -> None:
+    entry = SUMMARY[check]
+    assert entry["first"] or entry["justification"]
+    assert check not in ON_CUDA_ONLY or not entry["kills"]
+
+
+def test_no_justification_is_left_over() -> None:
+    """A line for a check that has a first kill, or is none, says something that is not so."""
+    assert all(SUMMARY[check]["kills"] and not SUMMARY[check]["first"] for check in kill_matrix.JUSTIFICATIONS)
+
+
+def test_a_check_that_earns_nothing_fails_the_command() -> None:
+    rows = [{"checks": {"contract": {"status": "survived", "cases": 3}}, "fault": "x", "first_killer": None}]
+    assert kill_matrix.unjustified({"summary": [kill_matrix.summary("contract", rows)]}) == ["contract"]
+
+
+def test_the_readme_counts_the_catalogue() -> None:
+    told = re.search(r"holds (\d+) faults of one device, .* and (\d+) of many\s+ranks", README, re.DOTALL)
+    single = sum(fault.stage in SIGNATURES for fault in all_faults())
+    assert told and tuple(map(int, told.groups())) == (single, len(all_faults()) - single)
+    with_source = sum(fault.source is not None for fault in all_faults() if fault.stage in SIGNATURES)
+    assert "more than half of them published" in README and 2 * with_source > single
+
+
+def test_the_readme_tells_the_measured_diagnosis() -> None:
+    found = json.loads((ROOT / "docs" / "diagnosis.json").read_text())["all"]
+    assert f"{found['first']} of {found['faults']}" in README
+
+
+@pytest.mark.parametrize("stage", RANKED)
+def test_every_stage_of_many_ranks_has_faults_that_its_first_check_sees(stage: str) -> None:
+    rows = [row for row in MATRIX["rows"] if row["stage"] == stage]
+    assert len(rows) == len(all_faults(stage)) > 5
+    assert any(row["first_killer"]["check"] == FIRST_CHECK[stage] for row in rows)
+
+
+def test_an_unknown_stage_or_fault_is_told_with_what_there_is() -> None:
+    from harness.commands.faults import _chosen
+
+    assert {fault.stage for fault in _chosen(None, None)} == {*SIGNATURES, *RANKED}
+    with pytest.raises(UsageError, match="layouts"):
+        _chosen("layout", None)
+    with pytest.raises(UsageError, match="reduced_twice"):
+        _chosen("layouts", ["reduced_twise"])
