@@ -1,5 +1,6 @@
 """What the pattern of an error looks like: which rows, columns, experts, and how the result relates to the value."""
 
+from math import log2
 from typing import Any, Protocol
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor
 from harness.stages.call import Call
 
 MOST = 5  # patterns told, best evidence first
+SMALL = 0.02  # of the values: a larger error is no rounding
+FORMATS = {"bf16": 8, "fp16 or tf32": 11}
 PIXELS = 64
 
 
@@ -40,9 +43,20 @@ def _of_values(value: Tensor, out: Tensor, wrong: Tensor) -> list[str]:
     if len(ratio) > 3:
         middle = float(ratio.median())
         spread = float((ratio - middle).abs().median())
-        if spread < 0.02 * abs(middle) and abs(middle) > 1e-3 and spread < 0.2 * abs(middle - 1):  # no mere rounding
-            told.append(f"the result is the value times {middle:.4g}")
+        if spread < 0.02 * abs(middle) and abs(middle) > 1e-3:
+            factor = spread < 0.2 * abs(middle - 1)  # otherwise a mere rounding
+            told += [f"the result is the value times {middle:.4g}"] if factor else _small(got, want)
     return told + _permuted(value, out, wrong)
+
+
+def _small(got: Tensor, want: Tensor) -> list[str]:
+    """An error that is a rounding by its size: relative to the values' own, in bits."""
+    relative = float((got - want).square().mean().sqrt() / want.square().mean().sqrt())
+    if not 0 < relative < SMALL:
+        return []
+    bits = round(-log2(relative / 0.42))  # normal values rounded to n bits: an rms of 0.42 * 2^-n, measured
+    like = next((f" ({name} has {b})" for name, b in FORMATS.items() if abs(b - bits) <= 1), "")
+    return [f"the error is small, {relative:.1g} of the values, as if something were rounded to {bits} bits{like}"]
 
 
 def _permuted(value: Tensor, out: Tensor, wrong: Tensor) -> list[str]:
@@ -64,7 +78,7 @@ def _permuted(value: Tensor, out: Tensor, wrong: Tensor) -> list[str]:
 
 def _of_groups(stage: Places, call: Call, wrong: Tensor) -> list[str]:
     rows = wrong.any(1)
-    if bool(rows.all()) or not bool(rows.any()):
+    if bool(rows.all()) or int(rows.sum()) < 2:  # one row alone is that of each of its experts
         return []
     exact = [name for name, members in stage.row_groups(call).items() if torch.equal(members, rows)]
     return [f"exactly the rows of {', '.join(exact[:3])} are wrong"] if exact else []
@@ -76,16 +90,18 @@ def _of_places(wrong: Tensor) -> list[str]:
         bad = wrong.any(axis).nonzero()[:, 0].tolist()
         total = wrong.shape[1 - axis]
         if len(bad) == total:
-            told.append(f"all {total} {name}s hold wrong elements")
+            told += [f"all {total} {name}s hold wrong elements"] if total > 1 else []
         elif len(bad) == 1:
             told.append(f"only {name} {bad[0]} of {total} holds wrong elements")
         elif bad and bad == list(range(bad[0], bad[-1] + 1)):
             end = ", up to the last" if bad[-1] == total - 1 else ""
             told.append(f"wrong {name}s are {bad[0]} to {bad[-1]} of {total}{end}")
         elif len(bad) > 2 and len({b - a for a, b in zip(bad, bad[1:], strict=False)}) == 1:
-            told.append(f"every {bad[1] - bad[0]}th {name} from {bad[0]} on is wrong")
+            told.append(f"one {name} in {bad[1] - bad[0]} is wrong, from {bad[0]} on")
         elif bad:
-            told.append(f"{len(bad)} of {total} {name}s hold wrong elements: {bad[:6]}{' ...' if len(bad) > 6 else ''}")
+            since = f", none before {bad[0]}" if bad[0] > 7 else ""
+            listed = f"{bad[:6]}{' ...' if len(bad) > 6 else ''}"
+            told.append(f"{len(bad)} of {total} {name}s hold wrong elements{since}: {listed}")
     return told
 
 

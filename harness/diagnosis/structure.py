@@ -19,6 +19,7 @@ from reference.experts import expert_steps, local_ids, routed_rows
 
 BLOCKS = (128, 64, 32, 16, 8, 4)
 MOST_TOKENS = 256
+SAME_WEIGHT = 0.01  # relative: weights are drawn further apart, and a fit in bf16 tells them to about 2^-8
 
 
 def looks(trial: Trial, case: Case) -> list[str]:
@@ -71,6 +72,7 @@ def slots(call: Call, got: Tensor, sigma: Tensor) -> list[str]:
     terms = _terms(call, ids)
     by_slot: dict[int, list[float]] = defaultdict(list)
     by_expert: dict[int, list[float]] = defaultdict(list)
+    counted: dict[int, dict[int, float]] = {}  # token -> slot -> the weight with which it counts
     told = tokens = 0
     for token in range(min(len(ids), MOST_TOKENS)):
         live = (ids[token] >= 0).nonzero()[:, 0]
@@ -83,13 +85,38 @@ def slots(call: Call, got: Tensor, sigma: Tensor) -> list[str]:
             continue
         told += 1
         for slot, factor in zip(live.tolist(), factors, strict=True):
+            counted.setdefault(token, {})[slot] = factor * float(call.args["topk_weights"][token, slot])
             by_slot[slot].append(factor)
             by_expert[int(ids[token, slot])].append(factor)
     if told < tokens or not told or all(f == 1.0 for many in by_slot.values() for f in many):
         return []  # some token is no weighted sum of its experts' outputs: another kind of error
     return (
-        _in_words("slot", by_slot) or _in_words("local expert", by_expert) or ["each slot counts a factor of its own"]
+        _in_words("slot", by_slot)
+        or _in_words("local expert", by_expert)
+        or _as_weights_of_others(counted, call.args["topk_weights"].double())
+        or ["each slot counts a factor of its own"]
     )
+
+
+def _as_weights_of_others(counted: dict[int, dict[int, float]], weights: Tensor) -> list[str]:
+    """Whether the tokens that count otherwise do so with each other's weights, or with those of other slots."""
+    found = torch.full_like(weights, torch.nan)
+    for token, of_slots in counted.items():
+        for slot, weight in of_slots.items():
+            found[token, slot] = weight
+    wrong = ((found - weights).abs() > SAME_WEIGHT * weights.abs()).any(1)
+    if not bool(wrong.any()) or weights.shape[1] < 2:
+        return []
+    others = {
+        "the slot after": weights.roll(-1, 1), "the slot before": weights.roll(1, 1),
+        "the slots in reverse": weights.flip(1), "the token before": weights.roll(1, 0),
+        "the token after": weights.roll(-1, 0), "token 0": weights[:1].expand_as(weights),
+    }  # fmt: skip
+    for name, other in others.items():
+        near = (found - other).abs() <= SAME_WEIGHT * other.abs()
+        if bool((near | found.isnan())[wrong].all()):
+            return [f"wrong tokens count their slots with the weights of {name}"]
+    return []
 
 
 def _terms(call: Call, ids: Tensor) -> Tensor:
@@ -128,6 +155,8 @@ def _in_words(kind: str, factors: dict[int, list[float]]) -> list[str]:
     for member, many in sorted(factors.items()):
         middle = sorted(many)[len(many) // 2]
         if max(many) - min(many) > 0.01 * max(1.0, abs(middle)):
+            return []
+        if len(many) < 2 and middle not in (0.0, 1.0, 2.0):  # of one token anything is a factor
             return []
         if all(f == 1.0 for f in many):
             continue

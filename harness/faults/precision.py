@@ -94,7 +94,7 @@ def activation_through_fp8(*call: Tensor, **options: Any) -> Tensor:
     "precision",
     condition="an activation above 65504, or fp32 inputs",
     shows={"dtype": "bfloat16", "gain": 400.0},
-    hidden=("dtype='float16'",),
+    hidden=("gain=1.0",),
     consequence="The intermediate buffer is fp16 whatever the model is: large activations become infinite.",
 )
 def activation_stored_in_fp16(*call: Tensor, **options: Any) -> Tensor:

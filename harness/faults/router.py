@@ -842,10 +842,9 @@ def logits_cast_to_bf16(logits: Tensor, **options: Any) -> Routed:
 @fault(
     "router",
     "precision",
-    condition="fp32 logits",
+    condition="weights returned in fp32",
     shows={},
-    hidden=("dtype='bfloat16'",),
-    consequence="Weights are rounded to bf16 whatever the dtype of the logits is.",
+    consequence="Weights are rounded to bf16, and nobody can tell from their dtype.",
 )
 def weights_rounded_to_bf16(logits: Tensor, **options: Any) -> Routed:
     weights, ids = run(logits, **options)

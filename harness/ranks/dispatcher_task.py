@@ -14,7 +14,7 @@ from harness.contracts import REJECTIONS
 from harness.ranks import received_rows, volume, world_data
 from harness.ranks.cases import DispatcherCase, parse_id
 from harness.ranks.loading import load_class
-from harness.ranks.results import Report, differing_rows
+from harness.ranks.results import Report, differing_rows, digest
 from harness.ranks.worker import Rank
 from reference.dispatcher import Batch, owned_experts
 
@@ -127,6 +127,7 @@ def _check_result(me: Rank, out: Any, world: world_data.World, d: Any, report: R
         report.fail("contract", f"combine returned {out.dtype}, narrower than expert_output, {own.hidden_states.dtype}")
     parts = received_rows.contributions(world, me.rank)
     expected, got = parts.sum(0), out.cpu().double()
+    report.observed["digest"] = report.observed.get("digest", "") + digest(got)
     wrong = differing_rows(got, expected)
     if len(wrong):
         token = int(wrong[0])

@@ -13,7 +13,7 @@ from harness.contracts import REJECTIONS
 from harness.errors import UsageError
 from harness.ranks.cases import LinearCase, parse_id
 from harness.ranks.loading import load_class
-from harness.ranks.results import Report, differing_rows
+from harness.ranks.results import Report, differing_rows, digest
 from harness.ranks.worker import Rank
 from harness.ranks.world_data import TORCH_DTYPES
 from reference import parallel_linear as reference
@@ -121,6 +121,7 @@ def _compare(me: Rank, out: Any, weights: list[list[Tensor]], x: Tensor, case: L
         report.fail("contract", f"the result is {found}, but should be {x.dtype} {list(expected.shape)}")
         return
     got = out.cpu().double()
+    report.observed["digest"] = digest(got)
     wrong = differing_rows(got, expected)
     if not len(wrong):
         return

@@ -1,6 +1,7 @@
 """What one rank reports of a case: findings as plain data, a refusal, and what was observed."""
 
 from dataclasses import asdict, dataclass, field
+from hashlib import sha1
 from typing import Any
 
 from torch import Tensor
@@ -30,6 +31,12 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def digest(result: Tensor) -> str:
+    """A name of the values of a result: equal results, whatever their dtype and layout, have the same one."""
+    values = result.detach().cpu().double().nan_to_num(nan=1e300) + 0.0  # one zero, one NaN
+    return sha1(values.contiguous().numpy().tobytes()).hexdigest()
 
 
 def differing_rows(got: Tensor, expected: Tensor) -> Tensor:

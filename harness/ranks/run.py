@@ -7,7 +7,7 @@ from typing import Any
 
 from harness.cases import Case
 from harness.cases.request import Request
-from harness.engine import Listener, Options, Run
+from harness.engine import EXPLAINED, Listener, Options, Run
 from harness.ranks import cases, strategies
 from harness.ranks.judge import Verdict, judge, planned
 from harness.report import Result
@@ -87,6 +87,14 @@ class RankRun(Run):
         self.broken += verdict.failure is not None
         self.take(as_answer(verdict, time.monotonic() - started))
         return verdict
+
+    def _name_causes(self) -> None:
+        """Put the fault that explains it before what the rows say of the first failure of each check."""
+        from harness.diagnosis.ranked import named
+
+        first = {failure["check"]: failure for failure in reversed(self.failures)}
+        for failure in sorted(first.values(), key=self._place)[:EXPLAINED]:
+            failure["diagnosis"] = named(self.spec, failure["case"], backend=self.backend) + failure["diagnosis"]
 
     def _search_ranks(self, examples: int) -> None:
         from harness.strategies import falsify

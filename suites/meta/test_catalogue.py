@@ -18,14 +18,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from harness.cases.spec import case_types
+from harness.compare import against_bound
 from harness.contracts import REJECTIONS, SIGNATURES
 from harness.faults import Fault, all_faults, get
 from harness.faults import catalogue as entries
 from harness.rounding import accumulation, max_limit
+from harness.stages import stage_module
+from harness.stages.call import Call as Judged
 from reference.experts import experts
 from reference.grouped_linear import grouped_linear
 from reference.moe_block import moe_block
-from reference.router import combine_weights, expert_scores, router, selection_scores
+from reference.router import router
 from reference.shared_expert_gate import shared_expert_gate
 
 FAULTS = tuple(fault for fault in all_faults() if fault.stage in SIGNATURES)  # those of one device
@@ -254,50 +258,19 @@ def storages(call: Call) -> list[bytes]:
     return [bytes(t.untyped_storage().tolist()) for t in tensors(call)]
 
 
-def error(out: Tensor, want: Tensor) -> tuple[float, float]:
-    """(largest, root mean square) deviation; infinite where NaN or infinities are not the same."""
-    out, want = out.double(), want.double()
-    finite = want.isfinite()
-    if not torch.equal(out.isfinite(), finite) or not torch.equal(out.isnan(), want.isnan()):
-        return torch.inf, torch.inf
-    if not finite.any():
-        return 0.0, 0.0
-    off = (out - want)[finite]
-    return off.abs().max().item(), off.square().mean().sqrt().item()
+NOTHING: tuple[str, ...] = ()  # rounds nothing but its result; None allows every rounding of the contract
 
 
-def differs(stage: str, out: Any, call: Call) -> bool:
-    """Is `out` further from the reference than a right implementation is on the same data?"""
+def differs(stage: str, out: Any, call: Call, permitted: tuple[str, ...] | None) -> bool:
+    """Would the judge reject `out` of an implementation that may round what is permitted?"""
+    module, names = stage_module(stage), SIGNATURES[stage].parameters
+    judged = Judged(case_types()[stage](), dict(zip(names, call.args, strict=False)), dict(call.options))
     if stage == "router":
-        return routing_differs(out, call)
-    want = REFERENCES[stage](*in_fp64(call).args, **in_fp64(call).options)
-    right = importlib.import_module(f"harness.faults.{stage}").run(*call.args, **call.options)
-    (largest, mean), (known_largest, known_mean) = error(out, want), error(right, want)
-    single = out.dtype in (torch.float32, torch.float64)
-    tiny = 1e-7 if single else 0.0
-    return largest > 8 * known_largest + tiny or mean > (4 if single else 1.5) * known_mean + tiny
-
-
-def routing_differs(out: tuple[Tensor, Tensor], call: Call) -> bool:
-    """Wrong ids, another set than the best but for ties, or wrong weights for the ids."""
-    weights, ids = out
-    logits, options = call.args[0].double(), call.options
-    want_ids = router(logits, **options)[1]
-    if ids.numel() == 0:
-        return ids.shape != want_ids.shape
-    if ids.min() < 0 or ids.max() >= logits.shape[1] or (ids.sort(1).values.diff(dim=1) == 0).any():
+        return bool(module.compare(judged, out, permitted).findings)
+    bound = module.expect(judged, permitted)
+    if not torch.equal(out.isnan(), bound.value.isnan()) or not torch.equal(out.isinf(), bound.value.isinf()):
         return True
-    scores = expert_scores(logits, options["scoring"])
-    selection = selection_scores(scores, options["correction_bias"])
-    known = ~logits.isnan().any(1)
-    chosen, best = (selection.gather(1, i.long()).sort(1).values[known] for i in (ids, want_ids))
-    keys = {"renormalize": options["renormalize"], "routed_scaling_factor": options["routed_scaling_factor"]}
-    want = combine_weights(scores, ids, **keys)[known]
-    got = weights.double()[known]
-    set_differs = not torch.allclose(chosen, best, rtol=3e-6, atol=0)
-    # Weights may be returned in the dtype of the logits.
-    rounding = 3e-6 if call.args[0].dtype == torch.float32 else 2**-8
-    return set_differs or not torch.allclose(got, want, rtol=rounding, atol=0)
+    return bool(against_bound(module, judged, bound, out).findings)
 
 
 @contextlib.contextmanager
@@ -317,7 +290,7 @@ def forget() -> None:
             getattr(importlib.import_module(f"harness.faults.{module}"), name, {}).clear()
 
 
-def visible(fault: Fault, parameters: Mapping[str, Any]) -> bool:
+def visible(fault: Fault, parameters: Mapping[str, Any], permitted: tuple[str, ...] | None) -> bool:
     """Does the fault show its sign on this case?"""
     parameters = dict(parameters)
     poison, before = parameters.pop("poison", False), parameters.pop("before", None)
@@ -328,7 +301,10 @@ def visible(fault: Fault, parameters: Mapping[str, Any]) -> bool:
         if before is not None:
             earlier = build(**{**parameters, **BEFORE[before]})
             fault.function(*earlier.args, **earlier.options)
-        return SEEN[fault.sign](fault, build(**parameters))
+        call = build(**parameters)
+        if fault.sign == "value":
+            return differs(fault.stage, fault.function(*call.args, **call.options), call, permitted)
+        return SEEN[fault.sign](fault, call)
 
 
 def seen_raising(fault: Fault, call: Call) -> bool:
@@ -339,10 +315,6 @@ def seen_raising(fault: Fault, call: Call) -> bool:
     except Exception:
         return True
     return False
-
-
-def seen_value(fault: Fault, call: Call) -> bool:
-    return differs(fault.stage, fault.function(*call.args, **call.options), call)
 
 
 def seen_dtype(fault: Fault, call: Call) -> bool:
@@ -400,7 +372,7 @@ def seen_batch(fault: Fault, call: Call) -> bool:
 
 
 SEEN: dict[str, Callable[[Fault, Call], bool]] = {
-    "value": seen_value, "raises": seen_raising, "dtype": seen_dtype, "shape": seen_shape, "inputs": seen_inputs,
+    "raises": seen_raising, "dtype": seen_dtype, "shape": seen_shape, "inputs": seen_inputs,
     "guards": seen_guards, "earlier": seen_earlier, "repeat": seen_repeat, "batch": seen_batch,
 }  # fmt: skip
 
@@ -441,12 +413,12 @@ def test_entry_is_well_formed(fault: Fault) -> None:
 
 @pytest.mark.parametrize("fault", EXAMPLES, ids=lambda fault: fault.name)
 def test_fault_shows_in_its_example(fault: Fault) -> None:
-    assert visible(fault, fault.shows)
+    assert visible(fault, fault.shows, NOTHING)
 
 
 @pytest.mark.parametrize(("fault", "parameters"), list(hidden_examples()))
 def test_fault_is_hidden_where_it_says_so(fault: Fault, parameters: dict[str, Any]) -> None:
-    assert not visible(fault, parameters)
+    assert not visible(fault, parameters, None)
 
 
 RETURNED = 77

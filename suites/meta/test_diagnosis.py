@@ -257,3 +257,43 @@ def test_a_rounding_is_no_factor() -> None:
 
 def test_nothing_is_seen_in_a_right_result() -> None:
     assert looks(Trial(load("experts", "torch:loop"), "cpu"), ExpertsCase()) == []
+
+
+def _weighted(change) -> Trial:
+    """Right but for the routing weights, which `change` alters."""
+
+    def function(*call: Tensor, **options: object) -> Tensor:
+        return parts.run(*call[:3], change(call[3]), call[4], **options)
+
+    return trial_of_function("experts", function)
+
+
+def _late_tokens_take_the_weights_before(weights: Tensor) -> Tensor:
+    return torch.cat([weights[:9], weights[8:-1]]) if len(weights) > 9 else weights
+
+
+def _odd_tokens_roll(weights: Tensor) -> Tensor:
+    rolled = weights.clone()
+    rolled[1::2] = weights[1::2].roll(-1, 1)
+    return rolled
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_late_tokens_take_the_weights_before, "the weights of the token before"),
+        (_odd_tokens_roll, "the weights of the slot after"),
+        (lambda weights: weights.flip(1), "the weights of the slots in reverse"),
+    ],
+)
+def test_weights_of_others_are_seen_and_no_cause_is_invented(change, words: str) -> None:
+    case = ExpertsCase(T=21, k=3)
+    assert words in "; ".join(looks(_weighted(change), case))
+    assert explain(_weighted(change), case, GENEROUS) == []
+
+
+@pytest.mark.parametrize(("dtype", "words"), [("bfloat16", "8 bits (bf16"), ("float16", "11 bits (fp16 or tf32")])
+def test_an_error_of_the_size_of_a_rounding_is_told_in_bits(dtype: str, words: str) -> None:
+    value = torch.randn(16, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    told = structure(None, None, value, value.to(getattr(torch, dtype)), torch.ones_like(value, dtype=torch.bool))
+    assert f"rounded to {words}" in told[0]

@@ -1,0 +1,81 @@
+"""Why a dispatcher or a sharded layer is wrong: the fault of the catalogue with the very same results on every rank.
+
+The data of these stages are exact, so a fault is recognised by its bits, whoever computes it; no distance is measured.
+It has to equal the implementation on the failing case and on another one that the implementation fails.  Imports no
+torch: everything runs on the ranks.
+"""
+
+import time
+from typing import Any
+
+from harness.errors import HarnessError
+from harness.faults.catalogue import Fault, all_faults
+from harness.ranks import pool
+from harness.ranks.cases import parse_id
+from harness.ranks.judge import TASKS, planned
+
+SECONDS = 5.0
+BUDGET = 5.0  # seconds of one run: a fault that hangs on this case is none that explains it
+TOLD = 3
+CONFIRMATIONS = 2
+OTHERS = 12  # cases looked through for confirmation
+
+
+def named(spec: str, case: str, seconds: float = SECONDS, backend: str = "gloo") -> list[dict[str, str]]:
+    """The faults that explain what an implementation does on a failing case; [] where none does."""
+    end = time.monotonic() + seconds
+    stage, ranks = case.split("/")[0], parse_id(case)[1].R  # type: ignore[attr-defined]
+    got = _run(spec, case, backend)
+    if got is None or not got[1]:
+        return []
+    suspects = [fault for fault in all_faults(stage) if fault.sign == "value"]
+    alive = _equal(suspects, case, got, end, backend)
+    confirmed: list[str] = []
+    for other in _others(stage, spec, case, ranks, backend):
+        if not alive or time.monotonic() > end or (len(alive) == 1 and len(confirmed) >= CONFIRMATIONS):
+            break
+        again = _run(spec, other, backend)
+        if again is None:
+            continue
+        alive = _equal(alive, other, again, end, backend)
+        confirmed += [other] if again[1] else []
+    return [_told(fault, alive, confirmed) for fault in alive[:TOLD]] if confirmed else []
+
+
+def _run(spec: str, case: str, backend: str) -> tuple[tuple[str | None, ...], bool] | None:
+    """(digest of every rank's result, whether any is wrong); None where it refuses, breaks or returns another form."""
+    stage, ranks = case.split("/")[0], parse_id(case)[1].R  # type: ignore[attr-defined]
+    task = {"impl": spec, "case": case}
+    try:
+        outcome = pool.run(TASKS[stage], task, ranks=ranks, backend=backend, budget=BUDGET)
+    except HarnessError:
+        return None
+    if not outcome.ok:
+        return None
+    digests = tuple(report["observed"].get("digest") for report in outcome.results)
+    return None if None in digests else (digests, any(report["findings"] for report in outcome.results))
+
+
+def _equal(suspects: list[Fault], case: str, got: Any, end: float, backend: str) -> list[Fault]:
+    """Those with the same results; once the time is over nothing more is known of the others."""
+    found = []
+    for fault in suspects:
+        if time.monotonic() > end:
+            break
+        result = _run(fault.spec, case, backend)
+        if result is not None and result[0] == got[0]:
+            found.append(fault)
+    return found
+
+
+def _others(stage: str, spec: str, case: str, ranks: int, backend: str) -> list[str]:
+    check = case.split("/")[1]
+    ids = [other for other in planned(stage, spec, [ranks], backend=backend) if other != case]
+    return [other for other in ids if other.split("/")[1] == check][:OTHERS]
+
+
+def _told(fault: Fault, alive: list[Fault], confirmed: list[str]) -> dict[str, str]:
+    text = f"{fault.consequence} The result of every rank has its very bits, also on {confirmed[0]}"
+    others = [other.name for other in alive if other is not fault]
+    tied = f"; {', '.join(others[:TOLD])} cannot be told from it on any data tried" if others else ""
+    return {"fault": fault.name, "evidence": text + tied}
