@@ -9,6 +9,7 @@ from torch import Tensor
 from harness.stages.call import Call
 
 MOST = 5  # patterns told, best evidence first
+CONSTANT = 0.02  # spread of an error over its mean that is one term added everywhere
 SMALL = 0.02  # of the values: a larger error is no rounding
 FORMATS = {"bf16": 8, "fp16 or tf32": 11}
 PIXELS = 64
@@ -38,6 +39,8 @@ def _of_values(value: Tensor, out: Tensor, wrong: Tensor) -> list[str]:
         told.append("every wrong element is zero: never computed, or masked away")
     elif float(got.abs().nan_to_num(0).max()) > 1e30:
         told.append("values beyond 1e30: uninitialised memory was read")
+    if len(got) > 3 and float((got - want).std()) < CONSTANT * abs(float((got - want).mean())):
+        return [f"the result is the value plus {float((got - want).mean()):.4g}"]
     ratio = got / want
     ratio = ratio[ratio.isfinite() & (want.abs() > want.abs().mean() * 0.1)]
     if len(ratio) > 3:
@@ -64,7 +67,7 @@ def _permuted(value: Tensor, out: Tensor, wrong: Tensor) -> list[str]:
     for axis, name in ((0, "rows"), (1, "columns")):
         bad = wrong.any(1 - axis).nonzero()[:, 0]
         a, b = (out, value) if axis == 0 else (out.T, value.T)
-        if not len(bad) >= 2 or len(value) * len(bad) > 1 << 16 or b.shape[1] < 4:
+        if not len(bad) or len(value) * len(bad) > 1 << 16 or b.shape[1] < (4 if len(bad) > 1 else 16):
             continue
         distance = torch.cdist(a[bad].nan_to_num(1e30), b.nan_to_num(2e30))
         scale = b.norm(dim=1).median()
@@ -72,7 +75,8 @@ def _permuted(value: Tensor, out: Tensor, wrong: Tensor) -> list[str]:
         hits = (nearest.values < 0.05 * scale) & (nearest.indices != bad)
         if float(hits.double().mean()) > 0.8:
             pairs = ", ".join(f"{int(i)} holds {int(j)}" for i, j in zip(bad[:4], nearest.indices[:4], strict=False))
-            return [f"{name} are permuted: {pairs}{', ...' if len(bad) > 4 else ''}"]
+            told = f"{name} are permuted" if len(bad) > 1 else f"one of the {name} is another one"
+            return [f"{told}: {pairs}{', ...' if len(bad) > 4 else ''}"]
     return []
 
 

@@ -76,10 +76,11 @@ class _Inquiry:
             found, others = self._explaining(stand)
             unexplained += 1
             self._tell_apart(found, scene)
-            told = [s for s in sorted(found, key=Suspicion.rank) if s.confirmed]
+            told = [s for s in sorted(found, key=Suspicion.rank) if len(s.confirmed) > len(s.missed)]
             if told and not told[0].missed:
                 return _tell(told, found, others)
-            # It explains these data and others, but not all that was tried: another scene may show why.
+            # It explains most data that were tried, but not all: another scene may show why.  What explains fewer than
+            # it misses is a coincidence of small data (an expert taken for another one is many faults for one token).
             second_best = second_best or (_tell(told, found, others) if told else [])
         return second_best
 

@@ -6,12 +6,14 @@ torch: everything runs on the ranks.
 """
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from harness.errors import HarnessError
 from harness.faults.catalogue import Fault, all_faults
+from harness.faults.ranked import FIRST_CHECK
 from harness.ranks import pool
-from harness.ranks.cases import parse_id
+from harness.ranks.cases import case_id, parse_id
 from harness.ranks.judge import TASKS, planned
 
 SECONDS = 5.0
@@ -19,6 +21,7 @@ BUDGET = 5.0  # seconds of one run: a fault that hangs on this case is none that
 TOLD = 3
 CONFIRMATIONS = 2
 OTHERS = 12  # cases looked through for confirmation
+ANOTHER_SEED = 501
 
 
 def named(spec: str, case: str, seconds: float = SECONDS, backend: str = "gloo") -> list[dict[str, str]]:
@@ -43,7 +46,7 @@ def named(spec: str, case: str, seconds: float = SECONDS, backend: str = "gloo")
 
 
 def _run(spec: str, case: str, backend: str) -> tuple[tuple[str | None, ...], bool] | None:
-    """(digest of every rank's result, whether any is wrong); None where it refuses, breaks or returns another form."""
+    """(digest of every rank's result, whether a value is wrong); None where it refuses or returns another form."""
     stage, ranks = case.split("/")[0], parse_id(case)[1].R  # type: ignore[attr-defined]
     task = {"impl": spec, "case": case}
     try:
@@ -53,7 +56,8 @@ def _run(spec: str, case: str, backend: str) -> tuple[tuple[str | None, ...], bo
     if not outcome.ok:
         return None
     digests = tuple(report["observed"].get("digest") for report in outcome.results)
-    return None if None in digests else (digests, any(report["findings"] for report in outcome.results))
+    found = {finding["check"] for report in outcome.results for finding in report["findings"]}
+    return None if None in digests else (digests, FIRST_CHECK[stage] in found)
 
 
 def _equal(suspects: list[Fault], case: str, got: Any, end: float, backend: str) -> list[Fault]:
@@ -68,10 +72,13 @@ def _equal(suspects: list[Fault], case: str, got: Any, end: float, backend: str)
     return found
 
 
-def _others(stage: str, spec: str, case: str, ranks: int, backend: str) -> list[str]:
-    check = case.split("/")[1]
-    ids = [other for other in planned(stage, spec, [ranks], backend=backend) if other != case]
-    return [other for other in ids if other.split("/")[1] == check][:OTHERS]
+def _others(stage: str, spec: str, case: str, ranks: int, backend: str) -> Iterator[str]:
+    """The same kind of data drawn anew, then planned cases over as many ranks."""
+    check, parsed = parse_id(case)
+    for turn in (1, 2):
+        yield case_id(check, parsed.but(seed=parsed.seed + turn * ANOTHER_SEED))
+    planned_ids = [other for other in planned(stage, spec, [ranks], backend=backend) if other != case]
+    yield from [other for other in planned_ids if parse_id(other)[0] == check][:OTHERS]
 
 
 def _told(fault: Fault, alive: list[Fault], confirmed: list[str]) -> dict[str, str]:

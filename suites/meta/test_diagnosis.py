@@ -297,3 +297,18 @@ def test_an_error_of_the_size_of_a_rounding_is_told_in_bits(dtype: str, words: s
     value = torch.randn(16, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     told = structure(None, None, value, value.to(getattr(torch, dtype)), torch.ones_like(value, dtype=torch.bool))
     assert f"rounded to {words}" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda out: out + 0.01, "the value plus 0.01"),
+        (lambda out: out.index_copy(0, torch.tensor([1]), out[:1]), "one of the rows is another one: 1 holds 0"),
+        (lambda out: out.roll(16, 1), "columns are permuted: 0 holds 48"),
+        (lambda out: out * 0.5, "the value times 0.5"),
+    ],
+)
+def test_simple_changes_of_the_result_are_seen(change, words: str) -> None:
+    value = torch.randn(16, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    out = change(value)
+    assert words in "; ".join(structure(None, None, value, out, out != value))

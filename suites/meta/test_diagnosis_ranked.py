@@ -1,0 +1,66 @@
+"""Over many ranks faults are named by their bits; what is right, or in no catalogue, is not."""
+
+import pytest
+from torch import Tensor
+
+from harness.diagnosis.ranked import named
+from harness.faults import Fault, all_faults
+from harness.faults.catalogue import RANKED
+from harness.faults.dispatcher import Copies, Gathered, Rows
+from harness.faults.ranked import FIRST_CHECK
+
+GENEROUS = 60.0
+SEEN_IN_VALUES = [f for f in all_faults() if f.stage in RANKED and f.shows["seen_by"] == FIRST_CHECK[f.stage]]
+EQUAL = {"never_reduced": "no_op_base_class"}  # without a reduction nothing else is seen of the other
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("fault", SEEN_IN_VALUES, ids=lambda fault: fault.name)
+def test_every_fault_is_named(fault: Fault) -> None:
+    told = [entry["fault"] for entry in named(fault.spec, fault.shows["case"], GENEROUS)]
+    assert fault.name in told
+    assert len(told) == 1 or EQUAL.get(told[1]) == told[0]
+
+
+@pytest.mark.parametrize("name", ["finalize_not_reverse", "gate_row_parallel", "reduced_twice", "weights_not_sent"])
+def test_a_fault_is_named(name: str) -> None:
+    fault = next(f for f in SEEN_IN_VALUES if f.name == name)
+    told = named(fault.spec, fault.shows["case"], GENEROUS)
+    assert [entry["fault"] for entry in told] == [name]
+    assert fault.consequence in told[0]["evidence"]
+
+
+class AnotherReverse(Copies):
+    """`finalize_not_reverse` by another way of communication."""
+
+    source = Gathered.source
+
+    def combine(self, out: Tensor, d: Rows) -> Tensor:
+        right = super().combine(out, d)
+        every = Gathered.gather(self, right, self.counts(len(right)))
+        end = len(every) - sum(self.counts(len(right))[: self.rank])
+        return every[end - len(right) : end]
+
+
+def test_a_fault_is_named_whoever_computes_it() -> None:
+    fault = next(f for f in SEEN_IN_VALUES if f.name == "finalize_not_reverse")
+    spec = f"{__name__}:AnotherReverse"
+    assert [entry["fault"] for entry in named(spec, fault.shows["case"], GENEROUS)] == ["finalize_not_reverse"]
+
+
+class LastRowNegated(Gathered):
+    """In no catalogue."""
+
+    def combine(self, out: Tensor, d: Rows) -> Tensor:
+        right = super().combine(out, d)
+        right[-1:] *= -1
+        return right
+
+
+@pytest.mark.parametrize("spec", [f"{__name__}:LastRowNegated", "harness.faults.dispatcher:Copies"])
+def test_what_no_fault_explains_has_no_name(spec: str) -> None:
+    assert named(spec, "dispatcher/dense/R=2,E=4,k=2,T=3+3", GENEROUS) == []
+
+
+def test_right_results_that_cost_too_much_have_no_wrong_cause() -> None:
+    assert named("harness.faults.dispatcher:copies_to_everybody", "dispatcher/dense/R=2,E=4,k=2,T=3+3", GENEROUS) == []
