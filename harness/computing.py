@@ -19,6 +19,9 @@ from torch import Tensor
 from harness.cases import Case
 from harness.cases.experts import ExpertsCase
 from harness.cases.grouped_linear import GroupedLinearCase
+from harness.cases.names import DESCRIBED_STAGES
+from harness.cases.shared_expert_gate import GateCase
+from harness.choosing import of_router
 from harness.stages.call import DTYPES, Call
 from harness.trial import Broken, Rejected, Trial
 
@@ -28,6 +31,7 @@ TERMS = 256  # length of the sums that are probed
 WIDEST = 27  # bits told apart in an accumulator
 FIRST = 6
 SCALE = 12  # L is 2^j = 2^(j - SCALE) * 2^SCALE, so that both factors fit fp16
+FEW_BORDERLINE = 2  # of 64 products, those that an fp32 sigmoid's own error may round the other way
 GATE = 32.0  # silu and gelu_tanh of it are 32 in every dtype
 
 Sum = Callable[[Tensor], Tensor | None]  # [rows, TERMS] of factors -> the sums of a row
@@ -35,18 +39,24 @@ Sum = Callable[[Tensor], Tensor | None]  # [rows, TERMS] of factors -> the sums 
 
 def how_it_computes(trial: Trial) -> str:
     """A paragraph on how the implementation rounds and accumulates; only what the probes establish."""
-    if trial.subject.stage not in ("experts", "grouped_linear"):
+    stage = trial.subject.stage
+    if stage not in DESCRIBED_STAGES:
         return ""
     declared = trial.subject.declared.dtypes
     told: dict[str, list[str]] = {}
     for name in (n for n in ("bf16", "fp16", "fp32") if n in declared):
-        told.setdefault("; ".join(_of_dtype(trial, name)), []).append(name)
+        sentences = of_router(trial, name) if stage == "router" else _of_dtype(trial, name)
+        told.setdefault("; ".join(sentences), []).append(name)
     return " ".join(f"In {_listed(names)} it {sentences}." for sentences, names in told.items() if sentences)
 
 
 def stores(trial: Trial, dtype: str) -> dict[str, bool]:
-    """For each rounding of the contract that the probes could decide, whether the value is stored in `dtype`."""
-    if trial.subject.stage != "experts" or dtype == "fp32":
+    """For each value that the probes could decide on (of experts the contract's six): is it stored in `dtype`?"""
+    if dtype == "fp32":
+        return {}
+    if trial.subject.stage == "shared_expert_gate":
+        return _store_of_logit(trial, dtype) | _store_of_gate(trial, dtype)
+    if trial.subject.stage != "experts":
         return {}
     found: dict[str, bool] = {}
     for probe in (_store_of_hidden_values, _store_of_slots, _store_of_sums, _store_of_weights):
@@ -66,6 +76,8 @@ def accumulators(trial: Trial, dtype: str) -> dict[str, dict[str, Any]]:
 
 def operand_bits(trial: Trial) -> int | None:
     """Bits of the significand that fp32 operands keep in the products: 24, 11 for tf32, 8 for bf16."""
+    if trial.subject.stage == "shared_expert_gate":  # a sigmoid hides all but a few bits of its argument
+        return None
     sums = next(iter(_products(trial, "fp32").values()))
     kept = torch.arange(1, 24)
     rows = torch.zeros(len(kept), TERMS)
@@ -102,6 +114,8 @@ def _of_stores(found: dict[str, bool]) -> list[str]:
         "weighted": "each weighted output",
         "partial_sum": "the running sum over the slots",
         "routing_weight": "the routing weights",
+        "logit": "the logit",
+        "gate": "the gate",
     }
     stored = [words[n] for n, yes in found.items() if yes]
     kept = [words[n] for n, yes in found.items() if not yes]
@@ -165,6 +179,8 @@ def _block(sums: Sum, bits: int) -> int | None:
 
 
 def _products(trial: Trial, dtype: str) -> dict[str, Sum]:
+    if trial.subject.stage == "shared_expert_gate":
+        return {"the product": lambda rows: _gate_sums(trial, dtype, rows)}
     if trial.subject.stage == "grouped_linear":
         return {"the product": lambda rows: _linear_sums(trial, dtype, rows)}
     return {
@@ -187,6 +203,13 @@ def _linear_sums(trial: Trial, dtype: str, rows: Tensor) -> Tensor | None:
     args = {"x": x, "weight": torch.zeros(1, 16, TERMS), "group_sizes": torch.tensor([len(x)])}
     args["weight"][0, 0] = weight
     return _first_column(trial, case, args, {"bias": None})
+
+
+def _gate_sums(trial: Trial, dtype: str, rows: Tensor) -> Tensor | None:
+    """The logit, read back from its sigmoid; the sums asked about are small whole numbers."""
+    x, weight = _split(rows)
+    gate = _run_gate(trial, dtype, x, weight, 1.0)
+    return None if gate is None else (gate / (1 - gate)).log().round()
 
 
 def _first_sums(trial: Trial, dtype: str, rows: Tensor) -> Tensor | None:
@@ -273,6 +296,29 @@ def _store_of_weights(trial: Trial, dtype: str) -> dict[str, bool]:
     return {"routing_weight": bool((got == 0).all())}
 
 
+def _store_of_logit(trial: Trial, dtype: str) -> dict[str, bool]:
+    """logit = -16 - d, d half an ulp: where it is stored, the gate, about exp(logit), is larger by the factor 1 + d."""
+    half = 2.0 ** (4 - BITS[dtype])
+    x = torch.tensor([[-16.0, -half], [-16.0, 0.0]])
+    got = _run_gate(trial, dtype, torch.nn.functional.pad(x, (0, 14)), torch.ones(16), 2.0**14)
+    if got is None or not bool((got > 0).all()):
+        return {}
+    return {"logit": bool(got[0] == got[1])}
+
+
+def _store_of_gate(trial: Trial, dtype: str) -> dict[str, bool]:
+    """Three times the gate, rounded once or twice: which of the two every one of 64 gates agrees with."""
+    logits = torch.arange(-32, 32) / 16
+    got = _run_gate(trial, dtype, torch.nn.functional.pad(logits[:, None], (0, 15)), torch.ones(16), 3.0)
+    if got is None:
+        return {}
+    gate, kind = logits.double().sigmoid(), DTYPES[dtype]
+    once, twice = ((3 * g.double()).to(kind).double() for g in (gate, gate.to(kind)))
+    wrong = {True: int((got != twice).sum()), False: int((got != once).sum())}
+    stored = wrong[True] < wrong[False]
+    return {"gate": stored} if wrong[stored] <= FEW_BORDERLINE else {}
+
+
 def _order_of_slots(trial: Trial, dtype: str) -> str | None:
     """Which of three slots comes last: there the 1 of L, 1, -L survives in an fp32 sum."""
     large = 2.0**26
@@ -331,6 +377,12 @@ def _run_experts(
         "topk_ids": ids,
     }
     return _first_column(trial, case, args, {"activation": "silu", "expert_map": None})
+
+
+def _run_gate(trial: Trial, dtype: str, x: Tensor, weight: Tensor, output: float) -> Tensor | None:
+    case = GateCase(lead=str(len(x)), H=x.shape[1], D=16, dtype=dtype, optional=True)
+    args = {"hidden_states": x, "gate_weight": weight[None], "shared_output": torch.full((len(x), 16), output)}
+    return _first_column(trial, case, args, {})
 
 
 def _first_column(trial: Trial, case: Case, args: dict[str, Tensor], keywords: dict[str, Any]) -> Tensor | None:

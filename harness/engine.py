@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from harness.cases import Case, parse_id, plan
+from harness.cases.names import DESCRIBED_STAGES
 from harness.cases.plans import ON_CUDA_ONLY, Planned
 from harness.cases.request import Request
 from harness.errors import CannotJudge, HarnessError
@@ -23,7 +24,6 @@ CONFIRMED_PER_CHECK = 2  # failures judged once more, alone in a fresh process
 INTERPRETED_STEPS = 600  # a step of a Triton kernel takes some 10 ms in the interpreter
 INTERPRETED_PATIENCE = 5  # ... and a case that many times longer than a kernel that is compiled may
 HEATMAPS_PER_CHECK = 5
-DESCRIBED_STAGES = ("experts", "grouped_linear")
 CORE_CHECKS = ("contract", "exact", "numeric", "routing", "dense", "live", "shard")
 
 

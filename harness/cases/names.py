@@ -7,3 +7,5 @@ CHECK_NAMES = (
 
 # What a finding over many ranks is about; the first three are the verdicts of dispatcher, parallel_linear and layouts.
 RANK_CHECKS = ("dense", "shard", "reduction", "contract", "inputs", "volume", "refusal", "ranks")
+
+DESCRIBED_STAGES = ("router", "experts", "grouped_linear", "shared_expert_gate")  # see harness.computing

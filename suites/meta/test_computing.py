@@ -112,3 +112,44 @@ def test_an_implementation_that_refuses_every_probe_is_said_nothing_about() -> N
     subject = trial("grouped_linear", "torch:loop")
     refusing = Trial(type(subject.subject)("grouped_linear", "x", refuses, subject.subject.declared, None), "cpu")
     assert how_it_computes(refusing) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("fp32_inside", set()), ("gate_in_model_dtype", {"logit", "gate"}), ("by_tanh", set()), ("chunked_dot", set())],
+)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_stores_of_a_gate_are_found(name: str, wanted: set[str], dtype: str) -> None:
+    found = stores(right("shared_expert_gate", name), dtype)
+    assert set(found) == {"logit", "gate"}
+    assert {stored for stored, yes in found.items() if yes} == wanted
+
+
+@pytest.mark.parametrize(("spec", "bits"), [("torch:loop", 24), (f"{FAULTS}.shared_expert_gate:bf16_dot_product", 8)])
+def test_accumulator_of_a_gate_is_found(spec: str, bits: int) -> None:
+    subject = trial("shared_expert_gate", spec)
+    assert accumulators(subject, "bf16")["the product"]["bits"] == bits
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("lowest_index_first", "In bf16, fp16 and fp32 it takes the lower ids among equal scores"),
+        ("highest_index_first", "takes the higher ids among equal scores"),
+        ("weights_in_logit_dtype", "returns weights in bf16."),
+        ("weights_rounded_early", "weights in fp32 that hold no more bits than bf16. In fp16 it"),
+        ("softmax_by_hand", "returns weights in fp32, computed in fp32."),
+    ],
+)
+def test_a_router_is_described(name: str, words: str) -> None:
+    assert words in how_it_computes(right("router", name))
+
+
+def test_scores_off_by_more_than_fp32_are_told() -> None:
+    def coarse(router_logits, *, top_k, **options):
+        weights, ids = router_logits.double().softmax(-1).topk(top_k)
+        return (weights * 1.001).float(), ids
+
+    given = trial("router", "torch:loop").subject
+    subject = Trial(type(given)("router", "given", coarse, given.declared, None), "cpu")
+    assert "off by 0.001 of their size" in how_it_computes(subject)
