@@ -95,7 +95,8 @@ def judge_fault(fault: Fault, options: Options) -> Row:
     if options.request.device not in fault.devices:
         return row | {"status": "skipped", "reason": f"needs --device {' or '.join(fault.devices)}"}
     started = time.monotonic()
-    budget = options.hang_timeout if fault.sign == "process" else options.timeout
+    hangs = fault.sign == "process" and not fault.stateful  # a leak takes its time, and is no hang
+    budget = options.hang_timeout if hangs else options.timeout
     if fault.stage in RANKED:
         _fill_ranked(row, fault, options)
         return row | {"seconds": round(time.monotonic() - started, 2)}
