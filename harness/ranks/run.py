@@ -57,6 +57,7 @@ class RankRun(Run):
                     return self.result()
             self._search_ranks(examples)
             del self.left["property"]  # the search may end early; what it has to do is not a number of cases
+            self._name_causes()
         except KeyboardInterrupt:
             self.interrupted = True
             self.listener.note("interrupted: this is what was judged until then")
