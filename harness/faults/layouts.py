@@ -12,8 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from harness.faults.ranked import ranked
-
-RESIDUAL = 1e-3  # of a fit relative to the output; exact data leave 1e-15, a missing reduction about 1
+from harness.rounding import EXACT_FIT
 
 
 def total(tensor: Tensor, group: Any) -> Tensor:
@@ -96,7 +95,7 @@ def fit(output: Tensor, routed: Tensor, shared: Tensor) -> tuple[float, float, f
 
 def name_fit(a: float, b: float, residual: float, ranks: int) -> str:
     """What a fit says about the reduction over `ranks`."""
-    if residual > RESIDUAL:
+    if residual > EXACT_FIT:  # exact data leave 1e-15, a missing reduction about 1
         return "no multiple of routed and shared part: a reduction is missing, or parts of different tokens were added"
     known = {(1.0, 1.0): "right", (1.0, float(ranks)): f"shared expert counted {ranks} times",
              (float(ranks), float(ranks)): "reduced twice", (1.0, 1 / ranks): "shared expert lost on all ranks but one",

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from harness.faults import Fault, all_faults
-from harness.faults.layouts import RESIDUAL, name_fit
+from harness.faults.layouts import name_fit
 from harness.ranks import judge, pool
 from harness.ranks.cases import parse_id
+from harness.rounding import EXACT_FIT
 
 TASK = "suites.parallel_linear.layout_tasks:run"
 DISPATCHERS = ("naive", "allgather_reducescatter", "all_to_all", "all_to_all_dedup", "masked", "local_allreduce")
@@ -104,7 +105,7 @@ def test_a_misplaced_reduction_is_seen_and_named(fault: Fault, ranks: int) -> No
     a, b, residual = outcome.results[0]["fit"]
     expected = FITS[fault.name](ranks)
     if expected is None:
-        assert residual > RESIDUAL and "missing" in name_fit(a, b, residual, ranks)
+        assert residual > EXACT_FIT and "missing" in name_fit(a, b, residual, ranks)
     else:
         assert (a, b) == pytest.approx(expected, abs=1e-4) and name_fit(a, b, residual, ranks) != "right"
 

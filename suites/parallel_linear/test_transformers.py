@@ -5,6 +5,7 @@ import pytest
 pytest.importorskip("transformers", minversion="5.17")
 
 from harness.ranks import pool
+from harness.rounding import max_limit
 
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
@@ -12,4 +13,4 @@ from harness.ranks import pool
 def test_equals_the_block_on_one_rank(ranks: int, implementation: str) -> None:
     outcome = pool.run("suites.parallel_linear.transformers_task:run", {"experts": implementation}, ranks=ranks)
     assert outcome.ok, (outcome.failure.headline(), outcome.failure.trace)
-    assert max(outcome.results) < 1e-5, outcome.results
+    assert max(outcome.results) <= max_limit(), outcome.results

@@ -4,6 +4,7 @@ On the CPU the kernels run under the interpreter (TRITON_INTERPRET=1), on a GPU 
 its cache by the memory of a GPU and so is tested there only.
 """
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -71,13 +72,12 @@ def test_layer_is_right(transposed: bool) -> None:
     """Transposed weights [E, H, 2I] and [E, I, H] are read through their strides."""
     module = experts_of()
     x, ids, w = batch()
-    plain = hf.forward(module, x, ids, w)
-    assert worst(module, plain, x, ids, w) <= rounding.max_limit()
+    run = copy.deepcopy(module)
     if transposed:
-        module.is_transposed = True
+        run.is_transposed = True
         for name in ("gate_up_proj", "down_proj"):
-            getattr(module, name).data = getattr(module, name).data.transpose(1, 2).contiguous()
-        assert torch.allclose(hf.forward(module, x, ids, w), plain, rtol=torch.finfo(DTYPE).eps * 4)
+            getattr(run, name).data = getattr(run, name).data.transpose(1, 2).contiguous()
+    assert worst(module, hf.forward(run, x, ids, w), x, ids, w) <= rounding.max_limit()
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 6])
