@@ -14,7 +14,7 @@ from harness.ranks.ledger import Ledger
 MARKERS = (
     "gpu: needs one CUDA device",
     "multigpu(n=2): needs n CUDA devices of one host",
-    "accuracy: needs lm-eval, a model and hours; run by the tox environment of that name",
+    "accuracy: needs lm-eval; run by the tox environment of that name",
     "nightly: too slow for every change; runs where the Hypothesis profile is nightly",
 )
 REPORTS = pytest.StashKey[list[pytest.TestReport]]()
