@@ -1,17 +1,18 @@
-"""The README's figures of speed, from the files that `moe-harness bench --json` wrote to suites/performance/data.
+"""The README's figures of speed, from the files in suites/performance/data that the benches wrote.
 
 python -m suites.performance.figures            rewrites the README's tables and docs/performance.svg
 """
 
-from pathlib import Path
+import re
 
 from harness.bench import Report, Timing
 from harness.bench_view import remarks
+from suites.performance import DATA, ROOT, header, ranked_figures, row
 
-ROOT = Path(__file__).parents[2]
-DATA = ROOT / "suites/performance/data"
 README, PICTURE = ROOT / "README.md", ROOT / "docs/performance.svg"
-BEGIN, END = "<!-- figures: python -m suites.performance.figures -->\n", "<!-- end of figures -->\n"
+MARKED = re.compile(
+    r"(<!-- figures: (\w+), by python -m suites.performance.figures -->\n).*?(<!-- end of figures -->\n)", re.DOTALL
+)
 FIRST = "experts-qwen3-30b-a3b.json"
 MODELS = ("qwen3-235b-a22b", "qwen3-next-80b-a3b", "mixtral-8x7b", "deepseek-v3-ep8")
 SMALL = (
@@ -30,14 +31,6 @@ def by_spec(report: Report) -> dict[str, dict[int, Timing]]:
     for timing in report.timings:
         found.setdefault(timing.spec, {})[timing.tokens] = timing
     return found
-
-
-def row(*cells: object) -> str:
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"
-
-
-def header(*cells: object) -> list[str]:
-    return [row(*cells), "|" + "---|" * len(cells)]
 
 
 def over_floor(timing: Timing) -> str:
@@ -91,8 +84,8 @@ def spread(reports: list[Report], spec: str) -> float:
     return max((t.high - t.low) / t.median for r in reports for t in by_spec(r)[spec].values() if t.median > 10)
 
 
-def markdown() -> str:
-    """The tables, as they stand in the README."""
+def bench() -> list[str]:
+    """What `moe-harness bench` measured on one GPU."""
     first, models, small = read(FIRST), [read(f"experts-{m}") for m in MODELS], [read(name) for name in SMALL]
     versions = ", ".join(f"{name} {first.versions[name]}" for name in ("torch", "triton", "transformers"))
     ceilings = f"{first.copy_bandwidth / 1e6:.2f} TB/s, {first.matrix_rate / 1e6:.0f} TFLOP/s"
@@ -114,13 +107,20 @@ def markdown() -> str:
         *(small_table(report) for report in small),
         [outro],
     ]
-    return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
+    return "\n\n".join("\n".join(lines) for lines in parts).splitlines()
+
+
+SECTIONS = {"bench": bench, "dispatch": ranked_figures.dispatch, "expert_parallel": ranked_figures.expert_parallel}
 
 
 def rewritten(text: str) -> str:
-    """The README's text with its figures replaced."""
-    before, rest = text.split(BEGIN)
-    return before + BEGIN + markdown() + END + rest.split(END)[1]
+    """The README's text with its figures replaced, section by section."""
+
+    def section(found: re.Match[str]) -> str:
+        begin, name, end = found.groups()
+        return begin + "\n".join(SECTIONS[name]()) + "\n" + end
+
+    return MARKED.sub(section, text)
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from suites.performance import figures
 
 def test_readme_equals_the_files() -> None:
     text = figures.README.read_text()
+    assert {found[1] for found in figures.MARKED.findall(text)} == set(figures.SECTIONS)
     assert figures.rewritten(text) == text, "run python -m suites.performance.figures"
 
 
