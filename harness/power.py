@@ -18,10 +18,10 @@ from harness.compare import against_bound, exactly
 from harness.rounding import Bound, max_limit
 from harness.stages import router, stage_module
 from harness.stages.call import DTYPES, Call
-from harness.trial import Trial, right_result
+from harness.stages.rows import count, matrix, spread
+from harness.trial import PART, Trial, right_result
 from harness.wrong_outputs import Wrong, wrong_outputs
 from reference.experts import local_ids
-from reference.grouped_linear import row_experts
 
 ROWS, MORE_ROWS = 3, 32  # looked at first, and before a data set is called powerless
 SEEDS = 3  # tried of a recipe before it is given up
@@ -107,16 +107,18 @@ def _candidates(case: Case) -> Iterator[Case]:
 
 def accepted(call: Call, declared: tuple[str, ...] | None = None) -> tuple[list[str], int]:
     """(names of the wrong outputs that pass the judge's comparison without an excuse, how many were tried)."""
+    if count(call) > PART:
+        call = spread(call, torch.arange(count(call)), PART)
     if call.truth is None:
         call.truth = right_result(call, declared)
     rows = _telling_rows(call)
-    sample = _sample(call, rows, ROWS)
+    sample = spread(call, rows, ROWS)
     wrong = wrong_outputs(sample)
     tried = len(wrong)
     passing = [name for name in _passing(sample, wrong) if not excused(call.case, name)]
     if passing:
         if len(rows) > ROWS:
-            sample = _sample(call, rows, MORE_ROWS)
+            sample = spread(call, rows, MORE_ROWS)
             wrong = wrong_outputs(sample)
         passing = [name for name in passing if name in wrong and not _judge_rejects(sample, wrong[name], declared)]
     return passing, tried
@@ -141,52 +143,11 @@ def excused(case: Case, name: str) -> str | None:
 def _telling_rows(call: Call) -> Tensor:
     """Rows that a mistake shows in: not those in which zeros are right, or NaN is."""
     truth = call.truth.value if isinstance(call.truth, Bound) else call.truth
-    rows = _matrix(next(iter(call.args.values())) if truth is None else truth)
+    rows = matrix(next(iter(call.args.values())) if truth is None else truth)
     telling = rows.isfinite().all(-1)
     if call.case.stage == "experts":
         telling &= (local_ids(call.args["topk_ids"], call.keywords["expert_map"]) >= 0).any(-1)
     return telling.nonzero()[:, 0]
-
-
-def _sample(call: Call, rows: Tensor, count: int) -> Call:
-    """At most `count` of the rows, evenly spread, as a call of their own with what is right for it."""
-    if len(rows) > count:
-        rows = rows[torch.linspace(0, len(rows) - 1, count).round().long().to(rows.device)]
-    args = {n: _matrix(v)[rows] if n in WITH_ROWS[call.case.stage] else v for n, v in call.args.items()}
-    part = Call(call.case, args, call.keywords, truth=_rows_of(call.truth, rows))
-    return _few_experts(call, part, rows) if call.case.stage == "grouped_linear" else part
-
-
-# The operands that have a row for each row of the result.
-WITH_ROWS = {
-    "experts": ("hidden_states", "topk_weights", "topk_ids"),
-    "router": ("router_logits",),
-    "grouped_linear": ("x",),
-    "shared_expert_gate": ("hidden_states", "shared_output"),
-    "moe_block": ("hidden_states",),
-}
-
-
-def _few_experts(call: Call, part: Call, rows: Tensor) -> Call:
-    """The sizes of the groups follow; only the experts of these rows and their neighbours stay."""
-    weight, bias = call.args["weight"], call.keywords["bias"]
-    owners = row_experts(call.args["group_sizes"])[rows]
-    kept = torch.cat([owners, (owners + 1) % max(1, len(weight))]).unique()
-    sizes = torch.bincount(torch.searchsorted(kept, owners), minlength=len(kept))
-    part.args |= {"weight": weight[kept], "group_sizes": sizes}
-    part.keywords = {"bias": None if bias is None else bias[kept]}
-    return part
-
-
-def _rows_of(truth: Any, rows: Tensor) -> Any:
-    if not isinstance(truth, Bound):
-        return None if truth is None else _matrix(truth)[rows]
-    value, variance, shared = (_matrix(tensor)[rows] for tensor in (truth.value, truth.variance, truth.shared))
-    return Bound(value, variance, shared, truth.sources[rows])
-
-
-def _matrix(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor.reshape(1, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------ judgement

@@ -15,6 +15,9 @@ from harness.findings import Record
 from harness.rounding import Bound
 from harness.stages import stage_module
 from harness.stages.call import Call
+from harness.stages.rows import count, of_result, part
+
+PART = 1 << 16  # rows that are judged at once: of 2^31 elements the fp64 reference alone would fill a GPU's memory
 
 
 class Rejected(Exception):
@@ -58,7 +61,8 @@ class Trial:
     def prepare(self, case: Case) -> Call:
         """The call that `build` hands out next for the case, with what a right result is."""
         call = self.stage.build(case, self.device)
-        call.truth = right_result(call, self.subject.declared.rounds)
+        if count(call) <= PART:
+            call.truth = right_result(call, self.subject.declared.rounds)
         self._ready = {case: call}
         return call
 
@@ -115,7 +119,19 @@ class Trial:
             torch.cuda.synchronize()
 
     def judge(self, call: Call, result: Any) -> Record:
-        """The result against what a right one may be."""
+        """The result against what a right one may be, many rows in parts."""
+        total = count(call)
+        if total <= PART:
+            return self._judge(call, result)
+        record = Record()
+        for rows in torch.arange(total, device=self.device).split(PART):
+            note = f"among rows {int(rows[0])} to {int(rows[-1])}: "
+            record.merge(self._judge(part(call, rows), of_result(result, rows)), note)
+            if record.findings:
+                break
+        return record
+
+    def _judge(self, call: Call, result: Any) -> Record:
         truth = right_result(call, self.subject.declared.rounds) if call.truth is None else call.truth
         if truth is None:
             return self.stage.compare(call, result, self.subject.declared.rounds)

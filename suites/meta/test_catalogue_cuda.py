@@ -10,6 +10,7 @@ from torch import Tensor
 from harness import rounding
 from harness.cases import plan
 from harness.cases.request import Request
+from harness.checks.cuda import restore_generator
 from harness.faults import all_faults, get
 from harness.faults.experts import run
 from harness.pool import Pool, prepare
@@ -145,3 +146,7 @@ def test_cpu_result_is_returned() -> None:
 def test_synchronisation_ends_the_capture() -> None:
     with pytest.raises(RuntimeError):
         captured(get("declared_capturable_but_synchronises").function, arguments())
+    with pytest.raises(RuntimeError, match="outside graph capture"):  # why the judge restores it
+        torch.rand(1, device="cuda")
+    restore_generator()
+    torch.rand(1, device="cuda")

@@ -18,7 +18,7 @@ from harness.contracts import STAGES, Declarations, Subject, load
 from harness.engine import Listener, Options, Run, judge
 from harness.report.ledger import power_summary
 from harness.stages import experts as experts_stage
-from harness.stages import stage_module
+from harness.stages import rows, stage_module
 from harness.trial import Trial
 from harness.worker import judge_id
 from harness.wrong_outputs import EXPERTS, GROUPED_LINEAR, MOE_BLOCK, ROUTER, SHARED_EXPERT_GATE, wrong_outputs
@@ -174,7 +174,7 @@ def test_one_row_is_enough_to_know_the_groups() -> None:
     case = GroupedLinearCase(S=70, E=128, sizes="sparse", bias=True)
     call = stage_module("grouped_linear").build(case, "cpu")
     call.truth = stage_module("grouped_linear").expect(call, None)
-    part = power._sample(call, torch.tensor([69]), 3)
+    part = rows.part(call, torch.tensor([69]))
     assert torch.equal(wrong_outputs(part)["doubled"] / 2, call.truth.value[69:70])
     assert len(part.args["weight"]) == 2
 

@@ -1,0 +1,64 @@
+"""Results of very many rows are judged in parts: a right one passes, and a mistake in any part is found and placed."""
+
+import pytest
+import torch
+
+from harness import power, trial
+from harness.cases import Case
+from harness.cases.experts import ExpertsCase
+from harness.cases.grouped_linear import GroupedLinearCase
+from harness.cases.router import RouterCase
+from harness.cases.shared_expert_gate import GateCase
+from harness.checks.plain import plain
+from harness.contracts import load
+from harness.stages import rows
+from harness.trial import Trial
+
+PART = 16
+DATA = ("exact", "normal")
+CASES: dict[str, tuple[str, list[Case]]] = {
+    "experts": ("torch:loop", [ExpertsCase(T=70, H=32, I=16, E=6, k=2, data=data) for data in DATA]),
+    "router": ("torch:topk", [RouterCase(T=70, E=16, k=4)]),
+    "grouped_linear": ("torch:loop", [GroupedLinearCase(S=70, K=32, N=16, E=5, data=data) for data in DATA]),
+    "shared_expert_gate": ("torch:expression", [GateCase(lead="5x14", H=32, D=32, data=data) for data in DATA]),
+}
+ALL = [(stage, spec, case) for stage, (spec, cases) in CASES.items() for case in cases]
+NAMES = [f"{stage}-{case.data}" for stage, _, case in ALL]
+
+
+@pytest.fixture(autouse=True)
+def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "PART", PART)
+    monkeypatch.setattr(power, "PART", PART)
+
+
+@pytest.mark.parametrize(("stage", "spec", "case"), ALL, ids=NAMES)
+def test_right_results_pass(stage: str, spec: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = Trial(load(stage, spec), "cpu")
+    assert power.prove(judge, case).case == case
+    record = plain(judge, case)
+    assert not record.findings
+    monkeypatch.setattr(trial, "PART", 1 << 16)
+    assert record.elements == plain(judge, case).elements
+
+
+@pytest.mark.parametrize("wrong", [0, 37, 69])
+@pytest.mark.parametrize(("stage", "spec", "case"), ALL, ids=NAMES)
+def test_one_wrong_row_is_found_and_its_part_told(stage: str, spec: str, case: Case, wrong: int) -> None:
+    judge = Trial(load(stage, spec), "cpu")
+    call = judge.build(case)
+    result = judge.invoke(call)
+    first = result[0] if isinstance(result, tuple) else result
+    rows.matrix(first)[wrong] += 1
+    (finding, *_) = judge.judge(call, result).findings
+    low = wrong // PART * PART
+    assert finding.message.startswith(f"among rows {low} to {min(low + PART, 70) - 1}: ")
+
+
+def test_rows_of_a_call_keep_their_experts() -> None:
+    """Of a grouped linear the groups follow the chosen rows."""
+    call = Trial(load("grouped_linear", "torch:loop"), "cpu").build(GroupedLinearCase(S=70, K=32, N=16, E=5))
+    chosen = torch.tensor([0, 33, 69])
+    made = rows.part(call, chosen)
+    assert int(made.args["group_sizes"].sum()) == 3
+    assert torch.equal(made.args["x"], call.args["x"][chosen])
