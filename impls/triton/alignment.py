@@ -1,7 +1,7 @@
 r"""Alignment of rows to experts: which slots belong to which expert, in expert order.
 
     slot   = token * top_k + j                                  0 <= slot < S = T * top_k
-    counts = how many slots each local expert has, and where they start      int32 [2, E]
+    counts = how many slots each local expert has, where they start, zeros   int32 [3, E]
     slots  = the slots sorted by expert, ties by slot           int32 [S], the first sum(counts) entries are written
 
 Masked slots (id -1, or an expert that lives elsewhere) appear nowhere.  The order is that of a stable sort, so it is
@@ -64,6 +64,7 @@ def _align_small(
     tl.store(slots + start + rank, slot, mask=hit == 1)
     tl.store(counts + e, tl.sum(hit, 0))
     tl.store(counts + E + e, start)
+    tl.store(counts + 2 * E + e, 0)
 
 
 @triton.jit
@@ -116,7 +117,9 @@ def _place_parts(
     experts = tl.arange(0, BLOCK_E)
     total = tl.load(counts + experts, mask=experts < E, other=0)
     starts = tl.cumsum(total, 0) - total
-    tl.store(counts + E + experts, starts, mask=experts + part * BLOCK_E < E)  # the first program only
+    mine = experts + part * BLOCK_E < E  # the first program only
+    tl.store(counts + E + experts, starts, mask=mine)
+    tl.store(counts + 2 * E + experts, 0, mask=mine)
     free = starts + tl.load(table + part.to(tl.int64) * BLOCK_E + experts)
     tl.store(slots + tl.gather(free, tl.maximum(e, 0), 0) + rank, slot, mask=e >= 0)
 
@@ -129,12 +132,12 @@ def align(topk_ids: Tensor, num_experts: int, expert_map: Tensor | None = None) 
         expert_map: int [E_global], global id to local id or -1.
 
     Returns:
-        int32 [2, E], the number of slots of each expert and the position of its first one, and slots int32 [T * k];
-        entries of `slots` past the last routed one are not written.
+        counts int32 [3, E], of each expert the number of its slots, the position of the first one, and a zero: kernels
+        may count in there, and leave zeros; and slots int32 [T * k], not written past the last routed one.
     """
     tokens, top_k = topk_ids.shape
     total = tokens * top_k
-    counts = torch.empty(2, num_experts, dtype=torch.int32, device=topk_ids.device)
+    counts = torch.empty(3, num_experts, dtype=torch.int32, device=topk_ids.device)
     slots = torch.empty(total, dtype=torch.int32, device=topk_ids.device)
     emap = topk_ids if expert_map is None else expert_map.contiguous()
     row, column = topk_ids.stride()

@@ -61,7 +61,9 @@ class Tiling:
     the loops over tiles and over k, so that the next tile is being read while this one is written.  `tail`: give the
     last rows of an expert a tile of half the height where they fit.  `extra`: let the last tile of an expert have up to
     that many rows more, so that its weights are read once for both (first product only).  `by_expert`: a program takes
-    all rows of one expert, and finds its tile with one load.
+    all rows of one expert, and finds its tile with one load.  `copier`: where the device is a Hopper GPU and the layout
+    allows, the kernel in which one warpgroup copies and two multiply, with tiles of 128 x 128 (first product only; the
+    other fields but `group` are for everywhere else).
     """
 
     m: int
@@ -77,6 +79,7 @@ class Tiling:
     tail: bool = False
     extra: int = 0
     by_expert: bool = False
+    copier: bool = False
 
 
 @dataclass(frozen=True)

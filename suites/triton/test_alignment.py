@@ -11,7 +11,7 @@ pytestmark = runnable
 
 
 def sorted_slots(ids: Tensor, experts: int, expert_map: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(int [2, E] counts and starts, the routed slots by expert and then by number)."""
+    """(int [3, E] counts, starts and zeros, the routed slots by expert and then by number)."""
     flat = ids.long().flatten()
     if expert_map is not None:
         known = (flat >= 0) & (flat < len(expert_map))
@@ -19,7 +19,7 @@ def sorted_slots(ids: Tensor, experts: int, expert_map: Tensor | None) -> tuple[
     routed = (flat >= 0) & (flat < experts)
     counts = torch.bincount(flat[routed], minlength=experts)
     order = torch.where(routed, flat, experts).argsort(stable=True)[: int(routed.sum())]
-    return torch.stack([counts, counts.cumsum(0) - counts]), order
+    return torch.stack([counts, counts.cumsum(0) - counts, torch.zeros_like(counts)]), order
 
 
 # The interpreter runs programs one after the other, and knows no histogram: the way beyond ONE_LAUNCH is a GPU's.

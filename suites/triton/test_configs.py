@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from harness import rounding
-from impls.triton import configs, grouped_linear
+from impls.triton import configs, gate_up, grouped_linear
 from impls.triton.experts import experts, run_entry
 from suites.triton import CUDA, DEVICE, runnable
 
@@ -36,7 +36,8 @@ def cut_down(entry: configs.Entry) -> configs.Entry:
         return entry
     if entry.walk is not None:
         return configs.Entry(walk=configs.Walk(up_n=16, up_k=32, down_n=16, down_k=32))
-    small = {"m": 16, "n": 16, "k": 32, "tma": False, "tail": False, "group": 8, "warps": 4, "stages": 3}
+    small = {"m": 16, "n": 16, "k": 32, "tma": False, "tail": False, "copier": False, "group": 8}
+    small |= {"warps": 4, "stages": 3}
     tilings = (replace(t, waves=min(t.waves, 1), extra=min(t.extra, 16), **small) for t in (entry.gate_up, entry.down))
     return configs.Entry(None, *tilings)
 
@@ -54,26 +55,28 @@ def to_be_forced() -> Iterator[str]:
 ENTRIES = dict(tuned_entries())
 
 
-def layer(tokens: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
+def layer(
+    tokens: int, seed: int = 0, hidden: int = HIDDEN, dtype: torch.dtype = torch.bfloat16
+) -> tuple[torch.Tensor, ...]:
     """A small layer and a batch: the last expert has no row, the first many, some slots are masked."""
     draw = torch.Generator().manual_seed(seed)
-    x = torch.randn(tokens, HIDDEN, generator=draw)
-    up = torch.randn(EXPERTS, 2 * WIDTH, HIDDEN, generator=draw) * HIDDEN**-0.5
-    down = torch.randn(EXPERTS, HIDDEN, WIDTH, generator=draw) * WIDTH**-0.5
+    x = torch.randn(tokens, hidden, generator=draw)
+    up = torch.randn(EXPERTS, 2 * WIDTH, hidden, generator=draw) * hidden**-0.5
+    down = torch.randn(EXPERTS, hidden, WIDTH, generator=draw) * WIDTH**-0.5
     ids = torch.rand(tokens, EXPERTS - 1, generator=draw).topk(TOP_K, dim=-1).indices
     ids[::2, 0] = 0
     ids[1::5, -1] = -1
     weights = torch.rand(tokens, TOP_K, generator=draw)
-    return tuple(t.to(DEVICE, torch.bfloat16) for t in (x, up, down, weights)) + (ids.to(DEVICE),)
+    return tuple(t.to(DEVICE, dtype) for t in (x, up, down, weights)) + (ids.to(DEVICE),)
 
 
 def run(entry: configs.Entry, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return run_entry(cut_down(entry), *batch, "silu", None, batch[-1].numel())
 
 
-def worst(result: torch.Tensor, batch: tuple[torch.Tensor, ...]) -> float:
+def worst(result: torch.Tensor, batch: tuple[torch.Tensor, ...], activation: str = "silu") -> float:
     """Largest error in sigmas of the bound."""
-    bound = rounding.experts(*batch, activation="silu", expert_map=None, declared=experts.rounds)
+    bound = rounding.experts(*batch, activation=activation, expert_map=None, declared=experts.rounds)
     return float(bound.z(result).abs().nan_to_num(float("inf")).amax())
 
 
@@ -114,6 +117,29 @@ def test_tiles_of_every_height(name: str, rows: int) -> None:
     entry = configs.Entry(gate_up=HEIGHTS[name], down=configs.Tiling(16, 32, 32))
     result = run_entry(entry, *batch, "silu", None, batch[-1].numel())
     assert worst(result, batch) <= rounding.max_limit()
+
+
+COPIER = configs.Entry(gate_up=configs.Tiling(128, 128, 64, warps=8, copier=True), down=configs.Tiling(16, 32, 32))
+
+
+@pytest.mark.skipif(not CUDA, reason="the interpreter cannot run Gluon")
+@pytest.mark.parametrize("rows", [1, 64, 65, 128, 129, 9000])
+@pytest.mark.parametrize("activation, dtype", [("silu", torch.bfloat16), ("gelu_tanh", torch.float16)])
+def test_kernel_with_a_copying_warpgroup(rows: int, activation: str, dtype: torch.dtype) -> None:
+    """An expert with rows that end half a tile, a tile, or go one past them, or with more tiles than there are
+    programs, beside others; weights and hidden states that lie apart in memory; the same bits whoever takes a tile."""
+    x, up, down, weights, ids = layer(rows, hidden=576, dtype=dtype)
+    ids[ids == 0] = 1
+    ids[:, 0] = 0
+    kernel = gate_up.hopper(x.device)
+    if kernel is None:
+        pytest.skip("needs a Hopper GPU and a Triton with Gluon")
+    x, up = torch.cat([x, x], 1)[:, :576], torch.cat([up, up], 2)[:, :, :576]
+    assert kernel.fits(x, up), "this layer should be one that the kernel takes"
+    batch = (x, up, down, weights, ids)
+    results = [run_entry(COPIER, *batch, activation, None, ids.numel()) for _ in range(3)]
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert worst(results[0], batch, activation) <= rounding.max_limit()
 
 
 def test_nearest_entry_has_the_rows_per_expert() -> None:
