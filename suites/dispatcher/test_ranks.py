@@ -170,6 +170,11 @@ def test_who_waits_for_one_that_will_go_on_is_not_stuck() -> None:
 
 
 def test_different_groups_wait_for_each_other() -> None:
-    beats = [Beat(1, State.WAITING, _call(0)), Beat(1, State.WAITING, _call(0, group=(1, 2))), Beat(1, State.DONE)]
-    proof = stalemate(beats)
-    assert proof is not None
+    """A mismatch of what was asked for; a message has no group, so who waits for one is stuck in another call."""
+    others = (1, 2), (0, 2)
+    circle = [_call(0), *(_call(0, group=group) for group in others)]
+    proof = stalemate([Beat(1, State.WAITING, call) for call in circle])
+    assert proof is not None and (proof.kind, proof.disagreement.rank) == ("mismatch", 1)
+    for calls in ([_message(0, "recv", 1), *circle[1:]], [_call(0), _message(0, "recv", 2), _message(0, "recv", 0)]):
+        proof = stalemate([Beat(1, State.WAITING, call) for call in calls])
+        assert proof is not None and (proof.kind, proof.disagreement.rank) == ("deadlock", 1)

@@ -1,5 +1,6 @@
 """Cases are data: ids replay, plans repeat, exact data are exact, pairs are covered."""
 
+from importlib import import_module
 from itertools import combinations
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from harness import rounding
 from harness.cases import parse_id, plan
+from harness.cases.boundaries import LAYOUTS
 from harness.cases.pairwise import pairwise
 from harness.cases.plans import ON_CUDA_ONLY
 from harness.cases.request import Request
@@ -36,6 +38,26 @@ def test_a_plan_repeats_and_its_seed_matters(stage):
 def test_only_the_dtypes_that_are_asked_for_are_planned(stage, device):
     for dtype in DTYPES:
         assert {p.case.dtype for p in plan(stage, Request(device=device, dtypes=(dtype,)))} == {dtype}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("profile", ["quick", "full"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_check_of_a_suite_has_cases_whatever_the_dtype(stage, profile, dtype):
+    """A check without a case would be skipped, and skipped looks green."""
+    suite = import_module(f"suites.{stage}.test_{stage}")
+    checks = {name.removeprefix("test_") for name in vars(suite) if name.startswith("test_")}
+    request = Request(profile=profile, device="cuda", dtypes=(dtype,))
+    assert {p.check for p in plan(stage, request)} | {"property"} == checks
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_special_value_layout_and_law_is_planned(stage):
+    module, planned = import_module(f"harness.cases.{stage}"), plan(stage, Request())
+    assert {p.case.data for p in planned if p.check == "special"} >= set(getattr(module, "SPECIALS", ()))
+    assert {p.case.variant for p in planned if p.check == "laws"} == set(module.LAWS)
+    impossible = {"expanded", "unit"} if stage == "moe_block" else set()  # weights that every checkpoint has in full
+    assert {p.case.layout.partition(":")[2] for p in planned if p.check == "layouts"} >= set(LAYOUTS) - impossible
 
 
 def test_pairwise_covers_every_allowed_pair():

@@ -9,6 +9,9 @@ import time
 
 import pytest
 
+from harness.cases.request import Request
+from harness.engine import Listener, Options, Run
+
 KERNEL = """
 import torch
 from torch.nn.functional import silu, gelu
@@ -207,6 +210,12 @@ def test_list_names_what_there_is(kernels):
     assert done.returncode == 0
     for name in ("torch:loop", "torch:grouped_mm", "transformers:eager", "liger", "qwen3-30b-a3b"):
         assert name in done.stdout
+
+
+def test_a_replay_line_names_the_device_where_it_is_not_the_default():
+    lines = [Run("experts", "my kernel.py:f", Request(device=device), Options(), Listener())._replay_line(["a/b/T=3"])
+             for device in ("cpu", "cuda")]  # fmt: skip
+    assert lines == [line := "moe-harness replay a/b/T=3 --impl 'my kernel.py:f'", f"{line} --device cuda"]
 
 
 def test_replay_of_a_malformed_case(kernels):

@@ -10,6 +10,9 @@ from harness import rounding
 from harness.cases import plan
 from harness.cases.request import Request
 from harness.stages import stage_module
+from reference.experts import activate
+from reference.moe_block import RoutingRule
+from reference.router import combine_weights, expert_scores
 
 STAGES = ("experts", "grouped_linear", "shared_expert_gate", "moe_block")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -86,3 +89,90 @@ def test_every_rounding_adds_to_the_variance(name):
     without, with_it = module.expect(call, ()), module.expect(call, (name,))
     assert bool((with_it.variance >= without.variance * (1 - 1e-9)).all())
     assert float(with_it.variance.mean() / without.variance.mean()) > 1.02
+
+
+# Share of what the bound adds for a rounding that the rounding itself comes to.  "weighted" is permitted before the
+# second product and after it, and happens once; the running sums' sizes are bounded by the last.
+MEASURED = {"gate_up": 1.0, "activation": 1.0, "expert_output": 1.0, "routing_weight": 1.0,
+            "weighted": 0.5, "partial_sum": 0.56}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEASURED)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_what_a_rounding_adds_is_what_it_does(name, activation):
+    """Too wide a bound fails nobody who is right, so only a measurement sees it."""
+    random = torch.Generator().manual_seed(7)
+    hidden = torch.randn(256, 128, generator=random).bfloat16()
+    gate_up, down = (torch.randn(8, *size, generator=random).mul(0.1).bfloat16() for size in ((192, 128), (128, 96)))
+    weights, ids = torch.rand(256, 4, generator=random) + 0.1, torch.rand(256, 8, generator=random).argsort(-1)[:, :4]
+    data = hidden, gate_up, down, weights, ids
+    error = experts_rounded(name, *data, activation) - experts_rounded("", *data, activation)
+    without, with_it = (rounding.experts(*data, activation=activation, expert_map=None, declared=declared)
+                        for declared in ((), (name,)))  # fmt: skip
+    measured = error.square().mean() / (with_it.variance - without.variance).mean()
+    assert float(measured) == pytest.approx(MEASURED[name], rel=0.12)
+
+
+def experts_rounded(name, hidden, gate_up, down, weights, ids, activation):
+    """The layer in fp64, with bf16 at the one place that `name` tells."""
+
+    def at(place, values):
+        return bf16(values) if place == name else values
+
+    out, weights = torch.zeros(hidden.shape, dtype=torch.float64), at("routing_weight", weights.double())
+    for slot, chosen in enumerate(ids.T):
+        for expert in chosen.unique().tolist():
+            tokens = (chosen == expert).nonzero()[:, 0]
+            gate, up = at("gate_up", hidden[tokens].double() @ gate_up[expert].double().T).chunk(2, -1)
+            inner = at("activation", at("activation", activate(gate, activation)) * up)
+            output = at("expert_output", inner @ down[expert].double().T)
+            term = at("weighted", weights[tokens, slot, None] * output)
+            out[tokens] = at("partial_sum", out[tokens] + term) if slot else term
+    return out
+
+
+def bf16(values):
+    return values.float().bfloat16().double()
+
+
+def test_the_bound_of_a_gate_is_what_its_roundings_do():
+    random = torch.Generator().manual_seed(3)
+    hidden, weight, output = (torch.randn(s, generator=random).bfloat16() for s in ((2000, 8), (1, 8), (2000, 16)))
+    bound = rounding.shared_expert_gate(hidden, weight, output, declared=())
+    gate = bf16(bf16(hidden.double() @ weight.double().T).sigmoid())
+    measured = (gate * output.double() - bound.value).square().mean() / bound.shared.mean()
+    assert float(measured) == pytest.approx(1.0, rel=0.12)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_bound_of_a_grouped_linear_is_what_its_roundings_do(biased):
+    random = torch.Generator().manual_seed(4)
+    x, weight, bias = (torch.randn(s, generator=random).bfloat16() for s in ((300, 64), (3, 80, 64), (3, 80)))
+    sizes = torch.tensor([100, 100, 100])
+    bound = rounding.grouped_linear(x, weight, sizes, bias=bias if biased else None, declared=())
+    product = torch.einsum("esk,enk->esn", x.double().view(3, 100, 64), weight.double())
+    out = bf16(bf16(product) + bias.double()[:, None] if biased else product).reshape(300, 80)
+    assert float((out - bound.value).square().mean() / bound.variance.mean()) == pytest.approx(1.0, rel=0.12)
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_errors_of_logits_move_routing_weights_as_the_bound_says(scoring, renormalize):
+    """A weight moves by its own expert's error, less that of what normalises it, of which its own is a part."""
+    random = torch.Generator().manual_seed(5)
+    logits = torch.randn(30, 8, generator=random, dtype=torch.float64)
+    of_logits = 1e-8 * (torch.rand(30, 8, generator=random, dtype=torch.float64) + 0.1)
+    ids = logits.topk(3).indices
+
+    def weights_of(logits):
+        scores = expert_scores(logits, scoring)
+        return combine_weights(scores, ids.expand(*scores.shape[:-1], 3), renormalize=renormalize,
+                               routed_scaling_factor=1.0)  # fmt: skip
+
+    weights, rule = weights_of(logits), RoutingRule(3, scoring, renormalize)
+    own, common = rounding._routing_variance(logits, of_logits, ids, weights, rule)
+    noise = torch.randn(20_000, 30, 8, generator=random, dtype=torch.float64) * of_logits.sqrt()
+    measured = (weights_of(logits + noise) / weights - 1).square().mean(0)
+    own = own / weights.square()
+    share = weights if renormalize or scoring == "softmax" else torch.zeros_like(weights)
+    assert torch.allclose(measured, own * (1 - 2 * share) + common, rtol=0.08, atol=0.0)
