@@ -1,0 +1,96 @@
+"""Which suites judge an edit of which module: of its own stem first, then the tests of the judge that go through it.
+
+Each entry is the arguments of one pytest run.  Runs follow one another, likeliest killer first, until one fails.  All
+of them together take about a minute on an idle core, since that is what every edit costs that nobody notices; what the
+rest of the suites would notice besides is not counted.
+"""
+
+from fnmatch import fnmatch
+from pathlib import PurePosixPath
+
+META, RANKED, LINEAR = "suites/meta/test_", "suites/dispatcher/test_", "suites/parallel_linear"
+PLANS = f"{META}rounding.py {META}cases.py {META}power.py"
+FAULTS = f"{META}catalogue.py {META}published.py"
+ALL_STAGES = "suites/router suites/grouped_linear suites/shared_expert_gate suites/experts suites/moe_block"
+CLI = f"{META}cli.py -k 'not ctrl_c'"
+ISOLATION = f"{META}isolation.py -k 'not floods and not hangs'"
+DIAGNOSIS_RANKED = f"{META}diagnosis_ranked.py -k 'not first_failure'"  # that one has five seconds, idle or not
+
+STAGE = ("suites/{stem}", f"{PLANS} -k {{stem}}")
+JUDGE = (PLANS, FAULTS, "suites/router suites/shared_expert_gate suites/grouped_linear suites/experts")
+WORLDS = (f"{RANKED}dispatcher.py {RANKED}properties.py", f"{RANKED}strangers.py")
+PROCESSES = (f"{RANKED}ranks.py {RANKED}crash.py {RANKED}injection.py", f"{RANKED}strangers.py {RANKED}torchrun.py")
+
+# The first pattern that fits decides; {stem} is the module's own.
+RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("reference/dispatcher.py", (f"{RANKED}reference.py", WORLDS[0])),
+    ("reference/placement.py", (f"{RANKED}reference.py", LINEAR)),
+    ("reference/parallel_linear.py", (LINEAR,)),
+    ("reference/*.py", (*STAGE, FAULTS, "suites/moe_block")),
+    ("harness/*/__init__.py", JUDGE),
+    ("harness/stages/call.py", JUDGE),
+    ("harness/stages/exact_experts.py", (f"{META}cases.py", "suites/experts", FAULTS)),
+    ("harness/stages/*.py", (*STAGE, FAULTS)),
+    ("harness/laws/*.py", (*STAGE, FAULTS)),
+    ("harness/cases/experts.py", STAGE),
+    ("harness/cases/grouped_linear.py", STAGE),
+    ("harness/cases/moe_block.py", STAGE),
+    ("harness/cases/router.py", STAGE),
+    ("harness/cases/shared_expert_gate.py", STAGE),
+    ("harness/cases/*.py", (PLANS, ALL_STAGES)),
+    ("harness/checks/*.py", JUDGE),
+    ("harness/compare.py", JUDGE),
+    ("harness/findings.py", JUDGE),
+    ("harness/memory.py", JUDGE),
+    ("harness/rounding.py", JUDGE),
+    ("harness/trial.py", JUDGE),
+    ("harness/contracts.py", (f"{META}catalogue.py {META}power.py", CLI)),
+    ("harness/strategies.py", (f"{ALL_STAGES} -k property",)),
+    ("harness/power.py", (f"{META}power.py {META}audit.py", ALL_STAGES)),
+    ("harness/wrong_outputs.py", (f"{META}power.py {META}audit.py",)),
+    ("harness/audit.py", (f"{META}audit.py",)),
+    ("harness/computing.py", (f"{META}computing.py",)),
+    ("harness/choosing.py", (f"{META}computing.py",)),
+    ("harness/structure.py", (f"{META}diagnosis.py",)),
+    ("harness/diagnosis/ranked.py", (DIAGNOSIS_RANKED,)),
+    ("harness/diagnosis/*.py", (f"{META}diagnosis.py",)),
+    ("harness/bench*.py", ("suites/performance",)),
+    ("harness/kill_matrix.py", (f"{META}kill_matrix.py",)),
+    ("harness/pytest_plugin.py", ("suites/router", CLI)),
+    ("harness/engine.py", (f"{META}power.py", DIAGNOSIS_RANKED, CLI, ISOLATION)),
+    ("harness/pool.py", ("suites/router", ISOLATION)),
+    ("harness/worker*.py", ("suites/router", f"{META}power.py", ISOLATION)),
+    ("harness/cli.py", (CLI,)),
+    ("harness/errors.py", (CLI,)),
+    ("harness/ranks/ledger.py", (f"{RANKED}crash.py",)),
+    ("harness/ranks/linear_task.py", (LINEAR,)),
+    ("harness/ranks/layout_task.py", (LINEAR,)),
+    ("harness/ranks/run.py", (f"{RANKED}strangers.py", DIAGNOSIS_RANKED)),
+    ("harness/ranks/cases.py", WORLDS),
+    ("harness/ranks/dispatcher_task.py", WORLDS),
+    ("harness/ranks/loading.py", WORLDS),
+    ("harness/ranks/received_rows.py", WORLDS),
+    ("harness/ranks/results.py", WORLDS),
+    ("harness/ranks/strategies.py", WORLDS),
+    ("harness/ranks/volume.py", WORLDS),
+    ("harness/ranks/world_data.py", WORLDS),
+    ("harness/ranks/*.py", PROCESSES),
+)
+
+
+def suites_of(module: str) -> tuple[str, ...]:
+    """The arguments of the pytest runs that judge `module`, a path from the root.
+
+    Raises:
+        LookupError: no rule names the module.
+    """
+    _, suites = rule_of(module)
+    return tuple(entry.format(stem=PurePosixPath(module).stem) for entry in suites)
+
+
+def rule_of(module: str) -> tuple[str, tuple[str, ...]]:
+    """The first rule whose pattern fits; see `suites_of`."""
+    for rule in RULES:
+        if fnmatch(module, rule[0]):
+            return rule
+    raise LookupError(f"no suite is said to judge {module}: add it to suites/mutation/selection.py")
