@@ -29,6 +29,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("reference/*.py", (*STAGE, FAULTS, "suites/moe_block")),
     ("harness/*/__init__.py", JUDGE),
     ("harness/stages/call.py", JUDGE),
+    ("harness/stages/rows.py", JUDGE),
     ("harness/stages/exact_experts.py", (f"{META}cases.py", "suites/experts", FAULTS)),
     ("harness/stages/*.py", (*STAGE, FAULTS)),
     ("harness/laws/*.py", (*STAGE, FAULTS)),
