@@ -74,6 +74,13 @@ def accumulators(trial: Trial, dtype: str) -> dict[str, dict[str, Any]]:
     return found
 
 
+def slot_sum_bits(trial: Trial, dtype: str) -> int | None:
+    """Bits of the sum over a token's slots where a narrow format holds it, 8 or 11; None for a wider one."""
+    if trial.subject.stage != "experts":
+        return None
+    return next((bits for bits in (8, 11) if _loses_beside(trial, dtype, bits)), None)
+
+
 def operand_bits(trial: Trial) -> int | None:
     """Bits of the significand that fp32 operands keep in the products: 24, 11 for tf32, 8 for bf16."""
     if trial.subject.stage == "shared_expert_gate":  # a sigmoid hides all but a few bits of its argument
@@ -102,6 +109,9 @@ def _of_dtype(trial: Trial, name: str) -> list[str]:
         bits = operand_bits(trial)
         if bits is not None and bits < 24:
             told.append(f"rounds the operands of products to {bits} bits ({FORMATS.get(bits, 'an unusual format')})")
+    bits = slot_sum_bits(trial, name)
+    if bits is not None and bits < BITS[name]:
+        told.append(f"sums the slots of a token in {_sum_in_words(bits, None)}")
     order = _order_of_slots(trial, name)
     return told + ([f"sums the slots of a token one after the other, {order}"] if order else [])
 
@@ -279,12 +289,17 @@ def _store_of_slots(trial: Trial, dtype: str) -> dict[str, bool]:
 
 
 def _store_of_sums(trial: Trial, dtype: str) -> dict[str, bool]:
-    """P, 1 and -P: in an order that adds the first two first, a stored sum loses the 1."""
-    power = 2.0 ** BITS[dtype]
-    got = _slots(trial, dtype, [((power, 0.0), 1.0), ((1.0, 0.0), 1.0), ((-power, 0.0), 1.0)])
+    lost = _loses_beside(trial, dtype, BITS[dtype])
+    return {} if lost is None else {"partial_sum": lost}
+
+
+def _loses_beside(trial: Trial, dtype: str, bits: int) -> bool | None:
+    """P = 2^bits, 1 and -P: in an order that adds the first two first, a sum of so many bits loses the 1."""
+    large = 2.0**bits
+    got = _slots(trial, dtype, [((large, 0.0), 1.0), ((1.0, 0.0), 1.0), ((-large, 0.0), 1.0)])
     if got is None or not set(got.tolist()) <= {0.0, 1.0}:
-        return {}
-    return {"partial_sum": not bool((got == 1).all())}
+        return None
+    return not bool((got == 1).all())
 
 
 def _store_of_weights(trial: Trial, dtype: str) -> dict[str, bool]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from harness.cases import boundaries as at
 from harness.cases.request import Request
@@ -16,6 +16,15 @@ FAMILIES = (
     "mixtral",
     "deepseek_v2",
     "deepseek_v3",
+)
+# Where a part of a block takes another path: many experts, counts that no tile divides, one slot, all experts, square
+# weights, short and long sums.
+SHAPES: tuple[dict[str, Any], ...] = (
+    {"family": "qwen3_next", "T": 3, "E": 512, "k": 10, "H": 32, "I": 16},
+    {"family": "qwen2_moe", "T": 9, "E": 6, "k": 2, "renorm": "no"},
+    {"T": 9, "k": 1, "renorm": "no"},
+    {"T": 9, "E": 4, "k": 4, "H": 48, "I": 48},
+    {"family": "qwen2_moe", "T": 9, "E": 4, "k": 2, "H": 1025, "I": 16},
 )
 LAWS = ("token_permutation", "batch_split", "row_alone")
 
@@ -77,6 +86,9 @@ def _numeric(request: Request) -> Iterator[Case]:
             yield MoeBlockCase(family=family, T=tokens, dtype=request.dtypes[-1], H=33, I=17, shared=9)
     for experts, top_k in request.pick(((128, 8),), at.RELEASED_EXPERTS):
         yield MoeBlockCase(T=17, E=experts, k=top_k, dtype=request.dtypes[-1])
+    for dtype in request.dtypes:
+        for shape in SHAPES:
+            yield MoeBlockCase(**shape, dtype=dtype)
 
 
 def _layouts(request: Request) -> Iterator[Case]:

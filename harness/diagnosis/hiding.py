@@ -7,7 +7,7 @@ arithmetic in fp64, rounded once.  The fault itself stays as it is, and its bits
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ USERS = (
     "grouped_linear",
     "shared_expert_gate",
     "moe_block",
+    "block_parts",
 )
 
 
@@ -33,7 +34,10 @@ def hidden(fault: Fault) -> Callable[..., Any]:
     """An implementation that has the fault and rounds unlike the catalogue's."""
 
     def implementation(*args: Any, **keywords: Any) -> Any:
-        with _other_steps(fault.stage, args[0].dtype):
+        stages = [fault.stage] + ([fault.part.stage] if fault.part else [])
+        with ExitStack() as replaced:
+            for stage in stages:
+                replaced.enter_context(_other_steps(stage, args[0].dtype))
             return fault.function(*args, **keywords)
 
     for name in ("dtypes", "devices"):

@@ -292,6 +292,7 @@ def _moe_block() -> Iterator[dict[str, Any]]:
         yield {"family": family, "T": 5, "k": 1}
         yield {"family": family, "T": 9, "data": "token_nan"}
         yield {"family": family, "T": 9, "layout": "hidden_states:padded"}
+    yield {"family": "deepseek_v3", "T": 257, "E": 64, "k": 8}  # near choices, which a rounded bias decides otherwise
 
 
 PROBES = {

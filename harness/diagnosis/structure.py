@@ -37,15 +37,22 @@ def looks(trial: Trial, case: Case) -> list[str]:
 
 def undeclared(trial: Trial, call: Call, out: Tensor) -> list[str]:
     """The roundings that would explain a result, had they been declared as well."""
+    enough = undeclared_roundings(trial, call, out)
+    if enough is None:
+        return []
+    names = f"{', '.join(enough)}{', any one of them,' if len(enough) > 1 else ''}" if enough else "more than one more"
+    return [f"a rounding that is not declared: within the bound if `rounds` held {names} as well"]
+
+
+def undeclared_roundings(trial: Trial, call: Call, out: Tensor) -> list[str] | None:
+    """Those of which any one would suffice, [] where it takes several; None where they explain nothing."""
     declared = trial.subject.declared.rounds
     missing = [name for name in rounding.ROUNDINGS if name not in rounding.permitted(declared)]
     if call.case.data == "exact" or not missing:
-        return []
+        return None
     if _is_within(trial, call, out, declared) or not _is_within(trial, call, out, None):
-        return []
-    enough = [name for name in missing if _is_within(trial, call, out, (*(declared or ()), name))]
-    names = f"{', '.join(enough)}{', any one of them,' if len(enough) > 1 else ''}" if enough else "more than one more"
-    return [f"a rounding that is not declared: within the bound if `rounds` held {names} as well"]
+        return None
+    return [name for name in missing if _is_within(trial, call, out, (*(declared or ()), name))]
 
 
 def _is_within(trial: Trial, call: Call, out: Tensor, rounds: tuple[str, ...] | None) -> bool:

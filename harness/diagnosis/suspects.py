@@ -88,7 +88,7 @@ def forget(fault: Fault) -> None:
 
 
 def _memories(fault: Fault) -> list[dict[Any, Any]]:
-    names = vars(sys.modules[fault.function.__module__]).items()
+    names = vars(sys.modules[fault.home]).items()
     return [v for n, v in names if n.startswith("_") and not n.startswith("__") and isinstance(v, dict)]
 
 

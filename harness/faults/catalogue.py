@@ -24,7 +24,7 @@ from harness.contracts import RANK_STAGES, SIGNATURES, STAGES
 
 MODULES = (
     "router", "alignment", "experts", "sentinels", "precision", "memory", "process", "cuda",
-    "grouped_linear", "shared_expert_gate", "moe_block", "dispatcher", "parallel_linear", "layouts",
+    "grouped_linear", "shared_expert_gate", "moe_block", "block_parts", "dispatcher", "parallel_linear", "layouts",
 )  # fmt: skip
 RANKED = (*RANK_STAGES, "layouts")  # judged over many ranks; see harness.faults.ranked
 STAGES_WITH_FAULTS = (*STAGES, *RANKED)
@@ -59,11 +59,17 @@ class Fault:
     sign: str = "value"  # a key of SIGNS: what is seen in that case
     devices: tuple[str, ...] = ("cpu", "cuda")
     stateful: bool = False  # keeps something between calls, so a verdict depends on the calls before
+    part: "Fault | None" = field(default=None, repr=False)  # inside a block: the fault of its part
 
     @property
     def spec(self) -> str:
         """The name under which it is judged, as for any implementation."""
         return f"{self.function.__module__}:{self.name}"
+
+    @property
+    def home(self) -> str:
+        """The module whose code is wrong, and which holds what a stateful fault keeps."""
+        return (self.part or self).function.__module__
 
 
 _FAULTS: dict[str, Fault] = {}
@@ -125,11 +131,16 @@ def enter(found: Fault) -> None:
     _FAULTS[found.name] = found
 
 
+def known() -> tuple[Fault, ...]:
+    """The faults of the modules that are imported by now."""
+    return tuple(_FAULTS.values())
+
+
 def all_faults(stage: str | None = None) -> tuple[Fault, ...]:
     """Every fault, or those of one stage, in the order of the modules."""
     for module in MODULES:
         importlib.import_module(f"harness.faults.{module}")
-    return tuple(found for found in _FAULTS.values() if stage in (None, found.stage))
+    return tuple(found for found in known() if stage in (None, found.stage))
 
 
 def get(name: str) -> Fault:

@@ -1,0 +1,193 @@
+r"""Suspects that no catalogue can list: sums in too few bits, built as the probes of one implementation describe them.
+
+`harness.computing` finds how many bits each sum keeps, and how many terms are added before they meet it.  What is less
+than the contract demands becomes a fault made for this implementation, which is tried like those of the catalogue.
+Where the probes leave the order open, there is a suspect for each usual one:
+
+    running    s <- round(s + sum of the next n terms)      one accumulator, stored after every n terms
+    partial    sum over runs of n terms of round(their sum)      each partial sum stored, added in fp32
+"""
+
+from collections.abc import Callable, Iterator
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness import computing
+from harness.cases import Case
+from harness.compare import against_bound
+from harness.diagnosis.structure import undeclared_roundings
+from harness.faults import experts, grouped_linear, shared_expert_gate
+from harness.faults.building import matmul
+from harness.faults.catalogue import Fault
+from harness.faults.experts import live
+from harness.trial import Trial
+
+STAGES = ("experts", "grouped_linear", "shared_expert_gate")
+FULL = 24  # bits of fp32, the least that the contract allows
+FEW = 16  # bits: any sum that keeps fewer is a 16-bit one, and no order of an fp32 sum reads as so few
+RUNS = (1, 4, 8, 16, 32, 64, 128, 256)  # terms added beforehand, where the probes cannot tell
+SAME_SIZE = 2.0  # of an error, expected over found: running sums of runs twice as long err 1.4 times less
+STORED = {8: torch.bfloat16, 11: torch.float16}
+Product = Callable[[Tensor, Tensor], Tensor]
+Step = tuple[str, str, str, Callable[..., Tensor]]  # name, what the probes establish, in which order, a stage with that
+
+
+def suspects(trial: Trial, dtype: str) -> list[Fault]:
+    """The faults that the probes of an implementation suggest; [] where all its sums are as wide as they should be."""
+    stage = trial.subject.stage
+    if stage not in STAGES:
+        return []
+    found = computing.accumulators(trial, dtype)
+    coarse = {name: sums for name, sums in found.items() if sums["bits"] is not None and sums["bits"] <= FEW}
+    steps = [*_of_products(stage, coarse, len(found)), *_of_operands(trial, dtype), *_of_slots(trial, dtype)]
+    return [
+        Fault(name, stage, "precision", probed, f"{probed}; {order}.", function)
+        for name, probed, order, function in steps
+    ]
+
+
+def of_same_size(tried: list[Fault], seen: dict[str, list[tuple[float, float]]]) -> list[dict[str, str]]:
+    """The suspect whose errors are nearest in size to those found, (its rms, that of the result) on several data."""
+    sizes = {name: max(max(a / b, b / a) for a, b in pairs) for name, pairs in seen.items() if len(pairs) > 1}
+    alike = [fault for fault in tried if sizes.get(fault.name, inf) < SAME_SIZE]
+    if not alike:
+        return []
+    best = min(alike, key=lambda fault: sizes[fault.name])
+    told = ", ".join(f"{expected:.2g} where {got:.2g} are found" for expected, got in seen[best.name][:2])
+    name = best.name.partition("_every")[0].partition("partial_")
+    evidence = f"{best.condition}. Such sums err by {told} (rms, in sigma); they are in an order not known here"
+    return [{"fault": f"{name[0]}{name[2]}", "evidence": evidence}]
+
+
+def undeclared_store(trial: Trial, case: Case) -> list[dict[str, str]]:
+    """Roundings that an implementation does not declare, that its probes show, and with which its result is right."""
+    call = trial.build(case.but(variant="", optional=False))
+    out, declared = trial.invoke(call), trial.subject.declared.rounds or ()
+    if not undeclared_roundings(trial, call, out):
+        return []
+    stored = [name for name, yes in computing.stores(trial, case.dtype).items() if yes and name not in declared]
+    worst = [against_bound(trial.stage, call, trial.stage.expect(call, rounds), out)
+             for rounds in (declared, (*declared, *stored))]  # fmt: skip
+    if worst[1].findings:
+        return []
+    names = ", ".join(stored)
+    return [{
+        "fault": "undeclared_rounding",
+        "evidence": f"Probes: {names} rounded to {case.dtype}, and `rounds` does not say so. The result uses "
+        f"{worst[0].worst:.3g} of the bound as declared, {worst[1].worst:.2g} with that declared",
+    }]  # fmt: skip
+
+
+def _of_products(stage: str, coarse: dict[str, Any], products: int) -> Iterator[Step]:
+    if not coarse:
+        return
+    bits = min(sums["bits"] for sums in coarse.values())
+    known = all(sums["block"] for sums in coarse.values())
+    which = "" if len(coarse) == products else f"{next(iter(coarse)).removeprefix('the ').replace(' ', '_')}_"
+    terms = min(sums["block"] or 0 for sums in coarse.values())
+    for kind, run in [("running", terms)] if known else [(kind, n) for n in RUNS for kind in ("running", "partial")]:
+        multiply = {
+            name: _rounding(sums["bits"], kind, sums["block"] if known else run) for name, sums in coarse.items()
+        }
+        every = f"every_{run}_terms" if run > 1 else "every_term"
+        name = f"{which}{'partial_' if kind == 'partial' else ''}sums_in_{_format(bits)}_{every}"
+        order = f"{'each partial' if kind == 'partial' else 'the running'} sum is stored after {every.replace('_', ' ')}"
+        yield name, _lost(" and ".join(coarse), bits), order, _with(stage, multiply)
+
+
+def _lost(what: str, bits: int) -> str:
+    return f"Probes: {what} keeps {bits} bits ({_format(bits)}), a 1 beside 2^{bits} is lost, fp32 keeps {FULL}"
+
+
+def _of_operands(trial: Trial, dtype: str) -> Iterator[Step]:
+    """fp32 operands rounded or cut before they are multiplied."""
+    bits = computing.operand_bits(trial) if dtype == "fp32" else None
+    if bits is None or bits > FEW or "tf32" in (trial.subject.declared.rounds or ()):
+        return
+    style = "tf32" if bits == 11 else _format(bits)
+    declare = "; `rounds` may declare tf32" if bits == 11 else ""
+    for manner, narrow in (("rounded", _rounded), ("cut", _cut)):
+        words = f"Probes: operands of fp32 products keep {bits} bits ({style}) of {FULL}{declare}"
+        multiply = _narrowed(narrow, bits)
+        yield f"operands_{manner}_to_{style}", words, f"they are {manner}", _with(trial.subject.stage, dict.fromkeys(_PRODUCTS, multiply))
+
+
+def _of_slots(trial: Trial, dtype: str) -> Iterator[Step]:
+    """A sum over the slots in fewer bits than the inputs' dtype has."""
+    bits = computing.slot_sum_bits(trial, dtype)
+    if bits is None or bits >= min(computing.BITS[dtype], FEW):
+        return
+    for order, step in (("first_to_last", 1), ("last_to_first", -1)):
+
+        def combine(slots: Tensor, topk_weights: Tensor, ids: Tensor, step: int = step) -> Tensor:
+            weighted = live(topk_weights, ids, slots.dtype)[..., None] * slots
+            total = torch.zeros_like(weighted[:, 0])
+            for slot in weighted.unbind(1)[::step]:
+                total = _stored(total + slot, bits)
+            return total
+
+        name, words = f"slots_summed_in_{_format(bits)}_{order}", _lost(f"the sum over the slots, {dtype} inputs,", bits)
+        yield name, words, f"they are added {order.replace('_', ' ')}", _with("experts", {}, combine=combine)
+
+
+# ------------------------------------------------------------------------------------------------------------ products
+
+_PRODUCTS = ("the first product", "the second product", "the product")
+
+
+def _with(stage: str, multiply: dict[str, Product], **steps: Any) -> Callable[..., Tensor]:
+    """The stage with some of its products replaced."""
+    if stage == "experts":
+        places = {"the first product": "first", "the second product": "second"}
+        steps |= {step: multiply[name] for name, step in places.items() if name in multiply}
+        return lambda *call, **options: experts.run(*call, **options, **steps)
+    product = multiply["the product"]
+    if stage == "grouped_linear":
+        return lambda *call, **options: grouped_linear.run(*call, **options, multiply=product)
+
+    def dot(hidden_states: Tensor, gate_weight: Tensor) -> Tensor:
+        return product(hidden_states.flatten(0, -2), gate_weight).view(*hidden_states.shape[:-1], 1)
+
+    return lambda *call: shared_expert_gate.run(*call, dot=dot)
+
+
+def _rounding(bits: int, kind: str, run: int) -> Product:
+    def multiply(rows: Tensor, weight: Tensor) -> Tensor:
+        total = matmul(rows[:, :0], weight[:, :0])
+        for start in range(0, rows.shape[1], run):
+            part = matmul(rows[:, start : start + run], weight[:, start : start + run])
+            total = _stored(total + part, bits) if kind == "running" else total + _stored(part, bits)
+        return total
+
+    return multiply
+
+
+def _narrowed(narrow: Callable[[Tensor, int], Tensor], bits: int) -> Product:
+    def multiply(rows: Tensor, weight: Tensor) -> Tensor:
+        if rows.dtype not in (torch.float32, torch.float64):
+            return matmul(rows, weight)
+        return matmul(narrow(rows.float(), bits), narrow(weight.float(), bits))
+
+    return multiply
+
+
+def _stored(values: Tensor, bits: int) -> Tensor:
+    """In the format that has so many bits, its range included; only rounded where none has."""
+    return values.to(STORED[bits]).to(values.dtype) if bits in STORED else _rounded(values, bits)
+
+
+def _rounded(values: Tensor, bits: int) -> Tensor:
+    significand, exponent = torch.frexp(values)
+    return torch.ldexp((significand * 2.0**bits).round(), exponent - bits)
+
+
+def _cut(values: Tensor, bits: int) -> Tensor:
+    """The further bits of fp32 dropped, as tensor cores drop them."""
+    return (values.view(torch.int32) & -(1 << 24 - bits)).view(torch.float32)
+
+
+def _format(bits: int) -> str:
+    return {8: "bf16", 11: "fp16"}.get(bits, f"{bits}_bits")
