@@ -90,7 +90,7 @@ def operand_bits(trial: Trial) -> int | None:
     rows = torch.zeros(len(kept), TERMS)
     rows[:, 1], rows[:, 2] = 1 + 2.0**-kept, -1.0
     got = sums(rows)
-    if got is None:
+    if got is None or not _is_kept_or_lost(got, 2.0**-kept):
         return None
     survived = got == 2.0**-kept
     return 24 if bool(survived.all()) else int(survived.int().argmin()) + 1
@@ -152,19 +152,29 @@ def _sum_in_words(bits: int | None, block: int | None) -> str:
 
 
 def _width(sums: Sum) -> int | None:
-    """The smallest j at which a 1 beside 2^j is lost, wherever the 1 and -2^j stand; WIDEST + 1 where none is."""
-    lost = WIDEST + 1
+    """The smallest j at which a 1 beside 2^j is lost, wherever the 1 and -2^j stand; WIDEST + 1 where none is.
+
+    None where a result is no such sum at all, or where 2^j leaves the accumulator's range before anything is lost.
+    """
+    lost, overflows = WIDEST + 1, False
     exponents = torch.arange(FIRST, WIDEST + 1)
-    for one, minus in ((1, TERMS - 1), (TERMS // 2, TERMS - 1), (TERMS - 2, TERMS - 1), (1, 2), (2, 17)):
+    last, half = TERMS - 1, TERMS // 2
+    for one, minus in ((1, last), (half, last), (last - 1, last), (1, 2), (2, 17), (5, 3), (77, 200)):
         rows = torch.zeros(len(exponents), TERMS)
         rows[:, 0], rows[:, minus] = 2.0**exponents, -(2.0**exponents)
         rows[:, one] = 1.0
         got = sums(rows)
-        if got is None:
+        if got is None or float(got[0]) != 1 or not _is_kept_or_lost(got, 1.0):
             return None
-        wrong = (got != 1).nonzero()[:, 0]
+        wrong = ((got != 1) & got.isfinite()).nonzero()[:, 0]
         lost = min(lost, FIRST + int(wrong[0])) if len(wrong) else lost
-    return lost
+        overflows |= not bool(got.isfinite().all())
+    return None if overflows and lost > WIDEST else lost
+
+
+def _is_kept_or_lost(got: Tensor, small: Tensor | float) -> bool:
+    """Whether each finite sum holds `small` entire, not at all, or rounded up to twice of it."""
+    return bool(((got == 0) | (got == small) | (got == 2 * small) | ~got.isfinite()).all())
 
 
 def _block(sums: Sum, bits: int) -> int | None:

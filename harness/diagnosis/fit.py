@@ -20,6 +20,7 @@ from harness.stages.call import Call
 
 LARGE = 1 << 15  # elements beyond which a part of the rows is looked at
 FURTHEST = 512
+SHOWN = 3.0  # sigmas by which a candidate shows that it is not right: its roundings alone reach 1 in 3 % of elements
 
 
 @dataclass
@@ -123,7 +124,7 @@ class Values:
         z, mismatch = _z(candidate, got, sigma)
         right, right_mismatch = _z(self.value, got, sigma)
         difference, difference_mismatch = _z(self.value, candidate, sigma)
-        shown = (difference.abs() > 1) | difference_mismatch
+        shown = (difference.abs() > SHOWN) | difference_mismatch
         return Fit(
             elements=z.numel(),
             mismatched=int(mismatch.sum()),
@@ -175,7 +176,7 @@ class Routing:
         truth = self._laid_out(self.right)
         right, right_mismatch = self._distance(truth, two, sigma)
         difference, difference_mismatch = self._distance(truth, one, sigma)
-        shown = (difference.abs() > 1) | difference_mismatch
+        shown = (difference.abs() > SHOWN) | difference_mismatch
         wrong = bool(right_mismatch.any())
         return Fit(
             elements=got[1].numel(),

@@ -69,7 +69,7 @@ class _Inquiry:
     def __init__(self, trial: Trial, case: Case, seconds: float):
         self.trial, self.case, self.end = trial, case, time.monotonic() + seconds
         self.all: list[Fault] = []
-        self.stands: dict[Scene, Stand | None] = {}  # of the scenes in which a cause is looked for, once for all searches
+        self.stands: dict[Scene, Stand | None] = {}  # made once for all searches
 
     def causes(self) -> list[dict[str, str]]:
         """From the catalogue; where it knows none, from what the implementation's own sums are probed to be."""
@@ -90,11 +90,11 @@ class _Inquiry:
         return float((got - want).square().sum()) < SMALL**2 * float(want.square().sum())
 
     def _probed(self) -> list[dict[str, str]]:
-        if self._out_of_time():
+        if self._out_of_time() or self.trial.subject.stage not in probed.STAGES:
             return []
         told = probed.undeclared_store(self.trial, self.case)
-        found = [] if told else probed.suspects(self.trial, self.case.dtype)
-        return told or (found and (self._search(found) or self._by_size()))
+        made = [] if told else probed.suspects(self.trial, self.case.dtype)
+        return self._search(made) or self._by_size() if made else told
 
     def _search(self, among: list[Fault]) -> list[dict[str, str]]:
         self.all = among
@@ -127,8 +127,8 @@ class _Inquiry:
             got = self._fit(stand, right)
             for fault in self.all if not got.mismatched else ():
                 found = results(self.trial.stage, fault, stand.calls)
-                if found is not None:
-                    seen[fault.name].append((self._fit(replace(stand, got=found), right).rms, got.rms))
+                size = 0.0 if found is None else self._fit(replace(stand, got=found), right).rms
+                seen[fault.name] += [(size, got.rms)] if size and got.rms else []
         return probed.of_same_size(self.all, seen)
 
     def _scenes(self) -> Iterator[Scene]:

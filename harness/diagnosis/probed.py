@@ -9,6 +9,7 @@ Where the probes leave the order open, there is a suspect for each usual one:
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -25,7 +26,7 @@ from harness.faults.catalogue import Fault
 from harness.faults.experts import live
 from harness.trial import Trial
 
-STAGES = ("experts", "grouped_linear", "shared_expert_gate")
+STAGES = ("experts", "grouped_linear", "shared_expert_gate")  # those whose sums the probes can see
 FULL = 24  # bits of fp32, the least that the contract allows
 FEW = 16  # bits: any sum that keeps fewer is a 16-bit one, and no order of an fp32 sum reads as so few
 RUNS = (1, 4, 8, 16, 32, 64, 128, 256)  # terms added beforehand, where the probes cannot tell
@@ -38,8 +39,6 @@ Step = tuple[str, str, str, Callable[..., Tensor]]  # name, what the probes esta
 def suspects(trial: Trial, dtype: str) -> list[Fault]:
     """The faults that the probes of an implementation suggest; [] where all its sums are as wide as they should be."""
     stage = trial.subject.stage
-    if stage not in STAGES:
-        return []
     found = computing.accumulators(trial, dtype)
     coarse = {name: sums for name, sums in found.items() if sums["bits"] is not None and sums["bits"] <= FEW}
     steps = [*_of_products(stage, coarse, len(found)), *_of_operands(trial, dtype), *_of_slots(trial, dtype)]
@@ -94,12 +93,14 @@ def _of_products(stage: str, coarse: dict[str, Any], products: int) -> Iterator[
         }
         every = f"every_{run}_terms" if run > 1 else "every_term"
         name = f"{which}{'partial_' if kind == 'partial' else ''}sums_in_{_format(bits)}_{every}"
-        order = f"{'each partial' if kind == 'partial' else 'the running'} sum is stored after {every.replace('_', ' ')}"
+        which_sum = "each partial" if kind == "partial" else "the running"
+        order = f"{which_sum} sum is stored after {every.replace('_', ' ')}"
         yield name, _lost(" and ".join(coarse), bits), order, _with(stage, multiply)
 
 
 def _lost(what: str, bits: int) -> str:
-    return f"Probes: {what} keeps {bits} bits ({_format(bits)}), a 1 beside 2^{bits} is lost, fp32 keeps {FULL}"
+    verb = "keep" if " and " in what else "keeps"
+    return f"Probes: {what} {verb} {bits} bits ({_format(bits)}), a 1 beside 2^{bits} is lost, fp32 keeps {FULL}"
 
 
 def _of_operands(trial: Trial, dtype: str) -> Iterator[Step]:
@@ -109,10 +110,10 @@ def _of_operands(trial: Trial, dtype: str) -> Iterator[Step]:
         return
     style = "tf32" if bits == 11 else _format(bits)
     declare = "; `rounds` may declare tf32" if bits == 11 else ""
+    facts = f"Probes: operands of fp32 products keep {bits} bits ({style}) of {FULL}{declare}"
     for manner, narrow in (("rounded", _rounded), ("cut", _cut)):
-        words = f"Probes: operands of fp32 products keep {bits} bits ({style}) of {FULL}{declare}"
-        multiply = _narrowed(narrow, bits)
-        yield f"operands_{manner}_to_{style}", words, f"they are {manner}", _with(trial.subject.stage, dict.fromkeys(_PRODUCTS, multiply))
+        stage = _with(trial.subject.stage, dict.fromkeys(_PRODUCTS, _narrowed(narrow, bits)))
+        yield f"operands_{manner}_to_{style}", facts, f"they are {manner}", stage
 
 
 def _of_slots(trial: Trial, dtype: str) -> Iterator[Step]:
@@ -129,8 +130,8 @@ def _of_slots(trial: Trial, dtype: str) -> Iterator[Step]:
                 total = _stored(total + slot, bits)
             return total
 
-        name, words = f"slots_summed_in_{_format(bits)}_{order}", _lost(f"the sum over the slots, {dtype} inputs,", bits)
-        yield name, words, f"they are added {order.replace('_', ' ')}", _with("experts", {}, combine=combine)
+        stage, facts = _with("experts", {}, combine=combine), _lost(f"the sum over the slots, {dtype} inputs,", bits)
+        yield f"slots_summed_in_{_format(bits)}_{order}", facts, f"they are added {order.replace('_', ' ')}", stage
 
 
 # ------------------------------------------------------------------------------------------------------------ products
@@ -143,15 +144,15 @@ def _with(stage: str, multiply: dict[str, Product], **steps: Any) -> Callable[..
     if stage == "experts":
         places = {"the first product": "first", "the second product": "second"}
         steps |= {step: multiply[name] for name, step in places.items() if name in multiply}
-        return lambda *call, **options: experts.run(*call, **options, **steps)
+        return partial(experts.run, **steps)
     product = multiply["the product"]
     if stage == "grouped_linear":
-        return lambda *call, **options: grouped_linear.run(*call, **options, multiply=product)
+        return partial(grouped_linear.run, multiply=product)
 
     def dot(hidden_states: Tensor, gate_weight: Tensor) -> Tensor:
         return product(hidden_states.flatten(0, -2), gate_weight).view(*hidden_states.shape[:-1], 1)
 
-    return lambda *call: shared_expert_gate.run(*call, dot=dot)
+    return partial(shared_expert_gate.run, dot=dot)
 
 
 def _rounding(bits: int, kind: str, run: int) -> Product:

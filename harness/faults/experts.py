@@ -1036,9 +1036,10 @@ def every_expert_on_every_token(
     consequence="Tokens are gathered by a product with a one-hot matrix: one bad token spoils all.",
 )
 def gathered_by_one_hot_product(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
-    eye = torch.eye(hidden_states.shape[0], dtype=wide(hidden_states), device=hidden_states.device)
-    gathered = eye @ hidden_states.to(eye.dtype)
-    return run(gathered, *call, **options).to(hidden_states.dtype)
+    # What the product of T x T zeros and ones with the tokens gives, without it: 0 * NaN and 0 * inf are NaN.
+    bad = ~hidden_states.isfinite()
+    gathered = hidden_states.masked_fill(bad.sum(0) > bad.int(), torch.nan)
+    return run(gathered, *call, **options)
 
 
 @fault(

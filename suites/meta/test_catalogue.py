@@ -32,7 +32,8 @@ from reference.moe_block import moe_block
 from reference.router import router
 from reference.shared_expert_gate import shared_expert_gate
 
-FAULTS = tuple(fault for fault in all_faults() if fault.stage in SIGNATURES)  # those of one device
+# Those of one device; what is one of them inside a block has a suite of its own.
+FAULTS = tuple(fault for fault in all_faults() if fault.stage in SIGNATURES and fault.part is None)
 REFERENCES = {f.__name__: f for f in (experts, router, grouped_linear, shared_expert_gate, moe_block)}
 EXAMPLES = [fault for fault in FAULTS if fault.shows is not None and fault.sign != "process" and "cpu" in fault.devices]
 

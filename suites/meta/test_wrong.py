@@ -1,6 +1,7 @@
 """Wrong implementations are never passed: strangers' files, and every fault of one device that shows on a CPU.
 
-The faults of many ranks are judged in suites/dispatcher and suites/parallel_linear.
+The faults of many ranks are judged in suites/dispatcher and suites/parallel_linear, those of a part inside a block in
+test_block_parts.
 """
 
 import pytest
@@ -10,7 +11,7 @@ from harness.faults.catalogue import all_faults
 from suites.meta.judging import first_kill, functions_of
 
 WRONG = list(functions_of("wrong"))
-FAULTS = [f for f in all_faults() if f.stage in SIGNATURES and "cpu" in f.devices]
+FAULTS = [f for f in all_faults() if f.stage in SIGNATURES and "cpu" in f.devices and f.part is None]
 
 
 def test_there_are_enough():
