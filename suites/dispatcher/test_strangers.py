@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from harness.cases.request import Request
-from harness.engine import Options
+from harness.engine import Listener, Options
 from harness.errors import HarnessError
 from harness.ranks import judge
-from harness.ranks.run import ENOUGH, judge_ranks
+from harness.ranks.run import ENOUGH, RankRun, as_answer, judge_ranks
 from harness.report.results import verdict_of
 from suites.dispatcher.strangers import wrong
 
@@ -62,6 +62,15 @@ def test_a_dispatcher_that_ends_every_process_ends_the_run() -> None:
     result = _judge("wrong.py", "Brittle")
     assert verdict_of(result) == "fail" and len(result["failures"]) == ENOUGH
     assert {"dense", "live"} <= {entry["what"] for entry in result["coverage"]["skipped"]}
+
+
+def test_a_planned_case_that_was_not_judged_keeps_a_run_from_passing() -> None:
+    run = RankRun("dispatcher", "a.py:Right", Request(), Options(), Listener(), (2,), lambda result: None)
+    run.take(as_answer(judge.Verdict(case="dispatcher/dense/R=2,E=4,k=2,T=3+3"), 0.1))
+    assert run.result()["verdict"] == "pass"
+    run.left["live"] = 1
+    assert run.result()["verdict"] == "error"
+    assert {"what": "live", "reason": "not judged", "cases": 1} in run.result()["coverage"]["skipped"]
 
 
 @pytest.mark.parametrize(

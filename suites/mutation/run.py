@@ -1,7 +1,7 @@
 """Try a random sample of small edits of reference/ and harness/, and count those that the suites notice.
 
     cosmic-ray init cosmic-ray.toml SESSION && cr-filter-operators SESSION cosmic-ray.toml
-    python -m suites.mutation.run SESSION [--count N] [--seed N] [--workers N] [--json FILE]
+    python -m suites.mutation.run SESSION [--count N] [--seed N] [--minutes N] [--workers N] [--json FILE]
 
 The same command goes on where it was stopped.  The suites that judge the sample must be green on the tree as it is, and
 their time there sets the time limit.  Every worker edits a copy of the tree of its own.
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("session", type=Path)
     parser.add_argument("--count", type=int, default=300, help="mutants to try (300)")
     parser.add_argument("--seed", type=int, default=int(f"{date.today():%Y%m%d}"), help="of the sample (the date)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further mutant after so long")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (one per core)")
     parser.add_argument("--json", type=Path, help="write the result here")
     options = parser.parse_args()
@@ -61,11 +62,11 @@ def main() -> None:
         results = dict(session.results)
         waiting = [item for item in sample if item.job_id not in results]
         seconds = baseline(pool, {entry for item in waiting for entry in suites_of(path_of(item))})
-        for item, result in tried(pool, waiting, seconds):
+        for item, result in tried(pool, waiting, seconds, started + 60 * options.minutes):
             session.set_result(item.job_id, result)
             results[item.job_id] = result
         found = report.Report.of(
-            [row(item, results[item.job_id]) for item in sample],
+            [row(item, results[item.job_id]) for item in sample if item.job_id in results],
             seed=options.seed, mutants=len(everything), seconds=round(time.monotonic() - started),
             workers=options.workers,
         )  # fmt: skip
@@ -149,15 +150,20 @@ def timed(entry: str) -> tuple[TestOutcome, str, float]:
 
 
 def tried(
-    pool: ProcessPoolExecutor, items: list[WorkItem], seconds: dict[str, float]
+    pool: ProcessPoolExecutor, items: list[WorkItem], seconds: dict[str, float], end: float
 ) -> Iterator[tuple[WorkItem, WorkResult]]:
-    """Results as they come."""
+    """Results as they come.  What was begun before `end` is finished, or the slow ones would be missing."""
     runs = {}
     for item in items:
         entries = suites_of(path_of(item))
         limit = SLACK + TIMES * sum(seconds[entry] for entry in entries)
         runs[pool.submit(mutate_and_test, item.mutations, command(entries), limit)] = item
     for done, run in enumerate(as_completed(runs), 1):
+        if run.cancelled():
+            continue
+        if time.monotonic() > end:
+            for other in runs:
+                other.cancel()
         result = run.result()
         print(f"{done}/{len(runs)} {path_of(runs[run])}: {outcome_of(result)}", flush=True)
         yield runs[run], result
