@@ -40,7 +40,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("harness/cases/shared_expert_gate.py", STAGE),
     ("harness/cases/*.py", (PLANS, ALL_STAGES)),
     ("harness/checks/*.py", JUDGE),
-    ("harness/compare.py", JUDGE),
+    ("harness/compare.py", (f"{META}compare.py", *JUDGE)),
     ("harness/findings.py", JUDGE),
     ("harness/memory.py", JUDGE),
     ("harness/rounding.py", JUDGE),
