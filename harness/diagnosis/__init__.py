@@ -6,6 +6,6 @@ second, different data set says the same.  `looks` reads the error itself, for f
 """
 
 from harness.diagnosis.inquiry import explain
-from harness.diagnosis.structure import looks
+from harness.diagnosis.patterns import looks
 
 __all__ = ["explain", "looks"]

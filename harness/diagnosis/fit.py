@@ -18,6 +18,7 @@ from torch import Tensor
 from harness import rounding
 from harness.stages.call import Call
 
+Distance = tuple[Tensor, Tensor]  # z of elements; where one is NaN or infinite and the other is something else
 LARGE = 1 << 15  # elements beyond which a part of the rows is looked at
 FURTHEST = 512
 SHOWN = 3.0  # sigmas by which a candidate shows that it is not right: its roundings alone reach 1 in 3 % of elements
@@ -121,23 +122,9 @@ class Values:
         if not got.numel():
             return Fit()
         sigma = self._variance(candidate, others).sqrt()
-        z, mismatch = _z(candidate, got, sigma)
-        right, right_mismatch = _z(self.value, got, sigma)
-        difference, difference_mismatch = _z(self.value, candidate, sigma)
-        shown = (difference.abs() > SHOWN) | difference_mismatch
-        return Fit(
-            elements=z.numel(),
-            mismatched=int(mismatch.sum()),
-            squares=float(z.square().sum()),
-            largest=float(z.abs().max()),
-            shown=int(shown.sum()),
-            shown_squares=float(z[shown].square().sum()),
-            right_squares=inf if bool(right_mismatch.any()) else float(right.square().sum()),
-            right_largest=inf if bool(right_mismatch.any()) else float(right.abs().max()),
-            own=self.own,
-            common=self.common,
-            shared=self.shared,
-        )
+        off, right_off = _z(candidate, got, sigma), _z(self.value, got, sigma)
+        sources = {"own": self.own, "common": self.common, "shared": self.shared}
+        return _fit(off, right_off, _z(self.value, candidate, sigma), elements=got.numel(), **sources)
 
     def _focused(self, result: Tensor) -> Tensor:
         rows = _matrix(result)
@@ -173,23 +160,9 @@ class Routing:
             sigma = sigma + (self._laid_out(other)[0] - one[0]).abs().nan_to_num(0.0, 0.0, 0.0)
         z, mismatch = self._distance(one, two, sigma)
         z, mismatch = z.masked_fill(unsettled, 0.0), mismatch & ~unsettled
-        truth = self._laid_out(self.right)
-        right, right_mismatch = self._distance(truth, two, sigma)
-        difference, difference_mismatch = self._distance(truth, one, sigma)
-        shown = (difference.abs() > SHOWN) | difference_mismatch
-        wrong = bool(right_mismatch.any())
-        return Fit(
-            elements=got[1].numel(),
-            mismatched=int(mismatch.sum()),
-            squares=float(z.square().sum()),
-            largest=float(z.abs().max()),
-            shown=int(shown.sum()),
-            shown_squares=float(z[shown].square().sum()),
-            right_squares=inf if wrong else float(right.square().sum()),
-            right_largest=inf if wrong else float(right.abs().max()),
-            own=got[1].numel(),
-            common=1.0,
-        )
+        truth, count = self._laid_out(self.right), got[1].numel()
+        right_off, difference = self._distance(truth, two, sigma), self._distance(truth, one, sigma)
+        return _fit((z, mismatch), right_off, difference, elements=count, own=count, common=1.0)
 
     def _laid_out(self, result: Any) -> tuple[Tensor, Tensor]:
         """(weights, counts) [T, E + 1]; ids out of range meet in the last column.
@@ -243,6 +216,23 @@ class Routing:
 def truth_of(stage: Any, call: Call) -> Values | Routing:
     """What a right result of the call may be."""
     return Routing(stage, call) if hasattr(stage, "Selection") else Values(stage, call)
+
+
+def _fit(off: Distance, right_off: Distance, difference: Distance, **sources: float) -> Fit:
+    """From (z, mismatch) of the result around the candidate and around the right value, and of both candidates."""
+    (z, mismatch), (right, right_mismatch) = off, right_off
+    shown = (difference[0].abs() > SHOWN) | difference[1]
+    beyond = bool(right_mismatch.any())
+    return Fit(
+        mismatched=int(mismatch.sum()),
+        squares=float(z.square().sum()),
+        largest=float(z.abs().max()),
+        shown=int(shown.sum()),
+        shown_squares=float(z[shown].square().sum()),
+        right_squares=inf if beyond else float(right.square().sum()),
+        right_largest=inf if beyond else float(right.abs().max()),
+        **sources,  # type: ignore[arg-type]  # elements, own, common, shared
+    )
 
 
 def _matrix(tensor: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from harness import computing
 from harness.cases import Case
 from harness.compare import against_bound
-from harness.diagnosis.structure import undeclared_roundings
+from harness.diagnosis.patterns import undeclared_roundings
 from harness.faults import experts, grouped_linear, shared_expert_gate
 from harness.faults.building import matmul
 from harness.faults.catalogue import Fault

@@ -18,7 +18,7 @@ from harness.contracts import Declarations, Subject, load
 from harness.diagnosis import explain, looks
 from harness.diagnosis.hiding import hidden
 from harness.diagnosis.measure import STAGES, measure, measured, summary, trial_of
-from harness.diagnosis.structure import ratios, tiles
+from harness.diagnosis.patterns import ratios, tiles
 from harness.engine import Options, judge
 from harness.faults import experts as parts
 from harness.faults.catalogue import get
