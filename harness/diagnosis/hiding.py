@@ -18,11 +18,13 @@ from harness.faults.catalogue import Fault
 
 USERS = (
     "experts",
+    "tiles",
     "sentinels",
     "precision",
     "memory",
     "alignment",
     "router",
+    "selection",
     "grouped_linear",
     "shared_expert_gate",
     "moe_block",

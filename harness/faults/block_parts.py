@@ -13,12 +13,22 @@ from typing import Any
 
 from torch import Tensor
 
-from harness.faults import alignment, experts, memory, precision, router, sentinels, shared_expert_gate
+from harness.faults import (
+    alignment,
+    experts,
+    memory,
+    precision,
+    router,
+    selection,
+    sentinels,
+    shared_expert_gate,
+    tiles,
+)
 from harness.faults.catalogue import Fault, enter, known
 from harness.faults.moe_block import Config, Routing, Weights, run, shared, ungated
 from reference import moe_block as parts
 
-HOMES = (router, experts, alignment, memory, precision, sentinels, shared_expert_gate)
+HOMES = (router, selection, experts, tiles, alignment, memory, precision, sentinels, shared_expert_gate)
 
 LEFT_OUT = {
     "the block has this fault of its own, under another name": (

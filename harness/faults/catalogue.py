@@ -23,7 +23,7 @@ from typing import Any
 from harness.contracts import RANK_STAGES, SIGNATURES, STAGES
 
 MODULES = (
-    "router", "alignment", "experts", "sentinels", "precision", "memory", "process", "cuda",
+    "router", "selection", "alignment", "experts", "tiles", "sentinels", "precision", "memory", "process", "cuda",
     "grouped_linear", "shared_expert_gate", "moe_block", "block_parts", "dispatcher", "parallel_linear", "layouts",
 )  # fmt: skip
 RANKED = (*RANK_STAGES, "layouts")  # judged over many ranks; see harness.faults.ranked
