@@ -14,7 +14,7 @@ from harness.cases.plans import ON_CUDA_ONLY
 from harness.cases.request import Request
 from harness.contracts import STAGES
 from harness.findings import MAX_Z
-from harness.stages import exact_experts, experts
+from harness.stages import exact_experts, experts, stage_module
 from harness.stages.call import DTYPES
 from reference.experts import expert_steps, local_ids, routed_rows
 
@@ -96,6 +96,16 @@ def test_exact_data_are_exact_wherever_they_are_stored(case):
         total.index_add_(0, tokens, weights[tokens, slots, None].double() * steps.output.abs())
     smallest = min(exact_experts.WEIGHTS)
     assert float((total / smallest).max() if total.numel() else 0) <= limit + 1e-6
+
+
+def test_cancelling_data_cancel():
+    """A gate's logit is a sum whose terms nearly meet in pairs, or the case would be an ordinary one."""
+    cases = [p.case for p in plan("shared_expert_gate", Request()) if p.case.data == "cancelling"]
+    assert cases
+    for case in cases:
+        call = stage_module("shared_expert_gate").build(case, "cpu")
+        products = call.args["hidden_states"].double() * call.args["gate_weight"].double()
+        assert bool((products.sum(-1).abs() < 0.1 * products.abs().sum(-1)).all())
 
 
 def test_the_reports_limit_is_the_judges():

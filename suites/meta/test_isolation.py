@@ -5,6 +5,7 @@ import pytest
 from harness.cases.request import Request
 from harness.engine import Options, judge
 from harness.pool import prepare
+from harness.trial import Broken, _check_entries
 
 HEAD = """
 import ctypes, os, sys, time
@@ -56,6 +57,13 @@ def f(hidden_states, weights, config):
     prepare()
     result = judge("moe_block", f"{folder / 'config.py'}:f", Request(dtypes=("fp32",)), Options(checks=("contract",)))
     assert "the input config was modified in its entry 'norm_topk_prob'" in result["failures"][0]["message"]
+
+
+@pytest.mark.parametrize("after", [{}, {"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 3}], ids=["lost", "added", "changed"])
+def test_an_entry_that_a_call_adds_or_takes_away_is_told_too(after):
+    _check_entries({"config": {"a": 1, "b": 2}}, {"config": {"a": 1, "b": 2}})
+    with pytest.raises(Broken, match=r"input config was modified in its entry '[abc]'"):
+        _check_entries({"config": {"a": 1, "b": 2}}, {"config": after})
 
 
 def test_what_a_call_sets_for_the_process_does_not_reach_the_judge(folder):

@@ -1,4 +1,4 @@
-"""The mutation run: every edited module has suites that exist, and only kills count."""
+"""The mutation run: every edited module has suites that exist, only kills count, and the README tells the result."""
 
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 
+from suites.mutation import report
 from suites.mutation.report import Report, Row
 from suites.mutation.selection import RULES, rule_of, suites_of
 
@@ -58,6 +59,12 @@ def test_only_kills_count_and_what_could_not_be_tried_does_not() -> None:
     assert [row["outcome"] for row in found.unnoticed] == ["survived", "timeout", "error"]
     assert found.text().endswith("noticed: 80.0% (95 % interval 49.0% to 94.3%) of a sample of 11 of 90 edits, seed 1: "
                                  "8 killed, 1 survived, 1 timeout, 1 error; 7 s with 2 workers")  # fmt: skip
+
+
+def test_the_readme_tells_the_committed_result() -> None:
+    text = report.README.read_text()
+    assert report.readme_line() in text, "run python -m suites.mutation.report"
+    assert report.rewritten(text) == text
 
 
 @pytest.fixture

@@ -76,6 +76,7 @@ def test_limits_follow_from_the_false_alarms_wanted():
     assert limit == pytest.approx(sqrt(2 * log(2 * rounding.ELEMENTS_PER_RUN / rounding.FALSE_ALARMS)))
     assert rounding.rms_limit(1) > rounding.rms_limit(64) > rounding.rms_limit(100_000) > 1.0
     assert rounding.rms_limit(100_000) < 1.07
+    assert rounding.rms_limit(0) == rounding.rms_limit(1)  # an empty row has no source, and no limit below that of one
     assert rounding.rms_limit(1000, shared_dof=3, shared_share=0.5) > rounding.rms_limit(1000)
 
 

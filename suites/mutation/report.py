@@ -19,7 +19,7 @@ from scipy.stats import binomtest
 
 ROOT = Path(__file__).parents[2]
 README, RESULT = ROOT / "README.md", ROOT / "docs" / "mutation.json"
-LINE = re.compile(r"Of [\d,]+ small edits .*?docs/mutation\.json\)\)\.", re.DOTALL)
+LINE = re.compile(r"`tox -e mutation` makes .*?docs/mutation\.json\)\)\.", re.DOTALL)
 OUTCOMES = ("killed", "survived", "timeout", "error")
 PACKAGES = ("cosmic-ray", "torch", "pytest", "hypothesis")
 
@@ -114,10 +114,9 @@ def readme_line(result: Path = RESULT) -> str:
     found = json.loads(result.read_text())
     low, high = (f"{100 * bound:.0f}" for bound in found["interval"])
     return (
-        f"Of {found['mutants']:,} small edits of `reference/` and `harness/` a random sample of "
-        f"{sum(found['counts'].values())} was tried\none by one: the suites noticed {100 * found['score']:.0f} % "
-        f"(95 % interval {low} to {high}; every edit that they did not\nnotice is in "
-        "[the result](docs/mutation.json))."
+        "`tox -e mutation` makes small edits of `reference/` and `harness/`, one at a time. Of a random sample of "
+        f"{sum(found['counts'].values())}\n(there are {found['mutants']:,}) the suites of the edited module noticed "
+        f"{100 * found['score']:.0f} % (95 % interval {low} to {high}; [the others](docs/mutation.json))."
     )
 
 
