@@ -12,6 +12,7 @@ from harness.memory import Arena
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 INTS = {"int64": torch.int64, "int32": torch.int32}
 PERIOD = 99991  # prime, so that no two experts see the same run of the repeated base
+LARGE = 1 << 24  # values; more of them are repeated, since 2^31 drawn one by one take a minute and 17 GB
 
 
 @dataclass
@@ -48,15 +49,19 @@ class Builder:
         size = torch.Size(shape).numel()
         if size <= PERIOD:
             return self.normal(*shape, scale=scale)
-        base = self.normal(PERIOD, scale=scale).to(self.dtype)
-        return base.repeat(-(-size // PERIOD))[:size].view(shape)
+        return _repeated(self.normal(PERIOD, scale=scale).to(self.dtype), shape)
 
     def integers(self, low: int, high: int, shape: tuple[int, ...]) -> Tensor:
-        """Integers in [low, high)."""
-        return torch.randint(low, high, shape, generator=self.generator)
+        """Integers in [low, high), as int64, or very many of them as int8 (a range within -128..127 then)."""
+        if torch.Size(shape).numel() <= LARGE:
+            return torch.randint(low, high, shape, generator=self.generator)
+        return _repeated(self.integers(low, high, (PERIOD,)).to(torch.int8), shape)
 
     def signs(self, *shape: int) -> Tensor:
-        return self.integers(0, 2, shape) * 2.0 - 1.0
+        """1 and -1 in fp32, or very many of them in the dtype of the case."""
+        if torch.Size(shape).numel() <= LARGE:
+            return self.integers(0, 2, shape) * 2.0 - 1.0
+        return _repeated(self.signs(PERIOD).to(self.dtype), shape)
 
     def uniform(self, *shape: int) -> Tensor:
         return torch.rand(shape, generator=self.generator)
@@ -71,3 +76,9 @@ class Builder:
             if rows
             else torch.empty(0, count, dtype=torch.int64)
         )
+
+
+def _repeated(base: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The values one after the other, from the start again where they end."""
+    size = torch.Size(shape).numel()
+    return base.repeat(-(-size // len(base)))[:size].view(shape)

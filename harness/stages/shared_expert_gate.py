@@ -61,7 +61,7 @@ def _exact(case: GateCase, lead: list[int], draw: Builder) -> tuple[Tensor, Tens
     integers are integers.  Two columns that always pulled the same way would hide that one of them is not read; in the
     middle row the last one pulls alone, so that a single row shows it too.
     """
-    hidden = draw.integers(-4, 5, (*lead, case.H)).double()
+    hidden = draw.integers(-4, 5, (*lead, case.H)).to(draw.dtype)
     weight = torch.zeros(1, case.H)
     other = int(draw.integers(0, case.H, (1,)))
     weight[0, other] += 32.0
@@ -71,7 +71,7 @@ def _exact(case: GateCase, lead: list[int], draw: Builder) -> tuple[Tensor, Tens
     rows = hidden.view(-1, case.H)
     for column, pull in ((other, 0.0), (case.H - 1, 4.0)):
         rows[len(rows) // 2 : len(rows) // 2 + 1, column] = pull
-    return hidden, weight, draw.integers(-100, 101, (*lead, case.D)) * 2.0
+    return hidden, weight, draw.integers(-100, 101, (*lead, case.D)).to(draw.dtype) * 2
 
 
 def _make_special(case: GateCase, hidden: Tensor, weight: Tensor, shared: Tensor) -> None:
