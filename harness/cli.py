@@ -9,7 +9,7 @@ import typer
 
 from harness import contracts
 from harness.cases.request import PROFILES, Request
-from harness.commands import writable
+from harness.commands import Debug, Device, writable
 from harness.errors import EXIT_CANNOT_JUDGE, HarnessError, UsageError, unknown
 
 app = typer.Typer(
@@ -23,8 +23,6 @@ Stage = Annotated[
 Impl = Annotated[
     list[str], typer.Option("--impl", "-i", help="A registered name, module:function or file.py:function.")
 ]
-Device = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback behind a message.")]
 
 
 @app.command()
@@ -144,64 +142,6 @@ def list_(
     console.print("models for --config: " + ", ".join(names()))
 
 
-@app.command()
-def replay(
-    cases: Annotated[list[str], typer.Argument(help="Case ids as a failure prints them; judged in this order.")],
-    impl: Annotated[str, typer.Option("--impl", "-i", help="The implementation.")],
-    device: Device = "cpu",
-    timeout: Annotated[float, typer.Option(help="Seconds one case may take.", min=1)] = 60.0,
-    debug: Debug = False,
-) -> None:
-    """Judge single cases again, in one fresh process, and show what is found."""
-    from rich.console import Console
-
-    from harness.cases import parse_id
-    from harness.pool import Pool, prepare
-    from harness.report.terminal import emit, failure_block
-
-    if any(case.split("/")[0] in contracts.RANK_STAGES for case in cases):
-        raise typer.Exit(_replay_ranks(cases, impl, device, timeout))
-    stages = {parse_id(case)[0] for case in cases}
-    if len(stages) != 1:
-        raise UsageError(f"the cases are of the stages {', '.join(sorted(stages))}, but should be of one")
-    for case in cases:
-        _known_check(parse_id(case)[1])
-    prepare()
-    console = Console()
-    failed = executed = 0
-    with Pool(stages.pop(), impl, device, 1, timeout) as pool:
-        pool.start()
-        for case in cases:
-            answer = pool.judge_one(case)
-            executed += answer["status"] in ("passed", "failed", "died")
-            console.print(f"{answer['status']}  {case}", highlight=False, soft_wrap=True)
-            if answer["reason"]:
-                console.print(f"  {answer['reason']}", highlight=False, soft_wrap=True, markup=False)
-            if answer["findings"]:
-                pool.explain(answer.get("judged", case), answer["findings"][0])
-            for finding in answer["findings"]:
-                emit(console, failure_block({**finding, "check": parse_id(case)[1], "case": case}))
-            failed += answer["status"] in ("failed", "died")
-    raise typer.Exit(1 if failed else 0 if executed else EXIT_CANNOT_JUDGE)
-
-
-def _replay_ranks(cases: list[str], impl: str, device: str, timeout: float) -> int:
-    from rich.console import Console
-
-    from harness.ranks.judge import judge
-    from harness.report.terminal import emit, failure_block
-
-    console, failed, executed = Console(), 0, 0
-    for case in cases:
-        verdict = judge(impl, case, backend="nccl" if device == "cuda" else "gloo", budget=timeout)
-        status = "failed" if verdict.findings else "passed" if verdict.passed else "unsupported"
-        console.print(f"{status}  {case}", highlight=False, soft_wrap=True)
-        for finding in verdict.findings:
-            emit(console, failure_block({**finding, "case": case}))
-        failed, executed = failed + bool(verdict.findings), executed + (verdict.unsupported is None)
-    return 1 if failed else 0 if executed else EXIT_CANNOT_JUDGE
-
-
 def _request(
     stage: str, device: str, dtype: list[str] | None, profile: str, config: list[str] | None, seed: int
 ) -> Request:
@@ -235,13 +175,6 @@ def _known_checks(stage: str, request: Request, checks: list[str] | None) -> tup
     return tuple(checks)
 
 
-def _known_check(check_name: str) -> None:
-    from harness.cases.names import CHECK_NAMES
-
-    if check_name not in CHECK_NAMES:
-        raise unknown("check", check_name, list(CHECK_NAMES))
-
-
 def _deliver(results: list, json: Path | None, html: Path | None) -> None:
     from harness import report
 
@@ -264,9 +197,10 @@ def _register_commands() -> None:
     from harness.commands.audit import audit
     from harness.commands.bench import bench
     from harness.commands.faults import faults
+    from harness.commands.replay import replay
     from harness.commands.tune import tune
 
-    for command in (faults, audit, bench, tune):
+    for command in (replay, faults, audit, bench, tune):
         app.command()(command)
 
 

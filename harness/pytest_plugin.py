@@ -195,15 +195,15 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 def results_of(reports: Iterable[Any], request: Request) -> "list[Result]":
     """The answers that test reports carry, put together as the command puts them together."""
-    from harness.engine import Listener, Options, Run
+    from harness.account import Account, Listener
 
-    runs: dict[tuple[str, str], Run] = {}
+    accounts: dict[tuple[str, str], Account] = {}
     for one in reports:
         for name, value in getattr(one, "user_properties", ()):
             if name != ANSWER or one.when != "call":
                 continue
             key = value["answer"]["id"].split("/")[0], value["spec"]
-            if key not in runs:
-                runs[key] = Run(*key, request, Options(), Listener())
-            runs[key].take(value["answer"])
-    return [run.result() for run in runs.values()]
+            if key not in accounts:
+                accounts[key] = Account(*key, request, Listener())
+            accounts[key].take(value["answer"])
+    return [account.result() for account in accounts.values()]

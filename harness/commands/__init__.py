@@ -1,8 +1,14 @@
 """Commands of `moe-harness` that have a file of their own; `harness.cli` registers them."""
 
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from harness.errors import UsageError
+
+Device = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback behind a message.")]
 
 
 def writable(path: Path | None) -> None:

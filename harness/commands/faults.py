@@ -6,14 +6,14 @@ from typing import Annotated
 import typer
 
 from harness import contracts
-from harness.commands import writable
+from harness.commands import Device, writable
 from harness.errors import EXIT_FAIL, unknown
 
 
 def faults(
     stage: Annotated[str | None, typer.Option("--stage", "-s", help="Only the faults of this stage.")] = None,
     fault: Annotated[list[str] | None, typer.Option("--fault", help="Only this fault; may be repeated.")] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
     json: Annotated[Path | None, typer.Option("--json", help="Write the matrix here.")] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write a self-contained page here.")] = None,
     picture: Annotated[Path | None, typer.Option("--picture", help="Write an SVG here, its data beside it.")] = None,

@@ -5,9 +5,11 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from harness.account import Account, Listener
 from harness.cases import Case
 from harness.cases.request import Request
-from harness.engine import EXPLAINED, Listener, Options, Run
+from harness.engine import Options
+from harness.pool import EXPLAINED
 from harness.ranks import cases, strategies
 from harness.ranks.judge import Verdict, judge, planned
 from harness.report import Result
@@ -16,21 +18,19 @@ ENOUGH = 10  # cases that ended the ranks' processes; each costs new ones, and t
 EXAMPLES = {"quick": 60, "full": 500, "exhaustive": 3000}
 
 
-class RankRun(Run):
+class RankRun:
     """One dispatcher or sharded layer over several world sizes."""
 
     def __init__(
         self, stage: str, spec: str, request: Request, options: Options, listener: Any, worlds: tuple[int, ...],
         keep: Callable[[Result], None],
     ):  # fmt: skip
-        super().__init__(stage, spec, request, options, listener)
+        self.stage, self.spec, self.request, self.options = stage, spec, request, options
+        self.listener, self.keep = listener, keep
         self.worlds, self.backend = worlds, "nccl" if request.device == "cuda" else "gloo"
-        self.keep = keep
+        self.account = Account(stage, spec, request, listener, partial=options.checks is not None, parse=cases.parse_id)
         self.left: Counter[str] = Counter()  # cases of each check that are planned and not judged yet
         self.broken = 0  # cases that ended the ranks' processes
-
-    def parse(self, case_id: str) -> tuple[str, Case]:
-        return cases.parse_id(case_id)
 
     def judge(self) -> Result:
         """Every planned case, then Hypothesis; the pool of ranks is rebuilt after whatever breaks it.
@@ -40,9 +40,9 @@ class RankRun(Run):
         """
         from harness.worker_versions import versions
 
-        self.loaded = {"declared": {}, "versions": versions()}
+        self.account.loaded = {"declared": {}, "versions": versions()}
         ids = self._planned_ids()
-        self.places = {case_id: place for place, case_id in enumerate(ids)}
+        self.account.expect(ids)
         examples = EXAMPLES[self.request.profile]
         self.left = Counter(cases.parse_id(case_id)[0] for case_id in ids) + Counter({"property": examples})
         self.listener.start(self.spec, dict(self.left))
@@ -59,13 +59,12 @@ class RankRun(Run):
             del self.left["property"]  # the search may end early; what it has to do is not a number of cases
             self._name_causes()
         except KeyboardInterrupt:
-            self.interrupted = True
-            self.listener.note("interrupted: this is what was judged until then")
+            self.account.interrupt()
         return self.result()
 
     def result(self) -> Result:
         """What is known by now; a planned case that was not judged keeps it from passing."""
-        result = super().result()
+        result = self.account.result()
         for check, cases_left in (+self.left).items():
             result["coverage"]["skipped"].append({"what": check, "reason": "not judged", "cases": cases_left})
         if +self.left and result["verdict"] == "pass":
@@ -83,18 +82,17 @@ class RankRun(Run):
         return [case_id for case_id in ids if cases.parse_id(case_id)[1].dtype in wanted]
 
     def _judge_one(self, case_id: str) -> Verdict:
-        started = time.monotonic()
         verdict = judge(self.spec, case_id, backend=self.backend, budget=self.options.timeout)
         self.broken += verdict.failure is not None
-        self.take(as_answer(verdict, time.monotonic() - started))
+        self.account.take(as_answer(verdict))
         return verdict
 
     def _name_causes(self) -> None:
         """Put the fault that explains it before what the rows say of the first failure of each check."""
         from harness.diagnosis.ranked import named
 
-        first = {failure["check"]: failure for failure in reversed(self.failures)}
-        for failure in sorted(first.values(), key=self._place)[:EXPLAINED]:
+        first = {failure["check"]: failure for failure in reversed(self.account.failures)}
+        for failure in sorted(first.values(), key=self.account.place)[:EXPLAINED]:
             failure["diagnosis"] = named(self.spec, failure["case"], backend=self.backend) + failure["diagnosis"]
 
     def _search_ranks(self, examples: int) -> None:
@@ -105,7 +103,7 @@ class RankRun(Run):
         if self.stage == "dispatcher":
             drawn = strategies.dispatcher_cases(self.worlds)
         else:
-            kinds = {cases.parse_id(case_id)[1].kind for case_id in self.places}  # type: ignore[attr-defined]
+            kinds = {cases.parse_id(case_id)[1].kind for case_id in self.account.places}  # type: ignore[attr-defined]
             drawn = strategies.linear_cases(self.worlds, sorted(kinds))
         verdicts: dict[str, Verdict] = {}
 
@@ -120,10 +118,10 @@ class RankRun(Run):
                            out_of_time=lambda: time.monotonic() > end)  # fmt: skip
         for name, verdict in verdicts.items():
             if not verdict.findings or (smallest is not None and name == smallest.id()):
-                self.take({**as_answer(verdict, verdict.seconds), "counts_as": "property"})
+                self.account.take({**as_answer(verdict), "counts_as": "property"})
 
 
-def as_answer(verdict: Verdict, seconds: float) -> dict[str, Any]:
+def as_answer(verdict: Verdict) -> dict[str, Any]:
     """A verdict in the form that a worker's answer has."""
     status = "failed" if verdict.findings else "passed" if verdict.unsupported is None else "unsupported"
     findings = [{**f, "looks_like": [], "headroom": f.get("headroom") or float("inf")} for f in verdict.findings]
@@ -131,7 +129,7 @@ def as_answer(verdict: Verdict, seconds: float) -> dict[str, Any]:
         "id": verdict.case,
         "status": status,
         "reason": verdict.unsupported,
-        "seconds": seconds,
+        "seconds": verdict.seconds,
         "findings": findings,
         "worst": max([f["headroom"] for f in findings], default=0.0),
         "elements": 0,

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from harness import power
+from harness.account import Account, Listener
 from harness.cases import Case, Planned, plan
 from harness.cases.experts import ExpertsCase
 from harness.cases.grouped_linear import GroupedLinearCase
 from harness.cases.plans import ON_CUDA_ONLY
 from harness.cases.request import Request
 from harness.contracts import STAGES, Declarations, Subject, load
-from harness.engine import Listener, Options, Run, judge
+from harness.engine import Options, judge
 from harness.report.ledger import power_summary
 from harness.stages import experts as experts_stage
 from harness.stages import rows, stage_module
@@ -104,9 +105,9 @@ def test_a_recipe_without_power_is_replaced_and_counted(recipe: str) -> None:
     assert answer["status"] == "passed"
     assert set(answer["power"]["accepted"]) >= PLANTED[recipe][2]
     assert "data=" not in answer["judged"] and answer["judged"] != case_id  # the stage's ordinary data
-    run = Run("experts", "given", Request(), Options(), Listener())
-    run.take(answer)
-    found = run.result()["coverage"]["power"]
+    account = Account("experts", "given", Request(), Listener())
+    account.take(answer)
+    found = account.result()["coverage"]["power"]
     assert found["proved"] == 1 and [entry["case"] for entry in found["replaced"]] == [case_id]
     assert power_summary(found).endswith("powerless data sets replaced: 1")
 

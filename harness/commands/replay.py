@@ -1,0 +1,66 @@
+"""`moe-harness replay CASE ... --impl SPEC`: single cases again, with everything that is found."""
+
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+
+from harness import contracts
+from harness.cases import parse_id
+from harness.cases.names import CHECK_NAMES
+from harness.commands import Debug, Device
+from harness.errors import EXIT_CANNOT_JUDGE, UsageError, unknown
+
+
+def replay(
+    cases: Annotated[list[str], typer.Argument(help="Case ids as a failure prints them; judged in this order.")],
+    impl: Annotated[str, typer.Option("--impl", "-i", help="The implementation.")],
+    device: Device = "cpu",
+    timeout: Annotated[float, typer.Option(help="Seconds one case may take.", min=1)] = 60.0,
+    debug: Debug = False,
+) -> None:
+    """Judge single cases again, in one fresh process, and show what is found."""
+    from rich.console import Console
+
+    from harness.report.terminal import emit, failure_block
+
+    ranked = any(case.split("/")[0] in contracts.RANK_STAGES for case in cases)
+    answers = _of_ranks(cases, impl, device, timeout) if ranked else _of_one_device(cases, impl, device, timeout)
+    console, failed, executed = Console(), 0, 0
+    for answer in answers:
+        case = answer["id"]
+        console.print(f"{answer['status']}  {case}", highlight=False, soft_wrap=True)
+        if answer["reason"]:
+            console.print(f"  {answer['reason']}", highlight=False, soft_wrap=True, markup=False)
+        for finding in answer["findings"]:
+            emit(console, failure_block({**finding, "check": case.split("/")[1], "case": case}))
+        executed += answer["status"] in ("passed", "failed", "died")
+        failed += answer["status"] in ("failed", "died")
+    raise typer.Exit(1 if failed else 0 if executed else EXIT_CANNOT_JUDGE)
+
+
+def _of_one_device(cases: list[str], impl: str, device: str, timeout: float) -> Iterator[dict[str, Any]]:
+    from harness.pool import Pool, prepare
+
+    stages = {parse_id(case)[0] for case in cases}
+    if len(stages) != 1:
+        raise UsageError(f"the cases are of the stages {', '.join(sorted(stages))}, but should be of one")
+    for case in cases:
+        if (check := parse_id(case)[1]) not in CHECK_NAMES:
+            raise unknown("check", check, list(CHECK_NAMES))
+    prepare()
+    with Pool(stages.pop(), impl, device, 1, timeout) as pool:
+        pool.start()
+        for case in cases:
+            answer = pool.judge_one(case)
+            if answer["findings"]:
+                pool.explain(answer.get("judged", case), answer["findings"][0])
+            yield answer
+
+
+def _of_ranks(cases: list[str], impl: str, device: str, timeout: float) -> Iterator[dict[str, Any]]:
+    from harness.ranks.judge import judge
+    from harness.ranks.run import as_answer
+
+    for case in cases:
+        yield as_answer(judge(impl, case, backend="nccl" if device == "cuda" else "gloo", budget=timeout))
