@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from harness.account import Listener
 from harness.cases.request import Request
-from harness.engine import Listener, Options
+from harness.engine import Options
 from harness.errors import HarnessError
 from harness.ranks import judge
 from harness.ranks.run import ENOUGH, RankRun, as_answer, judge_ranks
@@ -66,7 +67,7 @@ def test_a_dispatcher_that_ends_every_process_ends_the_run() -> None:
 
 def test_a_planned_case_that_was_not_judged_keeps_a_run_from_passing() -> None:
     run = RankRun("dispatcher", "a.py:Right", Request(), Options(), Listener(), (2,), lambda result: None)
-    run.take(as_answer(judge.Verdict(case="dispatcher/dense/R=2,E=4,k=2,T=3+3"), 0.1))
+    run.account.take(as_answer(judge.Verdict(case="dispatcher/dense/R=2,E=4,k=2,T=3+3")))
     assert run.result()["verdict"] == "pass"
     run.left["live"] = 1
     assert run.result()["verdict"] == "error"

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
+from harness.account import Account, Listener
 from harness.cases.request import Request
-from harness.engine import Listener, Options, Run
 
 KERNEL = """
 import torch
@@ -213,7 +213,7 @@ def test_list_names_what_there_is(kernels):
 
 
 def test_a_replay_line_names_the_device_where_it_is_not_the_default():
-    lines = [Run("experts", "my kernel.py:f", Request(device=device), Options(), Listener())._replay_line(["a/b/T=3"])
+    lines = [Account("experts", "my kernel.py:f", Request(device=device), Listener()).replay_line(["a/b/T=3"])
              for device in ("cpu", "cuda")]  # fmt: skip
     assert lines == [line := "moe-harness replay a/b/T=3 --impl 'my kernel.py:f'", f"{line} --device cuda"]
 

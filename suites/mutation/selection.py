@@ -58,6 +58,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("harness/bench*.py", ("suites/performance",)),
     ("harness/kill_matrix.py", (f"{META}kill_matrix.py",)),
     ("harness/pytest_plugin.py", ("suites/router", CLI)),
+    ("harness/account.py", (f"{META}power.py", DIAGNOSIS_RANKED, CLI, ISOLATION)),
     ("harness/engine.py", (f"{META}power.py", DIAGNOSIS_RANKED, CLI, ISOLATION)),
     ("harness/pool.py", ("suites/router", ISOLATION)),
     ("harness/worker*.py", ("suites/router", f"{META}power.py", ISOLATION)),
