@@ -156,20 +156,19 @@ def _width(sums: Sum) -> int | None:
 
     None where a result is no such sum at all, or where 2^j leaves the accumulator's range before anything is lost.
     """
-    lost, overflows = WIDEST + 1, False
-    exponents = torch.arange(FIRST, WIDEST + 1)
-    last, half = TERMS - 1, TERMS // 2
-    for one, minus in ((1, last), (half, last), (last - 1, last), (1, 2), (2, 17), (5, 3), (77, 200)):
-        rows = torch.zeros(len(exponents), TERMS)
-        rows[:, 0], rows[:, minus] = 2.0**exponents, -(2.0**exponents)
-        rows[:, one] = 1.0
-        got = sums(rows)
-        if got is None or float(got[0]) != 1 or not _is_kept_or_lost(got, 1.0):
-            return None
-        wrong = ((got != 1) & got.isfinite()).nonzero()[:, 0]
-        lost = min(lost, FIRST + int(wrong[0])) if len(wrong) else lost
-        overflows |= not bool(got.isfinite().all())
-    return None if overflows and lost > WIDEST else lost
+    exponents, last, half = torch.arange(FIRST, WIDEST + 1), TERMS - 1, TERMS // 2
+    places = ((1, last), (half, last), (last - 1, last), (1, 2), (2, 17), (5, 3), (77, 200))
+    rows = torch.zeros(len(exponents), len(places), TERMS)
+    for number, (one, minus) in enumerate(places):
+        rows[:, number, 0], rows[:, number, minus] = 2.0**exponents, -(2.0**exponents)
+        rows[:, number, one] = 1.0
+    got = sums(rows.flatten(0, 1))
+    if got is None or not _is_kept_or_lost(got, 1.0) or not bool((got[: len(places)] == 1).all()):
+        return None
+    wrong = ((got != 1) & got.isfinite()).view(len(exponents), -1).any(1).nonzero()
+    if not len(wrong):
+        return WIDEST + 1 if bool(got.isfinite().all()) else None
+    return FIRST + int(wrong[0])
 
 
 def _is_kept_or_lost(got: Tensor, small: Tensor | float) -> bool:

@@ -37,7 +37,8 @@ SAMPLE = (
     "minus_one_wraps_to_last_expert", "expert_map_ignored", "masked_slots_unwritten", "plan_cached_by_shape",
     "tuning_accumulates", "weights_cast_to_bf16", "softmax_after_topk", "bias_in_weights", "scaled_twice",
     "groups_interleaved", "largest_starts_at_zero", "n_tail_unwritten", "bias_of_expert_zero", "gate_inverted",
-    "odd_row_ungated", "shared_gate_lost",
+    "odd_row_ungated", "shared_gate_lost", "counts_in_sixteen_bits", "rows_beyond_capacity_dropped",
+    "gate_up_swapped_in_block", "softmax_after_topk_in_block", "bias_held_in_bf16_in_block", "gate_inverted_in_block",
 )  # fmt: skip
 
 
