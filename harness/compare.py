@@ -12,6 +12,7 @@ from torch import Tensor
 from harness.findings import HISTOGRAM_EDGES, Finding, Record
 from harness.rounding import Bound, max_limit, rms_limit
 from harness.stages.call import Call
+from harness.stages.rows import matrix
 from harness.structure import Places, heatmap, structure
 
 TILE = (16, 64)
@@ -19,8 +20,8 @@ TILE = (16, 64)
 
 def against_bound(stage: Places, call: Call, bound: Bound, result: Tensor) -> Record:
     """Judge `result` elementwise and by its rms.  Elements whose value is NaN or infinite are judged by kind alone."""
-    value, out = _rows(bound.value), _rows(result.detach())
-    flat = Bound(value, _rows(bound.variance), _rows(bound.shared), bound.sources)
+    value, out = matrix(bound.value), matrix(result)
+    flat = Bound(value, matrix(bound.variance), matrix(bound.shared), bound.sources)
     record = Record(elements=value.numel())
     if not value.numel():
         return record
@@ -44,7 +45,7 @@ def against_bound(stage: Places, call: Call, bound: Bound, result: Tensor) -> Re
 
 def exactly(stage: Places, call: Call, value: Tensor, result: Tensor) -> Record:
     """Judge `result` bitwise (a zero of either sign is a zero)."""
-    value, out = _rows(value), _rows(result.detach().double())
+    value, out = matrix(value), matrix(result.double())
     record = Record(elements=value.numel())
     wrong = out != value
     if bool(wrong.any()):
@@ -54,11 +55,6 @@ def exactly(stage: Places, call: Call, value: Tensor, result: Tensor) -> Record:
         finding.headroom = float("inf")
         record.add(finding)
     return record
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """As a matrix: leading dimensions flattened, a vector as one row."""
-    return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor.reshape(1, 1)
 
 
 def _is_nan_certain(call: Call, value: Tensor) -> Tensor:

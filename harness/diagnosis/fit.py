@@ -17,6 +17,7 @@ from torch import Tensor
 
 from harness import rounding
 from harness.stages.call import Call
+from harness.stages.rows import matrix
 
 Distance = tuple[Tensor, Tensor]  # z of elements; where one is NaN or infinite and the other is something else
 LARGE = 1 << 15  # elements beyond which a part of the rows is looked at
@@ -86,10 +87,10 @@ class Values:
     def __init__(self, stage: Any, call: Call):
         self.dtype = stage.outputs(call)[0][2]
         bound = stage.expect(call, None)
-        self.value = _matrix(bound.value)
+        self.value = matrix(bound.value)
         finite = self.value.isfinite()
-        self.variance = torch.where(finite, _matrix(bound.variance), 0.0).nan_to_num(0.0, 0.0, 0.0)
-        share = (_matrix(bound.shared) / self.variance).nan_to_num(0.0, 0.0, 0.0).clamp(0, 1)
+        self.variance = torch.where(finite, matrix(bound.variance), 0.0).nan_to_num(0.0, 0.0, 0.0)
+        share = (matrix(bound.shared) / self.variance).nan_to_num(0.0, 0.0, 0.0).clamp(0, 1)
         self.shared = float(share.sum())
         sources = bound.sources.clamp(min=1)
         self.own, self.common = float(sources[:, 0].clamp(max=self.value.shape[-1]).sum()), float(sources[:, 1].sum())
@@ -101,7 +102,7 @@ class Values:
         """From now on look at some rows of a large result only: those furthest from the right value, and others."""
         if self.value.numel() <= LARGE or self.value.shape[0] <= 2 * FURTHEST:
             return
-        error = (_matrix(got).double() - self.value).abs().nan_to_num(inf, inf, inf).amax(1)
+        error = (matrix(got).double() - self.value).abs().nan_to_num(inf, inf, inf).amax(1)
         spread = torch.linspace(0, len(error) - 1, FURTHEST, device=error.device).long()
         self.rows = torch.cat([error.topk(FURTHEST).indices, spread]).unique()
         part = len(self.rows) / len(error)
@@ -127,7 +128,7 @@ class Values:
         return _fit(off, right_off, _z(self.value, candidate, sigma), elements=got.numel(), **sources)
 
     def _focused(self, result: Tensor) -> Tensor:
-        rows = _matrix(result)
+        rows = matrix(result)
         return (rows if self.rows is None or len(rows) == len(self.rows) else rows[self.rows]).double()
 
     def _variance(self, candidate: Tensor, others: Sequence[Tensor]) -> Tensor:
@@ -233,11 +234,6 @@ def _fit(off: Distance, right_off: Distance, difference: Distance, **sources: fl
         right_largest=inf if beyond else float(right.abs().max()),
         **sources,  # type: ignore[arg-type]  # elements, own, common, shared
     )
-
-
-def _matrix(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor.reshape(1, 1)
 
 
 def _z(value: Tensor, got: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:

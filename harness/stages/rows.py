@@ -20,8 +20,8 @@ WITH_ROWS = {
 
 
 def matrix(tensor: Tensor) -> Tensor:
-    """Leading dimensions flattened; a vector is one row."""
-    return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor.reshape(1, 1)
+    """Leading dimensions flattened, a vector as one row; apart from any graph."""
+    return tensor.detach().reshape(-1, tensor.shape[-1])
 
 
 def count(call: Call) -> int:
