@@ -6,6 +6,7 @@ cases in the order of a real run.  As many faults are judged at a time as there 
 
 Until a fault is killed for the first time every case of every check is judged.  After that each further check gets at
 most `AFTER_FIRST_KILL` cases, spread evenly over its plan: "survived 24 of 359" then says that 24 were judged, no more.
+A fault of a part inside a block gets `OF_A_PART` of them: what each check sees of it stands in the row of the part.
 """
 
 import os
@@ -29,7 +30,7 @@ Matrix = dict[str, Any]
 Row = dict[str, Any]
 Cell = dict[str, Any]
 
-AFTER_FIRST_KILL = 24
+AFTER_FIRST_KILL, OF_A_PART = 24, 4  # 24 for all took 11 minutes on 2 cores
 EXAMPLES = 60  # of the check `property`, as in a quick run
 WORLDS = (1, 2, 4)  # ranks over which the faults of many ranks are judged
 RANK_CHECKS_OF = {
@@ -104,22 +105,22 @@ def judge_fault(fault: Fault, options: Options) -> Row:
         with Pool(fault.stage, fault.spec, options.request.device, 1, budget) as pool:
             pool.memory_limit = MEMORY_LIMIT if options.request.device == "cpu" else None
             dtypes = tuple(d for d in options.request.dtypes if d in pool.start()["declared"]["dtypes"])
-            _fill(row, pool, dtypes, options)
+            after_first = min(OF_A_PART, options.after_first) if fault.part else options.after_first
+            _fill(row, pool, dtypes, options.request, after_first)
     except HarnessError as error:
         row |= {"status": "skipped", "reason": f"cannot be judged: {error}"}
     return row | {"seconds": round(time.monotonic() - started, 2)}
 
 
-def _fill(row: Row, pool: Pool, dtypes: tuple[str, ...], options: Options) -> None:
+def _fill(row: Row, pool: Pool, dtypes: tuple[str, ...], request: Request, after_first: int) -> None:
     """Every check in the order of a run."""
-    request = options.request
     asked = Request(request.profile, request.device, dtypes, request.configs, request.seed)
     judged = 0
     for check, ids in _by_check(row["stage"], asked).items():
         if check in ON_CUDA_ONLY and request.device != "cuda":
             row["checks"][check] = _cell("not run", 0, len(ids), "needs --device cuda")
             continue
-        sample = list(ids) if row["status"] == "survived" else spread(ids, options.after_first)
+        sample = list(ids) if row["status"] == "survived" else spread(ids, after_first)
         cell = row["checks"][check] = _judge_check(pool, sample, len(ids))
         judged += cell["cases"]
         if cell["status"] == "killed" and row["status"] == "survived":
@@ -221,7 +222,8 @@ def matrix(rows: list[Row], options: Options, seconds: float) -> Matrix:
     judged = [row for row in rows if row["status"] != "skipped"]
     return {
         "schema": 1, "profile": options.request.profile, "device": options.request.device, "seed": options.request.seed,
-        "seconds": round(seconds, 1), "after_first_kill": options.after_first, "checks": checks,
+        "seconds": round(seconds, 1), "after_first_kill": options.after_first,
+        "after_first_kill_of_a_part": min(OF_A_PART, options.after_first), "checks": checks,
         "killed": sum(row["status"] == "killed" for row in judged), "judged": len(judged),
         "survivors": [row["fault"] for row in judged if row["status"] == "survived"],
         "skipped": [{"fault": row["fault"], "reason": row["reason"]} for row in rows if row["status"] == "skipped"],

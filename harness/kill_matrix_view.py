@@ -31,7 +31,8 @@ def print_matrix(result: Matrix, console: Console) -> None:
     wide.print(
         "a number: killed after so many cases of that check, [bold green]green[/] first; ·: survived; u: refused"
     )
-    wide.print(f"after the first kill a check judges at most {result['after_first_kill']} of its cases\n", style="dim")
+    few, fewer = result["after_first_kill"], result["after_first_kill_of_a_part"]
+    wide.print(f"after the first kill a check judges at most {few} of its cases (..._in_block: {fewer})\n", style="dim")
     wide.print(_worth(result))
     for entry in result["skipped"]:
         wide.print(f"skipped  {entry['fault']}: {entry['reason']}", style="dim", highlight=False)
