@@ -68,7 +68,7 @@ class Builder:
 
     def distinct(self, rows: int, population: int, count: int) -> Tensor:
         """[rows, count] ids, distinct in each row."""
-        if rows * population > 1 << 24:  # a random start and a random odd step instead of a sort of every row
+        if rows * population > 1 << 24:  # a random start and the ids after it instead of a sort of every row
             start = self.integers(0, population, (rows, 1))
             return (start + torch.arange(count)) % population
         return (

@@ -11,6 +11,7 @@ from harness.cases.router import RouterCase
 from harness.cases.shared_expert_gate import GateCase
 from harness.checks.plain import plain
 from harness.contracts import load
+from harness.stages import call as stage_calls
 from harness.stages import rows
 from harness.trial import Trial
 
@@ -62,3 +63,17 @@ def test_rows_of_a_call_keep_their_experts() -> None:
     made = rows.part(call, chosen)
     assert int(made.args["group_sizes"].sum()) == 3
     assert torch.equal(made.args["x"], call.args["x"][chosen])
+
+
+@pytest.mark.parametrize(("stage", "spec", "case"), [a for a in ALL if a[2].data == "exact"])
+def test_data_of_very_many_repeated_values_are_exact(
+    stage: str, spec: str, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the cases beyond 2^31 are made of, at a size that a CPU holds: the 2,240 values of an operand repeat."""
+    monkeypatch.setattr(stage_calls, "LARGE", 2000)
+    monkeypatch.setattr(stage_calls, "PERIOD", 1999)
+    judge = Trial(load(stage, spec), "cpu")
+    first = rows.matrix(next(iter(judge.build(case).args.values()))).flatten()
+    assert (first[1999:] == first[: len(first) - 1999]).float().mean() > 0.5  # but for columns that are set afterwards
+    assert power.prove(judge, case).case == case
+    assert not plain(judge, case).findings
