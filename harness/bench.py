@@ -25,6 +25,7 @@ import torch
 
 from harness.bench_data import BATCHES, Batch, Draw, Layer, problem
 from harness.contracts import REJECTIONS, Subject, load
+from harness.graphs import captured
 from harness.memory import poison_value
 
 TARGET_US = 2000.0  # a graph holds calls worth about this much
@@ -114,10 +115,12 @@ def matrix_rate(draw: Draw, dtype: torch.dtype, side: int = 8192, rounds: int = 
 def launch_time(draw: Draw, rounds: int = 10, calls: int = 500) -> float:
     """Microseconds from one launch to the next of a kernel that does next to nothing, inside a graph."""
     x = draw.uniform(32)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def kernels() -> None:
         for _ in range(calls):
             x.neg_()
+
+    graph, _ = captured(kernels)
     graph.replay()
     return statistics.median(_events(graph.replay) for _ in range(rounds)) / calls
 
@@ -142,15 +145,12 @@ class _Runner:
             self._once()
 
     def _capture(self) -> torch.cuda.CUDAGraph | None:
-        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
-                self._all()
+            return captured(self._all)[0]
         except Exception:  # noqa: BLE001 - it waits for the device, or does what no graph may hold: timed call by call
             torch.cuda.synchronize()
             self._once()
             return None
-        return graph
 
     def results(self) -> list[Any]:
         """A result of each call of what is timed; a graph finds its outputs poisoned."""

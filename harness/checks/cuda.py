@@ -9,6 +9,7 @@ from harness.cases import Case
 from harness.checks.memory import copies, refill, results_of
 from harness.checks.plain import plain
 from harness.findings import Record
+from harness.graphs import captured
 from harness.memory import poison_value
 from harness.stages.call import Call
 from harness.trial import Broken, Rejected, Trial
@@ -48,23 +49,14 @@ def _capture(trial: Trial, call: Call) -> Any:
         for _ in range(2):
             trial.launch(call, wait=False)
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
     try:
-        with torch.no_grad(), torch.cuda.graph(graph):
-            result = trial.launch(call, wait=False)
+        with torch.no_grad():
+            return captured(lambda: trial.launch(call, wait=False))
     except Rejected:
         raise
     except Exception as error:  # ending a capture that failed raises an error of its own over what failed in it
         cause = error.__context__ or error
-        restore_generator()
         raise Broken(f"is declared graph_capturable, but cannot be captured: {cause}") from error
-    return graph, result
-
-
-def restore_generator() -> None:
-    """Give PyTorch's default generator a new state: a capture that failed leaves it waiting for its end for ever."""
-    fresh = torch.Generator("cuda").manual_seed(0).graphsafe_get_state()
-    torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(fresh)
 
 
 def _churn(trial: Trial, case: Case) -> None:

@@ -10,9 +10,9 @@ from torch import Tensor
 from harness import rounding
 from harness.cases import plan
 from harness.cases.request import Request
-from harness.checks.cuda import restore_generator
 from harness.faults import all_faults, get
 from harness.faults.experts import run
+from harness.graphs import restore_generator
 from harness.pool import Pool, prepare
 
 pytestmark = pytest.mark.gpu

@@ -13,15 +13,16 @@ from harness.stages.call import Call
 ROWS, COLUMNS = 128, 256
 GROUPS = {f"expert {e}": torch.arange(ROWS) % 4 == e for e in range(4)}
 STAGE = SimpleNamespace(
-    place_of=lambda call, row, column: {"row": row, "column": column}, row_groups=lambda call: GROUPS
+    place_of=lambda call, row, column: {"row": row, "column": column},
+    row_groups=lambda call: {name: rows[: call.case.T] for name, rows in GROUPS.items()},
 )
 
 
 def judged(z, data="normal", value=0.0):
     """The record of a result that is `z` sigma from `value`, every sigma being one."""
-    ones = torch.ones(ROWS, COLUMNS, dtype=torch.float64)
-    bound = Bound(ones * value, ones, ones * 0, torch.full((ROWS, 2), float(COLUMNS)))
-    return against_bound(STAGE, Call(ExpertsCase(data=data), {}, {}), bound, bound.value.nan_to_num(0.0) + z)
+    ones = torch.ones_like(z, dtype=torch.float64)
+    bound = Bound(ones * value, ones, ones * 0, torch.full((len(z), 2), float(z.shape[1])))
+    return against_bound(STAGE, Call(ExpertsCase(data=data, T=len(z)), {}, {}), bound, bound.value.nan_to_num(0.0) + z)
 
 
 @pytest.fixture
@@ -55,6 +56,19 @@ def test_each_rms_sees_what_the_others_do_not(noise, over, rows, columns, factor
     assert finding.headroom == pytest.approx(float(part.square().mean().sqrt()) / rms_limit(part.numel()))
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "factor"),
+    [(slice(112, 115), slice(192, 199), 3.0), (slice(0, 16), slice(192, 199), 2.0)],
+)
+def test_tiles_cut_off_by_the_edge_have_limits_of_their_own_size(noise, rows, columns, factor):
+    """[115, 199]: 3 rows and 7 columns are left for the last tiles."""
+    noise[rows, columns] *= factor
+    (finding,) = judged(noise[:115, :199]).findings
+    part = noise[rows, columns]
+    assert finding.where == {"over": f"the tile at [{rows.start}, {columns.start}]"}
+    assert finding.headroom == pytest.approx(float(part.square().mean().sqrt()) / rms_limit(part.numel()))
+
+
 def test_one_element_beyond_the_limit_is_seen_where_it_is(noise):
     noise *= 0.5
     noise[5, 9] = -0.99 * max_limit()
@@ -82,5 +96,5 @@ def test_what_is_not_finite_is_judged_by_kind(data, value, got, words):
     values = ones * 0
     values[3, 4] = value
     bound = Bound(values, ones, ones * 0, torch.full((ROWS, 2), float(COLUMNS)))
-    findings = against_bound(STAGE, Call(ExpertsCase(data=data), {}, {}), bound, z).findings
+    findings = against_bound(STAGE, Call(ExpertsCase(data=data, T=ROWS), {}, {}), bound, z).findings
     assert [words in finding.message for finding in findings] == ([] if words is None else [True]), findings
