@@ -1,6 +1,7 @@
 """What every kernel module shares: where it runs, tiles of weights, exponentials, products."""
 
 import contextlib
+import functools
 import os
 
 import torch
@@ -36,6 +37,18 @@ def require(*tensors: Tensor) -> None:
 def on(device: torch.device) -> contextlib.AbstractContextManager:
     """Make `device` current while a kernel is launched: Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@functools.cache
+def on_hopper(device: torch.device) -> bool:
+    """Whether the kernels written for Hopper run: on such a GPU, with a Triton whose Gluon has what they need."""
+    if device.type != "cuda" or interpreting() or torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    try:
+        import impls.triton._hopper  # noqa: F401 - importing it is the question
+    except ImportError:
+        return False
+    return True
 
 
 def programs_at_once(device: torch.device) -> int:

@@ -2,7 +2,8 @@ r"""A product per expert over rows sorted by expert: the second product of the e
 
     y[to(s)] = weight[e] @ a[s] (+ bias[e])        e: the expert whose run row s falls into
 
-`to(s)` is s, or slots[s] where the rows go back to the order of the slots.
+`to(s)` is s, or slots[s] where the rows go back to the order of the slots.  With many of those on a Hopper GPU
+`_linear_hopper` does the same with a copying warp.
 """
 
 import triton
@@ -16,6 +17,7 @@ from impls.triton._common import (
     let_next_start,
     narrow,
     on,
+    on_hopper,
     product,
     tile_source,
 )
@@ -111,6 +113,12 @@ def linear(
     """
     num_experts, columns = weight.shape[0], weight.shape[1]
     y = a.new_empty(a.shape[0], columns)
+    if tiling.copier and slots is not None and bias is None and on_hopper(a.device):
+        from impls.triton._linear_hopper import linear_hopper, suits
+
+        if suits(a, weight):
+            linear_hopper(a, weight, y, counts, slots, tiling.group)
+            return y
     source, tma = tile_source(weight, [1, tiling.n, tiling.k], tiling.tma)
     a_source, tma_a = tile_source(a, [tiling.m, tiling.k], tiling.tma)
     a_half, _ = tile_source(a, [tiling.m // 2, tiling.k], tiling.tma)

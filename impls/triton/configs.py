@@ -62,8 +62,8 @@ class Tiling:
     last rows of an expert a tile of half the height where they fit.  `extra`: let the last tile of an expert have up to
     that many rows more, so that its weights are read once for both (first product only).  `by_expert`: a program takes
     all rows of one expert, and finds its tile with one load.  `copier`: where the device is a Hopper GPU and the layout
-    allows, the kernel in which one warpgroup copies and two multiply, with tiles of 128 x 128 (first product only; the
-    other fields but `group` are for everywhere else).
+    allows, the kernel in which some warps copy and the others multiply, in tiles of up to 192 rows by 256 rows of the
+    weights; the other fields but `group` are for everywhere else.
     """
 
     m: int
@@ -163,7 +163,7 @@ def generic(shape: Shape, slots: int) -> Entry:
     elif rows <= 96:
         tiling = Tiling(64, 128, 64, warps=4, stages=3)
     else:
-        tiling = Tiling(128, 128, 64, warps=8, stages=3, waves=1)
+        tiling = Tiling(128, 128, 64, warps=8, stages=3, waves=1, copier=True)
     return Entry(gate_up=tiling, down=tiling)
 
 

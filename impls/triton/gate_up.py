@@ -7,10 +7,6 @@ tiles of 64 and more take both in one product, from a weight tile in which 8 gat
 to the input dtype: act alone.  With many rows on a Hopper GPU `_gate_up_hopper` does the same with a copying warpgroup.
 """
 
-import functools
-from types import ModuleType
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,6 +19,7 @@ from impls.triton._common import (
     let_next_start,
     narrow,
     on,
+    on_hopper,
     product,
     tile_source,
 )
@@ -173,19 +170,6 @@ def pair_source(weight: Tensor, n: int, k: int, wanted: bool) -> tuple[object, b
     return tile_source(pairs, [1, n // 8, 2, 8, k], wanted)
 
 
-@functools.cache
-def hopper(device: torch.device) -> ModuleType | None:
-    """The module with the kernel that copies and multiplies in different warps; None off Hopper, or where this Triton
-    has no Gluon as it needs it."""
-    if device.type != "cuda" or interpreting() or torch.cuda.get_device_capability(device) != (9, 0):
-        return None
-    try:
-        from impls.triton import _gate_up_hopper
-    except ImportError:
-        return None
-    return _gate_up_hopper
-
-
 def gate_up(
     x: Tensor, weight: Tensor, counts: Tensor, slots: Tensor, top_k: int, activation: str, tiling: Tiling, expected: int
 ) -> Tensor:
@@ -196,10 +180,12 @@ def gate_up(
     """
     num_experts, width = weight.shape[0], weight.shape[1] // 2
     act = x.new_empty(len(slots), triton.cdiv(width, 8) * 8)[:, :width]
-    special = hopper(x.device) if tiling.copier else None
-    if special and special.fits(x, weight):
-        special.gate_up_hopper(x, weight, act, counts, slots, top_k, activation == "gelu_tanh", tiling.group)
-        return act
+    if tiling.copier and on_hopper(x.device):
+        from impls.triton._gate_up_hopper import fits, gate_up_hopper
+
+        if fits(x, weight):
+            gate_up_hopper(x, weight, act, counts, slots, top_k, activation == "gelu_tanh", tiling.group)
+            return act
     # One wide product for both halves: 4 % faster at 16384 tokens than two.  As first operand (`swap`) such a tile
     # would go through registers, and below 64 rows there is no wide product.
     pair = tiling.m >= 64 and not tiling.swap

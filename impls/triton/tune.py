@@ -76,7 +76,7 @@ def candidates(kind: str, rows: float) -> Iterator[Tiling | Walk]:
     parts = 2 if kind == "gate_up" else 1
     for tiling in (*_streaming(rows), *_middle(rows), *_large(rows)):
         tile = Tiling(**{**asdict(tiling), "n": tiling.n * 2 // parts})
-        if (tile.extra or tile.copier) and parts == 1:
+        if tile.extra and parts == 1:
             continue
         rows_read = parts * tile.n + tile.m + tile.extra
         if rows_read * tile.k * 2 * tile.stages <= SHARED_MEMORY - 2048 and tile.n <= 256:
@@ -135,12 +135,14 @@ def _large(rows: float) -> Iterator[Tiling]:
     yield Tiling(128, 128, 64, 8, 8, 4, extra=64)
     yield Tiling(128, 128, 64, 2, 8, 4, tail=True)
     yield Tiling(128, 128, 64, 16, 8, 4, waves=1)
-    yield Tiling(128, 128, 64, 8, 8, 4, copier=True)
+    for group in (2, 8, 32):
+        yield Tiling(128, 128, 64, group, 8, 4, copier=True)
 
 
 def time_in_graph(calls: Sequence[Callable[[], object]], rounds: int = 7, at_least_us: float = 600.0) -> list[float]:
     """Microseconds per call over `rounds` replays of a graph that runs `calls` in turn, several times each."""
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for call in calls:
             call()

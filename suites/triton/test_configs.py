@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from harness import rounding
-from impls.triton import configs, gate_up, grouped_linear
+from impls.triton import configs, grouped_linear
+from impls.triton._common import on_hopper
 from impls.triton.experts import experts, run_entry
 from suites.triton import CUDA, DEVICE, runnable
 
@@ -119,25 +120,28 @@ def test_tiles_of_every_height(name: str, rows: int) -> None:
     assert worst(result, batch) <= rounding.max_limit()
 
 
-COPIER = configs.Entry(gate_up=configs.Tiling(128, 128, 64, warps=8, copier=True), down=configs.Tiling(16, 32, 32))
+COPYING = configs.Tiling(128, 128, 64, warps=8, copier=True)
 
 
 @pytest.mark.skipif(not CUDA, reason="the interpreter cannot run Gluon")
-@pytest.mark.parametrize("rows", [1, 64, 65, 128, 129, 9000])
+@pytest.mark.parametrize("rows", [1, 64, 65, 128, 129, 192, 193, 385, 9000])
 @pytest.mark.parametrize("activation, dtype", [("silu", torch.bfloat16), ("gelu_tanh", torch.float16)])
-def test_kernel_with_a_copying_warpgroup(rows: int, activation: str, dtype: torch.dtype) -> None:
-    """An expert with rows that end half a tile, a tile, or go one past them, or with more tiles than there are
-    programs, beside others; weights and hidden states that lie apart in memory; the same bits whoever takes a tile."""
+def test_kernels_with_copying_warps(rows: int, activation: str, dtype: torch.dtype) -> None:
+    """An expert with rows that end a unit or a tile, or go one past them, or with more tiles than there are programs,
+    beside others; weights and hidden states that lie apart in memory; the same bits whoever takes a tile."""
     x, up, down, weights, ids = layer(rows, hidden=576, dtype=dtype)
     ids[ids == 0] = 1
     ids[:, 0] = 0
-    kernel = gate_up.hopper(x.device)
-    if kernel is None:
+    if not on_hopper(x.device):
         pytest.skip("needs a Hopper GPU and a Triton with Gluon")
-    x, up = torch.cat([x, x], 1)[:, :576], torch.cat([up, up], 2)[:, :, :576]
-    assert kernel.fits(x, up), "this layer should be one that the kernel takes"
+    from impls.triton import _gate_up_hopper, _hopper
+
+    x, up, down = torch.cat([x, x], 1)[:, :576], torch.cat([up, up], 2)[..., :576], torch.cat([down, down], 1)[:, :576]
+    assert _gate_up_hopper.fits(x, up), "this layer should be one that the first kernel takes"
+    assert _hopper.suits(x, down), "this layer should be one that the second kernel takes"
     batch = (x, up, down, weights, ids)
-    results = [run_entry(COPIER, *batch, activation, None, ids.numel()) for _ in range(3)]
+    entry = configs.Entry(gate_up=COPYING, down=COPYING)
+    results = [run_entry(entry, *batch, activation, None, ids.numel()) for _ in range(3)]
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
     assert worst(results[0], batch, activation) <= rounding.max_limit()
 
