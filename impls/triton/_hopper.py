@@ -72,8 +72,9 @@ def find_tile(tile, counts, ends, E: gl.constexpr, n_blocks: gl.constexpr, GROUP
     width = gl.minimum(tiles - above, GROUP)
     inside = local - above * n_blocks
     m = above + inside % width
-    first = m * units // tiles
-    return e, start + first * UNIT, count - first * UNIT, (m + 1) * units // tiles - first, inside // width
+    low, higher = units // tiles, units % tiles  # the first `higher` tiles have one unit more
+    first = (m * low + gl.minimum(m, higher)) * UNIT
+    return e, start + first, count - first, low + (m < higher).to(gl.int32), inside // width
 
 
 @gluon.jit

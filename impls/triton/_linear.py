@@ -114,7 +114,8 @@ def linear(
     num_experts, columns = weight.shape[0], weight.shape[1]
     y = a.new_empty(a.shape[0], columns)
     if tiling.copier and slots is not None and bias is None and on_hopper(a.device):
-        from impls.triton._linear_hopper import linear_hopper, suits
+        from impls.triton._hopper import suits
+        from impls.triton._linear_hopper import linear_hopper
 
         if suits(a, weight):
             linear_hopper(a, weight, y, counts, slots, tiling.group)

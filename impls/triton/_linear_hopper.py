@@ -27,12 +27,9 @@ from impls.triton._hopper import (
     multiply,
     pass_by,
     pipeline,
-    suits,
     take,
     tile_ends,
 )
-
-__all__ = ["linear_hopper", "suits"]
 
 
 @gluon.jit
