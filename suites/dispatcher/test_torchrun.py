@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from harness.ranks.heartbeat import Beat, State
+from harness.ranks.remote import RemoteMember
+
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 from harness.ranks import judge
@@ -61,3 +64,26 @@ def test_without_a_secret_it_says_what_is_missing() -> None:
     alone.pop("MOE_HARNESS_RANKS_KEY", None)
     said = subprocess.run([sys.executable, "-c", program], env=alone, capture_output=True, text=True, timeout=60)
     assert "MOE_HARNESS_RANKS_KEY has to hold the same secret" in said.stderr
+
+
+class Scripted:
+    """The end of a connection on which a server has said all of this already."""
+
+    def __init__(self, *messages: tuple[str, object]):
+        self.messages = list(messages)
+
+    def send(self, message: object) -> None:
+        pass
+
+    def poll(self, seconds: float) -> bool:
+        return bool(self.messages)
+
+    def recv(self) -> tuple[str, object]:
+        return self.messages.pop(0)
+
+
+def test_what_comes_before_an_answer_is_read_after_it_in_order() -> None:
+    beat = (Beat(7, State.IDLE), 3)
+    member = RemoteMember(0, Scripted(("reply", "first"), ("beat", beat), ("reply", "second"), ("calls", [])), None)
+    assert member.calls() == [] and member.beat() == beat[0]
+    assert [member.receive(), member.receive()] == ["first", "second"]

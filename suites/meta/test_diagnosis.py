@@ -16,6 +16,7 @@ from harness.cases.request import Request
 from harness.cases.router import RouterCase
 from harness.contracts import Declarations, Subject, load
 from harness.diagnosis import explain, looks
+from harness.diagnosis.fit import truth_of
 from harness.diagnosis.hiding import hidden
 from harness.diagnosis.measure import STAGES, measure, measured, summary, trial_of
 from harness.diagnosis.patterns import ratios, tiles
@@ -23,8 +24,11 @@ from harness.engine import Options, judge
 from harness.faults import experts as parts
 from harness.faults.catalogue import get
 from harness.pool import prepare
+from harness.rounding import max_limit
+from harness.stages import router
 from harness.structure import structure
 from harness.trial import Trial
+from reference.router import router as reference
 
 RIGHT = Path(__file__).parent / "right"
 MEASURED = Path(__file__).parents[2] / "docs" / "diagnosis.json"
@@ -193,6 +197,18 @@ def test_a_router_is_compared_whatever_the_order_of_its_slots() -> None:
 # Structure ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_choice_from_a_row_of_nan_may_be_any_but_no_choice_twice() -> None:
+    case = RouterCase(T=5, E=8, k=3, dtype="fp32")
+    call = router.build(case, "cpu")
+    call.args["router_logits"][2] = float("nan")
+    weights, ids = reference(call.args["router_logits"], **call.keywords)
+    others, twice = ids.clone(), ids.clone()
+    others[2], twice[2] = torch.tensor([7, 0, 4]), torch.tensor([7, 0, 0])
+    routing = truth_of(router, call)
+    assert routing.fit((weights, ids), (weights, others)).equal()
+    assert not routing.fit((weights, ids), (weights, twice)).equal()
+
+
 def seen(name: str, case: Case) -> str:
     return "; ".join(looks(trial_of(get(name)), case))
 
@@ -218,6 +234,16 @@ def test_rows_with_a_factor_of_their_own_are_seen() -> None:
     assert "a factor of its own, 2 to 5" in ratios(value, value * factor, sigma)[0]
     assert ratios(value, value * 0.125, sigma) == ["wrong rows are the right ones times 0.125 (2^-3)"]
     assert ratios(value, value.roll(1, 0), sigma) == []
+
+
+def test_rows_that_a_factor_fits_only_roughly_have_none() -> None:
+    """Errors of one and a half times what roundings reach, in elements that a smaller factor does not magnify."""
+    value, sigma = torch.ones(4, 64, dtype=torch.float64), torch.full((4, 64), 1e-3, dtype=torch.float64)
+    got = 0.5 * value
+    assert ratios(value, got, sigma)
+    got[:, ::2] += 1.5 * max_limit() * sigma[:, ::2]
+    got[:, 1::2] -= 1.5 * max_limit() * sigma[:, 1::2]
+    assert not ratios(value, got, sigma)
 
 
 def test_tiles_are_seen() -> None:
