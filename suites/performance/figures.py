@@ -110,7 +110,12 @@ def bench() -> list[str]:
     return "\n\n".join("\n".join(lines) for lines in parts).splitlines()
 
 
-SECTIONS = {"bench": bench, "dispatch": ranked_figures.dispatch, "expert_parallel": ranked_figures.expert_parallel}
+SECTIONS = {
+    "bench": bench,
+    "dispatch": ranked_figures.dispatch,
+    "symmetric": ranked_figures.symmetric,
+    "expert_parallel": ranked_figures.expert_parallel,
+}
 
 
 def rewritten(text: str) -> str:

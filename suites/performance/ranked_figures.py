@@ -6,6 +6,7 @@ from typing import Any
 from suites.performance import DATA, header, row
 
 RANKS = (2, 4)
+FEW = 64  # tokens
 # What one scheme of dispatch.py is called in the table; "+equal" and "+bound" are what the ranks know beforehand.
 SCHEMES = {
     "naive": "`naive`",
@@ -49,6 +50,24 @@ def _dispatch_cell(entry: dict[str, Any] | None) -> str:
         return "-"
     time, ratio = f"{entry['dispatch_combine_us']:.0f}", entry["over_floor"]
     return time if entry["floor_us"] < 1 else f"{time} ({ratio:.{0 if ratio >= 10 else 1}f})"
+
+
+def symmetric() -> list[str]:
+    """How many times as fast as NCCL the scheme over symmetric memory is with few tokens, both knowing the numbers."""
+    called, graphs = (f"{min(found):.1f} to {max(found):.1f}" for found in map(_over_nccl, ("table", "graphs")))
+    known = "NCCL with the same knowledge on two and four GPUs"
+    return [f"With up to {FEW} tokens `symmetric` was {called} times as fast as {known}, and {graphs} in CUDA graphs."]
+
+
+def _over_nccl(part: str) -> list[float]:
+    found = []
+    for ranks in RANKS:
+        times: dict[str, dict[int, float]] = {}
+        for entry in read("dispatch", ranks)[part]:
+            times.setdefault(entry["scheme"], {})[entry["tokens_per_rank"]] = entry["dispatch_combine_us"]
+        nccl, ours = times["allgather_reducescatter+equal"], times["symmetric+bound"]
+        found += [nccl[tokens] / ours[tokens] for tokens in nccl if tokens <= FEW]
+    return found
 
 
 def expert_parallel() -> list[str]:
