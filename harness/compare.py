@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, pad
 
 from harness.findings import HISTOGRAM_EDGES, Finding, Record
-from harness.rounding import Bound, max_limit, rms_limit
+from harness.rounding import Bound, independent, max_limit, rms_limit
 from harness.stages.call import Call
 from harness.stages.rows import matrix
 from harness.structure import Places, heatmap, structure
@@ -135,10 +135,8 @@ def _statistics(stage: Places, call: Call, bound: Bound, z: Tensor) -> Iterator[
 
     def of(name: str, rows: Any, columns: Any = slice(None)) -> tuple[str, float, float]:
         part = squares[rows][:, columns]
-        width = part.shape[-1] / squares.shape[-1]
-        dof = float(own[rows].clamp(max=max(1, part.shape[-1])).sum())
-        limit = rms_limit(dof if width < 1 else float(own[rows].sum()), float(common[rows].sum()),
-                          float(share[rows][:, columns].mean()))  # fmt: skip
+        dof = float(independent(own[rows], part.shape[-1]).sum())
+        limit = rms_limit(dof, float(common[rows].sum()), float(share[rows][:, columns].mean()))
         return name, float(part.mean()) ** 0.5, limit
 
     yield of("all elements", slice(None))
@@ -159,16 +157,12 @@ def _tiles(squares: Tensor, share: Tensor, own: Tensor, common: Tensor) -> Itera
     def total(per_row: Tensor) -> list[float]:
         return pad(per_row.double(), (0, -len(per_row) % TILE[0])).view(-1, TILE[0]).sum(1).tolist()
 
-    columns = squares.shape[1]
-    independent = {
-        width: total(own.clamp(max=width) if width < columns else own)
-        for width in {min(TILE[1], columns), min(TILE[1], columns - (columns - 1) // TILE[1] * TILE[1])}
-    }
     means, shares, shared = mean(squares), mean(share), total(common)
-    for i, j in product(range(len(means)), range(len(means[0]))):
-        width = min(TILE[1], columns - j * TILE[1])
-        limit = rms_limit(independent[width][i], shared[i], shares[i][j])
-        yield f"the tile at [{i * TILE[0]}, {j * TILE[1]}]", means[i][j] ** 0.5, limit
+    widths = [min(TILE[1], squares.shape[1] - column) for column in range(0, squares.shape[1], TILE[1])]
+    dof = {width: total(independent(own, width)) for width in set(widths)}
+    for (i, row), (j, width) in product(enumerate(means), enumerate(widths)):
+        limit = rms_limit(dof[width][i], shared[i], shares[i][j])
+        yield f"the tile at [{i * TILE[0]}, {j * TILE[1]}]", row[j] ** 0.5, limit
 
 
 def _worst_rows_and_columns(

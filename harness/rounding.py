@@ -91,9 +91,9 @@ def permitted(declared: Declared) -> Rounds:
 class Bound:
     """What a result may be: fp64 value and variance, both of the output's shape.
 
-    `shared` is the part of the variance whose sources are common to a whole row (the rounding of a routing weight) and
-    `sources` the number of independent sources behind a row, [rows, 2]: (of the rest, of the shared part); both bound
-    the degrees of freedom of rms statistics.
+    `shared` is the part of the variance whose sources scale a whole row alike (the rounding of a routing weight).
+    `sources` [rows, 2] is how many independent sources the elements of a row have in common: of the rest (inf where
+    each element has its own), and of the shared part.  Both bound the degrees of freedom of rms statistics.
     """
 
     value: Tensor
@@ -134,6 +134,25 @@ def rms_limit(dof: float, shared_dof: float = 1, shared_share: float = 0.0) -> f
     )
 
 
+def independent(sources: Tensor, width: int) -> Tensor:
+    """Degrees of freedom of the mean square of `width` elements whose errors are mixed from so many common sources.
+
+    Two such elements correlate by about 1 / sqrt(sources) with a random sign, so the variance of their mean square is
+    2 / width + 2 / sources.
+    """
+    return 1 / (1 / width + 1 / sources)
+
+
+def _sources(variance: Tensor, shared: Tensor, concentrated: Tensor) -> Tensor:
+    """How many sources of equal size would concentrate the variance of a row [T, H] as its own do, float64 [T].
+
+    concentrated [T] is the sum over the sources of the square of the variance that each adds to an element on average.
+    Hidden values are of very unequal size: of 384 one may hold 40 % of the variance of a token's output.
+    """
+    found = (variance - shared).mean(-1).square() / concentrated
+    return found.clamp(min=1).nan_to_num(nan=torch.inf, posinf=torch.inf)
+
+
 def _rounded_down(dof: float) -> int:
     """A power of sqrt(2) below, so that few quantiles are computed; fewer degrees of freedom are the safe side."""
     exact = max(1, int(dof))
@@ -171,8 +190,8 @@ def _hidden_variance(
 
 def expert_steps_and_variance(
     rows: Tensor, gate_up: Tensor, down: Tensor, activation: str, rounds: Rounds, dtype: torch.dtype, *, weighted: bool
-) -> tuple[ExpertSteps, Tensor]:
-    """(steps of one expert on `rows`, variance of its output [n, H]).
+) -> tuple[ExpertSteps, Tensor, Tensor]:
+    """(steps of one expert on `rows`, variance of its output [n, H], how it is concentrated [n]: see `_sources`).
 
     `weighted`: the routing weight may be applied to the hidden values instead, which rounds them a second time.
     """
@@ -180,11 +199,15 @@ def expert_steps_and_variance(
     steps = expert_steps(rows, gate_up, down, activation)
     products = rows.square() @ gate_up.square_().T  # the copies are not needed any more
     hidden = _hidden_variance(steps, products, rows.shape[-1], activation, rounds, dtype)
-    hidden += product_variance(down.shape[-1], rounds, dtype) * steps.hidden.square()
     if weighted and "weighted" in rounds:
         hidden += store(steps.hidden, dtype)
-    variance = hidden @ down.square_().T
-    return steps, variance.add_(store(steps.output, dtype)) if "expert_output" in rounds else variance
+    squares = down.square_()
+    concentrated = (hidden * squares.mean(0)).square().sum(-1)
+    hidden += product_variance(down.shape[-1], rounds, dtype) * steps.hidden.square()
+    variance = hidden @ squares.T
+    if "expert_output" in rounds:
+        variance += store(steps.output, dtype)
+    return steps, variance, concentrated
 
 
 def experts(
@@ -200,13 +223,13 @@ def experts(
     x, weights = hidden_states.double(), topk_weights.double()
     value, variance, shared, squares = (torch.zeros(x.shape, dtype=torch.float64, device=x.device) for _ in range(4))
     ids = local_ids(topk_ids, expert_map)
-    slots_of = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    slots_of, concentrated = (torch.zeros(len(x), dtype=torch.float64, device=x.device) for _ in range(2))
     inexact_weights = "routing_weight" in rounds and topk_weights.dtype != dtype
     for expert, tokens, slots in routed_rows(ids):
         unique, inverse = tokens.unique(return_inverse=True)
         weight = x.new_zeros(len(unique), 1).index_add_(0, inverse, weights[tokens, slots, None])
         copies = x.new_zeros(len(unique), 1).index_add_(0, inverse, torch.ones_like(weights[tokens, slots, None]))
-        steps, of_output = expert_steps_and_variance(
+        steps, of_output, peaks = expert_steps_and_variance(
             x[unique], gate_up_proj[expert], down_proj[expert], activation, rounds, dtype, weighted=True
         )
         weighted = weight * steps.output
@@ -221,11 +244,11 @@ def experts(
         variance.index_add_(0, unique, of_row)
         squares.index_add_(0, unique, weighted.square())
         slots_of.index_add_(0, unique, copies[:, 0])
+        concentrated.index_add_(0, unique, weight[:, 0] ** 4 * peaks)
     partial = torch.maximum(value.abs(), squares.sqrt())
     sums = (slots_of - 1).clamp(min=0)[:, None] * store(partial, dtype if "partial_sum" in rounds else torch.float32)
     variance = finish(value, variance + sums + shared, dtype)
-    inner = slots_of * down_proj.shape[-1]
-    sources = torch.stack([inner.clamp(min=1, max=x.shape[-1]), slots_of.clamp(min=1)], dim=-1)
+    sources = torch.stack([_sources(variance, shared, concentrated), slots_of.clamp(min=1)], dim=-1)
     return Bound(value, variance, shared, sources)
 
 
@@ -245,7 +268,7 @@ def grouped_linear(x: Tensor, weight: Tensor, group_sizes: Tensor, *, bias: Tens
         variance = variance + store(value, x.dtype)
         value = value + bias.double()[experts_of]
     variance = finish(value, variance, x.dtype)
-    sources = torch.full((len(rows), 2), float(weight.shape[1]), dtype=torch.float64, device=x.device)
+    sources = torch.full((len(rows), 2), torch.inf, dtype=torch.float64, device=x.device)
     return Bound(value, variance, torch.zeros_like(variance), sources)
 
 
@@ -269,7 +292,7 @@ def shared_expert_gate(
     shared = y.square() * gate_variance(logit, squares, x.shape[-1], rounds, dtype)
     variance = finish(value, shared + store(value, torch.float32), dtype)
     sources = torch.ones(value.shape[:-1].numel(), 2, dtype=torch.float64, device=x.device)
-    sources[:, 0] = value.shape[-1]
+    sources[:, 0] = torch.inf
     return Bound(value, variance, shared, sources)
 
 
@@ -332,29 +355,32 @@ def moe_block(
                      activation=act, expert_map=None, declared=declared, weight_variance=2 * own)  # fmt: skip
     of_norm = 2 * common * routed.value.square()
     value, variance, shared = routed.value, routed.variance + of_norm, routed.shared + of_norm
+    concentrated = (routed.variance - routed.shared).mean(-1).square() / routed.sources[:, 0]
     extra = _shared_expert(x, wide, act, rounds, dtype)
     if extra is not None:
         value, variance, shared = value + extra[0], variance + extra[1], shared + extra[2]
-        variance = finish(value, variance, dtype)
-    return Bound(value, variance, shared, routed.sources)
+        variance, concentrated = finish(value, variance, dtype), concentrated + extra[3]
+    sources = torch.stack([_sources(variance, shared, concentrated), routed.sources[:, 1]], dim=-1)
+    return Bound(value, variance, shared, sources)
 
 
 def _shared_expert(
     x: Tensor, wide: dict[str, Tensor], act: str, rounds: Rounds, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """(value, variance, the part of it common to a row) of the shared expert's term."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """(value, variance, the part of it common to a row, how the rest is concentrated) of the shared expert's term."""
     prefix = next((p for p in ("shared_expert", "shared_experts") if f"{p}.down_proj.weight" in wide), None)
     if prefix is None:
         return None
     gate, up, down = (wide[f"{prefix}.{name}"] for name in block.SHARED_EXPERT)
     gate_up = torch.cat([gate, up])
-    steps, variance = expert_steps_and_variance(x, gate_up, down, act, rounds, dtype, weighted=False)
+    steps, variance, concentrated = expert_steps_and_variance(x, gate_up, down, act, rounds, dtype, weighted=False)
     variance = variance + store(steps.output, dtype)
     if prefix == "shared_experts":
-        return steps.output, variance, torch.zeros_like(variance)
+        return steps.output, variance, torch.zeros_like(variance), concentrated
     weight = wide["shared_expert_gate.weight"]
     logit, squares = x @ weight.T, x.square() @ weight.square().T
     scale = logit.sigmoid()
     value = scale * steps.output
     common = steps.output.square() * gate_variance(logit, squares, x.shape[-1], rounds, dtype)
-    return value, scale.square() * variance + common + store(value, dtype), common
+    variance = scale.square() * variance + common + store(value, dtype)
+    return value, variance, common, scale[:, 0] ** 4 * concentrated

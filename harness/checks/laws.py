@@ -32,10 +32,12 @@ def _linear_law(trial: Trial, call: Call) -> Record:
         bound = stage.expect(term.call, declared)
         parts = [term.coefficient * term.rows(result.double())]
         parts += [term.coefficient**2 * term.rows(v) for v in (bound.variance, bound.shared)]
+        of_term = term.rows(bound.sources.reshape(*bound.value.shape[:-1], 2))
         if not sums:
-            sums, sources = parts, term.rows(bound.sources.reshape(*bound.value.shape[:-1], 2))
+            sums, sources = parts, of_term
         else:
             sums = [total + part for total, part in zip(sums, parts, strict=True)]
+            sources = torch.minimum(sources, of_term)
     residual, variance, shared = sums
     nothing = Bound(torch.zeros_like(residual), variance, shared, sources.reshape(-1, 2).clamp(min=1))
     return against_bound(_Rows, call, nothing, residual)

@@ -93,7 +93,8 @@ class Values:
         share = (matrix(bound.shared) / self.variance).nan_to_num(0.0, 0.0, 0.0).clamp(0, 1)
         self.shared = float(share.sum())
         sources = bound.sources.clamp(min=1)
-        self.own, self.common = float(sources[:, 0].clamp(max=self.value.shape[-1]).sum()), float(sources[:, 1].sum())
+        self.own = float(rounding.independent(sources[:, 0], max(1, self.value.shape[-1])).sum())
+        self.common = float(sources[:, 1].sum())
         self.relative = self._relative()
         self.right = bound.value
         self.rows: Tensor | None = None

@@ -21,7 +21,7 @@ STAGE = SimpleNamespace(
 def judged(z, data="normal", value=0.0):
     """The record of a result that is `z` sigma from `value`, every sigma being one."""
     ones = torch.ones_like(z, dtype=torch.float64)
-    bound = Bound(ones * value, ones, ones * 0, torch.full((len(z), 2), float(z.shape[1])))
+    bound = Bound(ones * value, ones, ones * 0, torch.full((len(z), 2), torch.inf))
     return against_bound(STAGE, Call(ExpertsCase(data=data, T=len(z)), {}, {}), bound, bound.value.nan_to_num(0.0) + z)
 
 
@@ -95,6 +95,6 @@ def test_what_is_not_finite_is_judged_by_kind(data, value, got, words):
     ones = torch.ones_like(z)
     values = ones * 0
     values[3, 4] = value
-    bound = Bound(values, ones, ones * 0, torch.full((ROWS, 2), float(COLUMNS)))
+    bound = Bound(values, ones, ones * 0, torch.full((ROWS, 2), torch.inf))
     findings = against_bound(STAGE, Call(ExpertsCase(data=data, T=ROWS), {}, {}), bound, z).findings
     assert [words in finding.message for finding in findings] == ([] if words is None else [True]), findings

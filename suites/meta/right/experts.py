@@ -299,3 +299,18 @@ def compensated_sum(x, w13, w2, topk_weights, topk_ids, *, activation="silu", ex
             grown = total[t] + y
             lost[t], total[t] = (grown - total[t]) - y, grown
     return total.to(x.dtype)
+
+
+def activation_twice_rounded(x, w13, w2, topk_weights, topk_ids, *, activation="silu", expert_map=None):
+    """act(g), and its product with u, in the model's dtype; all else in fp32."""
+    ids = to_local(topk_ids, expert_map)
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for e in ids[ids >= 0].unique().tolist():
+        t, j = torch.where(ids == e)
+        g, u = (x[t].float() @ w13[e].float().mT).chunk(2, dim=-1)
+        hidden = (ACTIVATIONS[activation](g).to(x.dtype).float() * u).to(x.dtype)
+        out.index_add_(0, t, hidden.float() @ w2[e].float().mT * topk_weights[t, j, None].float())
+    return out.to(x.dtype)
+
+
+activation_twice_rounded.rounds = ("activation",)
