@@ -136,6 +136,20 @@ def bf16(values):
     return values.float().bfloat16().double()
 
 
+@pytest.mark.parametrize("unequal", [0.0, 1.0, 2.0])
+def test_the_mean_square_of_a_row_varies_as_its_sources_say(unequal):
+    """64 hidden values whose variances spread by e^unequal behind 256 elements; chi-squared would have 2 / 256."""
+    random = torch.Generator().manual_seed(5)
+    down, spread = (torch.randn(size, generator=random, dtype=torch.float64) for size in ((256, 64), (64,)))
+    of_hidden, squares = (unequal * spread).exp(), down.square()
+    variance = (of_hidden @ squares.T)[None]
+    noise = torch.randn(20_000, 64, generator=random, dtype=torch.float64) * of_hidden.sqrt()
+    mean_squares = ((noise @ down.T).square() / variance).mean(1)
+    concentrated = (of_hidden * squares.mean(0)).square().sum()[None]
+    sources = rounding._sources(variance, torch.zeros_like(variance), concentrated)
+    assert float(mean_squares.var()) == pytest.approx(2 / float(rounding.independent(sources, 256)), rel=0.15)
+
+
 def test_the_bound_of_a_gate_is_what_its_roundings_do():
     random = torch.Generator().manual_seed(3)
     hidden, weight, output = (torch.randn(s, generator=random).bfloat16() for s in ((2000, 8), (1, 8), (2000, 16)))
