@@ -18,6 +18,7 @@ from harness.findings import unfinished
 
 POLL = 0.1  # seconds between looks at the clock and at the memory of the workers
 START_BUDGET = 180.0  # seconds for importing an implementation
+HINT = "no case needs that much; NotImplementedError refuses what an implementation cannot hold"
 ENOUGH = 4 << 30  # bytes; the largest case holds 0.5 GiB, and one of a released model up to 2.5
 EXPLAINED = 3  # failures of a run whose cause is searched for
 EXPLAIN_SECONDS = 5.0  # for each
@@ -203,7 +204,7 @@ class Pool:
             return self._bury(worker, f"no answer within its budget of {self._budget_now():.0f} s: it hangs", replace)
         if self.memory_limit is not None and worker.memory() > self.memory_limit:
             gib = self.memory_limit / 2**30
-            return self._bury(worker, f"its process grew beyond {gib:.1f} GiB", replace)
+            return self._bury(worker, f"its process grew beyond {gib:.1f} GiB ({HINT})", replace)
         return None
 
     def _bury(self, worker: Worker, cause: str, replace: bool) -> dict[str, Any]:

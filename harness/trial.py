@@ -95,7 +95,7 @@ class Trial:
         except REJECTIONS as error:
             if wait:
                 self._check_device(error)
-            raise Rejected(f"{type(error).__name__}: {first_line(error)}") from error
+            raise Rejected(_refusal(error)) from error
         except BaseException as error:  # SystemExit and KeyboardInterrupt too: Ctrl-C does not reach this process
             if call.case.optional:
                 raise Rejected(f"{type(error).__name__}: {first_line(error)}") from error
@@ -190,10 +190,23 @@ def first_line(error: BaseException) -> str:
         return f"(no message: its own text raises {type(unprintable).__name__})"
 
 
-def _user_frame(error: BaseException) -> str:
+def _refusal(error: BaseException) -> str:
+    """What was raised, and by which line where that is none of the author's own `raise`: it may be a mistake."""
+    told = f"{type(error).__name__}: {first_line(error)}"
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    if isinstance(error, NotImplementedError) or (last.line or "").startswith("raise ") or not _own_frames(error):
+        return told
+    return f"{told} (by no `raise` of its own, but at {_user_frame(error)})"
+
+
+def _own_frames(error: BaseException) -> list[traceback.FrameSummary]:
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "/harness/" not in f.filename and "/torch/" not in f.filename] or list(frames)
-    return f"{own[-1].filename}:{own[-1].lineno} in {own[-1].name}"
+    return [f for f in frames if "/harness/" not in f.filename and "/torch/" not in f.filename]
+
+
+def _user_frame(error: BaseException) -> str:
+    frame = (_own_frames(error) or traceback.extract_tb(error.__traceback__))[-1]
+    return f"{frame.filename}:{frame.lineno} in {frame.name}"
 
 
 def _kind(value: Any) -> str:

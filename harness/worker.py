@@ -52,7 +52,7 @@ def judge_id(trial: Trial, case_id: str) -> dict[str, Any]:
     try:
         proof = prove(trial, case) if check in JUDGING else proof
         if proof.case is None:
-            record.skipped = f"no data of this shape tell right from wrong: {', '.join(proof.accepted)} pass"
+            record.skipped = f"no data of this shape tell a right result from {', '.join(proof.accepted)}"
         else:
             record = CHECKS[check](trial, proof.case)
         status, reason = (

@@ -23,7 +23,7 @@ SPECIALS = (
 LAWS = (
     "token_permutation", "expert_relabelling", "slot_permutation", "batch_split", "row_alone", "weight_linearity",
     "power_of_two", "masked_is_zero_weight", "duplicates_add", "padding_zero", "padding_nan", "padding_huge",
-    "unused_expert_removed",
+    "unused_expert_removed", "tiny_weights",
 )  # fmt: skip
 
 
@@ -132,6 +132,7 @@ def _exact(request: Request) -> Iterator[Case]:
     yield ExpertsCase(T=9, H=8, I=4104, E=3, data="exact", dtype=last)
     yield ExpertsCase(T=9, H=4104, I=8, E=3, data="exact", dtype=last)
     yield ExpertsCase(T=140, H=520, I=264, E=4, data="exact", dtype=last)
+    yield ExpertsCase(T=60, H=8, I=8, E=1030, k=8, data="exact", dtype=last)  # ids of more than 10 bits
     if request.profile != "quick":
         yield ExpertsCase(T=65537, H=4, I=8, E=4, k=1, data="exact", dtype=last)
         yield ExpertsCase(T=16384, H=8, I=16, E=256, k=8, data="exact", dtype=last)
@@ -146,6 +147,8 @@ def _numeric(request: Request) -> Iterator[Case]:
             for weights in ("fp32", "model"):
                 yield ExpertsCase(T=64, H=192, I=96, k=3, dtype=dtype, activation=activation, weights=weights)
             yield ExpertsCase(T=48, H=1024, I=384, E=4, dtype=dtype, activation=activation)
+            # rows enough that one more rounding in the running sum shows
+            yield ExpertsCase(T=600, H=96, I=48, E=16, k=8, dtype=dtype, activation=activation, weights="model")
             yield ExpertsCase(T=33, H=130, I=257, E=16, k=4, dtype=dtype, activation=activation)
             yield ExpertsCase(T=1, H=128, I=48, k=3, dtype=dtype, activation=activation)
             yield ExpertsCase(T=4, H=512, I=200, E=128, k=8, dtype=dtype, activation=activation)
@@ -205,6 +208,9 @@ def _special(request: Request) -> Iterator[Case]:
         for dtype in request.dtypes_of(variant):
             # Widths in 32s: elsewhere the CPU's own bf16 product lets a NaN spread (harness.memory tells how).
             yield ExpertsCase(T=20, I=32, E=6, k=2, dtype=dtype, data=variant)
+            if dtype == request.dtypes[-1] and variant in ("token_nan", "token_inf", "unused_expert_nan"):
+                for tokens in (1, 2, 3, 5):  # the way of few tokens may be another one
+                    yield ExpertsCase(T=tokens, I=32, E=6, k=2, dtype=dtype, data=variant)
             if request.profile != "quick":
                 width, inner = (130, 65) if request.device == "cuda" else (128, 64)
                 yield ExpertsCase(T=130, H=width, I=inner, E=16, k=4, dtype=dtype, data=variant)
@@ -221,6 +227,9 @@ def _repeats(request: Request) -> Iterator[Case]:
     for dtype in request.dtypes:
         yield ExpertsCase(T=37, H=128, I=96, E=8, k=4, dtype=dtype)
         yield ExpertsCase(T=5, H=256, I=64, E=16, k=8, dtype=dtype)
+    for tokens in (65, 130, 257):  # where another tile, or a product split over K, may begin
+        yield ExpertsCase(T=tokens, H=128, I=96, E=4, k=3, dtype=request.dtypes[0])
+    yield ExpertsCase(T=130, H=128, I=96, E=4, k=1, dtype=request.dtypes[0], routing="last")
 
 
 def _cuda_cases(request: Request) -> dict[str, Sequence[Case]]:

@@ -135,6 +135,8 @@ def _memory(request: Request) -> Iterator[Case]:
     for dtype in request.dtypes:
         yield GroupedLinearCase(S=33, K=128, N=40, dtype=dtype)
         yield GroupedLinearCase(S=50, K=33, N=17, E=20, sizes="sparse", bias=True, dtype=dtype)
+    for fields in ({"S": 1, "E": 3}, {"S": 18, "E": 1}, {"S": 18, "E": 5, "sizes": "last"}):  # one product is enough
+        yield GroupedLinearCase(K=32, N=24, dtype=request.dtypes[-1], **fields)
 
 
 def _special(request: Request) -> Iterator[Case]:

@@ -25,6 +25,7 @@ SHAPES: tuple[dict[str, Any], ...] = (
     {"T": 9, "k": 1, "renorm": "no"},
     {"T": 9, "E": 4, "k": 4, "H": 48, "I": 48},
     {"family": "qwen2_moe", "T": 9, "E": 4, "k": 2, "H": 1025, "I": 16},
+    {"family": "deepseek_v2", "T": 33, "k": 6, "method": "greedy"},
 )
 LAWS = ("token_permutation", "batch_split", "row_alone")
 
@@ -40,6 +41,7 @@ class MoeBlockCase(Case):
     E: int = 16
     k: int = 4
     renorm: str = "yes"  # norm_topk_prob: yes, no, or default, where the key is absent
+    method: str = "groups"  # topk_method of DeepSeek-V2: by groups, or greedy, whatever n_group says
 
     def rows(self) -> int:
         return self.T * self.k
@@ -82,7 +84,7 @@ def _numeric(request: Request) -> Iterator[Case]:
             yield MoeBlockCase(family=family, T=33, renorm="default", dtype=dtype, optional=True)
             yield MoeBlockCase(family=family, T=5, E=64, k=6, H=96, I=40, shared=70, dtype=dtype)
             yield MoeBlockCase(family=family, T=1, E=8, k=2, H=128, I=64, dtype=dtype)
-        for tokens in request.pick((2, 3, 4, 65), at.TOKENS[1:]):
+        for tokens in request.pick((2, 3, 4, 65, 257), at.TOKENS[1:]):
             yield MoeBlockCase(family=family, T=tokens, dtype=request.dtypes[-1], H=33, I=17, shared=9)
     for experts, top_k in request.pick(((128, 8),), at.RELEASED_EXPERTS):
         yield MoeBlockCase(T=17, E=experts, k=top_k, dtype=request.dtypes[-1])

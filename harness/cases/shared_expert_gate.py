@@ -107,6 +107,8 @@ def _memory(request: Request) -> Iterator[Case]:
     for dtype in request.dtypes:
         yield GateCase(lead="33", H=128, D=40, dtype=dtype)
         yield GateCase(lead="3x4", H=33, D=17, dtype=dtype)
+    for lead in ("1", "2x3x4", "2x1x2x3"):
+        yield GateCase(lead=lead, H=32, D=24, dtype=request.dtypes[-1])
 
 
 def _special(request: Request) -> Iterator[Case]:

@@ -17,8 +17,9 @@ def laws(trial: Trial, case: Case) -> Record:
     """The law that the case's variant names."""
     call = trial.build(case)
     record = _router_law(trial, call) if case.stage == "router" else _linear_law(trial, call)
+    told = "" if case.stage == "router" else "what should cancel does not: "
     for finding in record.findings:
-        finding.message = f"the law {case.variant} does not hold: {finding.message}"
+        finding.message = f"the law {case.variant} does not hold: {told}{finding.message}"
         finding.where["law"] = case.variant
     return record
 

@@ -70,8 +70,14 @@ def _sum(a: Tensor, b: Tensor) -> Tensor:
 
 
 def power_of_two(call: Call) -> list[Term]:
-    """Routing weights times four give the result times four."""
-    return [Term(call, 4.0), Term(changed(call, topk_weights=call.args["topk_weights"] * 4.0), -1.0)]
+    """Routing weights times 256, far above 1, give the result times 256."""
+    return [Term(call, 256.0), Term(changed(call, topk_weights=call.args["topk_weights"] * 256.0), -1.0)]
+
+
+def tiny_weights(call: Call) -> list[Term]:
+    """Routing weights of a millionth count like any other."""
+    scale = 2.0**-20
+    return [Term(call), Term(changed(call, topk_weights=call.args["topk_weights"] * scale), -1.0 / scale)]
 
 
 def _first_slot_off(call: Call) -> Tensor:

@@ -31,12 +31,13 @@ def run(me: Rank, spec: dict[str, Any], seed: int) -> dict[str, Any]:
     report = Report(me.rank)
     worlds = [world_data.build(case, replicated=replicated)]
     if check == "live":
-        other = world_data.build(case.but(seed=case.seed + 1, T=other_tokens(case)), replicated=replicated)
-        worlds.append(other.with_experts_of(worlds[0]))
+        for number, tokens in enumerate((other_tokens(case), case.T), 1):
+            other = world_data.build(case.but(seed=case.seed + number, T=tokens), replicated=replicated)
+            worlds.append(other.with_experts_of(worlds[0]))
     try:
         dispatcher = subject(me.group, num_experts=case.E, owner=worlds[0].owner.clone())
         limit = getattr(dispatcher, "max_live", None)
-        worlds = worlds if limit is None or limit >= len(worlds) else worlds[:1]
+        worlds = worlds[:limit]
         _judge(me, dispatcher, worlds, report, bool(spec.get("explain")))
     except REJECTIONS as error:
         if me.recorder.failed is not None:
@@ -67,7 +68,11 @@ def _judge(me: Rank, dispatcher: Any, worlds: list[world_data.World], report: Re
             return
     outputs: list[Tensor] = []
     for number in reversed(range(len(worlds))):
-        outputs.insert(0, dispatcher.combine(_run_experts(dispatched[number], worlds[number], me), dispatched[number]))
+        expert_output = _run_experts(dispatched[number], worlds[number], me)
+        given = expert_output.clone()
+        outputs.insert(0, dispatcher.combine(expert_output, dispatched[number]))
+        if not torch.equal(given.view(torch.uint8), expert_output.view(torch.uint8)):
+            report.fail("inputs", "expert_output was modified by combine")
     for call in me.recorder.started.values():
         told = f"rank {me.rank}, call {call}: started and never waited for, so that its result may come too late"
         report.fail("contract", told)

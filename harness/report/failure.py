@@ -31,12 +31,10 @@ def number(value: float | None) -> str:
 
 
 def times_the_bound(headroom: float | None) -> str | None:
-    """How far off, in words; None where the check has no bound."""
-    if headroom is None:
+    """How far off, in words; None where no bound applies (a crash, or data on which only one result is right)."""
+    if headroom is None or math.isinf(headroom):
         return None
-    if math.isnan(headroom):
-        return "not comparable: NaN"
-    return "beyond any bound" if math.isinf(headroom) else f"{number(headroom)} times the bound"
+    return "not comparable: NaN" if math.isnan(headroom) else f"{number(headroom)} times the bound"
 
 
 def place(where: dict[str, Any] | None) -> str | None:

@@ -59,7 +59,7 @@ def facts(result: dict[str, Any]) -> list[tuple[str, str]]:
         "config": result.get("config"),
         "seed": result.get("seed"),
         "time": f"{result['seconds']:.1f} s" if result.get("seconds") is not None else None,
-        "declared": "; ".join(declared) or "nothing",
+        "declared": "; ".join(declared) or ("nothing" if result["declared"] else None),
         "versions": ", ".join(versions),
     }
     return [(label, str(text)) for label, text in found.items() if text not in (None, "")]
@@ -68,4 +68,4 @@ def facts(result: dict[str, Any]) -> list[tuple[str, str]]:
 def _plain(value: Any) -> str:
     if value is True:
         return "yes"
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple | set) else str(value)
+    return (", ".join(map(str, value)) or "nothing") if isinstance(value, list | tuple | set) else str(value)

@@ -71,7 +71,8 @@ def _config(case: MoeBlockCase) -> dict[str, Any]:
     groups = 8 if case.E >= 16 and case.E % 8 == 0 else 4 if case.E % 4 == 0 else 1
     config |= {"n_routed_experts": case.E, "n_shared_experts": 2, "n_group": groups, "topk_group": max(1, groups // 2)}
     version = case.family.removeprefix("deepseek_")
-    method = {"v2": "group_limited_greedy", "v3": "noaux_tc"}[version]
+    by_group = {"v2": "group_limited_greedy", "v3": "noaux_tc"}[version]
+    method = by_group if case.method == "groups" else case.method
     return config | {"topk_method": method, "routed_scaling_factor": {"v2": 4.0, "v3": 2.5}[version]}
 
 

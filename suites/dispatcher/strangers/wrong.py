@@ -30,6 +30,31 @@ class EarlyOut(Padded):
         return super().dispatch(hidden_states, topk_weights, topk_ids)
 
 
+class OnlyLatest(Padded):
+    """Sends tokens in the order of their experts; combine undoes the latest order of as many tokens."""
+
+    latest = None
+
+    def dispatch(self, hidden_states, topk_weights, topk_ids):
+        order = topk_ids[:, 0].argsort(stable=True)
+        d = super().dispatch(hidden_states[order], topk_weights[order], topk_ids[order])
+        d.order = order
+        self.latest = d
+        return d
+
+    def combine(self, expert_output, d):
+        order = self.latest.order if self.latest.own == d.own else d.order
+        return super().combine(expert_output, d)[order.argsort()]
+
+
+class WritesExpertOutput(Padded):
+    """Sums in the memory that it is handed."""
+
+    def combine(self, expert_output, d):
+        dist.all_reduce(expert_output, group=self.g)
+        return expert_output[self.r * d.length :][: d.own].clone()
+
+
 class MaskIsZero(Padded):
     """A masked slot counts as expert 0."""
 
@@ -229,6 +254,8 @@ A_NUMBER = 7
 
 SAID = {
     "EarlyOut": "all_reduce",
+    "OnlyLatest": "combined in reverse order",
+    "WritesExpertOutput": "expert_output was modified",
     "MaskIsZero": "differ from the dense layer",
     "GlobalIds": "local ids",
     "WeighsAgain": "differ from the dense layer",
@@ -320,6 +347,21 @@ class RowLikeReplicated(MyReplicatedLinear):
         return keep
 
 
+class NarrowRow(RowSharded):
+    """A partial sum that passed through bf16."""
+
+    def __call__(self, x, group_sizes):
+        return super().__call__(x, group_sizes).bfloat16().to(x.dtype)
+
+
+class DenseColumn(MyColumnParallel):
+    """Reads the memory of a weight as if its rows lay one behind the other."""
+
+    def load(self, expert_id, weight, shard_id=None):
+        flat = weight.as_strided((weight.numel(),), (1,), weight.storage_offset())
+        super().load(expert_id, flat.view(weight.shape))
+
+
 class Nameless(MyColumnParallel):
     """Which layer is it?"""
 
@@ -333,4 +375,6 @@ SAID_OF_LAYERS = {
     "ArrivalColumn": "",
     "EvenReplicated": "",
     "RowLikeReplicated": "",
+    "NarrowRow": "",
+    "DenseColumn": "",
 }
