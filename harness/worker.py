@@ -22,6 +22,7 @@ from harness.checks import CHECKS
 from harness.contracts import load
 from harness.errors import HarnessError
 from harness.findings import Record
+from harness.lifeline import end_with
 from harness.power import JUDGING, Proof, prove
 from harness.trial import Broken, Rejected, Trial, first_line, kept_defaults
 from harness.worker_versions import versions
@@ -31,6 +32,7 @@ KEPT = 2 << 30  # bytes of device memory that a worker keeps between cases
 
 def serve(connection: Connection, output: str, stage: str, spec: str, device: str) -> None:
     """Load, report, then judge one (check, case) per message until the connection closes."""
+    end_with(connection)
     _quieten(output)
     torch.set_num_threads(2 if device == "cuda" else 1)  # as many workers run as there are cores, or half as many
     trial = _loaded(connection, stage, spec, device)

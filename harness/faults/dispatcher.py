@@ -543,7 +543,8 @@ class route_kept_on_the_object(Copies):
     def scatter(self, rows: Tensor, d: Rows) -> Tensor:
         slots = rows.new_zeros(*d.memory["shape"], rows.shape[1])
         count = min(len(rows), len(self.route["tokens"]))
-        slots[self.route["tokens"][:count], self.route["slots"][:count]] = rows[:count]
+        tokens = self.route["tokens"][:count].clamp(max=len(slots) - 1)
+        slots[tokens, self.route["slots"][:count]] = rows[:count]
         return slots.sum(1)
 
 

@@ -12,6 +12,7 @@ from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any, Protocol
 
+from harness.lifeline import end_with
 from harness.ranks.calls import Call
 from harness.ranks.heartbeat import Beat, Heartbeat
 from harness.ranks.jobs import Exit, Home
@@ -117,6 +118,7 @@ def wait(members: list[Member], seconds: float) -> list[Member]:
 def _serve(end: Any, rank: int, home: Home) -> None:
     from harness.ranks.worker import serve  # imports torch, which the controller does without
 
+    end_with(end)
     serve(end, rank, home)
 
 

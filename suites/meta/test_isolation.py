@@ -1,5 +1,10 @@
 """Whatever an implementation does to its process ends as a verdict, and what was judged before is kept."""
 
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 
 from harness.cases.request import Request
@@ -43,6 +48,33 @@ def test_a_process_killer_is_a_failure_beside_passed_cases(name, folder):
     assert result["coverage"]["executed"] > 20
     counted = {entry["reason"]: entry["cases"] for entry in result["coverage"]["skipped"]}
     assert result["coverage"]["executed"] + sum(counted.values()) == result["checks"][0]["cases"]
+
+
+def test_a_kernel_that_hangs_ends_with_its_judge(tmp_path):
+    """Killed outright, the judge can clean up nothing."""
+    code = (
+        "import os\ndef f(*a, **kw):\n    open(__file__ + '.pid', 'w').write(str(os.getpid()))\n    while True: pass\n"
+    )
+    (tmp_path / "spins.py").write_text(code)
+    line = [sys.executable, "-m", "harness.cli", "check", "--stage", "experts", "--impl", f"{tmp_path / 'spins.py'}:f"]
+    run = subprocess.Popen(line, cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    told = tmp_path / "spins.py.pid"
+    assert _soon(lambda: told.exists() and told.read_text(), 60), "the kernel was never called"
+    run.kill()
+    run.wait()
+    assert _soon(lambda: not _runs(int(told.read_text())), 10), "it runs on"
+
+
+def _soon(condition, seconds):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+def _runs(pid):
+    state = Path(f"/proc/{pid}/stat")
+    return state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def test_a_dict_among_the_inputs_may_not_be_changed(folder):

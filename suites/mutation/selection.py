@@ -60,6 +60,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("harness/pytest_plugin.py", ("suites/router", CLI)),
     ("harness/account.py", (f"{META}power.py", DIAGNOSIS_RANKED, CLI, ISOLATION)),
     ("harness/engine.py", (f"{META}power.py", DIAGNOSIS_RANKED, CLI, ISOLATION)),
+    ("harness/lifeline.py", (f"{META}isolation.py -k ends_with",)),
     ("harness/pool.py", ("suites/router", ISOLATION)),
     ("harness/worker*.py", ("suites/router", f"{META}power.py", ISOLATION)),
     ("harness/cli.py", (CLI,)),
