@@ -190,12 +190,17 @@ def test_one_that_cannot_be_loaded_does_not_lose_the_others(kernels):
     assert [one["verdict"] for one in runs] == ["pass", "error"]
 
 
+def heed_ctrl_c():
+    """A shell starts what it puts into the background with Ctrl-C ignored, and its children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_ends_with_the_report_of_what_was_judged(kernels):
     command = [sys.executable, "-m", "harness.cli", "check", "--stage", "experts", "--impl", "kernel.py:slow"]
     command += ["--json", "interrupted.json"]
     env = os.environ | {"PYTHONPATH": os.getcwd()}
     process = subprocess.Popen(command, cwd=kernels, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)  # fmt: skip
+                               start_new_session=True, preexec_fn=heed_ctrl_c)  # fmt: skip
     time.sleep(20)
     os.killpg(process.pid, signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
