@@ -37,7 +37,7 @@ def run(me: Rank, spec: dict[str, Any], seed: int) -> dict[str, Any]:
     try:
         dispatcher = subject(me.group, num_experts=case.E, owner=worlds[0].owner.clone())
         limit = getattr(dispatcher, "max_live", None)
-        worlds = worlds[:limit]
+        worlds = worlds[: None if limit is None else max(1, limit)]  # a class that allows none is judged all the same
         _judge(me, dispatcher, worlds, report, bool(spec.get("explain")))
     except REJECTIONS as error:
         if me.recorder.failed is not None:

@@ -62,6 +62,12 @@ class MaskIsZero(Padded):
         return super().dispatch(hidden_states, topk_weights, topk_ids.clamp(min=0))
 
 
+class NoneLive(MaskIsZero):
+    """Says that none of its dispatches may be combined."""
+
+    max_live = 0
+
+
 class GlobalIds(Padded):
     """Hands out the ids as they came."""
 
@@ -257,6 +263,7 @@ SAID = {
     "OnlyLatest": "combined in reverse order",
     "WritesExpertOutput": "expert_output was modified",
     "MaskIsZero": "differ from the dense layer",
+    "NoneLive": "differ from the dense layer",
     "GlobalIds": "local ids",
     "WeighsAgain": "differ from the dense layer",
     "Forgetful": "combined in reverse order",
