@@ -149,7 +149,7 @@ def _statistics(stage: Places, call: Call, bound: Bound, z: Tensor) -> Iterator[
 
 
 def _tiles(squares: Tensor, share: Tensor, own: Tensor, common: Tensor) -> Iterator[tuple[str, float, float]]:
-    """As `_statistics`, of all tiles at once: one by one, those of 2^31 elements took a GPU more than 200 s, now 13 s."""
+    """As `_statistics`, of all tiles at once: one by one, those of 2^31 elements took a GPU over 200 s, now 13."""
 
     def mean(matrix: Tensor) -> list[list[float]]:
         return avg_pool2d(matrix[None], TILE, ceil_mode=True, count_include_pad=False)[0].tolist()

@@ -9,6 +9,7 @@ from harness.cases.request import Request
 from harness.engine import Options
 from harness.errors import HarnessError
 from harness.ranks import judge
+from harness.ranks.linear_task import kind_of
 from harness.ranks.run import ENOUGH, RankRun, as_answer, judge_ranks
 from harness.report.results import verdict_of
 from suites.dispatcher.strangers import wrong
@@ -32,6 +33,10 @@ def _first_message(name: str, stage: str) -> str:
         for finding in judge.judge(spec, case, budget=5.0).findings:
             return finding["message"]
     raise AssertionError(f"{name} survives")
+
+
+def test_a_layer_of_partial_sums_is_row_parallel_by_any_name() -> None:
+    assert kind_of(type("Down", (), {"output": "partial"})) == "row"
 
 
 @pytest.mark.parametrize("name", RIGHT)

@@ -50,6 +50,15 @@ def test_a_process_killer_is_a_failure_beside_passed_cases(name, folder):
     assert result["coverage"]["executed"] + sum(counted.values()) == result["checks"][0]["cases"]
 
 
+def test_a_refusal_that_nobody_wrote_tells_its_line(folder):
+    """TypeError refuses an input, as the contract allows; out of torch it is rather a mistake."""
+    (folder / "typo.py").write_text("import torch\ndef f(*a, **kw):\n    return torch.sort(dimension=1)\n")
+    prepare()
+    result = judge("experts", f"{folder / 'typo.py'}:f", Request(dtypes=("fp32",)), Options(checks=("contract",)))
+    assert result["verdict"] == "unsupported"
+    assert "typo.py:3 in f" in result["coverage"]["unsupported"][0]["reason"]
+
+
 def test_a_kernel_that_hangs_ends_with_its_judge(tmp_path):
     """Killed outright, the judge can clean up nothing."""
     code = (
