@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from harness.ranks.ledger import Ledger
+from moe_harness.harness.ranks.ledger import Ledger
 
 MARKERS = (
     "gpu: needs one CUDA device",
@@ -22,7 +22,7 @@ LEDGER = pytest.StashKey[Ledger]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """--ledger FILE; `python -m harness.ranks.ledger FILE` then tells what is missing."""
+    """--ledger FILE; `python -m moe_harness.harness.ranks.ledger FILE` then tells what is missing."""
     parser.addoption("--ledger", type=Path, help="write each test's outcome here as it comes")
 
 

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from harness.cases import Case, parse_id
-from harness.cases.request import Request
-from harness.findings import HISTOGRAM_EDGES, MAX_Z
-from harness.report import Result
-from harness.report.results import Check, Coverage, Failure, Power
+from moe_harness.harness.cases import Case, parse_id
+from moe_harness.harness.cases.request import Request
+from moe_harness.harness.findings import HISTOGRAM_EDGES, MAX_Z
+from moe_harness.harness.report import Result
+from moe_harness.harness.report.results import Check, Coverage, Failure, Power
 
 HEATMAPS_PER_CHECK = 5
 CORE_CHECKS = ("contract", "exact", "numeric", "routing", "dense", "live", "shard")

@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness import wrong_outputs
-from harness.errors import UsageError, unknown
-from harness.stages.call import DTYPES
-from reference.experts import activate, routed_rows
-from reference.grouped_linear import row_experts
+from moe_harness.harness import wrong_outputs
+from moe_harness.harness.errors import UsageError, unknown
+from moe_harness.harness.stages.call import DTYPES
+from moe_harness.reference.experts import activate, routed_rows
+from moe_harness.reference.grouped_linear import row_experts
 
 RULES: dict[str, tuple[str, ...]] = {
     "allclose": ("atol", "rtol"),
@@ -69,7 +69,7 @@ class Audit:
 
 def builtin() -> dict[str, Path]:
     """Name -> file of the tests that are described here."""
-    import fixtures
+    from moe_harness import fixtures
 
     folder = Path(str(fixtures.__file__)).parent / "audits"
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}

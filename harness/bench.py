@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
-from harness.bench_data import BATCHES, Batch, Draw, Layer, problem
-from harness.contracts import REJECTIONS, Subject, load
-from harness.graphs import captured
-from harness.memory import poison_value
+from moe_harness.harness.bench_data import BATCHES, Batch, Draw, Layer, problem
+from moe_harness.harness.contracts import REJECTIONS, Subject, load
+from moe_harness.harness.graphs import captured
+from moe_harness.harness.memory import poison_value
 
 TARGET_US = 2000.0  # a graph holds calls worth about this much
 MAX_CALLS = 64

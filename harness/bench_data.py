@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness import rounding
-from harness.cases.spec import Case
-from harness.contracts import Subject
-from harness.stages import stage_module
-from harness.stages.call import Call
+from moe_harness.harness import rounding
+from moe_harness.harness.cases.spec import Case
+from moe_harness.harness.contracts import Subject
+from moe_harness.harness.stages import stage_module
+from moe_harness.harness.stages.call import Call
 
 SETS = 2
 SAMPLE = 16  # rows of each result that are compared with the reference

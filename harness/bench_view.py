@@ -6,7 +6,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from harness.bench import Report, Timing
+from moe_harness.harness.bench import Report, Timing
 
 
 def table(report: Report) -> Table:

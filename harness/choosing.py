@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from harness.cases.router import RouterCase
-from harness.stages.call import DTYPES, Call
-from harness.trial import Broken, Rejected, Trial
+from moe_harness.harness.cases.router import RouterCase
+from moe_harness.harness.stages.call import DTYPES, Call
+from moe_harness.harness.trial import Broken, Rejected, Trial
 
 ROWS, EXPERTS, TIED, SLOTS = 16, 32, 8, 3
 BITS = {"bf16": 8, "fp16": 11}  # fewest first

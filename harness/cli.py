@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from harness import contracts
-from harness.cases.request import PROFILES, Request
-from harness.commands import Debug, Device, writable
-from harness.errors import EXIT_CANNOT_JUDGE, HarnessError, UsageError, unknown
+from moe_harness.harness import contracts
+from moe_harness.harness.cases.request import PROFILES, Request
+from moe_harness.harness.commands import Debug, Device, writable
+from moe_harness.harness.errors import EXIT_CANNOT_JUDGE, HarnessError, UsageError, unknown
 
 app = typer.Typer(
     name="moe-harness", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -46,8 +46,8 @@ def check(
     debug: Debug = False,
 ) -> None:
     """Judge one or more implementations of a stage."""
-    from harness import engine, report
-    from harness.pool import prepare
+    from moe_harness.harness import engine, report
+    from moe_harness.harness.pool import prepare
 
     request = _request(stage, device, dtype, profile, config, seed)
     options = engine.Options(request.dtypes if dtype else None, timeout, _known_checks(stage, request, checks))
@@ -75,18 +75,18 @@ def check(
 def _judge(
     stage: str, spec: str, request: Request, options: Any, worlds: tuple[int, ...], progress: Any, keep: Any
 ) -> Any:
-    from harness import engine
+    from moe_harness.harness import engine
 
     if stage in contracts.STAGES:
         return engine.judge(stage, spec, request, options, progress)
-    from harness.ranks.run import judge_ranks
+    from moe_harness.harness.ranks.run import judge_ranks
 
     return judge_ranks(stage, spec, request, options, worlds, progress, keep)
 
 
 def _keeper(json: Path | None, before: list) -> Any:
     """Writes an unfinished result behind those `before`, whole at any time; nothing where no file was asked for."""
-    from harness import report
+    from moe_harness.harness import report
 
     def keep(result: Any) -> None:
         if json is not None:
@@ -111,7 +111,7 @@ def _status(results: list, errors: list[HarnessError]) -> int:
     """A wrong call counts before a failure, since it is the caller's to mend; a failure before what was not judged."""
     if any(isinstance(error, UsageError) for error in errors):
         return UsageError.exit_status
-    from harness.report import exit_status
+    from moe_harness.harness.report import exit_status
 
     return exit_status(results)
 
@@ -124,7 +124,7 @@ def list_(
     from rich.console import Console
     from rich.table import Table
 
-    from fixtures.configs import names
+    from moe_harness.fixtures.configs import names
 
     console = Console()
     known = (*contracts.STAGES, *contracts.RANK_STAGES)
@@ -146,7 +146,7 @@ def _request(
     stage: str, device: str, dtype: list[str] | None, profile: str, config: list[str] | None, seed: int
 ) -> Request:
     """The checked form of what was asked; UsageError for any unknown name."""
-    from fixtures.configs import names, shape
+    from moe_harness.fixtures.configs import names, shape
 
     contracts.check_stage(stage, (*contracts.STAGES, *contracts.RANK_STAGES))
     for kind, value, known in (("device", device, contracts.DEVICES), ("profile", profile, PROFILES)):
@@ -166,7 +166,7 @@ def _request(
 def _known_checks(stage: str, request: Request, checks: list[str] | None) -> tuple[str, ...] | None:
     if not checks or stage not in contracts.STAGES:
         return None
-    from harness.cases import plan
+    from moe_harness.harness.cases import plan
 
     known = [*dict.fromkeys(p.check for p in plan(stage, request)), "property"]
     for check_name in checks:
@@ -176,13 +176,13 @@ def _known_checks(stage: str, request: Request, checks: list[str] | None) -> tup
 
 
 def _deliver(results: list, json: Path | None, html: Path | None) -> None:
-    from harness import report
+    from moe_harness.harness import report
 
     report.print_report(results)
     if json is not None:
         json.write_text(report.dumps(results))
     if html is not None:
-        from harness.report.html import write_html
+        from moe_harness.harness.report.html import write_html
 
         write_html(results, html)
 
@@ -194,11 +194,11 @@ def _tell(error: HarnessError, debug: bool) -> None:
 
 
 def _register_commands() -> None:
-    from harness.commands.audit import audit
-    from harness.commands.bench import bench
-    from harness.commands.faults import faults
-    from harness.commands.replay import replay
-    from harness.commands.tune import tune
+    from moe_harness.harness.commands.audit import audit
+    from moe_harness.harness.commands.bench import bench
+    from moe_harness.harness.commands.faults import faults
+    from moe_harness.harness.commands.replay import replay
+    from moe_harness.harness.commands.tune import tune
 
     for command in (replay, faults, audit, bench, tune):
         app.command()(command)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, pad
 
-from harness.findings import HISTOGRAM_EDGES, Finding, Record
-from harness.rounding import Bound, independent, max_limit, rms_limit
-from harness.stages.call import Call
-from harness.stages.rows import matrix
-from harness.structure import Places, heatmap, structure
+from moe_harness.harness.findings import HISTOGRAM_EDGES, Finding, Record
+from moe_harness.harness.rounding import Bound, independent, max_limit, rms_limit
+from moe_harness.harness.stages.call import Call
+from moe_harness.harness.stages.rows import matrix
+from moe_harness.harness.structure import Places, heatmap, structure
 
 TILE = (16, 64)
 

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.cases import Case
-from harness.cases.experts import ExpertsCase
-from harness.cases.grouped_linear import GroupedLinearCase
-from harness.cases.names import DESCRIBED_STAGES
-from harness.cases.shared_expert_gate import GateCase
-from harness.choosing import of_router
-from harness.stages.call import DTYPES, Call
-from harness.trial import Broken, Rejected, Trial
+from moe_harness.harness.cases import Case
+from moe_harness.harness.cases.experts import ExpertsCase
+from moe_harness.harness.cases.grouped_linear import GroupedLinearCase
+from moe_harness.harness.cases.names import DESCRIBED_STAGES
+from moe_harness.harness.cases.shared_expert_gate import GateCase
+from moe_harness.harness.choosing import of_router
+from moe_harness.harness.stages.call import DTYPES, Call
+from moe_harness.harness.trial import Broken, Rejected, Trial
 
 BITS = {"fp32": 24, "fp16": 11, "bf16": 8}
 FORMATS = {8: "bf16", 11: "fp16 or tf32", 24: "fp32", 53: "fp64"}

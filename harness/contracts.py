@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.errors import CannotJudge, HarnessError, UsageError, unknown
+from moe_harness.harness.errors import CannotJudge, HarnessError, UsageError, unknown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -161,12 +161,12 @@ def registered(stage: str) -> dict[str, str]:
         family = file.parent.name
         for variant in _exported(file):
             name = family if variant == stage else f"{family}:{variant}"
-            found[name] = f"impls.{family}.{stage}"
+            found[name] = f"moe_harness.impls.{family}.{stage}"
     return found
 
 
 def _impls_folder() -> Path:
-    spec = importlib.util.find_spec("impls")
+    spec = importlib.util.find_spec("moe_harness.impls")
     locations = list(spec.submodule_search_locations or []) if spec else []
     return Path(locations[0]) if locations else Path("impls")
 

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from harness.account import COUNTED_AS, Account, Listener
-from harness.cases import Case, plan
-from harness.cases.names import DESCRIBED_STAGES
-from harness.cases.plans import ON_CUDA_ONLY, Planned
-from harness.cases.request import Request
-from harness.errors import CannotJudge, HarnessError
-from harness.pool import EXPLAINED, Pool, worker_count
-from harness.report import Result
+from moe_harness.harness.account import COUNTED_AS, Account, Listener
+from moe_harness.harness.cases import Case, plan
+from moe_harness.harness.cases.names import DESCRIBED_STAGES
+from moe_harness.harness.cases.plans import ON_CUDA_ONLY, Planned
+from moe_harness.harness.cases.request import Request
+from moe_harness.harness.errors import CannotJudge, HarnessError
+from moe_harness.harness.pool import EXPLAINED, Pool, worker_count
+from moe_harness.harness.report import Result
 
 EXAMPLES = {"quick": 200, "full": 500, "exhaustive": 3000}
 SEARCH_SECONDS = {"quick": 15.0, "full": 120.0, "exhaustive": 900.0}
@@ -126,7 +126,7 @@ class Run:
 
     def _search(self, pool: Pool) -> None:
         """Hypothesis draws cases; what it finds is one failure, its smallest case."""
-        from harness import strategies
+        from moe_harness.harness import strategies
 
         end = time.monotonic() + SEARCH_SECONDS[self.request.profile]
         answers: dict[str, dict[str, Any]] = {}

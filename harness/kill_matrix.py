@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from harness import strategies
-from harness.cases import plan
-from harness.cases.names import CHECK_NAMES, RANK_CHECKS
-from harness.cases.plans import ON_CUDA_ONLY, Planned
-from harness.cases.request import Request
-from harness.errors import HarnessError
-from harness.faults.catalogue import RANKED, Fault
-from harness.pool import DEATHS, Pool
+from moe_harness.harness import strategies
+from moe_harness.harness.cases import plan
+from moe_harness.harness.cases.names import CHECK_NAMES, RANK_CHECKS
+from moe_harness.harness.cases.plans import ON_CUDA_ONLY, Planned
+from moe_harness.harness.cases.request import Request
+from moe_harness.harness.errors import HarnessError
+from moe_harness.harness.faults.catalogue import RANKED, Fault
+from moe_harness.harness.pool import DEATHS, Pool
 
 Matrix = dict[str, Any]
 Row = dict[str, Any]
@@ -130,7 +130,7 @@ def _fill(row: Row, pool: Pool, dtypes: tuple[str, ...], request: Request, after
 
 def _fill_ranked(row: Row, fault: Fault, options: Options) -> None:
     """Every planned case until the first kill, some of the rest after it; a finding says which check it is of."""
-    from harness.ranks.judge import judge, planned
+    from moe_harness.harness.ranks.judge import judge, planned
 
     request = options.request
     ids = planned(fault.stage, fault.spec, WORLDS, profile=request.profile, seed=request.seed)

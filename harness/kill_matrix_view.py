@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from harness.kill_matrix import Cell, Matrix, Row
+from moe_harness.harness.kill_matrix import Cell, Matrix, Row
 
 SHORT = {
     "contract": "contr", "numeric": "num", "routing": "rout", "sentinels": "sent", "layouts": "layout",

@@ -13,8 +13,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from harness.errors import CannotJudge, UsageError
-from harness.findings import unfinished
+from moe_harness.harness.errors import CannotJudge, UsageError
+from moe_harness.harness.findings import unfinished
 
 POLL = 0.1  # seconds between looks at the clock and at the memory of the workers
 START_BUDGET = 180.0  # seconds for importing an implementation
@@ -240,7 +240,7 @@ class Pool:
 
 def _serve(*arguments: Any) -> None:
     """`harness.worker.serve`, imported where it runs: this process needs no torch."""
-    from harness.worker import serve
+    from moe_harness.harness.worker import serve
 
     serve(*arguments)
 
@@ -266,7 +266,7 @@ def _memory_limit(workers: int) -> int:
 
 def prepare() -> None:
     """Let the server that forks workers import torch and the judge once; call before the first Pool."""
-    multiprocessing.set_forkserver_preload(["harness.worker"])
+    multiprocessing.set_forkserver_preload(["moe_harness.harness.worker"])
 
 
 def worker_count(device: str) -> int:

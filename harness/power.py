@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.cases import Case
-from harness.compare import against_bound, exactly
-from harness.rounding import Bound, max_limit
-from harness.stages import router, stage_module
-from harness.stages.call import DTYPES, Call
-from harness.stages.rows import count, matrix, spread
-from harness.trial import PART, Trial, right_result
-from harness.wrong_outputs import Wrong, wrong_outputs
-from reference.experts import local_ids
+from moe_harness.harness.cases import Case
+from moe_harness.harness.compare import against_bound, exactly
+from moe_harness.harness.rounding import Bound, max_limit
+from moe_harness.harness.stages import router, stage_module
+from moe_harness.harness.stages.call import DTYPES, Call
+from moe_harness.harness.stages.rows import count, matrix, spread
+from moe_harness.harness.trial import PART, Trial, right_result
+from moe_harness.harness.wrong_outputs import Wrong, wrong_outputs
+from moe_harness.reference.experts import local_ids
 
 ROWS, MORE_ROWS = 3, 32  # looked at first, and before a data set is called powerless
 SEEDS = 3  # tried of a recipe before it is given up

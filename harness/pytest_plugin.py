@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from harness.cases import plan
-from harness.cases.plans import ON_CUDA_ONLY, Planned
-from harness.cases.request import PROFILES, Request
-from harness.contracts import DEVICES, DTYPES, STAGES
-from harness.errors import HarnessError
+from moe_harness.harness.cases import plan
+from moe_harness.harness.cases.plans import ON_CUDA_ONLY, Planned
+from moe_harness.harness.cases.request import PROFILES, Request
+from moe_harness.harness.contracts import DEVICES, DTYPES, STAGES
+from moe_harness.harness.errors import HarnessError
 
 if TYPE_CHECKING:
-    from harness.report import Result
+    from moe_harness.harness.report import Result
 
 POOLS = pytest.StashKey[dict[tuple[str, str], Any]]()
 ANSWER = "moe-harness"  # the user property that carries an answer from an xdist worker to the terminal
@@ -106,7 +106,7 @@ def falsify(judged: tuple[str, str, None], request: pytest.FixtureRequest) -> Ca
 
     def search() -> None:
         __tracebackhide__ = True
-        from harness import strategies
+        from moe_harness.harness import strategies
 
         pool, config = pool_for(request.config, stage, spec), request.config.option
         answers: dict[str, dict[str, Any]] = {}
@@ -127,8 +127,8 @@ def falsify(judged: tuple[str, str, None], request: pytest.FixtureRequest) -> Ca
 def conclude(request: pytest.FixtureRequest, spec: str, answer: dict[str, Any]) -> None:
     """Turn an answer into the test's outcome, and keep it for the report."""
     __tracebackhide__ = True
-    from harness.pool import EXPLAINED
-    from harness.report import failure_text
+    from moe_harness.harness.pool import EXPLAINED
+    from moe_harness.harness.report import failure_text
 
     request.node.user_properties.append((ANSWER, {"spec": spec, "answer": answer}))
     if answer["status"] == "unsupported":
@@ -149,7 +149,7 @@ def conclude(request: pytest.FixtureRequest, spec: str, answer: dict[str, Any]) 
 
 def pool_for(config: pytest.Config, stage: str, spec: str) -> Any:
     """The worker process for an implementation, one per pytest process, started when first asked for."""
-    from harness.pool import Pool, prepare
+    from moe_harness.harness.pool import Pool, prepare
 
     pools = config.stash[POOLS]
     if (stage, spec) not in pools:
@@ -170,9 +170,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     results = results_of(reports, _request(config))
     if not results:
         return
-    from harness import report
-    from harness.report.html import write_html
-    from harness.report.terminal import checks_table, emit, ledger
+    from moe_harness.harness import report
+    from moe_harness.harness.report.html import write_html
+    from moe_harness.harness.report.terminal import checks_table, emit, ledger
 
     terminalreporter.section("moe-harness")
     from rich.console import Console
@@ -195,7 +195,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 def results_of(reports: Iterable[Any], request: Request) -> "list[Result]":
     """The answers that test reports carry, put together as the command puts them together."""
-    from harness.account import Account, Listener
+    from moe_harness.harness.account import Account, Listener
 
     accounts: dict[tuple[str, str], Account] = {}
     for one in reports:

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.contracts import ROUNDINGS
-from reference import moe_block as block
-from reference.experts import ExpertSteps, expert_steps, local_ids, routed_rows
-from reference.grouped_linear import row_experts
+from moe_harness.harness.contracts import ROUNDINGS
+from moe_harness.reference import moe_block as block
+from moe_harness.reference.experts import ExpertSteps, expert_steps, local_ids, routed_rows
+from moe_harness.reference.grouped_linear import row_experts
 
 Rounds = frozenset[str]  # roundings that a result may hold
 Declared = tuple[str, ...] | None  # those an implementation declares; None: all of them

@@ -6,7 +6,7 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from harness.cases import Case, boundaries, experts, grouped_linear, moe_block, router, shared_expert_gate
+from moe_harness.harness.cases import Case, boundaries, experts, grouped_linear, moe_block, router, shared_expert_gate
 
 SIZE = st.integers(1, 12) | st.sampled_from((16, 17, 31, 33, 48, 64, 65, 96, 100))
 TOKENS = st.integers(0, 12) | st.sampled_from(boundaries.TOKENS)

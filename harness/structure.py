@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from harness.stages.call import Call
+from moe_harness.harness.stages.call import Call
 
 MOST = 5  # patterns told, best evidence first
 CONSTANT = 0.02  # spread of an error over its mean that is one term added everywhere

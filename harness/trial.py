@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.cases import Case
-from harness.compare import against_bound, exactly
-from harness.contracts import REJECTIONS, Subject
-from harness.findings import Record
-from harness.rounding import Bound
-from harness.stages import stage_module
-from harness.stages.call import Call
-from harness.stages.rows import count, of_result, part
+from moe_harness.harness.cases import Case
+from moe_harness.harness.compare import against_bound, exactly
+from moe_harness.harness.contracts import REJECTIONS, Subject
+from moe_harness.harness.findings import Record
+from moe_harness.harness.rounding import Bound
+from moe_harness.harness.stages import stage_module
+from moe_harness.harness.stages.call import Call
+from moe_harness.harness.stages.rows import count, of_result, part
 
 PART = 1 << 16  # rows that are judged at once: of 2^31 elements the fp64 reference alone would fill a GPU's memory
 

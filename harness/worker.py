@@ -17,15 +17,15 @@ from typing import Any
 
 import torch
 
-from harness.cases import Planned, parse_id
-from harness.checks import CHECKS
-from harness.contracts import load
-from harness.errors import HarnessError
-from harness.findings import Record
-from harness.lifeline import end_with
-from harness.power import JUDGING, Proof, prove
-from harness.trial import Broken, Rejected, Trial, first_line, kept_defaults
-from harness.worker_versions import versions
+from moe_harness.harness.cases import Planned, parse_id
+from moe_harness.harness.checks import CHECKS
+from moe_harness.harness.contracts import load
+from moe_harness.harness.errors import HarnessError
+from moe_harness.harness.findings import Record
+from moe_harness.harness.lifeline import end_with
+from moe_harness.harness.power import JUDGING, Proof, prove
+from moe_harness.harness.trial import Broken, Rejected, Trial, first_line, kept_defaults
+from moe_harness.harness.worker_versions import versions
 
 KEPT = 2 << 30  # bytes of device memory that a worker keeps between cases
 
@@ -94,7 +94,7 @@ def _is_device_lost(device: str) -> bool:
 
 def explain_id(trial: Trial, case_id: str, seconds: float) -> dict[str, Any]:
     """Known faults that explain what a failing case yields, best first, and what its error looks like."""
-    from harness.diagnosis import explain, looks
+    from moe_harness.harness.diagnosis import explain, looks
 
     case = parse_id(case_id)[2]
     try:
@@ -105,7 +105,7 @@ def explain_id(trial: Trial, case_id: str, seconds: float) -> dict[str, Any]:
 
 def describe(trial: Trial) -> str:
     """How the implementation computes, as far as probes establish it."""
-    from harness.computing import how_it_computes
+    from moe_harness.harness.computing import how_it_computes
 
     return how_it_computes(trial)
 
@@ -137,7 +137,7 @@ def _loaded(connection: Connection, stage: str, spec: str, device: str) -> Trial
 
 
 def _no_cuda() -> HarnessError:
-    from harness.errors import CannotJudge
+    from moe_harness.harness.errors import CannotJudge
 
     built = torch.version.cuda
     why = "this torch is built without CUDA" if built is None else f"torch is built for CUDA {built} but sees no device"
@@ -145,7 +145,7 @@ def _no_cuda() -> HarnessError:
 
 
 def _other_device(spec: str, device: str, devices: tuple[str, ...]) -> HarnessError:
-    from harness.errors import CannotJudge
+    from moe_harness.harness.errors import CannotJudge
 
     return CannotJudge(f"implementation {spec!r} declares devices {', '.join(devices)}, but --device is {device}")
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.stages.call import Call
-from reference import moe_block as block
-from reference import router as routing
-from reference.experts import activate, local_ids, routed_rows
-from reference.experts import experts as routed_experts
-from reference.grouped_linear import grouped_linear, row_experts
+from moe_harness.harness.stages.call import Call
+from moe_harness.reference import moe_block as block
+from moe_harness.reference import router as routing
+from moe_harness.reference.experts import activate, local_ids, routed_rows
+from moe_harness.reference.experts import experts as routed_experts
+from moe_harness.reference.grouped_linear import grouped_linear, row_experts
 
 Wrong = dict[str, Any]
 

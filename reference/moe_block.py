@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reference.experts import activate, experts
-from reference.router import router
-from reference.shared_expert_gate import shared_expert_gate
+from moe_harness.reference.experts import activate, experts
+from moe_harness.reference.router import router
+from moe_harness.reference.shared_expert_gate import shared_expert_gate
 
 Weights = dict[str, Tensor]
 Config = dict[str, Any]

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from itertools import cycle
 from typing import Any, ClassVar, Self
 
-from harness.cases import boundaries as at
-from harness.cases.pairwise import pairwise
-from harness.cases.request import Request
-from harness.cases.spec import Case, tile_steps
+from moe_harness.harness.cases import boundaries as at
+from moe_harness.harness.cases.pairwise import pairwise
+from moe_harness.harness.cases.request import Request
+from moe_harness.harness.cases.spec import Case, tile_steps
 
 ROUTINGS = ("uniform", "one", "skewed", "duplicates", "last")
 MASKS = ("none", "some", "rows")

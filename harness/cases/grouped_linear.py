@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from harness.cases import boundaries as at
-from harness.cases.pairwise import pairwise
-from harness.cases.request import Request
-from harness.cases.spec import Case, tile_steps
+from moe_harness.harness.cases import boundaries as at
+from moe_harness.harness.cases.pairwise import pairwise
+from moe_harness.harness.cases.request import Request
+from moe_harness.harness.cases.spec import Case, tile_steps
 
 SIZES = ("random", "sparse", "first", "last", "even", "ones")
 SPECIALS = (

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from harness.cases import boundaries as at
-from harness.cases.request import Request
-from harness.cases.spec import Case
+from moe_harness.harness.cases import boundaries as at
+from moe_harness.harness.cases.request import Request
+from moe_harness.harness.cases.spec import Case
 
 FAMILIES = (
     "qwen2_moe",

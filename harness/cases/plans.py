@@ -3,8 +3,8 @@
 from importlib import import_module
 from typing import NamedTuple
 
-from harness.cases.request import Request
-from harness.cases.spec import Case
+from moe_harness.harness.cases.request import Request
+from moe_harness.harness.cases.spec import Case
 
 ON_CUDA_ONLY = {"graph_replay", "side_stream", "large_offsets"}
 
@@ -22,5 +22,5 @@ class Planned(NamedTuple):
 
 def plan(stage: str, request: Request) -> list[Planned]:
     """Every (check, case) of a run, in the order of judgement; equal ones appear once."""
-    by_check = import_module(f"harness.cases.{stage}").plan(request)
+    by_check = import_module(f"moe_harness.harness.cases.{stage}").plan(request)
     return list(dict.fromkeys(Planned(check, case) for check, cases in by_check.items() for case in cases))

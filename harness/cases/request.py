@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from harness.cases.spec import Case
+from moe_harness.harness.cases.spec import Case
 
 PROFILES = ("quick", "full", "exhaustive")
 WEIGHT_BYTES_ON_CPU = 1 << 30

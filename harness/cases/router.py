@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from harness.cases import boundaries as at
-from harness.cases.pairwise import pairwise
-from harness.cases.request import Request
-from harness.cases.spec import Case
+from moe_harness.harness.cases import boundaries as at
+from moe_harness.harness.cases.pairwise import pairwise
+from moe_harness.harness.cases.request import Request
+from moe_harness.harness.cases.spec import Case
 
 LAWS = ("token_permutation", "expert_relabelling", "batch_split", "row_alone", "softmax_shift", "scale_is_linear")
 SPECIALS = (

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from math import prod
 from typing import ClassVar, Self
 
-from harness.cases import boundaries as at
-from harness.cases.pairwise import pairwise
-from harness.cases.request import Request
-from harness.cases.spec import Case
+from moe_harness.harness.cases import boundaries as at
+from moe_harness.harness.cases.pairwise import pairwise
+from moe_harness.harness.cases.request import Request
+from moe_harness.harness.cases.spec import Case
 
 LEADS = ("1", "7", "33", "2x3", "5x1x4", "0", "129", "2x0x3", "", "1x1x1x6", "1024")
 SPECIALS = (

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
-from harness.errors import UsageError, unknown
+from moe_harness.harness.errors import UsageError, unknown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ def _text(value: object) -> str:
 
 
 def case_types() -> dict[str, type[Case]]:
-    from harness.cases import experts, grouped_linear, moe_block, router, shared_expert_gate
+    from moe_harness.harness.cases import experts, grouped_linear, moe_block, router, shared_expert_gate
 
     modules = (router, experts, grouped_linear, shared_expert_gate, moe_block)
     return {module.CaseType.stage: module.CaseType for module in modules}

@@ -5,11 +5,11 @@
 
 from collections.abc import Callable
 
-from harness.cases import Case
-from harness.checks import cuda, laws, memory, repeats
-from harness.checks.plain import contract, plain
-from harness.findings import Record
-from harness.trial import Trial
+from moe_harness.harness.cases import Case
+from moe_harness.harness.checks import cuda, laws, memory, repeats
+from moe_harness.harness.checks.plain import contract, plain
+from moe_harness.harness.findings import Record
+from moe_harness.harness.trial import Trial
 
 Check = Callable[[Trial, Case], Record]
 

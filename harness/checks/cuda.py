@@ -5,14 +5,14 @@ from typing import Any
 
 import torch
 
-from harness.cases import Case
-from harness.checks.memory import copies, refill, results_of
-from harness.checks.plain import plain
-from harness.findings import Record
-from harness.graphs import captured
-from harness.memory import poison_value
-from harness.stages.call import Call
-from harness.trial import Broken, Rejected, Trial
+from moe_harness.harness.cases import Case
+from moe_harness.harness.checks.memory import copies, refill, results_of
+from moe_harness.harness.checks.plain import plain
+from moe_harness.harness.findings import Record
+from moe_harness.harness.graphs import captured
+from moe_harness.harness.memory import poison_value
+from moe_harness.harness.stages.call import Call
+from moe_harness.harness.trial import Broken, Rejected, Trial
 
 REPLAYS = 12
 SLEEP_CYCLES = 20_000_000  # about 10 ms at 2 GHz: far longer than a launch, so that a wrong stream runs ahead
@@ -83,7 +83,7 @@ def side_stream(trial: Trial, case: Case) -> Record:
 
 def refill_quietly(call: Call, values: Call) -> None:
     """As `refill`, without the snapshots that would wait for the device."""
-    from harness.checks.memory import tensors
+    from moe_harness.harness.checks.memory import tensors
 
     for name, tensor in tensors(call).items():
         tensor.copy_(tensors(values)[name], non_blocking=True)

@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from harness.cases import Case
-from harness.compare import against_bound
-from harness.findings import Record
-from harness.laws import router as router_laws
-from harness.laws import terms
-from harness.rounding import ACCUMULATOR, Bound, permitted, score_error
-from harness.stages.call import Call
-from harness.trial import Trial
+from moe_harness.harness.cases import Case
+from moe_harness.harness.compare import against_bound
+from moe_harness.harness.findings import Record
+from moe_harness.harness.laws import router as router_laws
+from moe_harness.harness.laws import terms
+from moe_harness.harness.rounding import ACCUMULATOR, Bound, permitted, score_error
+from moe_harness.harness.stages.call import Call
+from moe_harness.harness.trial import Trial
 
 
 def laws(trial: Trial, case: Case) -> Record:

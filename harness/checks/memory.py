@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.cases import Case
-from harness.checks.plain import judged_call
-from harness.findings import Record
-from harness.memory import poisoned_allocations
-from harness.stages.call import Call
-from harness.trial import Rejected, Trial
+from moe_harness.harness.cases import Case
+from moe_harness.harness.checks.plain import judged_call
+from moe_harness.harness.findings import Record
+from moe_harness.harness.memory import poisoned_allocations
+from moe_harness.harness.stages.call import Call
+from moe_harness.harness.trial import Rejected, Trial
 
 LEAK_CALLS = 40
 WARM_UP_CALLS = 15

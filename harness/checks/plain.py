@@ -1,10 +1,10 @@
 """One call, judged against its bound."""
 
-from harness.cases import Case
-from harness.contracts import SIGNATURES
-from harness.findings import Record
-from harness.stages.call import Call
-from harness.trial import Trial
+from moe_harness.harness.cases import Case
+from moe_harness.harness.contracts import SIGNATURES
+from moe_harness.harness.findings import Record
+from moe_harness.harness.stages.call import Call
+from moe_harness.harness.trial import Trial
 
 
 def plain(trial: Trial, case: Case) -> Record:

@@ -2,14 +2,14 @@
 
 import torch
 
-from harness.cases import Case
-from harness.checks.memory import copies, same_bits
-from harness.findings import Record
-from harness.laws import router as router_laws
-from harness.laws import terms
-from harness.memory import poisoned_allocations
-from harness.stages.call import Call
-from harness.trial import Rejected, Trial
+from moe_harness.harness.cases import Case
+from moe_harness.harness.checks.memory import copies, same_bits
+from moe_harness.harness.findings import Record
+from moe_harness.harness.laws import router as router_laws
+from moe_harness.harness.laws import terms
+from moe_harness.harness.memory import poisoned_allocations
+from moe_harness.harness.stages.call import Call
+from moe_harness.harness.trial import Rejected, Trial
 
 REPETITIONS = 6
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from harness.errors import UsageError
+from moe_harness.harness.errors import UsageError
 
 Device = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback behind a message.")]

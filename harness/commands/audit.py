@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from harness.errors import UsageError
+from moe_harness.harness.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,7 +25,7 @@ def audit(
 
     from rich.console import Console
 
-    from harness import audit as auditing
+    from moe_harness.harness import audit as auditing
 
     if json is not None and (json.is_dir() or not json.absolute().parent.is_dir()):
         raise UsageError(f"cannot write {json}: its folder does not exist, or it is a folder itself")
@@ -67,7 +67,7 @@ def show(result: dict[str, Any], console: "Console") -> None:
 
 def _names(shapes: list[dict[str, Any]]) -> list[str]:
     """Every wrong output of any shape, in the order of the shape with most of them."""
-    from harness.wrong_outputs import EXPERTS, GROUPED_LINEAR
+    from moe_harness.harness.wrong_outputs import EXPERTS, GROUPED_LINEAR
 
     seen = {name for entry in shapes for name in entry["accepted"] + entry["rejected"]}
     return [name for name in dict.fromkeys(EXPERTS + GROUPED_LINEAR) if name in seen]

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from harness.commands import writable
-from harness.errors import EXIT_CANNOT_JUDGE, EXIT_PASS, CannotJudge, UsageError, unknown
+from moe_harness.harness.commands import writable
+from moe_harness.harness.errors import EXIT_CANNOT_JUDGE, EXIT_PASS, CannotJudge, UsageError, unknown
 
 TOKENS = "1,8,32,64,128,256,512,1024,4096,16384"
 STAGES = ("experts", "router", "grouped_linear", "shared_expert_gate")
@@ -32,7 +32,7 @@ def bench(
     """Time implementations of a stage; one that is not right on the timed data is not timed."""
     from rich.console import Console
 
-    from fixtures.configs import names, shape
+    from moe_harness.fixtures.configs import names, shape
 
     for kind, value, known in (("stage", stage, STAGES), ("config", config, names()), ("dtype", dtype, DTYPES)):
         if value not in known:
@@ -42,10 +42,10 @@ def bench(
     for path in (json, picture):
         writable(path)
     _require(picture)
-    from harness import bench as library
-    from harness.bench_data import Layer
-    from harness.bench_view import legend, remarks, table
-    from harness.bench_view import picture as draw
+    from moe_harness.harness import bench as library
+    from moe_harness.harness.bench_data import Layer
+    from moe_harness.harness.bench_view import legend, remarks, table
+    from moe_harness.harness.bench_view import picture as draw
 
     try:
         report = library.bench(

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from harness import contracts
-from harness.commands import Device, writable
-from harness.errors import EXIT_FAIL, unknown
+from moe_harness.harness import contracts
+from moe_harness.harness.commands import Device, writable
+from moe_harness.harness.errors import EXIT_FAIL, unknown
 
 
 def faults(
@@ -24,9 +24,9 @@ def faults(
     from rich.console import Console
     from rich.progress import Progress
 
-    from harness import kill_matrix, kill_matrix_view
-    from harness.cases.request import Request
-    from harness.pool import prepare
+    from moe_harness.harness import kill_matrix, kill_matrix_view
+    from moe_harness.harness.cases.request import Request
+    from moe_harness.harness.pool import prepare
 
     for path in (json, html, picture):
         writable(path)
@@ -54,8 +54,8 @@ def faults(
 
 
 def _chosen(stage: str | None, names: list[str] | None) -> list:
-    from harness.faults import all_faults
-    from harness.faults.catalogue import STAGES_WITH_FAULTS
+    from moe_harness.harness.faults import all_faults
+    from moe_harness.harness.faults.catalogue import STAGES_WITH_FAULTS
 
     found = all_faults(contracts.check_stage(stage, STAGES_WITH_FAULTS) if stage else None)
     known = [entry.name for entry in found]

@@ -5,11 +5,11 @@ from typing import Annotated, Any
 
 import typer
 
-from harness import contracts
-from harness.cases import parse_id
-from harness.cases.names import CHECK_NAMES
-from harness.commands import Debug, Device
-from harness.errors import EXIT_CANNOT_JUDGE, UsageError, unknown
+from moe_harness.harness import contracts
+from moe_harness.harness.cases import parse_id
+from moe_harness.harness.cases.names import CHECK_NAMES
+from moe_harness.harness.commands import Debug, Device
+from moe_harness.harness.errors import EXIT_CANNOT_JUDGE, UsageError, unknown
 
 
 def replay(
@@ -22,7 +22,7 @@ def replay(
     """Judge single cases again, in one fresh process, and show what is found."""
     from rich.console import Console
 
-    from harness.report.terminal import emit, failure_block
+    from moe_harness.harness.report.terminal import emit, failure_block
 
     ranked = any(case.split("/")[0] in contracts.RANK_STAGES for case in cases)
     answers = _of_ranks(cases, impl, device, timeout) if ranked else _of_one_device(cases, impl, device, timeout)
@@ -40,7 +40,7 @@ def replay(
 
 
 def _of_one_device(cases: list[str], impl: str, device: str, timeout: float) -> Iterator[dict[str, Any]]:
-    from harness.pool import Pool, prepare
+    from moe_harness.harness.pool import Pool, prepare
 
     stages = {parse_id(case)[0] for case in cases}
     if len(stages) != 1:
@@ -59,8 +59,8 @@ def _of_one_device(cases: list[str], impl: str, device: str, timeout: float) -> 
 
 
 def _of_ranks(cases: list[str], impl: str, device: str, timeout: float) -> Iterator[dict[str, Any]]:
-    from harness.ranks.judge import judge
-    from harness.ranks.run import as_answer
+    from moe_harness.harness.ranks.judge import judge
+    from moe_harness.harness.ranks.run import as_answer
 
     for case in cases:
         yield as_answer(judge(impl, case, backend="nccl" if device == "cuda" else "gloo", budget=timeout))

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from harness.commands import writable
-from harness.commands.bench import TOKENS, check_ep_size, token_counts
-from harness.errors import CannotJudge, unknown
+from moe_harness.harness.commands import writable
+from moe_harness.harness.commands.bench import TOKENS, check_ep_size, token_counts
+from moe_harness.harness.errors import CannotJudge, unknown
 
-TUNER = "impls.triton.tune"  # found by name, as every implementation is
+TUNER = "moe_harness.impls.triton.tune"  # found by name, as every implementation is
 
 
 def tune(
@@ -24,7 +24,7 @@ def tune(
     """Time every candidate and write the tuned file; stop it at any time, it resumes from its log."""
     import torch
 
-    from fixtures.configs import names, shape
+    from moe_harness.fixtures.configs import names, shape
 
     if config not in names():
         raise unknown("config", config, names())
@@ -34,7 +34,7 @@ def tune(
         writable(path)
     if not torch.cuda.is_available():
         raise CannotJudge("nothing was tuned: there is no CUDA device to time on")
-    wanted = import_module("impls.triton.configs").Shape(
+    wanted = import_module("moe_harness.impls.triton.configs").Shape(
         model.num_experts // ep_size, model.hidden_size, model.intermediate_size, model.top_k, element_size=2
     )
     try:

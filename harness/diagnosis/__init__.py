@@ -5,7 +5,7 @@ the implementation's within the statistical limits of `harness.rounding`, where 
 second, different data set says the same.  `looks` reads the error itself, for failures that no fault explains too.
 """
 
-from harness.diagnosis.inquiry import explain
-from harness.diagnosis.patterns import looks
+from moe_harness.harness.diagnosis.inquiry import explain
+from moe_harness.harness.diagnosis.patterns import looks
 
 __all__ = ["explain", "looks"]

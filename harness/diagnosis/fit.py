@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness import rounding
-from harness.stages.call import Call
-from harness.stages.rows import matrix
+from moe_harness.harness import rounding
+from moe_harness.harness.stages.call import Call
+from moe_harness.harness.stages.rows import matrix
 
 Distance = tuple[Tensor, Tensor]  # z of elements; where one is NaN or infinite and the other is something else
 LARGE = 1 << 15  # elements beyond which a part of the rows is looked at

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.faults.building import wide
-from harness.faults.catalogue import Fault
+from moe_harness.harness.faults.building import wide
+from moe_harness.harness.faults.catalogue import Fault
 
+CATALOGUE = "moe_harness.harness.faults"
 USERS = (
     "experts",
     "tiles",
@@ -52,9 +53,10 @@ def hidden(fault: Fault) -> Callable[..., Any]:
 def _other_steps(stage: str, dtype: torch.dtype) -> Iterator[None]:
     """Replace the steps by name wherever a module of faults took them, and in the defaults of the stage's `run`."""
     steps = _STEPS[stage](dtype)
-    modules = [sys.modules[f"harness.faults.{name}"] for name in USERS if f"harness.faults.{name}" in sys.modules]
+    loaded = [f"{CATALOGUE}.{name}" for name in USERS]
+    modules = [sys.modules[name] for name in loaded if name in sys.modules]
     originals: list[tuple[Any, str, Any]] = []
-    home = sys.modules[f"harness.faults.{stage}"]
+    home = sys.modules[f"{CATALOGUE}.{stage}"]
     kept = dict(home.run.__kwdefaults__)
     right = {name: getattr(home, name) for name in steps}
     try:
@@ -81,7 +83,7 @@ def _product(dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _of_experts(dtype: torch.dtype) -> dict[str, Callable[..., Any]]:
-    from harness.faults.experts import act, live
+    from moe_harness.harness.faults.experts import act, live
 
     def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
         return (act(gate.double(), activation) * up.double()).to(dtype).to(gate.dtype)
@@ -121,7 +123,7 @@ def _of_gate(dtype: torch.dtype) -> dict[str, Callable[..., Any]]:
 
 
 def _of_moe_block(dtype: torch.dtype) -> dict[str, Callable[..., Any]]:
-    from harness.faults import moe_block
+    from moe_harness.harness.faults import moe_block
 
     right_routed, right_shared = moe_block.routed, moe_block.shared
 

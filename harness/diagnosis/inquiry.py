@@ -8,15 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from harness.cases import Case
-from harness.diagnosis import probed
-from harness.diagnosis.fit import Fit, truth_of
-from harness.diagnosis.scenes import Scene, probes, relatives, sequences
-from harness.diagnosis.suspects import likely_first, results, suspects, wobbled
-from harness.faults.catalogue import Fault
-from harness.memory import poisoned_allocations
-from harness.stages.call import Call
-from harness.trial import Broken, Rejected, Trial
+from moe_harness.harness.cases import Case
+from moe_harness.harness.diagnosis import probed
+from moe_harness.harness.diagnosis.fit import Fit, truth_of
+from moe_harness.harness.diagnosis.scenes import Scene, probes, relatives, sequences
+from moe_harness.harness.diagnosis.suspects import likely_first, results, suspects, wobbled
+from moe_harness.harness.faults.catalogue import Fault
+from moe_harness.harness.memory import poisoned_allocations
+from moe_harness.harness.stages.call import Call
+from moe_harness.harness.trial import Broken, Rejected, Trial
 
 SECONDS = 5.0
 SMALL = 0.02  # error over value, rms: bf16 sums of a thousand terms, one by one, err by that

@@ -1,6 +1,6 @@
 """How often the diagnosis is right: every fault of the catalogue, hidden behind another implementation's rounding.
 
-    python -m harness.diagnosis.measure --json docs/diagnosis.json
+    python -m moe_harness.harness.diagnosis.measure --json docs/diagnosis.json
 
 Each fault is judged like an implementation, case after case in the order of a quick run; the first failing case is
 handed to `explain`, as the worker does.
@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 
-from harness.cases import Case, plan
-from harness.cases.request import Request
-from harness.checks import CHECKS
-from harness.contracts import DTYPES, Declarations, Subject
-from harness.diagnosis.hiding import hidden
-from harness.diagnosis.inquiry import SECONDS, explain
-from harness.diagnosis.scenes import probes
-from harness.diagnosis.suspects import DEADLY, forget, suspects
-from harness.errors import HarnessError
-from harness.faults.catalogue import Fault
-from harness.trial import Broken, Rejected, Trial
+from moe_harness.harness.cases import Case, plan
+from moe_harness.harness.cases.request import Request
+from moe_harness.harness.checks import CHECKS
+from moe_harness.harness.contracts import DTYPES, Declarations, Subject
+from moe_harness.harness.diagnosis.hiding import hidden
+from moe_harness.harness.diagnosis.inquiry import SECONDS, explain
+from moe_harness.harness.diagnosis.scenes import probes
+from moe_harness.harness.diagnosis.suspects import DEADLY, forget, suspects
+from moe_harness.harness.errors import HarnessError
+from moe_harness.harness.faults.catalogue import Fault
+from moe_harness.harness.trial import Broken, Rejected, Trial
 
 STAGES = ("experts", "router", "grouped_linear", "shared_expert_gate", "moe_block")
 SKIPPED = ("leak", "determinism", "batch_invariance", "graph_replay", "side_stream", "large_offsets")
@@ -116,7 +116,8 @@ def main() -> None:
     if options.json:
         by_stage = {stage: summary(r for r in rows if r["stage"] == stage) for stage in STAGES}
         result = {
-            "command": f"python -m harness.diagnosis.measure --seconds {options.seconds:g} --json docs/diagnosis.json",
+            "command": "python -m moe_harness.harness.diagnosis.measure "
+            f"--seconds {options.seconds:g} --json docs/diagnosis.json",
             "all": summary(rows),
             "stages": by_stage,
             "equal": [sorted(group) for group in EQUAL],

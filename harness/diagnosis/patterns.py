@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness import rounding
-from harness.cases import Case
-from harness.compare import against_bound
-from harness.stages.call import Call
-from harness.trial import Broken, Rejected, Trial
-from reference.experts import expert_steps, local_ids, routed_rows
+from moe_harness.harness import rounding
+from moe_harness.harness.cases import Case
+from moe_harness.harness.compare import against_bound
+from moe_harness.harness.stages.call import Call
+from moe_harness.harness.trial import Broken, Rejected, Trial
+from moe_harness.reference.experts import expert_steps, local_ids, routed_rows
 
 BLOCKS = (128, 64, 32, 16, 8, 4)
 MOST_TOKENS = 256

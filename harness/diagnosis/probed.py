@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness import computing
-from harness.cases import Case
-from harness.compare import against_bound
-from harness.diagnosis.patterns import undeclared_roundings
-from harness.faults import experts, grouped_linear, shared_expert_gate
-from harness.faults.building import matmul
-from harness.faults.catalogue import Fault
-from harness.faults.experts import live
-from harness.trial import Trial
+from moe_harness.harness import computing
+from moe_harness.harness.cases import Case
+from moe_harness.harness.compare import against_bound
+from moe_harness.harness.diagnosis.patterns import undeclared_roundings
+from moe_harness.harness.faults import experts, grouped_linear, shared_expert_gate
+from moe_harness.harness.faults.building import matmul
+from moe_harness.harness.faults.catalogue import Fault
+from moe_harness.harness.faults.experts import live
+from moe_harness.harness.trial import Trial
 
 STAGES = ("experts", "grouped_linear", "shared_expert_gate")  # those whose sums the probes can see
 FULL = 24  # bits of fp32, the least that the contract allows

@@ -9,12 +9,12 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from harness.errors import HarnessError
-from harness.faults.catalogue import Fault, all_faults
-from harness.faults.ranked import FIRST_CHECK
-from harness.ranks import pool
-from harness.ranks.cases import case_id, parse_id
-from harness.ranks.judge import TASKS, planned
+from moe_harness.harness.errors import HarnessError
+from moe_harness.harness.faults.catalogue import Fault, all_faults
+from moe_harness.harness.faults.ranked import FIRST_CHECK
+from moe_harness.harness.ranks import pool
+from moe_harness.harness.ranks.cases import case_id, parse_id
+from moe_harness.harness.ranks.judge import TASKS, planned
 
 SECONDS = 5.0
 BUDGET = 5.0  # seconds of one run: a fault that hangs on this case is none that explains it

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-from harness.cases import Case
+from moe_harness.harness.cases import Case
 
 NORMAL: dict[str, Any] = {"data": "normal", "layout": "", "variant": "", "optional": False}
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.cases import Case
-from harness.faults.catalogue import Fault, all_faults
-from harness.memory import poisoned_allocations
-from harness.stages.call import Call
+from moe_harness.harness.cases import Case
+from moe_harness.harness.faults.catalogue import Fault, all_faults
+from moe_harness.harness.memory import poisoned_allocations
+from moe_harness.harness.stages.call import Call
 
 WOBBLES = 6  # repetitions; a value within a rounding of an edge is missed by all of them once in a hundred times
 WOBBLE = 4.0  # unit roundoffs

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from harness.faults.building import BLOCK, matmul, round_up, wide
-from harness.faults.catalogue import fault
-from harness.faults.experts import BUGS, combine, gated, halves, locate
+from moe_harness.harness.faults.building import BLOCK, matmul, round_up, wide
+from moe_harness.harness.faults.catalogue import fault
+from moe_harness.harness.faults.experts import BUGS, combine, gated, halves, locate
 
 
 class Plan(NamedTuple):

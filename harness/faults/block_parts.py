@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from harness.faults import (
+from moe_harness.harness.faults import (
     alignment,
     experts,
     memory,
@@ -24,9 +24,9 @@ from harness.faults import (
     shared_expert_gate,
     tiles,
 )
-from harness.faults.catalogue import Fault, enter, known
-from harness.faults.moe_block import Config, Routing, Weights, run, shared, ungated
-from reference import moe_block as parts
+from moe_harness.harness.faults.catalogue import Fault, enter, known
+from moe_harness.harness.faults.moe_block import Config, Routing, Weights, run, shared, ungated
+from moe_harness.reference import moe_block as parts
 
 HOMES = (router, selection, experts, tiles, alignment, memory, precision, sentinels, shared_expert_gate)
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from harness.contracts import RANK_STAGES, SIGNATURES, STAGES
+from moe_harness.harness.contracts import RANK_STAGES, SIGNATURES, STAGES
 
 MODULES = (
     "router", "selection", "alignment", "experts", "tiles", "sentinels", "precision", "memory", "process", "cuda",
@@ -139,7 +139,7 @@ def known() -> tuple[Fault, ...]:
 def all_faults(stage: str | None = None) -> tuple[Fault, ...]:
     """Every fault, or those of one stage, in the order of the modules."""
     for module in MODULES:
-        importlib.import_module(f"harness.faults.{module}")
+        importlib.import_module(f"moe_harness.harness.faults.{module}")
     return tuple(found for found in known() if stage in (None, found.stage))
 
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.faults.building import matmul, wide
-from harness.faults.catalogue import fault
+from moe_harness.harness.faults.building import matmul, wide
+from moe_harness.harness.faults.catalogue import fault
 
 BUGS = "https://github.com/"
 

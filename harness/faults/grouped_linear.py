@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.faults.building import (
+from moe_harness.harness.faults.building import (
     BLOCK,
     flat_storage,
     matmul,
@@ -22,7 +22,7 @@ from harness.faults.building import (
     to_tf32,
     wide,
 )
-from harness.faults.catalogue import fault
+from moe_harness.harness.faults.catalogue import fault
 
 BUGS = "https://github.com/"
 

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from harness.faults.ranked import ranked
-from harness.rounding import EXACT_FIT
+from moe_harness.harness.faults.ranked import ranked
+from moe_harness.harness.rounding import EXACT_FIT
 
 
 def total(tensor: Tensor, group: Any) -> Tensor:

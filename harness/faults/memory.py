@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.faults.building import flat_storage, wide
-from harness.faults.catalogue import fault
-from harness.faults.experts import BUGS, combine, halves, run
+from moe_harness.harness.faults.building import flat_storage, wide
+from moe_harness.harness.faults.catalogue import fault
+from moe_harness.harness.faults.experts import BUGS, combine, halves, run
 
 # What the faults below keep between calls, by fault and shape.  A right implementation keeps nothing.
 _kept: dict[tuple[Any, ...], Any] = {}

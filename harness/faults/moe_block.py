@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.faults.building import wide
-from harness.faults.catalogue import fault
-from reference import moe_block as parts
-from reference.experts import experts
-from reference.router import router
+from moe_harness.harness.faults.building import wide
+from moe_harness.harness.faults.catalogue import fault
+from moe_harness.reference import moe_block as parts
+from moe_harness.reference.experts import experts
+from moe_harness.reference.router import router
 
 BUGS = "https://github.com/"
 GATED = ("qwen2_moe", "qwen3_next", "qwen3_omni_moe_talker_text")

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from harness.faults.ranked import ranked
+from moe_harness.harness.faults.ranked import ranked
 
 # A right layer in small replaceable steps ------------------------------------------------------------------------
 

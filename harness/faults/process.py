@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.faults.catalogue import fault
-from harness.faults.experts import BUGS, run
+from moe_harness.harness.faults.catalogue import fault
+from moe_harness.harness.faults.experts import BUGS, run
 
 _leaked: list[Tensor] = []
 

@@ -11,8 +11,8 @@ each `hidden` case gives the right answer all the same.
 from collections.abc import Callable
 from typing import TypeVar
 
-from harness.cases.names import RANK_CHECKS
-from harness.faults.catalogue import Fault, enter
+from moe_harness.harness.cases.names import RANK_CHECKS
+from moe_harness.harness.faults.catalogue import Fault, enter
 
 FIRST_CHECK = {"dispatcher": "dense", "parallel_linear": "shard", "layouts": "reduction"}
 SIGNS = {"ranks": "process", "inputs": "inputs"}

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.faults.building import round_down, wide
-from harness.faults.catalogue import fault
+from moe_harness.harness.faults.building import round_down, wide
+from moe_harness.harness.faults.catalogue import fault
 
 BUGS = "https://github.com/"
 

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.faults.building import read_as_contiguous, round_down, wide
-from harness.faults.catalogue import fault
-from harness.faults.router import BUGS, Routed, choose, run
+from moe_harness.harness.faults.building import read_as_contiguous, round_down, wide
+from moe_harness.harness.faults.catalogue import fault
+from moe_harness.harness.faults.router import BUGS, Routed, choose, run
 
 # Selection ------------------------------------------------------------------------------------------------------
 

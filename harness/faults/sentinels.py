@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.faults.building import wide
-from harness.faults.catalogue import fault
-from harness.faults.experts import BUGS, combine, live, locate, run
+from moe_harness.harness.faults.building import wide
+from moe_harness.harness.faults.catalogue import fault
+from moe_harness.harness.faults.experts import BUGS, combine, live, locate, run
 
 
 @fault(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from harness.faults.building import (
+from moe_harness.harness.faults.building import (
     matmul_rounding_sums,
     read_as_contiguous,
     read_past,
@@ -17,7 +17,7 @@ from harness.faults.building import (
     to_tf32,
     wide,
 )
-from harness.faults.catalogue import fault
+from moe_harness.harness.faults.catalogue import fault
 
 BUGS = "https://github.com/"
 

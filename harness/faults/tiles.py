@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.faults.building import (
+from moe_harness.harness.faults.building import (
     BLOCK,
     flat_storage,
     matmul,
@@ -17,8 +17,8 @@ from harness.faults.building import (
     round_up,
     wide,
 )
-from harness.faults.catalogue import fault
-from harness.faults.experts import BUGS, combine, gated, halves, live, locate, run, select
+from moe_harness.harness.faults.catalogue import fault
+from moe_harness.harness.faults.experts import BUGS, combine, gated, halves, live, locate, run, select
 
 # Rows and shapes ------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.stages.call import Call
+from moe_harness.harness.stages.call import Call
 
 
 @dataclass
@@ -42,4 +42,4 @@ def shuffled(count: int, seed: int) -> Tensor:
 
 def terms(stage: str, law: str, call: Call) -> list[Term]:
     """The terms of a law of `stage` on a call."""
-    return getattr(import_module(f"harness.laws.{stage}"), law)(call)
+    return getattr(import_module(f"moe_harness.harness.laws.{stage}"), law)(call)

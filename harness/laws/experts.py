@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.laws import Term, changed, shuffled
-from harness.stages.call import Call
+from moe_harness.harness.laws import Term, changed, shuffled
+from moe_harness.harness.stages.call import Call
 
 ROW_OPERANDS = ("hidden_states", "topk_weights", "topk_ids")
 

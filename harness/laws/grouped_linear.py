@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.laws import Term, changed, shuffled
-from harness.stages.call import Call
-from reference.grouped_linear import row_experts
+from moe_harness.harness.laws import Term, changed, shuffled
+from moe_harness.harness.stages.call import Call
+from moe_harness.reference.grouped_linear import row_experts
 
 
 def row_permutation(call: Call) -> list[Term]:

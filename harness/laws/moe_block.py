@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.laws import Term, shuffled
-from harness.stages.call import Call
+from moe_harness.harness.laws import Term, shuffled
+from moe_harness.harness.stages.call import Call
 
 
 def _with_rows(call: Call, rows: Tensor | slice) -> Call:

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from harness.laws import changed, shuffled
-from harness.stages.call import Call
+from moe_harness.harness.laws import changed, shuffled
+from moe_harness.harness.stages.call import Call
 
 Result = tuple[Tensor, Tensor]  # topk_weights, topk_ids
 

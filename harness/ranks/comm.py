@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from harness.ranks.calls import Call
-from harness.ranks.describe import OPERATIONS, Movement, Place
-from harness.ranks.heartbeat import Heartbeat, State
-from harness.ranks.inject import Injector
+from moe_harness.harness.ranks.calls import Call
+from moe_harness.harness.ranks.describe import OPERATIONS, Movement, Place
+from moe_harness.harness.ranks.heartbeat import Heartbeat, State
+from moe_harness.harness.ranks.inject import Injector
 
 _LIBRARY = os.path.dirname(torch.__file__) + os.sep
 _OWN = os.path.dirname(__file__)

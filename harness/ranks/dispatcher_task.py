@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.contracts import REJECTIONS
-from harness.ranks import received_rows, volume, world_data
-from harness.ranks.cases import DispatcherCase, parse_id
-from harness.ranks.loading import load_class
-from harness.ranks.results import Report, differing_rows, digest
-from harness.ranks.worker import Rank
-from reference.dispatcher import Batch, owned_experts
+from moe_harness.harness.contracts import REJECTIONS
+from moe_harness.harness.ranks import received_rows, volume, world_data
+from moe_harness.harness.ranks.cases import DispatcherCase, parse_id
+from moe_harness.harness.ranks.loading import load_class
+from moe_harness.harness.ranks.results import Report, differing_rows, digest
+from moe_harness.harness.ranks.worker import Rank
+from moe_harness.reference.dispatcher import Batch, owned_experts
 
 
 def run(me: Rank, spec: dict[str, Any], seed: int) -> dict[str, Any]:

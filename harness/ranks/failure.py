@@ -8,11 +8,11 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from harness.ranks import traces
-from harness.ranks.calls import Call
-from harness.ranks.heartbeat import Beat, State
-from harness.ranks.jobs import Reply
-from harness.ranks.proof import Stalemate
+from moe_harness.harness.ranks import traces
+from moe_harness.harness.ranks.calls import Call
+from moe_harness.harness.ranks.heartbeat import Beat, State
+from moe_harness.harness.ranks.jobs import Reply
+from moe_harness.harness.ranks.proof import Stalemate
 
 KINDS = ("mismatch", "died", "exited", "raised", "collective", "deadlock", "hang", "timeout")
 

@@ -11,7 +11,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
 
-from harness.ranks.calls import Call
+from moe_harness.harness.ranks.calls import Call
 
 SLOT = 4096
 _HEADER = struct.Struct("<qqqq")  # sequence, state, length of the text, number of the job

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from harness.ranks.jobs import Injection
+from moe_harness.harness.ranks.jobs import Injection
 
 LATE_SECONDS = 0.4
 

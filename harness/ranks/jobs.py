@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.ranks.calls import Call
-from harness.ranks.heartbeat import Heartbeat
+from moe_harness.harness.ranks.calls import Call
+from moe_harness.harness.ranks.heartbeat import Heartbeat
 
 INJECTIONS = {
     "die": "the process is killed",

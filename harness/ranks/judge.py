@@ -9,18 +9,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness import errors
-from harness.ranks import cases, pool
-from harness.ranks.calls import Call
-from harness.ranks.cases import parse_id
-from harness.ranks.failure import Failure
-from harness.ranks.jobs import Injection
+from moe_harness.harness import errors
+from moe_harness.harness.ranks import cases, pool
+from moe_harness.harness.ranks.calls import Call
+from moe_harness.harness.ranks.cases import parse_id
+from moe_harness.harness.ranks.failure import Failure
+from moe_harness.harness.ranks.jobs import Injection
 
 Finding = dict[str, Any]
 TASKS = {
-    "dispatcher": "harness.ranks.dispatcher_task:run",
-    "parallel_linear": "harness.ranks.linear_task:run",
-    "layouts": "harness.ranks.layout_task:run",
+    "dispatcher": "moe_harness.harness.ranks.dispatcher_task:run",
+    "parallel_linear": "moe_harness.harness.ranks.linear_task:run",
+    "layouts": "moe_harness.harness.ranks.layout_task:run",
 }
 
 
@@ -87,7 +87,7 @@ def planned(
         return [cases.case_id(check, case) for check, case in cases.layout_cases(worlds, seed=seed)]
     if stage != "parallel_linear":
         raise errors.unknown("stage", stage, list(TASKS))
-    outcome = pool.run("harness.ranks.linear_task:kind", {"impl": spec}, ranks=1, backend=backend)
+    outcome = pool.run("moe_harness.harness.ranks.linear_task:kind", {"impl": spec}, ranks=1, backend=backend)
     if outcome.failure is not None:
         _raise_usage(outcome.failure)
         raise errors.CannotJudge(f"{spec}: {outcome.failure.headline()}")

@@ -5,7 +5,8 @@
 {"finished": true}                                                      last
 
 pytest -m multigpu suites --ledger FILE
-python -m harness.ranks.ledger FILE     exit status 0 only where every planned cell is there and none has failed
+python -m moe_harness.harness.ranks.ledger FILE
+    exit status 0 only where every planned cell is there and none has failed
 """
 
 import json

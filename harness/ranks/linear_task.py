@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.contracts import REJECTIONS
-from harness.errors import UsageError
-from harness.ranks.cases import LinearCase, parse_id
-from harness.ranks.loading import load_class
-from harness.ranks.results import Report, differing_rows, digest
-from harness.ranks.worker import Rank
-from harness.ranks.world_data import TORCH_DTYPES
-from reference import parallel_linear as reference
-from reference.grouped_linear import grouped_linear
+from moe_harness.harness.contracts import REJECTIONS
+from moe_harness.harness.errors import UsageError
+from moe_harness.harness.ranks.cases import LinearCase, parse_id
+from moe_harness.harness.ranks.loading import load_class
+from moe_harness.harness.ranks.results import Report, differing_rows, digest
+from moe_harness.harness.ranks.worker import Rank
+from moe_harness.harness.ranks.world_data import TORCH_DTYPES
+from moe_harness.reference import parallel_linear as reference
+from moe_harness.reference.grouped_linear import grouped_linear
 
 # By the class's name, longest first; a class may also say it in the attribute `kind`.
 NAMES = {"merged": "merged_column", "column": "column", "row": "row", "replicated": "replicated"}

@@ -12,10 +12,10 @@ from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any, Protocol
 
-from harness.lifeline import end_with
-from harness.ranks.calls import Call
-from harness.ranks.heartbeat import Beat, Heartbeat
-from harness.ranks.jobs import Exit, Home
+from moe_harness.harness.lifeline import end_with
+from moe_harness.harness.ranks.calls import Call
+from moe_harness.harness.ranks.heartbeat import Beat, Heartbeat
+from moe_harness.harness.ranks.jobs import Exit, Home
 
 
 class Member(Protocol):
@@ -116,7 +116,7 @@ def wait(members: list[Member], seconds: float) -> list[Member]:
 
 
 def _serve(end: Any, rank: int, home: Home) -> None:
-    from harness.ranks.worker import serve  # imports torch, which the controller does without
+    from moe_harness.harness.ranks.worker import serve  # imports torch, which the controller does without
 
     end_with(end)
     serve(end, rank, home)
@@ -125,8 +125,8 @@ def _serve(end: Any, rank: int, home: Home) -> None:
 def fork_server() -> Any:
     """multiprocessing's context, its server started once with torch already imported in it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["harness.ranks.preload"])
-    root = str(Path(__file__).parents[2])
+    context.set_forkserver_preload(["moe_harness.harness.ranks.preload"])
+    root = str(Path(__file__).parents[3])
     with _environment(PYTHONPATH=os.pathsep.join([root, *filter(None, sys.path)]), OMP_NUM_THREADS="1"):
         forkserver.ensure_running()
     return context

@@ -15,14 +15,14 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from harness.errors import CannotJudge
-from harness.ranks import remote
-from harness.ranks.calls import Call
-from harness.ranks.failure import Evidence, Failure, classify
-from harness.ranks.heartbeat import Beat, State
-from harness.ranks.jobs import Exit, Home, Injection, Job
-from harness.ranks.members import LocalMember, Member, wait
-from harness.ranks.proof import of_job, stalemate
+from moe_harness.harness.errors import CannotJudge
+from moe_harness.harness.ranks import remote
+from moe_harness.harness.ranks.calls import Call
+from moe_harness.harness.ranks.failure import Evidence, Failure, classify
+from moe_harness.harness.ranks.heartbeat import Beat, State
+from moe_harness.harness.ranks.jobs import Exit, Home, Injection, Job
+from moe_harness.harness.ranks.members import LocalMember, Member, wait
+from moe_harness.harness.ranks.proof import of_job, stalemate
 
 PATIENCE = 0.15  # seconds without progress before a proof is looked for
 STALL = 0.5  # seconds in which no thread of a rank outside collectives wanted a processor before it counts as hung

@@ -5,7 +5,7 @@
 
 import torch
 
-import harness.ranks.worker  # noqa: F401
+import moe_harness.harness.ranks.worker  # noqa: F401
 
 torch.set_num_threads(1)
 torch.testing.assert_close(torch.zeros(1), torch.zeros(1))

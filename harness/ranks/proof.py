@@ -9,9 +9,9 @@ one that waits for a rank that is done, dead, or itself waits for such a rank, i
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from harness.ranks.calls import POINT_TO_POINT, Call
-from harness.ranks.heartbeat import Beat, State
-from harness.ranks.traces import Disagreement, disagreement
+from moe_harness.harness.ranks.calls import POINT_TO_POINT, Call
+from moe_harness.harness.ranks.heartbeat import Beat, State
+from moe_harness.harness.ranks.traces import Disagreement, disagreement
 
 
 @dataclass(frozen=True)

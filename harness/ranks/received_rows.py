@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.ranks.results import differing_rows
-from harness.ranks.world_data import World, tagged_token
-from harness.rounding import EXACT_FIT
-from reference.dispatcher import owned_experts
+from moe_harness.harness.ranks.results import differing_rows
+from moe_harness.harness.ranks.world_data import World, tagged_token
+from moe_harness.harness.rounding import EXACT_FIT
+from moe_harness.reference.dispatcher import owned_experts
 
 Statement = dict[str, str]
 FEW = 4

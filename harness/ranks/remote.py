@@ -1,6 +1,6 @@
 """Workers on other machines: torchrun starts one server per rank, each holds one worker and passes on what it says.
 
-    MOE_HARNESS_RANKS_KEY=secret torchrun --nnodes 2 --nproc-per-node 4 ... -m harness.ranks.serve HOST:PORT
+    MOE_HARNESS_RANKS_KEY=secret torchrun --nnodes 2 --nproc-per-node 4 ... -m moe_harness.harness.ranks.serve HOST:PORT
     MOE_HARNESS_RANKS_KEY=secret MOE_HARNESS_RANKS=HOST:PORT pytest suites/dispatcher
 
 pytest stays one controller; it listens at HOST:PORT and the servers come to it.  A worker that failed is killed and
@@ -14,10 +14,10 @@ import time
 from multiprocessing import connection
 from typing import Any
 
-from harness.errors import CannotJudge
-from harness.ranks.calls import Call
-from harness.ranks.heartbeat import Beat, State
-from harness.ranks.jobs import Exit, Home
+from moe_harness.harness.errors import CannotJudge
+from moe_harness.harness.ranks.calls import Call
+from moe_harness.harness.ranks.heartbeat import Beat, State
+from moe_harness.harness.ranks.jobs import Exit, Home
 
 ADDRESS, KEY = "MOE_HARNESS_RANKS", "MOE_HARNESS_RANKS_KEY"
 ANSWER = 20.0  # seconds a server may take to answer

@@ -5,14 +5,14 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from harness.account import Account, Listener
-from harness.cases import Case
-from harness.cases.request import Request
-from harness.engine import Options
-from harness.pool import EXPLAINED
-from harness.ranks import cases, strategies
-from harness.ranks.judge import Verdict, judge, planned
-from harness.report import Result
+from moe_harness.harness.account import Account, Listener
+from moe_harness.harness.cases import Case
+from moe_harness.harness.cases.request import Request
+from moe_harness.harness.engine import Options
+from moe_harness.harness.pool import EXPLAINED
+from moe_harness.harness.ranks import cases, strategies
+from moe_harness.harness.ranks.judge import Verdict, judge, planned
+from moe_harness.harness.report import Result
 
 ENOUGH = 10  # cases that ended the ranks' processes; each costs new ones, and the verdict stands
 EXAMPLES = {"quick": 60, "full": 500, "exhaustive": 3000}
@@ -38,7 +38,7 @@ class RankRun:
         Raises:
             UsageError, CannotJudge: the implementation cannot be found or imported.
         """
-        from harness.worker_versions import versions
+        from moe_harness.harness.worker_versions import versions
 
         self.account.loaded = {"declared": {}, "versions": versions()}
         ids = self._planned_ids()
@@ -89,14 +89,14 @@ class RankRun:
 
     def _name_causes(self) -> None:
         """Put the fault that explains it before what the rows say of the first failure of each check."""
-        from harness.diagnosis.ranked import named
+        from moe_harness.harness.diagnosis.ranked import named
 
         first = {failure["check"]: failure for failure in reversed(self.account.failures)}
         for failure in sorted(first.values(), key=self.account.place)[:EXPLAINED]:
             failure["diagnosis"] = named(self.spec, failure["case"], backend=self.backend) + failure["diagnosis"]
 
     def _search_ranks(self, examples: int) -> None:
-        from harness.strategies import falsify
+        from moe_harness.harness.strategies import falsify
 
         check = cases.CHECKS[self.stage][0]
         drawn: Any

@@ -1,4 +1,4 @@
-"""The server of one rank, started by torchrun on each node: `python -m harness.ranks.serve HOST:PORT`.
+"""The server of one rank, started by torchrun on each node: `python -m moe_harness.harness.ranks.serve HOST:PORT`.
 
 It holds one worker process at a time for a controller elsewhere, passes jobs to it, and replies, heartbeats and its
 end back.  The rank is torchrun's RANK, the place of rank 0's store MASTER_ADDR.
@@ -15,9 +15,9 @@ from dataclasses import replace
 from multiprocessing import connection
 from typing import Any
 
-from harness.ranks.jobs import Exit, Home
-from harness.ranks.members import LocalMember
-from harness.ranks.remote import key, parse_address
+from moe_harness.harness.ranks.jobs import Exit, Home
+from moe_harness.harness.ranks.members import LocalMember
+from moe_harness.harness.ranks.remote import key, parse_address
 
 POLL = 0.02
 RETRY = 0.2

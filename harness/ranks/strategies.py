@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from hypothesis import strategies as st
 
-from harness.ranks.cases import DTYPES, KINDS, OWNERS, ROUTINGS, DispatcherCase, LinearCase
+from moe_harness.harness.ranks.cases import DTYPES, KINDS, OWNERS, ROUTINGS, DispatcherCase, LinearCase
 
 
 @st.composite

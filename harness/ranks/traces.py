@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from harness.ranks.calls import POINT_TO_POINT, Call
+from moe_harness.harness.ranks.calls import POINT_TO_POINT, Call
 
 
 @dataclass(frozen=True)

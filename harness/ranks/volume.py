@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from reference.dispatcher import SCHEMES, Batch, dispatch
+from moe_harness.reference.dispatcher import SCHEMES, Batch, dispatch
 
 CONTROL_BYTES = 32  # per other rank: up to four 64-bit counts
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from harness.ranks import comm
-from harness.ranks.heartbeat import State
-from harness.ranks.inject import Injector
-from harness.ranks.jobs import Home, Job, Reply
+from moe_harness.harness.ranks import comm
+from moe_harness.harness.ranks.heartbeat import State
+from moe_harness.harness.ranks.inject import Injector
+from moe_harness.harness.ranks.jobs import Home, Job, Reply
 
 # The controller judges long before this; it only ends workers whose controller was killed.
 COLLECTIVE_TIMEOUT = timedelta(seconds=60)

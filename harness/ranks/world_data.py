@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from harness.ranks.cases import DispatcherCase
-from reference.dispatcher import Batch
+from moe_harness.harness.ranks.cases import DispatcherCase
+from moe_harness.reference.dispatcher import Batch
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Integers up to here are exact.  In fp32 the hidden states take 12 bits of the 24, so that half of them do not survive

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.report import figures
-from harness.report.failure import SHOWN_PER_CHECK, by_check, details, number, signature
-from harness.report.ledger import cell, facts, power_summary
-from harness.report.results import Result, completed, verdict_of, worst_verdict
-from harness.report.terminal import verdict_reason
+from moe_harness.harness.report import figures
+from moe_harness.harness.report.failure import SHOWN_PER_CHECK, by_check, details, number, signature
+from moe_harness.harness.report.ledger import cell, facts, power_summary
+from moe_harness.harness.report.results import Result, completed, verdict_of, worst_verdict
+from moe_harness.harness.report.terminal import verdict_reason
 
 TEMPLATE = "page.html.j2"
 

@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from harness.report.terminal import emit, failure_block
+from moe_harness.harness.report.terminal import emit, failure_block
 
 STATUSES = ("passed", "failed", "unsupported", "skipped")
 PLAIN_INTERVAL = 15.0  # seconds between plain lines, which end up in logs that somebody reads

@@ -12,9 +12,9 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from harness.report.failure import LABEL_WIDTH, by_check, details, left_out, number, representatives
-from harness.report.ledger import axis_summary, cell, facts, power_summary
-from harness.report.results import Result, completed, verdict_of
+from moe_harness.harness.report.failure import LABEL_WIDTH, by_check, details, left_out, number, representatives
+from moe_harness.harness.report.ledger import axis_summary, cell, facts, power_summary
+from moe_harness.harness.report.results import Result, completed, verdict_of
 
 STYLES = {
     "pass": "bold green",

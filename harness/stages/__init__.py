@@ -3,9 +3,9 @@
 from importlib import import_module
 from types import ModuleType
 
-from harness.contracts import check_stage
+from moe_harness.harness.contracts import check_stage
 
 
 def stage_module(stage: str) -> ModuleType:
     """The module of a stage; it has `build`, `expect`, `laws` and what its checks ask for."""
-    return import_module(f"harness.stages.{check_stage(stage)}")
+    return import_module(f"moe_harness.harness.stages.{check_stage(stage)}")

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.cases import Case
-from harness.memory import Arena
+from moe_harness.harness.cases import Case
+from moe_harness.harness.memory import Arena
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 INTS = {"int64": torch.int64, "int32": torch.int32}

@@ -13,9 +13,9 @@ certain.
 import torch
 from torch import Tensor
 
-from harness.cases.experts import ExpertsCase
-from harness.stages.call import Builder
-from reference.experts import local_ids, routed_rows
+from moe_harness.harness.cases.experts import ExpertsCase
+from moe_harness.harness.stages.call import Builder
+from moe_harness.reference.experts import local_ids, routed_rows
 
 EXACT_INTEGERS = {"fp32": 1 << 22, "fp16": 1 << 11, "bf16": 1 << 8}
 LARGEST_GATE = 51

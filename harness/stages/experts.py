@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness import rounding
-from harness.cases.experts import ExpertsCase
-from harness.stages import exact_experts
-from harness.stages.call import INTS, Builder, Call
+from moe_harness.harness import rounding
+from moe_harness.harness.cases.experts import ExpertsCase
+from moe_harness.harness.stages import exact_experts
+from moe_harness.harness.stages.call import INTS, Builder, Call
 
 GATE_SCALE = 2.0  # |gate| around 1 to 4: much smaller, and silu, gelu and a swapped pair cannot be told apart
 

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness import rounding
-from harness.cases.grouped_linear import GroupedLinearCase
-from harness.stages.call import INTS, Builder, Call
-from reference.grouped_linear import grouped_linear, row_experts
+from moe_harness.harness import rounding
+from moe_harness.harness.cases.grouped_linear import GroupedLinearCase
+from moe_harness.harness.stages.call import INTS, Builder, Call
+from moe_harness.reference.grouped_linear import grouped_linear, row_experts
 
 EXACT_TERMS = 5  # products of at most 3 * 16, bias 8: sums stay under 256
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness import rounding
-from harness.cases.moe_block import MoeBlockCase
-from harness.stages.call import DTYPES, Builder, Call
-from reference import moe_block as reference
-from reference import router
+from moe_harness.harness import rounding
+from moe_harness.harness.cases.moe_block import MoeBlockCase
+from moe_harness.harness.stages.call import DTYPES, Builder, Call
+from moe_harness.reference import moe_block as reference
+from moe_harness.reference import router
 
 MARGIN = 6.0  # gap over the standard error of both logits; at most 12 ulps of a bf16 logit
 SHARED = {"qwen2_moe": "shared_expert", "qwen3_next": "shared_expert", "qwen3_omni_moe_talker_text": "shared_expert",

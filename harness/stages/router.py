@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness import rounding
-from harness.cases.router import RouterCase
-from harness.findings import Finding, Record
-from harness.stages.call import Builder, Call
-from reference import router as reference
+from moe_harness.harness import rounding
+from moe_harness.harness.cases.router import RouterCase
+from moe_harness.harness.findings import Finding, Record
+from moe_harness.harness.stages.call import Builder, Call
+from moe_harness.reference import router as reference
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 TINY = 2.0**-126  # an fp32 score below may be flushed to zero; experts there are tied

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.rounding import Bound
-from harness.stages.call import Call
-from reference.grouped_linear import row_experts
+from moe_harness.harness.rounding import Bound
+from moe_harness.harness.stages.call import Call
+from moe_harness.reference.grouped_linear import row_experts
 
 # The operands that have a row for each row of the result.
 WITH_ROWS = {

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness import rounding
-from harness.cases.shared_expert_gate import GateCase
-from harness.stages.call import Builder, Call
+from moe_harness.harness import rounding
+from moe_harness.harness.cases.shared_expert_gate import GateCase
+from moe_harness.harness.stages.call import Builder, Call
 
 SATURATED = 110.0  # sigmoid(110) is 1 and sigmoid(-110) is 0 in fp32; exp(110) overflows there
 

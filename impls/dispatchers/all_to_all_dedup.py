@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from impls.dispatchers.collectives import exchange_counts, exchange_rows, grouped
-from impls.dispatchers.common import Dispatched, Dispatcher
+from moe_harness.impls.dispatchers.collectives import exchange_counts, exchange_rows, grouped
+from moe_harness.impls.dispatchers.common import Dispatched, Dispatcher
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ Routing is done once, at the source.  Bytes per rank: (R-1) T (H s + k (s_w + s_
 import torch.distributed as dist
 from torch import Tensor
 
-from impls.dispatchers.collectives import gather_counts, gather_rows, scatter_sum
-from impls.dispatchers.common import Dispatched, Dispatcher
+from moe_harness.impls.dispatchers.collectives import gather_counts, gather_rows, scatter_sum
+from moe_harness.impls.dispatchers.common import Dispatched, Dispatcher
 
 
 class AllgatherReducescatter(Dispatcher):

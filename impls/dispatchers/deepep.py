@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from impls.dispatchers.common import Dispatched, Dispatcher
+from moe_harness.impls.dispatchers.common import Dispatched, Dispatcher
 
 NVLINK_BYTES = 256 << 20  # the buffer that peers write into; sized for 8 ranks and a hidden size of 8192
 

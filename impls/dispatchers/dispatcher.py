@@ -6,14 +6,14 @@ A dispatcher moves tokens to the ranks that own their experts and the partial re
     y = dispatcher.combine(expert_output, d)                            sums over ranks, own tokens in their order
 """
 
-from impls.dispatchers.all_to_all import AllToAll as all_to_all
-from impls.dispatchers.all_to_all_dedup import AllToAllDedup as all_to_all_dedup
-from impls.dispatchers.allgather_reducescatter import AllgatherReducescatter as allgather_reducescatter
-from impls.dispatchers.deepep import DeepEP as deepep
-from impls.dispatchers.local_allreduce import LocalAllreduce as local_allreduce
-from impls.dispatchers.masked import Masked as masked
-from impls.dispatchers.naive import Naive as naive
-from impls.dispatchers.symmetric import Symmetric as symmetric
+from moe_harness.impls.dispatchers.all_to_all import AllToAll as all_to_all
+from moe_harness.impls.dispatchers.all_to_all_dedup import AllToAllDedup as all_to_all_dedup
+from moe_harness.impls.dispatchers.allgather_reducescatter import AllgatherReducescatter as allgather_reducescatter
+from moe_harness.impls.dispatchers.deepep import DeepEP as deepep
+from moe_harness.impls.dispatchers.local_allreduce import LocalAllreduce as local_allreduce
+from moe_harness.impls.dispatchers.masked import Masked as masked
+from moe_harness.impls.dispatchers.naive import Naive as naive
+from moe_harness.impls.dispatchers.symmetric import Symmetric as symmetric
 
 __all__ = [
     "naive",

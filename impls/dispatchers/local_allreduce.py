@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from impls.dispatchers.collectives import all_gather
-from impls.dispatchers.common import Dispatched, Dispatcher
+from moe_harness.impls.dispatchers.collectives import all_gather
+from moe_harness.impls.dispatchers.common import Dispatched, Dispatcher
 
 
 class LocalAllreduce(Dispatcher):

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from impls.dispatchers.common import Dispatched, Dispatcher
+from moe_harness.impls.dispatchers.common import Dispatched, Dispatcher
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch.distributed as dist
 from torch import Tensor
 
-from impls.dispatchers.collectives import gather_counts
-from impls.dispatchers.common import Dispatched, Dispatcher
+from moe_harness.impls.dispatchers.collectives import gather_counts
+from moe_harness.impls.dispatchers.common import Dispatched, Dispatcher
 
 
 class Naive(Dispatcher):

@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from impls.dispatchers._launch import Prepared
-from impls.dispatchers.allgather_reducescatter import AllgatherReducescatter
-from impls.dispatchers.common import Dispatched, Dispatcher
+from moe_harness.impls.dispatchers._launch import Prepared
+from moe_harness.impls.dispatchers.allgather_reducescatter import AllgatherReducescatter
+from moe_harness.impls.dispatchers.common import Dispatched, Dispatcher
 
 MAX_TOKENS = 128  # what is worth writing in this way where no bound is given
 ALIGNMENT = 128
@@ -101,7 +101,7 @@ class Symmetric(Dispatcher):
     def __init__(self, group: dist.ProcessGroup, *, num_experts: int, owner: Tensor, max_tokens: int | None = None):
         super().__init__(group, num_experts=num_experts, owner=owner)
         self._require()
-        from impls.dispatchers import _put
+        from moe_harness.impls.dispatchers import _put
 
         self.kernels, self.max_tokens = _put, max_tokens
         self.large = AllgatherReducescatter(group, num_experts=num_experts, owner=owner)

@@ -7,7 +7,7 @@ tp_size / num_key_value_heads consecutive ranks, which are the ranks whose query
 import torch
 from torch import Tensor
 
-from impls.parallel.parallel_linear import Linear, share
+from moe_harness.impls.parallel.parallel_linear import Linear, share
 
 
 def local_heads(num_heads: int, rank: int, world_size: int) -> range:

@@ -20,9 +20,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from impls.dispatchers.collectives import gather_counts, gather_rows
-from impls.parallel.parallel_linear import MergedColumnParallel, Replicated, RowParallel
-from impls.parallel.reduction import Placed, State, finish
+from moe_harness.impls.dispatchers.collectives import gather_counts, gather_rows
+from moe_harness.impls.parallel.parallel_linear import MergedColumnParallel, Replicated, RowParallel
+from moe_harness.impls.parallel.reduction import Placed, State, finish
 
 Weights = dict[str, Tensor]
 SHARED = ("shared_expert", "shared_experts")  # Qwen's, gated; DeepSeek's, several in one MLP without a gate

@@ -16,7 +16,7 @@ from enum import Enum
 import torch.distributed as dist
 from torch import Tensor
 
-from impls.dispatchers.collectives import scatter_sum
+from moe_harness.impls.dispatchers.collectives import scatter_sum
 
 
 class State(Enum):

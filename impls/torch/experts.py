@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from impls.torch.grouped_linear import product
+from moe_harness.impls.torch.grouped_linear import product
 
 __all__ = ["loop", "grouped_mm", "batched"]
 

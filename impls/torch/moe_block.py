@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from impls.torch import experts as expert_variants
-from impls.torch.router import loop as route
-from impls.torch.shared_expert_gate import loop as gate_shared
+from moe_harness.impls.torch import experts as expert_variants
+from moe_harness.impls.torch.router import loop as route
+from moe_harness.impls.torch.shared_expert_gate import loop as gate_shared
 
 __all__ = ["loop", "grouped_mm"]
 

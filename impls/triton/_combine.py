@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from impls.triton._common import after_previous, early_start, interpreting, narrow, on
-from impls.triton.alignment import local_expert
+from moe_harness.impls.triton._common import after_previous, early_start, interpreting, narrow, on
+from moe_harness.impls.triton.alignment import local_expert
 
 
 @triton.jit

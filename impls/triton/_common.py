@@ -45,7 +45,7 @@ def on_hopper(device: torch.device) -> bool:
     if device.type != "cuda" or interpreting() or torch.cuda.get_device_capability(device) != (9, 0):
         return False
     try:
-        import impls.triton._hopper  # noqa: F401 - importing it is the question
+        import moe_harness.impls.triton._hopper  # noqa: F401 - importing it is the question
     except ImportError:
         return False
     return True

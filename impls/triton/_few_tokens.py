@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from impls.triton._combine import combine
-from impls.triton._common import (
+from moe_harness.impls.triton._combine import combine
+from moe_harness.impls.triton._common import (
     after_previous,
     early_start,
     gated,
@@ -26,9 +26,9 @@ from impls.triton._common import (
     product,
     tile_source,
 )
-from impls.triton._tiles import row_tile, weight_tile
-from impls.triton.alignment import local_expert
-from impls.triton.configs import Walk
+from moe_harness.impls.triton._tiles import row_tile, weight_tile
+from moe_harness.impls.triton.alignment import local_expert
+from moe_harness.impls.triton.configs import Walk
 
 ROWS: tl.constexpr = tl.constexpr(16)  # the smallest row tile of a product
 

@@ -14,8 +14,8 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from impls.triton._common import descriptor_strides, on, programs_at_once
-from impls.triton._hopper import (
+from moe_harness.impls.triton._common import descriptor_strides, on, programs_at_once
+from moe_harness.impls.triton._hopper import (
     COLUMNS,
     STAGES,
     STEP,

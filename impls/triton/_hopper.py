@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from impls.triton._common import descriptor_strides
+from moe_harness.impls.triton._common import descriptor_strides
 
 # Triton 3.6 has both under another name.
 load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from impls.triton._common import (
+from moe_harness.impls.triton._common import (
     after_previous,
     early_start,
     interpreting,
@@ -21,8 +21,8 @@ from impls.triton._common import (
     product,
     tile_source,
 )
-from impls.triton._tiles import expert_runs, find_tile, row_tile, weight_tile
-from impls.triton.configs import Tiling, grid_size
+from moe_harness.impls.triton._tiles import expert_runs, find_tile, row_tile, weight_tile
+from moe_harness.impls.triton.configs import Tiling, grid_size
 
 
 @triton.jit
@@ -114,8 +114,8 @@ def linear(
     num_experts, columns = weight.shape[0], weight.shape[1]
     y = a.new_empty(a.shape[0], columns)
     if tiling.copier and slots is not None and bias is None and on_hopper(a.device):
-        from impls.triton._hopper import suits
-        from impls.triton._linear_hopper import linear_hopper
+        from moe_harness.impls.triton._hopper import suits
+        from moe_harness.impls.triton._linear_hopper import linear_hopper
 
         if suits(a, weight):
             linear_hopper(a, weight, y, counts, slots, tiling.group)

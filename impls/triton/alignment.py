@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from impls.triton._common import after_previous, early_start, let_next_start, on
+from moe_harness.impls.triton._common import after_previous, early_start, let_next_start, on
 
 __all__ = ["align"]
 

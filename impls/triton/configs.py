@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import triton
 
-from impls.triton._common import programs_at_once
+from moe_harness.impls.triton._common import programs_at_once
 
 __all__ = [
     "Entry",

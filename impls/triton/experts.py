@@ -14,13 +14,13 @@ engine accepts (last dimension contiguous, 16-byte aligned) are read through it,
 import torch
 from torch import Tensor
 
-from impls.triton import configs
-from impls.triton._combine import combine
-from impls.triton._common import require
-from impls.triton._few_tokens import few_tokens
-from impls.triton._linear import linear
-from impls.triton.alignment import align
-from impls.triton.gate_up import gate_up
+from moe_harness.impls.triton import configs
+from moe_harness.impls.triton._combine import combine
+from moe_harness.impls.triton._common import require
+from moe_harness.impls.triton._few_tokens import few_tokens
+from moe_harness.impls.triton._linear import linear
+from moe_harness.impls.triton.alignment import align
+from moe_harness.impls.triton.gate_up import gate_up
 
 __all__ = ["experts"]  # what is registered; run_entry serves the tuner and its suite
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from impls.triton._common import (
+from moe_harness.impls.triton._common import (
     after_previous,
     early_start,
     gated,
@@ -23,8 +23,8 @@ from impls.triton._common import (
     product,
     tile_source,
 )
-from impls.triton._tiles import expert_runs, find_tile, pair_tile, row_tile, row_tiles, unpair, weight_tile
-from impls.triton.configs import Tiling, grid_size
+from moe_harness.impls.triton._tiles import expert_runs, find_tile, pair_tile, row_tile, row_tiles, unpair, weight_tile
+from moe_harness.impls.triton.configs import Tiling, grid_size
 
 __all__ = ["gate_up"]
 
@@ -181,7 +181,7 @@ def gate_up(
     num_experts, width = weight.shape[0], weight.shape[1] // 2
     act = x.new_empty(len(slots), triton.cdiv(width, 8) * 8)[:, :width]
     if tiling.copier and on_hopper(x.device):
-        from impls.triton._gate_up_hopper import fits, gate_up_hopper
+        from moe_harness.impls.triton._gate_up_hopper import fits, gate_up_hopper
 
         if fits(x, weight):
             gate_up_hopper(x, weight, act, counts, slots, top_k, activation == "gelu_tanh", tiling.group)

@@ -9,9 +9,9 @@ and bias are fp32; nothing is rounded before the output.  Strides of every opera
 import torch
 from torch import Tensor
 
-from impls.triton import configs
-from impls.triton._common import require
-from impls.triton._linear import linear
+from moe_harness.impls.triton import configs
+from moe_harness.impls.triton._common import require
+from moe_harness.impls.triton._linear import linear
 
 __all__ = ["grouped_linear"]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from impls.triton.experts import experts
+from moe_harness.impls.triton.experts import experts
 
 __all__ = ["NAME", "forward", "register"]
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from impls.triton._common import exact_exp, exact_sigmoid, interpreting, on, product, require
+from moe_harness.impls.triton._common import exact_exp, exact_sigmoid, interpreting, on, product, require
 
 __all__ = ["router"]  # what is registered; router_from_hidden starts from the hidden states
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from impls.triton._common import exact_sigmoid, interpreting, narrow, on, require
+from moe_harness.impls.triton._common import exact_sigmoid, interpreting, narrow, on, require
 
 __all__ = ["shared_expert_gate"]  # what is registered
 

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from impls.triton import configs
-from impls.triton._few_tokens import few_tokens
-from impls.triton._linear import linear
-from impls.triton.alignment import align
-from impls.triton.configs import Entry, Shape, Tiling, Walk
-from impls.triton.gate_up import gate_up
+from moe_harness.impls.triton import configs
+from moe_harness.impls.triton._few_tokens import few_tokens
+from moe_harness.impls.triton._linear import linear
+from moe_harness.impls.triton.alignment import align
+from moe_harness.impls.triton.configs import Entry, Shape, Tiling, Walk
+from moe_harness.impls.triton.gate_up import gate_up
 
 __all__ = ["candidates", "time_in_graph", "tune"]
 

@@ -1,6 +1,6 @@
 """Count false alarms over many ranks: right dispatchers and layers on random cases of worlds 1, 2 and 4.
 
-    python -m suites.dispatcher.false_alarms --cases 5000 --json docs/false_alarms_ranks.json
+    python -m moe_harness.suites.dispatcher.false_alarms --cases 5000 --json docs/false_alarms_ranks.json
 
 With n cases and no alarm the rate is below 3 / n at 95 % confidence.
 """
@@ -13,9 +13,9 @@ from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
-from harness.ranks import cases, judge
-from harness.ranks.cases import DTYPES, LinearCase
-from suites.dispatcher.subjects import REGISTERED
+from moe_harness.harness.ranks import cases, judge
+from moe_harness.harness.ranks.cases import DTYPES, LinearCase
+from moe_harness.suites.dispatcher.subjects import REGISTERED
 
 WORLDS = (1, 2, 4)
 STRANGERS = Path(__file__).with_name("strangers") / "right.py"
@@ -67,7 +67,7 @@ def main() -> None:
                 f"{number + 1} cases, {time.monotonic() - start:.0f} s, {dict(counts)}, {len(alarms)} alarms",
                 flush=True,
             )
-    command = f"python -m suites.dispatcher.false_alarms --cases {given.cases} --seed {given.seed}"
+    command = f"python -m moe_harness.suites.dispatcher.false_alarms --cases {given.cases} --seed {given.seed}"
     found = {"command": command, "torch": version("torch"), "worlds": WORLDS, "implementations": len(DISPATCHERS) + 8,
              "cases": given.cases, "outcomes": dict(sorted(counts.items())), "alarms": alarms}  # fmt: skip
     if given.json is not None:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.ranks.loading import load
-from harness.ranks.worker import Rank
-from suites.parallel_linear.layout_tasks import parts_of, tokens_of, weights_of
+from moe_harness.harness.ranks.loading import load
+from moe_harness.harness.ranks.worker import Rank
+from moe_harness.suites.parallel_linear.layout_tasks import parts_of, tokens_of, weights_of
 
 EXPERTS, TOP_K = 8, 2
 ROUTINGS = ("even", "one expert", "masked", "own rank only", "none")
@@ -53,7 +53,7 @@ def run(me: Rank, spec: dict[str, Any], seed: int) -> list[str]:
         return dispatcher.combine(experts(d.hidden_states, up, down, d.topk_weights, d.topk_ids), d)
 
     if me.backend == "nccl":
-        layer = load("moe_block", "impls.parallel.replayed:Replayed")(layer, me.group)
+        layer = load("moe_block", "moe_harness.impls.parallel.replayed:Replayed")(layer, me.group)
     wrong, results = [], []
     for number, routing in enumerate(ROUTINGS * 2):
         given = batch(number, routing)

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from impls.dispatchers import _put, symmetric
-from impls.dispatchers.symmetric import Symmetric as _Symmetric
-from impls.dispatchers.symmetric import Workspace
+from moe_harness.impls.dispatchers import _put, symmetric
+from moe_harness.impls.dispatchers.symmetric import Symmetric as _Symmetric
+from moe_harness.impls.dispatchers.symmetric import Workspace
 
 _put.PROGRAMS = 3
 _put.TILE = 16

@@ -2,7 +2,7 @@
 
 import pytest
 
-from harness.ranks.judge import Verdict
+from moe_harness.harness.ranks.judge import Verdict
 
 REGISTERED = (
     "dispatchers:naive",

@@ -3,8 +3,8 @@
 import torch
 import torch.distributed as dist
 
-from harness.ranks.loading import load
-from harness.ranks.worker import Rank
+from moe_harness.harness.ranks.loading import load
+from moe_harness.harness.ranks.worker import Rank
 
 
 def two_sums(me: Rank, spec: object, seed: int) -> list[float]:

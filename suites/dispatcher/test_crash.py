@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from harness.ranks import cases, ledger
-from harness.report.results import exit_status
+from moe_harness.harness.ranks import cases, ledger
+from moe_harness.harness.report.results import exit_status
 
 ROOT = Path(__file__).parents[2]
 SLOW = """
@@ -46,7 +46,7 @@ def test_a_killed_check_is_no_pass(tmp_path: Path) -> None:
             check["cases"] for check in json.loads(file.read_text())["checks"]
         )
 
-    command = ["-m", "harness.cli", "check", "--stage", "dispatcher", "--impl", "dispatchers:naive"]
+    command = ["-m", "moe_harness", "check", "--stage", "dispatcher", "--impl", "dispatchers:naive"]
     _kill_once([*command, "--json", str(file)], lambda: judged() >= 5)
     result = json.loads(file.read_text())
     assert result["verdict"] == "error" and result["interrupted"] and exit_status([result]) == 3

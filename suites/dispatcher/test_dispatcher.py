@@ -5,8 +5,8 @@ pytest suites/dispatcher/test_dispatcher.py --impl my_dispatcher.py:MyDispatcher
 
 import pytest
 
-from harness.ranks import cases, judge, pool
-from suites.dispatcher.subjects import REGISTERED, chosen, told
+from moe_harness.harness.ranks import cases, judge, pool
+from moe_harness.suites.dispatcher.subjects import REGISTERED, chosen, told
 
 WORLDS = (1, 2, 3, 4)
 
@@ -51,7 +51,7 @@ def test_deepep_is_refused_with_the_reason() -> None:
 
 
 def _refusals(**spec: object) -> list[str]:
-    outcome = pool.run("suites.dispatcher.tasks:distinct_tokens", spec, ranks=3)
+    outcome = pool.run("moe_harness.suites.dispatcher.tasks:distinct_tokens", spec, ranks=3)
     assert outcome.ok, outcome.failure
     return outcome.results
 

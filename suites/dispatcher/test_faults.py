@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from harness.faults import Fault, all_faults
-from harness.ranks import cases, judge
-from suites.dispatcher.subjects import told
+from moe_harness.harness.faults import Fault, all_faults
+from moe_harness.harness.ranks import cases, judge
+from moe_harness.suites.dispatcher.subjects import told
 
 FAULTS = all_faults("dispatcher")
 BASES = ("Gathered", "Copies", "Deduplicated")
@@ -38,7 +38,7 @@ def test_killed_by_the_planned_cases(fault: Fault) -> None:
 @pytest.mark.parametrize("base", BASES)
 def test_what_the_faults_are_made_from_is_right(base: str) -> None:
     for case in list(_planned())[::4]:
-        verdict = judge.judge(f"harness.faults.dispatcher:{base}", case)
+        verdict = judge.judge(f"moe_harness.harness.faults.dispatcher:{base}", case)
         assert verdict.passed, told(verdict)
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from harness.ranks import pool
-from suites.dispatcher.subjects import GPU_WORLDS
+from moe_harness.harness.ranks import pool
+from moe_harness.suites.dispatcher.subjects import GPU_WORLDS
 
-TASK, TOKENS = "suites.dispatcher.graph_tasks:run", 5
+TASK, TOKENS = "moe_harness.suites.dispatcher.graph_tasks:run", 5
 CAPTURED: dict[str, dict[str, Any]] = {
     "local_allreduce": {"verify": False},
     "allgather_reducescatter": {"equal_tokens": True},

@@ -2,9 +2,9 @@
 
 import pytest
 
-from harness.ranks import judge
-from harness.ranks.jobs import Injection
-from suites.dispatcher.subjects import told
+from moe_harness.harness.ranks import judge
+from moe_harness.harness.ranks.jobs import Injection
+from moe_harness.suites.dispatcher.subjects import told
 
 CASE = "dispatcher/dense/R=2,E=4,k=2,T=3+2,seed=1"
 CALLS = {"dispatchers:all_to_all_dedup": 5, "dispatchers:naive": 8, "dispatchers:masked": 5}

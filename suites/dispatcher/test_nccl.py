@@ -7,9 +7,9 @@ import random
 
 import pytest
 
-from harness.ranks import cases, judge
-from harness.ranks.jobs import Injection
-from suites.dispatcher.subjects import GPU_WORLDS, REGISTERED, chosen, told
+from moe_harness.harness.ranks import cases, judge
+from moe_harness.harness.ranks.jobs import Injection
+from moe_harness.suites.dispatcher.subjects import GPU_WORLDS, REGISTERED, chosen, told
 
 MORE = 20  # random cases for each number of ranks
 ON_GPUS = (*REGISTERED, "dispatchers:symmetric")

@@ -6,9 +6,9 @@ import time
 from hypothesis import HealthCheck, find, given, settings
 from hypothesis import strategies as st
 
-from harness.ranks import cases, judge, strategies
-from harness.ranks.cases import DispatcherCase
-from suites.dispatcher.subjects import REGISTERED, told
+from moe_harness.harness.ranks import cases, judge, strategies
+from moe_harness.harness.ranks.cases import DispatcherCase
+from moe_harness.suites.dispatcher.subjects import REGISTERED, told
 
 NO_FALSE_ALARM = 400  # cases per run; the count grows with HYPOTHESIS_PROFILE=nightly through max_examples
 
@@ -26,7 +26,8 @@ def _fails(spec: str):
 
 def _minimal(fault: str) -> DispatcherCase:
     options = settings(max_examples=300, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
-    return find(strategies.dispatcher_cases(), _fails(f"harness.faults.dispatcher:{fault}"), settings=options)
+    spec = f"moe_harness.harness.faults.dispatcher:{fault}"
+    return find(strategies.dispatcher_cases(), _fails(spec), settings=options)
 
 
 def test_a_planted_deadlock_shrinks_to_its_minimal_case() -> None:

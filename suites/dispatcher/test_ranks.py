@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-from harness.ranks import judge, pool, traces
-from harness.ranks.calls import Call
-from harness.ranks.heartbeat import Beat, State
-from harness.ranks.jobs import Injection
-from harness.ranks.proof import of_job, stalemate
+from moe_harness.harness.ranks import judge, pool, traces
+from moe_harness.harness.ranks.calls import Call
+from moe_harness.harness.ranks.heartbeat import Beat, State
+from moe_harness.harness.ranks.jobs import Injection
+from moe_harness.harness.ranks.proof import of_job, stalemate
 
-TASKS = "suites.dispatcher.tasks"
+TASKS = "moe_harness.suites.dispatcher.tasks"
 
 
 def _run(task: str, ranks: int = 2) -> pool.Outcome:
@@ -86,7 +86,7 @@ def test_no_false_alarm_on_a_busy_machine() -> None:
 
 def test_the_controller_needs_no_torch() -> None:
     code = (
-        "import sys; from harness.ranks import judge; "
+        "import sys; from moe_harness.harness.ranks import judge; "
         "passed = judge.judge('dispatchers:all_to_all', 'dispatcher/dense/R=2,E=3,k=1,T=0+2').passed; "
         "print(passed, 'torch' in sys.modules)"
     )

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from reference import dispatcher as reference
-from reference.dispatcher import Batch
-from reference.placement import IllegalPlacement, Partial, Replicated, Sharded, add_shared
+from moe_harness.reference import dispatcher as reference
+from moe_harness.reference.dispatcher import Batch
+from moe_harness.reference.placement import IllegalPlacement, Partial, Replicated, Sharded, add_shared
 
 RANKS, EXPERTS, HIDDEN = 3, 5, 6
 

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from harness.account import Listener
-from harness.cases.request import Request
-from harness.engine import Options
-from harness.errors import HarnessError
-from harness.ranks import judge
-from harness.ranks.linear_task import kind_of
-from harness.ranks.run import ENOUGH, RankRun, as_answer, judge_ranks
-from harness.report.results import verdict_of
-from suites.dispatcher.strangers import wrong
+from moe_harness.harness.account import Listener
+from moe_harness.harness.cases.request import Request
+from moe_harness.harness.engine import Options
+from moe_harness.harness.errors import HarnessError
+from moe_harness.harness.ranks import judge
+from moe_harness.harness.ranks.linear_task import kind_of
+from moe_harness.harness.ranks.run import ENOUGH, RankRun, as_answer, judge_ranks
+from moe_harness.harness.report.results import verdict_of
+from moe_harness.suites.dispatcher.strangers import wrong
 
 FOLDER = Path(__file__).parent / "strangers"
 RIGHT = ("Padded", "Pickled", "Letters", "Overlapped", "Wide", "OneAtATime", "EvenOnly", "Same", "HalfOnly")

@@ -4,12 +4,12 @@ import pytest
 
 pytest.importorskip("triton")
 
-from harness.ranks import cases, judge
-from harness.ranks.loading import load
-from suites.dispatcher.subjects import told
+from moe_harness.harness.ranks import cases, judge
+from moe_harness.harness.ranks.loading import load
+from moe_harness.suites.dispatcher.subjects import told
 
 FILE = "suites/dispatcher/interpreted.py"
-_Prepared = load("dispatcher", "impls.dispatchers._launch:Prepared")
+_Prepared = load("dispatcher", "moe_harness.impls.dispatchers._launch:Prepared")
 
 
 @pytest.mark.parametrize("name", ["Symmetric", "Bounded"])

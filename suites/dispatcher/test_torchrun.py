@@ -10,19 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from harness.ranks.heartbeat import Beat, State
-from harness.ranks.remote import RemoteMember
+from moe_harness.harness.ranks.heartbeat import Beat, State
+from moe_harness.harness.ranks.remote import RemoteMember
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
-from harness.ranks import judge
-from harness.ranks.jobs import Injection
+from moe_harness.harness.ranks import judge
+from moe_harness.harness.ranks.jobs import Injection
 case = "dispatcher/dense/R=4,E=3,k=1,T=0+2+1+3"
 for _ in range(3):
     assert judge.judge("dispatchers:all_to_all", case).passed
 died = judge.judge("dispatchers:all_to_all", case, injection=Injection("die", 2, 1)).failure
 print(died.kind, died.rank)
-stuck = judge.judge("harness.faults.dispatcher:empty_rank_skips", case).failure
+stuck = judge.judge("moe_harness.harness.faults.dispatcher:empty_rank_skips", case).failure
 print(stuck.kind, stuck.rank)
 assert judge.judge("dispatchers:all_to_all_dedup", "dispatcher/dense/R=2,E=3,k=1,T=3+2").passed
 """
@@ -40,7 +40,7 @@ def environment() -> Iterator[dict[str, str]]:
     address, master = f"127.0.0.1:{_free_port()}", str(_free_port())
     shared = {**os.environ, "MOE_HARNESS_RANKS_KEY": secrets.token_hex(16), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2"]
-    where = ["--master-addr=127.0.0.1", f"--master-port={master}", "-m", "harness.ranks.serve", address]
+    where = ["--master-addr=127.0.0.1", f"--master-port={master}", "-m", "moe_harness.harness.ranks.serve", address]
     agents = [
         subprocess.Popen([*command, f"--node-rank={node}", *where], env=shared, stderr=subprocess.DEVNULL)
         for node in range(2)
@@ -59,7 +59,8 @@ def test_two_agents_and_one_controller(environment: dict[str, str]) -> None:
 
 
 def test_without_a_secret_it_says_what_is_missing() -> None:
-    program = "from harness.ranks import judge; judge.judge('dispatchers:naive', 'dispatcher/dense/R=1,E=1,k=1,T=1')"
+    call = "judge.judge('dispatchers:naive', 'dispatcher/dense/R=1,E=1,k=1,T=1')"
+    program = f"from moe_harness.harness.ranks import judge; {call}"
     alone = {**os.environ, "MOE_HARNESS_RANKS": "127.0.0.1:1", "PYTHONPATH": str(ROOT)}
     alone.pop("MOE_HARNESS_RANKS_KEY", None)
     said = subprocess.run([sys.executable, "-c", program], env=alone, capture_output=True, text=True, timeout=60)

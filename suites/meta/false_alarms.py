@@ -1,6 +1,6 @@
 """Count false alarms: quick runs of right implementations, seed after seed, for as long as is given.
 
-    python -m suites.meta.false_alarms --minutes 60 --processes 2 --json docs/false_alarms.json
+    python -m moe_harness.suites.meta.false_alarms --minutes 60 --processes 2 --json docs/false_alarms.json
 
 A run is one implementation under the quick profile on the CPU with a seed of its own.  With n runs and no alarm the
 rate is below 3 / n at 95 % confidence.
@@ -19,12 +19,12 @@ IMPLEMENTATIONS = (
     ("router", "torch:loop"),
     ("experts", "torch:grouped_mm"),
     ("grouped_linear", "torch:grouped_mm"),
-    ("experts", "suites.meta.right.experts:round_every_stage"),
+    ("experts", "moe_harness.suites.meta.right.experts:round_every_stage"),
     ("shared_expert_gate", "torch:loop"),
-    ("experts", "suites.meta.right.experts:weight_before_down"),
+    ("experts", "moe_harness.suites.meta.right.experts:weight_before_down"),
     ("moe_block", "torch:loop"),
-    ("experts", "suites.meta.right.experts:running_sum_over_slots"),
-    ("router", "suites.meta.right.router:weights_in_logit_dtype"),
+    ("experts", "moe_harness.suites.meta.right.experts:running_sum_over_slots"),
+    ("router", "moe_harness.suites.meta.right.router:weights_in_logit_dtype"),
 )
 
 
@@ -32,12 +32,12 @@ def judge_run(stage: str, spec: str, seed: int) -> dict[str, Any]:
     """One quick run in this process: cases judged, the alarms among them, the largest share of a bound."""
     import torch
 
-    from harness.cases import plan
-    from harness.cases.plans import ON_CUDA_ONLY
-    from harness.cases.request import Request
-    from harness.contracts import load
-    from harness.trial import Trial
-    from harness.worker import judge_id
+    from moe_harness.harness.cases import plan
+    from moe_harness.harness.cases.plans import ON_CUDA_ONLY
+    from moe_harness.harness.cases.request import Request
+    from moe_harness.harness.contracts import load
+    from moe_harness.harness.trial import Trial
+    from moe_harness.harness.worker import judge_id
 
     torch.set_num_threads(1)
     trial = Trial(load(stage, spec), "cpu")
@@ -73,7 +73,8 @@ def main() -> None:
                 total[key] += result[key]
             total["rate_below"] = round((3 + 2 * len(total["alarms"])) / total["runs"], 5)
             if given.json is not None:
-                given.json.write_text(json.dumps({"command": "python -m suites.meta.false_alarms", **total}, indent=1))
+                command = "python -m moe_harness.suites.meta.false_alarms"
+                given.json.write_text(json.dumps({"command": command, **total}, indent=1))
     print(json.dumps(total, indent=1))
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from harness import audit
-from harness.errors import UsageError
+from moe_harness.harness import audit
+from moe_harness.harness.errors import UsageError
 
 GOOD: dict[str, Any] = {
     "name": "ours",

@@ -8,18 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.cases import parse_id, plan
-from harness.cases.moe_block import FAMILIES, MoeBlockCase
-from harness.cases.request import Request
-from harness.checks import CHECKS
-from harness.contracts import Declarations, Subject
-from harness.diagnosis import explain
-from harness.diagnosis.suspects import forget
-from harness.faults import all_faults, experts, router, shared_expert_gate
-from harness.faults.block_parts import LEFT_OUT, inside
-from harness.faults.catalogue import get
-from harness.trial import Broken, Trial
-from reference import moe_block as reference
+from moe_harness.harness.cases import parse_id, plan
+from moe_harness.harness.cases.moe_block import FAMILIES, MoeBlockCase
+from moe_harness.harness.cases.request import Request
+from moe_harness.harness.checks import CHECKS
+from moe_harness.harness.contracts import Declarations, Subject
+from moe_harness.harness.diagnosis import explain
+from moe_harness.harness.diagnosis.suspects import forget
+from moe_harness.harness.faults import all_faults, experts, router, shared_expert_gate
+from moe_harness.harness.faults.block_parts import LEFT_OUT, inside
+from moe_harness.harness.faults.catalogue import get
+from moe_harness.harness.trial import Broken, Trial
+from moe_harness.reference import moe_block as reference
 
 PARTS = [fault for fault in all_faults("moe_block") if fault.part]
 MATRIX = json.loads((Path(__file__).parents[2] / "docs" / "kill_matrix.json").read_text())

@@ -6,17 +6,17 @@ from itertools import combinations
 import pytest
 import torch
 
-from harness import rounding
-from harness.cases import parse_id, plan
-from harness.cases.boundaries import LAYOUTS
-from harness.cases.pairwise import pairwise
-from harness.cases.plans import ON_CUDA_ONLY
-from harness.cases.request import Request
-from harness.contracts import STAGES
-from harness.findings import MAX_Z
-from harness.stages import exact_experts, experts, stage_module
-from harness.stages.call import DTYPES
-from reference.experts import expert_steps, local_ids, routed_rows
+from moe_harness.harness import rounding
+from moe_harness.harness.cases import parse_id, plan
+from moe_harness.harness.cases.boundaries import LAYOUTS
+from moe_harness.harness.cases.pairwise import pairwise
+from moe_harness.harness.cases.plans import ON_CUDA_ONLY
+from moe_harness.harness.cases.request import Request
+from moe_harness.harness.contracts import STAGES
+from moe_harness.harness.findings import MAX_Z
+from moe_harness.harness.stages import exact_experts, experts, stage_module
+from moe_harness.harness.stages.call import DTYPES
+from moe_harness.reference.experts import expert_steps, local_ids, routed_rows
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -45,7 +45,7 @@ def test_only_the_dtypes_that_are_asked_for_are_planned(stage, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_check_of_a_suite_has_cases_whatever_the_dtype(stage, profile, dtype):
     """A check without a case would be skipped, and skipped looks green."""
-    suite = import_module(f"suites.{stage}.test_{stage}")
+    suite = import_module(f"moe_harness.suites.{stage}.test_{stage}")
     checks = {name.removeprefix("test_") for name in vars(suite) if name.startswith("test_")}
     request = Request(profile=profile, device="cuda", dtypes=(dtype,))
     assert {p.check for p in plan(stage, request)} | {"property"} == checks
@@ -53,7 +53,7 @@ def test_every_check_of_a_suite_has_cases_whatever_the_dtype(stage, profile, dty
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_special_value_layout_and_law_is_planned(stage):
-    module, planned = import_module(f"harness.cases.{stage}"), plan(stage, Request())
+    module, planned = import_module(f"moe_harness.harness.cases.{stage}"), plan(stage, Request())
     assert {p.case.data for p in planned if p.check == "special"} >= set(getattr(module, "SPECIALS", ()))
     assert {p.case.variant for p in planned if p.check == "laws"} == set(module.LAWS)
     impossible = {"expanded", "unit"} if stage == "moe_block" else set()  # weights that every checkpoint has in full

@@ -18,19 +18,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.cases.spec import case_types
-from harness.compare import against_bound
-from harness.contracts import REJECTIONS, SIGNATURES
-from harness.faults import Fault, all_faults, get
-from harness.faults import catalogue as entries
-from harness.rounding import accumulation, max_limit
-from harness.stages import stage_module
-from harness.stages.call import Call as Judged
-from reference.experts import experts
-from reference.grouped_linear import grouped_linear
-from reference.moe_block import moe_block
-from reference.router import router
-from reference.shared_expert_gate import shared_expert_gate
+from moe_harness.harness.cases.spec import case_types
+from moe_harness.harness.compare import against_bound
+from moe_harness.harness.contracts import REJECTIONS, SIGNATURES
+from moe_harness.harness.faults import Fault, all_faults, get
+from moe_harness.harness.faults import catalogue as entries
+from moe_harness.harness.rounding import accumulation, max_limit
+from moe_harness.harness.stages import stage_module
+from moe_harness.harness.stages.call import Call as Judged
+from moe_harness.reference.experts import experts
+from moe_harness.reference.grouped_linear import grouped_linear
+from moe_harness.reference.moe_block import moe_block
+from moe_harness.reference.router import router
+from moe_harness.reference.shared_expert_gate import shared_expert_gate
 
 # Those of one device; what is one of them inside a block has a suite of its own.
 FAULTS = tuple(fault for fault in all_faults() if fault.stage in SIGNATURES and fault.part is None)
@@ -288,7 +288,7 @@ def forget() -> None:
     """Stateful faults start afresh."""
     for module in entries.MODULES:
         for name in ("_kept", "_sums"):
-            getattr(importlib.import_module(f"harness.faults.{module}"), name, {}).clear()
+            getattr(importlib.import_module(f"moe_harness.harness.faults.{module}"), name, {}).clear()
 
 
 def visible(fault: Fault, parameters: Mapping[str, Any], permitted: tuple[str, ...] | None) -> bool:
@@ -447,9 +447,9 @@ def test_process_fault_does_not_return(fault: Fault) -> None:
     assert child.exitcode != RETURNED
 
 
-BUILDING_BLOCKS = [(stage, f"harness.faults.{stage}", "run") for stage in SIGNATURES]
-BUILDING_BLOCKS += [("experts", "harness.faults.alignment", "run_aligned")]
-BUILDING_BLOCKS += [("experts", "harness.faults.cuda", "run_captured")]
+BUILDING_BLOCKS = [(stage, f"moe_harness.harness.faults.{stage}", "run") for stage in SIGNATURES]
+BUILDING_BLOCKS += [("experts", "moe_harness.harness.faults.alignment", "run_aligned")]
+BUILDING_BLOCKS += [("experts", "moe_harness.harness.faults.cuda", "run_captured")]
 
 
 @pytest.mark.parametrize(("stage", "module", "name"), BUILDING_BLOCKS)

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness import rounding
-from harness.cases import plan
-from harness.cases.request import Request
-from harness.faults import all_faults, get
-from harness.faults.experts import run
-from harness.graphs import restore_generator
-from harness.pool import Pool, prepare
+from moe_harness.harness import rounding
+from moe_harness.harness.cases import plan
+from moe_harness.harness.cases.request import Request
+from moe_harness.harness.faults import all_faults, get
+from moe_harness.harness.faults.experts import run
+from moe_harness.harness.graphs import restore_generator
+from moe_harness.harness.pool import Pool, prepare
 
 pytestmark = pytest.mark.gpu
 
@@ -90,7 +90,7 @@ def test_graph_fault_shows_on_replay(name: str) -> None:
 
 
 def test_right_building_block_survives_replay() -> None:
-    from harness.faults.cuda import run_captured
+    from moe_harness.harness.faults.cuda import run_captured
 
     args = arguments()
     graph, out = captured(run_captured, args)

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from harness.account import Account, Listener
-from harness.cases.request import Request
+from moe_harness.harness.account import Account, Listener
+from moe_harness.harness.cases.request import Request
 
 KERNEL = """
 import torch
@@ -64,7 +64,7 @@ def kernels(tmp_path_factory):
 
 
 def run(folder, *arguments, timeout=240):
-    command = [sys.executable, "-m", "harness.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "moe_harness", *map(str, arguments)]
     env = os.environ | {"PYTHONPATH": os.getcwd()}
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=timeout)
 
@@ -196,7 +196,16 @@ def heed_ctrl_c():
 
 
 def test_ctrl_c_ends_with_the_report_of_what_was_judged(kernels):
-    command = [sys.executable, "-m", "harness.cli", "check", "--stage", "experts", "--impl", "kernel.py:slow"]
+    command = [
+        sys.executable,
+        "-m",
+        "moe_harness",
+        "check",
+        "--stage",
+        "experts",
+        "--impl",
+        "kernel.py:slow",
+    ]
     command += ["--json", "interrupted.json"]
     env = os.environ | {"PYTHONPATH": os.getcwd()}
     process = subprocess.Popen(command, cwd=kernels, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -230,6 +239,7 @@ def test_replay_of_a_malformed_case(kernels):
 
 
 def test_the_controlling_process_imports_no_torch():
-    code = "import sys, harness.engine, harness.strategies, harness.report.html; print('torch' in sys.modules)"
+    code = "import sys, moe_harness.harness.engine, moe_harness.harness.strategies, moe_harness.harness.report.html; "
+    code += "print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=os.getcwd())
     assert done.stdout.strip() == "False", done.stderr

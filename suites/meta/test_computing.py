@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from harness.computing import accumulators, how_it_computes, operand_bits, stores
-from harness.contracts import ROUNDINGS, load
-from harness.trial import Trial
+from moe_harness.harness.computing import accumulators, how_it_computes, operand_bits, stores
+from moe_harness.harness.contracts import ROUNDINGS, load
+from moe_harness.harness.trial import Trial
 
 RIGHT = Path(__file__).parent / "right"
-FAULTS = "harness.faults"
+FAULTS = "moe_harness.harness.faults"
 
 
 def trial(stage: str, spec: str) -> Trial:

@@ -9,26 +9,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.cases import Case, parse_id, plan
-from harness.cases.experts import ExpertsCase
-from harness.cases.grouped_linear import GroupedLinearCase
-from harness.cases.request import Request
-from harness.cases.router import RouterCase
-from harness.contracts import Declarations, Subject, load
-from harness.diagnosis import explain, looks
-from harness.diagnosis.fit import truth_of
-from harness.diagnosis.hiding import hidden
-from harness.diagnosis.measure import STAGES, measure, measured, summary, trial_of
-from harness.diagnosis.patterns import ratios, tiles
-from harness.engine import Options, judge
-from harness.faults import experts as parts
-from harness.faults.catalogue import get
-from harness.pool import prepare
-from harness.rounding import max_limit
-from harness.stages import router
-from harness.structure import structure
-from harness.trial import Trial
-from reference.router import router as reference
+from moe_harness.harness.cases import Case, parse_id, plan
+from moe_harness.harness.cases.experts import ExpertsCase
+from moe_harness.harness.cases.grouped_linear import GroupedLinearCase
+from moe_harness.harness.cases.request import Request
+from moe_harness.harness.cases.router import RouterCase
+from moe_harness.harness.contracts import Declarations, Subject, load
+from moe_harness.harness.diagnosis import explain, looks
+from moe_harness.harness.diagnosis.fit import truth_of
+from moe_harness.harness.diagnosis.hiding import hidden
+from moe_harness.harness.diagnosis.measure import STAGES, measure, measured, summary, trial_of
+from moe_harness.harness.diagnosis.patterns import ratios, tiles
+from moe_harness.harness.engine import Options, judge
+from moe_harness.harness.faults import experts as parts
+from moe_harness.harness.faults.catalogue import get
+from moe_harness.harness.pool import prepare
+from moe_harness.harness.rounding import max_limit
+from moe_harness.harness.stages import router
+from moe_harness.harness.structure import structure
+from moe_harness.harness.trial import Trial
+from moe_harness.reference.router import router as reference
 
 RIGHT = Path(__file__).parent / "right"
 MEASURED = Path(__file__).parents[2] / "docs" / "diagnosis.json"

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from harness.cases.request import Request
-from harness.engine import Options, judge
-from harness.pool import prepare
-from harness.trial import Broken, _check_entries
+from moe_harness.harness.cases.request import Request
+from moe_harness.harness.engine import Options, judge
+from moe_harness.harness.pool import prepare
+from moe_harness.harness.trial import Broken, _check_entries
 
 HEAD = """
 import ctypes, os, sys, time
 import torch
-from reference.experts import experts as right
+from moe_harness.reference.experts import experts as right
 kept = []
 """
 
@@ -65,7 +65,16 @@ def test_a_kernel_that_hangs_ends_with_its_judge(tmp_path):
         "import os\ndef f(*a, **kw):\n    open(__file__ + '.pid', 'w').write(str(os.getpid()))\n    while True: pass\n"
     )
     (tmp_path / "spins.py").write_text(code)
-    line = [sys.executable, "-m", "harness.cli", "check", "--stage", "experts", "--impl", f"{tmp_path / 'spins.py'}:f"]
+    line = [
+        sys.executable,
+        "-m",
+        "moe_harness",
+        "check",
+        "--stage",
+        "experts",
+        "--impl",
+        f"{tmp_path / 'spins.py'}:f",
+    ]
     run = subprocess.Popen(line, cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     told = tmp_path / "spins.py.pid"
     assert _soon(lambda: told.exists() and told.read_text(), 60), "the kernel was never called"
@@ -88,7 +97,7 @@ def _runs(pid):
 
 def test_a_dict_among_the_inputs_may_not_be_changed(folder):
     code = """
-from reference.moe_block import moe_block
+from moe_harness.reference.moe_block import moe_block
 def f(hidden_states, weights, config):
     out = moe_block(hidden_states, weights, config)
     config["norm_topk_prob"] = not config.get("norm_topk_prob")

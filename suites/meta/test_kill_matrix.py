@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from harness import kill_matrix
-from harness.cases.names import CHECK_NAMES, RANK_CHECKS
-from harness.cases.plans import ON_CUDA_ONLY
-from harness.contracts import SIGNATURES
-from harness.errors import UsageError
-from harness.faults import all_faults
-from harness.faults.catalogue import RANKED
-from harness.faults.ranked import FIRST_CHECK
+from moe_harness.harness import kill_matrix
+from moe_harness.harness.cases.names import CHECK_NAMES, RANK_CHECKS
+from moe_harness.harness.cases.plans import ON_CUDA_ONLY
+from moe_harness.harness.contracts import SIGNATURES
+from moe_harness.harness.errors import UsageError
+from moe_harness.harness.faults import all_faults
+from moe_harness.harness.faults.catalogue import RANKED
+from moe_harness.harness.faults.ranked import FIRST_CHECK
 
 ROOT = Path(__file__).parents[2]
 MATRIX = json.loads((ROOT / "docs" / "kill_matrix.json").read_text())
@@ -70,7 +70,7 @@ def test_every_stage_of_many_ranks_has_faults_that_its_first_check_sees(stage: s
 
 
 def test_an_unknown_stage_or_fault_is_told_with_what_there_is() -> None:
-    from harness.commands.faults import _chosen
+    from moe_harness.harness.commands.faults import _chosen
 
     assert {fault.stage for fault in _chosen(None, None)} == {*SIGNATURES, *RANKED}
     with pytest.raises(UsageError, match="layouts"):

@@ -9,9 +9,9 @@ from types import ModuleType
 
 import pytest
 
-from suites.mutation import report
-from suites.mutation.report import Report, Row
-from suites.mutation.selection import RULES, rule_of, suites_of
+from moe_harness.suites.mutation import report
+from moe_harness.suites.mutation.report import Report, Row
+from moe_harness.suites.mutation.selection import RULES, rule_of, suites_of
 
 ROOT = Path(__file__).parents[2]
 CONFIG = tomllib.loads((ROOT / "cosmic-ray.toml").read_text())["cosmic-ray"]
@@ -63,14 +63,14 @@ def test_only_kills_count_and_what_could_not_be_tried_does_not() -> None:
 
 def test_the_readme_tells_the_committed_result() -> None:
     text = report.README.read_text()
-    assert report.readme_line() in text, "run python -m suites.mutation.report"
+    assert report.readme_line() in text, "run python -m moe_harness.suites.mutation.report"
     assert report.rewritten(text) == text
 
 
 @pytest.fixture
 def run() -> ModuleType:
     pytest.importorskip("cosmic_ray", reason="cosmic-ray is installed for tox -e mutation only")
-    return import_module("suites.mutation.run")
+    return import_module("moe_harness.suites.mutation.run")
 
 
 def test_a_suite_that_fails_on_the_tree_as_it_is_ends_the_run(run: ModuleType, tmp_path: Path) -> None:

@@ -8,21 +8,28 @@ from typing import Any
 import pytest
 import torch
 
-from harness import power
-from harness.account import Account, Listener
-from harness.cases import Case, Planned, plan
-from harness.cases.experts import ExpertsCase
-from harness.cases.grouped_linear import GroupedLinearCase
-from harness.cases.plans import ON_CUDA_ONLY
-from harness.cases.request import Request
-from harness.contracts import STAGES, Declarations, Subject, load
-from harness.engine import Options, judge
-from harness.report.ledger import power_summary
-from harness.stages import experts as experts_stage
-from harness.stages import rows, stage_module
-from harness.trial import Trial
-from harness.worker import judge_id
-from harness.wrong_outputs import EXPERTS, GROUPED_LINEAR, MOE_BLOCK, ROUTER, SHARED_EXPERT_GATE, wrong_outputs
+from moe_harness.harness import power
+from moe_harness.harness.account import Account, Listener
+from moe_harness.harness.cases import Case, Planned, plan
+from moe_harness.harness.cases.experts import ExpertsCase
+from moe_harness.harness.cases.grouped_linear import GroupedLinearCase
+from moe_harness.harness.cases.plans import ON_CUDA_ONLY
+from moe_harness.harness.cases.request import Request
+from moe_harness.harness.contracts import STAGES, Declarations, Subject, load
+from moe_harness.harness.engine import Options, judge
+from moe_harness.harness.report.ledger import power_summary
+from moe_harness.harness.stages import experts as experts_stage
+from moe_harness.harness.stages import rows, stage_module
+from moe_harness.harness.trial import Trial
+from moe_harness.harness.worker import judge_id
+from moe_harness.harness.wrong_outputs import (
+    EXPERTS,
+    GROUPED_LINEAR,
+    MOE_BLOCK,
+    ROUTER,
+    SHARED_EXPERT_GATE,
+    wrong_outputs,
+)
 
 MAIN_CHECK = {"router": "routing"}  # of the others it is "numeric"
 LARGEST = 3e6  # products T * k * H * I of a case that is worth its time here

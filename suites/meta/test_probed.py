@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.cases import Case
-from harness.cases.experts import ExpertsCase
-from harness.cases.grouped_linear import GroupedLinearCase
-from harness.cases.shared_expert_gate import GateCase
-from harness.contracts import Declarations, Subject, load
-from harness.diagnosis import explain, probed
-from harness.trial import Trial
-from suites.meta.judging import functions_of
+from moe_harness.harness.cases import Case
+from moe_harness.harness.cases.experts import ExpertsCase
+from moe_harness.harness.cases.grouped_linear import GroupedLinearCase
+from moe_harness.harness.cases.shared_expert_gate import GateCase
+from moe_harness.harness.contracts import Declarations, Subject, load
+from moe_harness.harness.diagnosis import explain, probed
+from moe_harness.harness.trial import Trial
+from moe_harness.suites.meta.judging import functions_of
 
 GENEROUS = 60.0
 LONG = {"T": 33, "H": 512, "I": 256, "E": 4, "k": 2}

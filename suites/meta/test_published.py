@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from harness.contracts import Declarations, Subject
-from harness.faults import all_faults
-from harness.faults.catalogue import RANKED, get
-from harness.ranks.judge import judge
-from harness.trial import Trial
-from harness.worker import judge_id
+from moe_harness.harness.contracts import Declarations, Subject
+from moe_harness.harness.faults import all_faults
+from moe_harness.harness.faults.catalogue import RANKED, get
+from moe_harness.harness.ranks.judge import judge
+from moe_harness.harness.trial import Trial
+from moe_harness.harness.worker import judge_id
 
 PUBLISHED = tomllib.loads((Path(__file__).parent / "published.toml").read_text())
 MATRIX = Path(__file__).parents[2] / "docs" / "kill_matrix.json"

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from harness.report import Progress, dumps, exit_status, failure_text, print_report, to_json
-from harness.report.figures import histogram
-from harness.report.html import render
+from moe_harness.harness.report import Progress, dumps, exit_status, failure_text, print_report, to_json
+from moe_harness.harness.report.figures import histogram
+from moe_harness.harness.report.html import render
 
 HOSTILE = "<script>alert(1)</script> [bold red]x[/] \" ' &amp; {{ 7 * 7 }}"
 LONG_REPLAY = (
@@ -342,8 +342,7 @@ def test_any_heat_map_can_be_drawn(values: list[list[float | None]], limit: floa
 
 
 def test_report_imports_nothing_heavy() -> None:
-    code = (
-        "import sys, harness.report, harness.report.html; print({'torch', 'jinja2', 'matplotlib'} & set(sys.modules))"
-    )
+    code = "import sys, moe_harness.harness.report, moe_harness.harness.report.html; "
+    code += "print({'torch', 'jinja2', 'matplotlib'} & set(sys.modules))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "set()"

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from harness.cases.request import Request
-from harness.contracts import load
-from harness.engine import Options, judge
-from harness.pool import prepare
-from harness.trial import Trial
-from harness.worker import judge_id
-from suites.meta.judging import functions_of
+from moe_harness.harness.cases.request import Request
+from moe_harness.harness.contracts import load
+from moe_harness.harness.engine import Options, judge
+from moe_harness.harness.pool import prepare
+from moe_harness.harness.trial import Trial
+from moe_harness.harness.worker import judge_id
+from moe_harness.suites.meta.judging import functions_of
 
 RIGHT = list(functions_of("right"))
 

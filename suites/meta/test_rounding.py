@@ -6,13 +6,13 @@ from math import log, sqrt
 import pytest
 import torch
 
-from harness import rounding
-from harness.cases import plan
-from harness.cases.request import Request
-from harness.stages import stage_module
-from reference.experts import activate
-from reference.moe_block import RoutingRule
-from reference.router import combine_weights, expert_scores
+from moe_harness.harness import rounding
+from moe_harness.harness.cases import plan
+from moe_harness.harness.cases.request import Request
+from moe_harness.harness.stages import stage_module
+from moe_harness.reference.experts import activate
+from moe_harness.reference.moe_block import RoutingRule
+from moe_harness.reference.router import combine_weights, expert_scores
 
 STAGES = ("experts", "grouped_linear", "shared_expert_gate", "moe_block")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -28,7 +28,7 @@ def test_the_value_of_a_bound_is_the_references(planned):
     """The bound walks the same steps with variances beside them; a mistake in either would otherwise go unseen."""
     module = stage_module(planned.case.stage)
     call = module.build(planned.case, "cpu")
-    reference = getattr(import_module(f"reference.{planned.case.stage}"), planned.case.stage)
+    reference = getattr(import_module(f"moe_harness.reference.{planned.case.stage}"), planned.case.stage)
     args = {name: widened(value) for name, value in call.args.items()}
     keywords = {name: widened(value) for name, value in call.keywords.items()}
     value = reference(*args.values(), **keywords)

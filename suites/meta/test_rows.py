@@ -3,17 +3,17 @@
 import pytest
 import torch
 
-from harness import power, trial
-from harness.cases import Case
-from harness.cases.experts import ExpertsCase
-from harness.cases.grouped_linear import GroupedLinearCase
-from harness.cases.router import RouterCase
-from harness.cases.shared_expert_gate import GateCase
-from harness.checks.plain import plain
-from harness.contracts import load
-from harness.stages import call as stage_calls
-from harness.stages import rows
-from harness.trial import Trial
+from moe_harness.harness import power, trial
+from moe_harness.harness.cases import Case
+from moe_harness.harness.cases.experts import ExpertsCase
+from moe_harness.harness.cases.grouped_linear import GroupedLinearCase
+from moe_harness.harness.cases.router import RouterCase
+from moe_harness.harness.cases.shared_expert_gate import GateCase
+from moe_harness.harness.checks.plain import plain
+from moe_harness.harness.contracts import load
+from moe_harness.harness.stages import call as stage_calls
+from moe_harness.harness.stages import rows
+from moe_harness.harness.trial import Trial
 
 PART = 16
 DATA = ("exact", "normal")

@@ -6,9 +6,9 @@ test_block_parts.
 
 import pytest
 
-from harness.contracts import SIGNATURES
-from harness.faults.catalogue import all_faults
-from suites.meta.judging import first_kill, functions_of
+from moe_harness.harness.contracts import SIGNATURES
+from moe_harness.harness.faults.catalogue import all_faults
+from moe_harness.suites.meta.judging import first_kill, functions_of
 
 WRONG = list(functions_of("wrong"))
 FAULTS = [f for f in all_faults() if f.stage in SIGNATURES and "cpu" in f.devices and f.part is None]

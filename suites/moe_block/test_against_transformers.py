@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.contracts import load
-from reference import moe_block as reference
-from suites.moe_block.worst_case import worst_case
+from moe_harness.harness.contracts import load
+from moe_harness.reference import moe_block as reference
+from moe_harness.suites.moe_block.worst_case import worst_case
 
 pytest.importorskip("transformers")
 

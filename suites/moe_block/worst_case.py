@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reference import moe_block as reference
-from reference.experts import activate
-from reference.router import expert_scores, group_scores, selection_scores
+from moe_harness.reference import moe_block as reference
+from moe_harness.reference.experts import activate
+from moe_harness.reference.router import expert_scores, group_scores, selection_scores
 
 FP32 = 2.0**-24  # unit roundoff
 STEEPEST = 1.13

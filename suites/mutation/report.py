@@ -1,6 +1,6 @@
 """The score of a run: as text, as JSON, and as the README's line.
 
-`python -m suites.mutation.report` writes that line from docs/mutation.json.
+`python -m moe_harness.suites.mutation.report` writes that line from docs/mutation.json.
 """
 
 import json
@@ -63,7 +63,7 @@ class Report:
         for row in sorted(rows, key=lambda row: row.module):
             modules.setdefault(row.module, Counter())[row.outcome] += 1
         return cls(
-            command=shlex.join(["python", "-m", "suites.mutation.run", *sys.argv[1:]]),
+            command=shlex.join(["python", "-m", "moe_harness.suites.mutation.run", *sys.argv[1:]]),
             commit=commit(),
             versions={"python": platform.python_version(), **installed()},
             seed=seed, mutants=mutants, workers=workers, seconds=seconds,

@@ -1,7 +1,7 @@
 """Try a random sample of small edits of reference/ and harness/, and count those that the suites notice.
 
     cosmic-ray init cosmic-ray.toml SESSION && cr-filter-operators SESSION cosmic-ray.toml
-    python -m suites.mutation.run SESSION [--count N] [--seed N] [--minutes N] [--workers N] [--json FILE]
+    python -m moe_harness.suites.mutation.run SESSION [--count N] [--seed N] [--minutes N] [--workers N] [--json FILE]
 
 The same command goes on where it was stopped.  The suites that judge the sample must be green on the tree as it is, and
 their time there sets the time limit.  Every worker edits a copy of the tree of its own.
@@ -32,8 +32,8 @@ from cosmic_ray.testing import run_tests
 from cosmic_ray.work_db import WorkDB, use_db
 from cosmic_ray.work_item import TestOutcome, WorkerOutcome, WorkItem, WorkResult
 
-from suites.mutation import report
-from suites.mutation.selection import suites_of
+from moe_harness.suites.mutation import report
+from moe_harness.suites.mutation.selection import suites_of
 
 PYTEST = (
     f"{sys.executable} -m pytest -x -q -p no:cacheprovider -p no:xdist -m 'not gpu and not multigpu and not accuracy'"

@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from harness.faults.layouts import fit
-from harness.ranks.loading import load
-from harness.ranks.worker import Rank, find
-from reference import moe_block, router
-from reference.experts import experts
-from reference.shared_expert_gate import shared_expert_gate
+from moe_harness.harness.faults.layouts import fit
+from moe_harness.harness.ranks.loading import load
+from moe_harness.harness.ranks.worker import Rank, find
+from moe_harness.reference import moe_block, router
+from moe_harness.reference.experts import experts
+from moe_harness.reference.shared_expert_gate import shared_expert_gate
 
 HIDDEN, INNER = 16, 8
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -173,7 +173,7 @@ def run(me: Rank, spec: dict[str, Any], seed: int) -> dict[str, Any]:
     weights = weights_of(spec, random)
     batches = [tokens_of(count, random) for count in spec["tokens"]]
     dtype = DTYPES[spec["dtype"]]
-    block_module = "impls.parallel.moe_block"
+    block_module = "moe_harness.impls.parallel.moe_block"
     keywords, batch = layout_of(me, spec)
     layout = load("moe_block", f"{block_module}:Layout")(**keywords)
     family = spec.get("family")

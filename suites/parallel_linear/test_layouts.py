@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
-from harness.faults import Fault, all_faults
-from harness.faults.layouts import name_fit
-from harness.ranks import judge, pool
-from harness.ranks.cases import parse_id
-from harness.rounding import EXACT_FIT
+from moe_harness.harness.faults import Fault, all_faults
+from moe_harness.harness.faults.layouts import name_fit
+from moe_harness.harness.ranks import judge, pool
+from moe_harness.harness.ranks.cases import parse_id
+from moe_harness.harness.rounding import EXACT_FIT
 
-TASK = "suites.parallel_linear.layout_tasks:run"
+TASK = "moe_harness.suites.parallel_linear.layout_tasks:run"
 DISPATCHERS = ("naive", "allgather_reducescatter", "all_to_all", "all_to_all_dedup", "masked", "local_allreduce")
 BASE: dict[str, Any] = {"experts": 6, "k": 3, "dtype": "fp32"}
 
@@ -77,7 +77,12 @@ def test_zero_experts(layout: str) -> None:
 
 @pytest.mark.parametrize("fault", ["own_copies_lost", "finalize_not_reverse", "owner_by_division", "reduced_again"])
 def test_a_wrong_dispatcher_shows_in_the_block(fault: str) -> None:
-    spec = {**BASE, "layout": "ep", "dispatcher": f"harness.faults.dispatcher:{fault}", "owner": [0, 0, 1, 1, 1, 1]}
+    spec = {
+        **BASE,
+        "layout": "ep",
+        "dispatcher": f"moe_harness.harness.faults.dispatcher:{fault}",
+        "owner": [0, 0, 1, 1, 1, 1],
+    }
     outcome = pool.run(TASK, {**spec, "tokens": [4, 4]}, ranks=2)
     assert not outcome.ok or not all(result["equal"] for result in outcome.results)
 
@@ -120,8 +125,8 @@ def test_the_reduction_alone_shows_it_and_hides_it_where_it_says(fault: Fault) -
 
 
 def test_the_right_reduction_passes() -> None:
-    for case in judge.planned("layouts", "harness.faults.layouts:finish", [1, 2, 4]):
-        assert judge.judge("harness.faults.layouts:finish", case).passed, case
+    for case in judge.planned("layouts", "moe_harness.harness.faults.layouts:finish", [1, 2, 4]):
+        assert judge.judge("moe_harness.harness.faults.layouts:finish", case).passed, case
 
 
 def test_replicas_have_to_be_a_map() -> None:

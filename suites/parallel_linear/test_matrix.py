@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from suites.parallel_linear.layout_tasks import FAMILIES
-from suites.parallel_linear.test_layouts import check
+from moe_harness.suites.parallel_linear.layout_tasks import FAMILIES
+from moe_harness.suites.parallel_linear.test_layouts import check
 
 # rows: families; x: judged, -: the family has no such thing
 MATRIX = """

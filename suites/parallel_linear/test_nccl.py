@@ -5,11 +5,11 @@ tox -e multigpu
 
 import pytest
 
-from harness.ranks import judge
-from suites.dispatcher.subjects import GPU_WORLDS, chosen, told
-from suites.parallel_linear.test_layouts import check
-from suites.parallel_linear.test_matrix import EXPERTS, LAYOUTS, cells
-from suites.parallel_linear.test_parallel_linear import REGISTERED
+from moe_harness.harness.ranks import judge
+from moe_harness.suites.dispatcher.subjects import GPU_WORLDS, chosen, told
+from moe_harness.suites.parallel_linear.test_layouts import check
+from moe_harness.suites.parallel_linear.test_matrix import EXPERTS, LAYOUTS, cells
+from moe_harness.suites.parallel_linear.test_parallel_linear import REGISTERED
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

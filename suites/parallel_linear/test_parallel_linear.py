@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from harness.errors import UsageError
-from harness.faults import Fault, all_faults
-from harness.ranks import cases, judge, strategies
-from harness.ranks.cases import LinearCase
-from harness.ranks.loading import load
-from reference import parallel_linear as reference
-from suites.dispatcher.subjects import chosen, told
+from moe_harness.harness.errors import UsageError
+from moe_harness.harness.faults import Fault, all_faults
+from moe_harness.harness.ranks import cases, judge, strategies
+from moe_harness.harness.ranks.cases import LinearCase
+from moe_harness.harness.ranks.loading import load
+from moe_harness.reference import parallel_linear as reference
+from moe_harness.suites.dispatcher.subjects import chosen, told
 
 REGISTERED = ("Replicated", "ColumnParallel", "MergedColumnParallel", "RowParallel")
 OF_KIND = {
@@ -69,7 +69,7 @@ def test_the_row_parallel_gate_is_caught_by_name() -> None:
 
 @pytest.mark.parametrize("base", ["Layer", "Column", "Merged", "Row"])
 def test_what_the_faults_are_made_from_is_right(base: str) -> None:
-    spec = f"harness.faults.parallel_linear:{base}"
+    spec = f"moe_harness.harness.faults.parallel_linear:{base}"
     kind = {"Layer": "replicated", "Column": "column", "Merged": "merged_column", "Row": "row"}[base]
     for entry in cases.linear_cases([1, 2, 4], kind):
         assert judge.judge(spec, cases.case_id(*entry)).passed
@@ -79,8 +79,8 @@ def test_what_the_faults_are_made_from_is_right(base: str) -> None:
     ("spec", "words"),
     [
         ("parallel:Nothing", "does not exist"),
-        ("harness.ranks.pool:Outcome", "cannot be made by"),
-        ("suites.dispatcher.strangers.wrong:Nameless", "of no known kind"),
+        ("moe_harness.harness.ranks.pool:Outcome", "cannot be made by"),
+        ("moe_harness.suites.dispatcher.strangers.wrong:Nameless", "of no known kind"),
     ],
 )
 def test_what_cannot_be_judged_is_a_usage_error(spec: str, words: str) -> None:
@@ -88,8 +88,8 @@ def test_what_cannot_be_judged_is_a_usage_error(spec: str, words: str) -> None:
         judge.planned("parallel_linear", spec, [2])
 
 
-HeadParallel = load("parallel_linear", "impls.parallel.heads:HeadParallel")
-local_heads = load("parallel_linear", "impls.parallel.heads:local_heads")
+HeadParallel = load("parallel_linear", "moe_harness.impls.parallel.heads:HeadParallel")
+local_heads = load("parallel_linear", "moe_harness.impls.parallel.heads:local_heads")
 
 # Heads ----------------------------------------------------------------------------------------------------------
 

@@ -4,13 +4,15 @@ import pytest
 
 pytest.importorskip("transformers", minversion="5.17")
 
-from harness.ranks import pool
-from harness.rounding import max_limit
+from moe_harness.harness.ranks import pool
+from moe_harness.harness.rounding import max_limit
 
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_equals_the_block_on_one_rank(ranks: int, implementation: str) -> None:
-    outcome = pool.run("suites.parallel_linear.transformers_task:run", {"experts": implementation}, ranks=ranks)
+    outcome = pool.run(
+        "moe_harness.suites.parallel_linear.transformers_task:run", {"experts": implementation}, ranks=ranks
+    )
     assert outcome.ok, (outcome.failure.headline(), outcome.failure.trace)
     assert max(outcome.results) <= max_limit(), outcome.results

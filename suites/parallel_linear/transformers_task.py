@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from harness.ranks.loading import load
-from harness.ranks.worker import Rank
-from harness.rounding import moe_block
+from moe_harness.harness.ranks.loading import load
+from moe_harness.harness.ranks.worker import Rank
+from moe_harness.harness.rounding import moe_block
 
 
 def run(me: Rank, spec: dict[str, Any], seed: int) -> float:
@@ -15,7 +15,7 @@ def run(me: Rank, spec: dict[str, Any], seed: int) -> float:
     shapes = {"gate.weight": (8, 16), "experts.gate_up_proj": (8, 24, 16), "experts.down_proj": (8, 16, 12)}
     weights = {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
     x = torch.randn(7, 16, generator=random)
-    kind = load("moe_block", "impls.transformers.expert_parallel:ExpertParallel")
+    kind = load("moe_block", "moe_harness.impls.transformers.expert_parallel:ExpertParallel")
     block = kind(me.group, weights, top_k=3, experts_implementation=spec["experts"])
     config = {"model_type": "qwen3_moe", "num_experts_per_tok": 3, "norm_topk_prob": True}
     bound = moe_block(x, weights, config, declared=None)

@@ -27,9 +27,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from impls.dispatchers import dispatcher as schemes
-from impls.dispatchers.common import Dispatcher
-from impls.parallel.replayed import capture
+from moe_harness.impls.dispatchers import dispatcher as schemes
+from moe_harness.impls.dispatchers.common import Dispatcher
+from moe_harness.impls.parallel.replayed import capture
 
 H, E, K, INTERMEDIATE = 2048, 128, 8, 768  # Qwen3-30B-A3B
 TOKENS = (1, 64, 1024, 8192)
@@ -147,7 +147,7 @@ def weights_of(rank: int, local: int) -> tuple[Tensor, Tensor]:
 
 def graphed(scheme: str, tokens: int, seeds: tuple[int, ...] = (11, 12, 13)) -> dict[str, Any]:
     """Capture dispatch + experts + combine, replay with changed tokens and routing, compare, time."""
-    from impls.triton.experts import experts
+    from moe_harness.impls.triton.experts import experts
 
     ranks, rank = dist.get_world_size(), dist.get_rank()
     replicated = scheme == "local_allreduce"

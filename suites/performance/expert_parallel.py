@@ -28,11 +28,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from impls.parallel.replayed import Replayed
-from impls.transformers.expert_parallel import ExpertParallel
-from impls.triton.experts import experts
-from impls.triton.router import router
-from suites.performance.dispatch import INTERMEDIATE, TOKENS, E, H, K, header, join, main, make, median_us
+from moe_harness.impls.parallel.replayed import Replayed
+from moe_harness.impls.transformers.expert_parallel import ExpertParallel
+from moe_harness.impls.triton.experts import experts
+from moe_harness.impls.triton.router import router
+from moe_harness.suites.performance.dispatch import INTERMEDIATE, TOKENS, E, H, K, header, join, main, make, median_us
 
 Choice = tuple[Tensor, Tensor]  # topk_weights, topk_ids
 Block = Callable[..., Tensor]  # of hidden states and, for the check alone, the choice of experts

@@ -1,17 +1,19 @@
 """The README's figures of speed, from the files in suites/performance/data that the benches wrote.
 
-python -m suites.performance.figures            rewrites the README's tables and docs/performance.svg
+python -m moe_harness.suites.performance.figures            rewrites the README's tables and docs/performance.svg
 """
 
 import re
 
-from harness.bench import Report, Timing
-from harness.bench_view import remarks
-from suites.performance import DATA, ROOT, header, ranked_figures, row
+from moe_harness.harness.bench import Report, Timing
+from moe_harness.harness.bench_view import remarks
+from moe_harness.suites.performance import DATA, ROOT, header, ranked_figures, row
 
 README, PICTURE = ROOT / "README.md", ROOT / "docs/performance.svg"
 MARKED = re.compile(
-    r"(<!-- figures: (\w+), by python -m suites.performance.figures -->\n).*?(<!-- end of figures -->\n)", re.DOTALL
+    r"(<!-- figures: (\w+), by python -m moe_harness.suites.performance.figures -->\n)"
+    r".*?(<!-- end of figures -->\n)",
+    re.DOTALL,
 )
 FIRST = "experts-qwen3-30b-a3b.json"
 MODELS = ("qwen3-235b-a22b", "qwen3-next-80b-a3b", "mixtral-8x7b", "deepseek-v3-ep8")
@@ -129,7 +131,7 @@ def rewritten(text: str) -> str:
 
 
 def main() -> None:
-    from harness.bench_view import picture
+    from moe_harness.harness.bench_view import picture
 
     README.write_text(rewritten(README.read_text()))
     picture(read(FIRST), PICTURE)

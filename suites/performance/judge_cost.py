@@ -1,6 +1,6 @@
 """What judging costs: cases per second, where the time goes, and the bound beside the reference alone.
 
-    python -m suites.performance.judge_cost [--json FILE]
+    python -m moe_harness.suites.performance.judge_cost [--json FILE]
 
 A benchmark, not a test: it prints ratios measured in one run, since machines are noisy.
 """
@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 
-from harness.cases import plan
-from harness.cases.experts import ExpertsCase
-from harness.cases.plans import ON_CUDA_ONLY
-from harness.cases.request import Request
-from harness.contracts import STAGES, load
-from harness.stages import experts as stage
-from harness.trial import Trial
-from harness.worker import judge_id
-from reference.experts import experts as reference
+from moe_harness.harness.cases import plan
+from moe_harness.harness.cases.experts import ExpertsCase
+from moe_harness.harness.cases.plans import ON_CUDA_ONLY
+from moe_harness.harness.cases.request import Request
+from moe_harness.harness.contracts import STAGES, load
+from moe_harness.harness.stages import experts as stage
+from moe_harness.harness.trial import Trial
+from moe_harness.harness.worker import judge_id
+from moe_harness.reference.experts import experts as reference
 
 SHAPES = (
     ExpertsCase(T=64, H=1024, I=256, E=16, k=4, dtype="bf16"),
@@ -77,7 +77,7 @@ def main() -> None:
     file = parser.parse_args().json
     torch.set_num_threads(1)
     result = {
-        "command": "python -m suites.performance.judge_cost",
+        "command": "python -m moe_harness.suites.performance.judge_cost",
         "torch": torch.__version__,
         "bound_over_reference": [bound_over_reference(case) for case in SHAPES],
         "stages": [cost_of_stage(name, "torch:loop") for name in STAGES],

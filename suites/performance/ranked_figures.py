@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from suites.performance import DATA, header, row
+from moe_harness.suites.performance import DATA, header, row
 
 RANKS = (2, 4)
 FEW = 64  # tokens

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from fixtures.configs import shape
-from harness import bench
-from harness.bench_data import BATCHES, Batch, Draw, Layer, problem
-from harness.contracts import Subject, load
-from harness.faults import get
-from harness.faults.cuda import run_captured
+from moe_harness.fixtures.configs import shape
+from moe_harness.harness import bench
+from moe_harness.harness.bench_data import BATCHES, Batch, Draw, Layer, problem
+from moe_harness.harness.contracts import Subject, load
+from moe_harness.harness.faults import get
+from moe_harness.harness.faults.cuda import run_captured
 
 SMALL = {"hidden_size": 48, "intermediate_size": 32}
 LAYER = Layer(replace(shape("qwen3-30b-a3b"), num_experts=12, top_k=3, **SMALL))
@@ -97,7 +97,7 @@ def test_without_a_device_nothing_is_timed() -> None:
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
-    line = [sys.executable, "-m", "harness.cli", "bench", "--impl", "torch:loop", *arguments]
+    line = [sys.executable, "-m", "moe_harness", "bench", "--impl", "torch:loop", *arguments]
     return subprocess.run(line, capture_output=True, text=True)
 
 

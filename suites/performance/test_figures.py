@@ -1,12 +1,12 @@
 """The README's figures of speed are those of the files that the bench wrote."""
 
-from suites.performance import figures
+from moe_harness.suites.performance import figures
 
 
 def test_readme_equals_the_files() -> None:
     text = figures.README.read_text()
     assert {found[1] for found in figures.MARKED.findall(text)} == set(figures.SECTIONS)
-    assert figures.rewritten(text) == text, "run python -m suites.performance.figures"
+    assert figures.rewritten(text) == text, "run python -m moe_harness.suites.performance.figures"
 
 
 def test_figures_come_from_the_command_with_nothing_left_out() -> None:

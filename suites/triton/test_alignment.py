@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from impls.triton.alignment import ONE_LAUNCH, align
-from suites.triton import CUDA, DEVICE, runnable
+from moe_harness.impls.triton.alignment import ONE_LAUNCH, align
+from moe_harness.suites.triton import CUDA, DEVICE, runnable
 
 pytestmark = runnable
 

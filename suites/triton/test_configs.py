@@ -12,11 +12,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from harness import rounding
-from impls.triton import configs, grouped_linear
-from impls.triton._common import on_hopper
-from impls.triton.experts import experts, run_entry
-from suites.triton import CUDA, DEVICE, runnable
+from moe_harness.harness import rounding
+from moe_harness.impls.triton import configs, grouped_linear
+from moe_harness.impls.triton._common import on_hopper
+from moe_harness.impls.triton.experts import experts, run_entry
+from moe_harness.suites.triton import CUDA, DEVICE, runnable
 
 pytestmark = runnable
 HIDDEN, WIDTH, EXPERTS, TOP_K = (520, 264, 7, 3) if CUDA else (40, 24, 5, 2)
@@ -134,7 +134,7 @@ def test_kernels_with_copying_warps(rows: int, activation: str, dtype: torch.dty
     ids[:, 0] = 0
     if not on_hopper(x.device):
         pytest.skip("needs a Hopper GPU and a Triton with Gluon")
-    from impls.triton import _gate_up_hopper, _hopper
+    from moe_harness.impls.triton import _gate_up_hopper, _hopper
 
     x, up, down = torch.cat([x, x], 1)[:, :576], torch.cat([up, up], 2)[..., :576], torch.cat([down, down], 1)[:, :576]
     assert _gate_up_hopper.fits(x, up), "this layer should be one that the first kernel takes"

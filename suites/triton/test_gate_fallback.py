@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from harness import rounding
-from impls.triton import shared_expert_gate as gate
-from suites.triton import DEVICE, runnable
+from moe_harness.harness import rounding
+from moe_harness.impls.triton import shared_expert_gate as gate
+from moe_harness.suites.triton import DEVICE, runnable
 
 pytestmark = runnable
 

@@ -21,7 +21,7 @@ class NoDevice:
     get_current_stream = staticmethod(lambda device: 0)
 
 triton.runtime.driver.set_active(NoDevice())
-from impls.triton import _gate_up_hopper, _hopper, _linear_hopper
+from moe_harness.impls.triton import _gate_up_hopper, _hopper, _linear_hopper
 
 gl, Descriptor = _hopper.gl, _gate_up_hopper.TensorDescriptor
 E, H, I, k = 128, 2048, 768, 8

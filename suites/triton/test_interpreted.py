@@ -7,11 +7,11 @@ from itertools import groupby
 
 import pytest
 
-from harness.cases import plan
-from harness.cases.plans import ON_CUDA_ONLY, Planned
-from harness.cases.request import Request
-from harness.pool import Pool, prepare
-from suites.triton import CUDA, runnable
+from moe_harness.harness.cases import plan
+from moe_harness.harness.cases.plans import ON_CUDA_ONLY, Planned
+from moe_harness.harness.cases.request import Request
+from moe_harness.harness.pool import Pool, prepare
+from moe_harness.suites.triton import CUDA, runnable
 
 pytestmark = [*runnable, pytest.mark.skipif(CUDA, reason="judged on the GPU itself: moe-harness check --device cuda")]
 

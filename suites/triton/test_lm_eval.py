@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from impls.triton import hf
-from suites.triton import CUDA, DEVICE, runnable
+from moe_harness.impls.triton import hf
+from moe_harness.suites.triton import CUDA, DEVICE, runnable
 
 transformers = pytest.importorskip("transformers")
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval (pip install 'moe-harness[eval]')")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from impls.triton.router import router, router_from_hidden
-from suites.triton import CUDA, DEVICE, runnable
+from moe_harness.impls.triton.router import router, router_from_hidden
+from moe_harness.suites.triton import CUDA, DEVICE, runnable
 
 pytestmark = runnable
 

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from harness import rounding
-from impls.triton import hf
-from suites.triton import CUDA, DEVICE, runnable
+from moe_harness.harness import rounding
+from moe_harness.impls.triton import hf
+from moe_harness.suites.triton import CUDA, DEVICE, runnable
 
 transformers = pytest.importorskip("transformers")
 pytestmark = runnable

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.errors import CannotJudge
-from impls.triton import configs, tune
+from moe_harness.harness.errors import CannotJudge
+from moe_harness.impls.triton import configs, tune
 
 SHAPE = configs.Shape(8, 64, 32, 2)
 
@@ -40,7 +40,7 @@ def test_a_whole_log_gives_the_file_without_a_device(tmp_path: Path, capsys: pyt
 
 
 def test_a_stopped_run_says_so_and_keeps_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from harness.commands.tune import tune as command
+    from moe_harness.harness.commands.tune import tune as command
 
     log = tmp_path / "log"
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)

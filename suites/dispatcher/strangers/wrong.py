@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-from suites.dispatcher.strangers.right import (
+from moe_harness.suites.dispatcher.strangers.right import (
     GateUpMergedColumn,
     Letters,
     MyColumnParallel,

@@ -1,6 +1,6 @@
 """DeepSeek-V2's block that limits groups wherever the config names some, also with topk_method "greedy"."""
 
-from reference.moe_block import moe_block
+from moe_harness.reference.moe_block import moe_block
 
 
 def groups_wherever_there_are_some(hidden_states, weights, config):
