@@ -13,7 +13,7 @@ from pathlib import Path
 from moe_harness.harness.ranks import cases, ledger
 from moe_harness.harness.report.results import exit_status
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 SLOW = """
 import time, pytest
 @pytest.mark.parametrize("n", range(50))

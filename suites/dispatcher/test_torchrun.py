@@ -13,7 +13,7 @@ import pytest
 from moe_harness.harness.ranks.heartbeat import Beat, State
 from moe_harness.harness.ranks.remote import RemoteMember
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 from moe_harness.harness.ranks import judge
 from moe_harness.harness.ranks.jobs import Injection

@@ -22,7 +22,7 @@ from moe_harness.harness.trial import Broken, Trial
 from moe_harness.reference import moe_block as reference
 
 PARTS = [fault for fault in all_faults("moe_block") if fault.part]
-MATRIX = json.loads((Path(__file__).parents[2] / "docs" / "kill_matrix.json").read_text())
+MATRIX = json.loads((Path(__file__).resolve().parents[2] / "docs" / "kill_matrix.json").read_text())
 KILLER = {row["fault"]: row["first_killer"] for row in MATRIX["rows"]}
 GENEROUS = 30.0
 

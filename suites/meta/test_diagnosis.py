@@ -31,7 +31,7 @@ from moe_harness.harness.trial import Trial
 from moe_harness.reference.router import router as reference
 
 RIGHT = Path(__file__).parent / "right"
-MEASURED = Path(__file__).parents[2] / "docs" / "diagnosis.json"
+MEASURED = Path(__file__).resolve().parents[2] / "docs" / "diagnosis.json"
 GENEROUS = 30.0  # seconds; the verdict of a test must not depend on how busy the machine is
 
 SAMPLE = (

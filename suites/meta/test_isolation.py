@@ -75,7 +75,8 @@ def test_a_kernel_that_hangs_ends_with_its_judge(tmp_path):
         "--impl",
         f"{tmp_path / 'spins.py'}:f",
     ]
-    run = subprocess.Popen(line, cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    root = Path(__file__).resolve().parents[2]
+    run = subprocess.Popen(line, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     told = tmp_path / "spins.py.pid"
     assert _soon(lambda: told.exists() and told.read_text(), 60), "the kernel was never called"
     run.kill()

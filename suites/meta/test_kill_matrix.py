@@ -15,7 +15,7 @@ from moe_harness.harness.faults import all_faults
 from moe_harness.harness.faults.catalogue import RANKED
 from moe_harness.harness.faults.ranked import FIRST_CHECK
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 MATRIX = json.loads((ROOT / "docs" / "kill_matrix.json").read_text())
 SUMMARY = {entry["check"]: entry for entry in MATRIX["summary"]}
 README = (ROOT / "README.md").read_text()

@@ -13,7 +13,7 @@ from moe_harness.suites.mutation import report
 from moe_harness.suites.mutation.report import Report, Row
 from moe_harness.suites.mutation.selection import RULES, rule_of, suites_of
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = tomllib.loads((ROOT / "cosmic-ray.toml").read_text())["cosmic-ray"]
 
 

@@ -15,7 +15,7 @@ from moe_harness.harness.trial import Trial
 from moe_harness.harness.worker import judge_id
 
 PUBLISHED = tomllib.loads((Path(__file__).parent / "published.toml").read_text())
-MATRIX = Path(__file__).parents[2] / "docs" / "kill_matrix.json"
+MATRIX = Path(__file__).resolve().parents[2] / "docs" / "kill_matrix.json"
 ROWS = {row["fault"]: row for row in json.loads(MATRIX.read_text())["rows"]}
 SOURCES: dict[str | None, list[str]] = {}
 for found in all_faults():

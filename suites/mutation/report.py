@@ -17,7 +17,7 @@ from pathlib import Path
 
 from scipy.stats import binomtest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 README, RESULT = ROOT / "README.md", ROOT / "docs" / "mutation.json"
 LINE = re.compile(r"`tox -e mutation` makes .*?docs/mutation\.json\)\)\.", re.DOTALL)
 OUTCOMES = ("killed", "survived", "timeout", "error")

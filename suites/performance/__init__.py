@@ -1,6 +1,6 @@
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "suites/performance/data"
 
 

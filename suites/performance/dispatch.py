@@ -25,7 +25,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from moe_harness.impls.dispatchers import dispatcher as schemes
 from moe_harness.impls.dispatchers.common import Dispatcher

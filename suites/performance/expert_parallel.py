@@ -26,7 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from moe_harness.impls.parallel.replayed import Replayed
 from moe_harness.impls.transformers.expert_parallel import ExpertParallel
