@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_harness.harness.environment import how_to_install
 from moe_harness.harness.errors import CannotJudge, HarnessError, UsageError, unknown
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ ROUNDINGS = ("gate_up", "activation", "expert_output", "weighted", "partial_sum"
 DECLARED_ROUNDINGS = (*ROUNDINGS, "tf32")
 REJECTIONS = (NotImplementedError, ValueError, TypeError)
 
-_DTYPE_ALIASES = {"float32": "fp32", "float": "fp32", "float16": "fp16", "half": "fp16", "bfloat16": "bf16"}
+DTYPE_ALIASES = {"float32": "fp32", "float": "fp32", "float16": "fp16", "half": "fp16", "bfloat16": "bf16"}
 
 
 def _router(
@@ -94,7 +95,7 @@ class Declarations:
 
 def _names(attribute: str, value: Any, known: tuple[str, ...]) -> tuple[str, ...]:
     values = [value] if isinstance(value, str) or not hasattr(value, "__iter__") else list(value)
-    names = tuple(_DTYPE_ALIASES.get(name, name) for name in (str(v).removeprefix("torch.") for v in values))
+    names = tuple(DTYPE_ALIASES.get(name, name) for name in (str(v).removeprefix("torch.") for v in values))
     for name in names:
         if name not in known:
             raise UsageError(f"the attribute {attribute!r} holds {name!r}, but should hold only {', '.join(known)}")
@@ -193,6 +194,7 @@ def find(stage: str, spec: str) -> Any:
         raise _unknown_implementation(stage, spec, names)
     if target.endswith(".py"):
         return _attribute(spec, _import_file(spec, Path(target)), attribute)
+    import_from(Path.cwd())
     if _module_exists(target):
         return _attribute(spec, _import(spec, target), attribute)
     raise _unknown_implementation(stage, spec, names)
@@ -234,17 +236,20 @@ def _import_file(spec: str, path: Path) -> Any:
         raise UsageError(f"implementation {spec!r}: {path} is no Python file")
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[name] = module
-    folder = str(path.resolve().parent)
-    sys.path.insert(0, folder)  # a kernel file may import its neighbours
     try:
+        import_from(path.resolve().parent)
         with _telling_import_errors(spec, str(path)):
             module_spec.loader.exec_module(module)
     except HarnessError:
         del sys.modules[name]
         raise
-    finally:
-        sys.path.remove(folder)
     return module
+
+
+def import_from(folder: Path) -> None:
+    """Let what lies in the folder go before what is installed, as it does for a script there; calls import too."""
+    if sys.path[:1] != [str(folder)]:
+        sys.path.insert(0, str(folder))
 
 
 class _telling_import_errors:
@@ -265,9 +270,12 @@ class _telling_import_errors:
         where = f"{frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}"
         if isinstance(error, SyntaxError):
             where = f"{error.filename}:{error.lineno}"
+        advice = f"importing {self.what} has to work by itself first"
+        if isinstance(error, ModuleNotFoundError):
+            advice = how_to_install(error) or advice
         raise CannotJudge(
             f"implementation {self.spec!r} cannot be imported: {kind.__name__}: {error}\n"
-            f"  raised at {where}\n  importing {self.what} has to work by itself first"
+            f"  raised at {where}\n  {advice}"
         ) from error
 
 

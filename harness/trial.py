@@ -11,6 +11,8 @@ from torch import Tensor
 from moe_harness.harness.cases import Case
 from moe_harness.harness.compare import against_bound, exactly
 from moe_harness.harness.contracts import REJECTIONS, Subject
+from moe_harness.harness.environment import what_is_missing
+from moe_harness.harness.errors import CannotJudge
 from moe_harness.harness.findings import Record
 from moe_harness.harness.rounding import Bound
 from moe_harness.harness.stages import stage_module
@@ -84,9 +86,9 @@ class Trial:
 
     def launch(self, call: Call, *, wait: bool = True) -> Any:
         """Call it; `wait` for the device, or leave that to the caller.  Raises as `invoke`."""
-        missing = self.subject.missing_keywords(call.keywords)
-        if missing:
-            raise Rejected(f"has no parameter {', '.join(missing)}")
+        lacking = self.subject.missing_keywords(call.keywords)
+        if lacking:
+            raise Rejected(f"has no parameter {', '.join(lacking)}")
         try:
             with torch.no_grad(), kept_defaults():
                 result = self.subject.call(call.args, call.keywords)
@@ -97,6 +99,8 @@ class Trial:
                 self._check_device(error)
             raise Rejected(_refusal(error)) from error
         except BaseException as error:  # SystemExit and KeyboardInterrupt too: Ctrl-C does not reach this process
+            if (missing := what_is_missing(error)) is not None:
+                raise CannotJudge(missing) from error
             if call.case.optional:
                 raise Rejected(f"{type(error).__name__}: {first_line(error)}") from error
             raise Broken(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moe_harness.harness.errors import UsageError
+from moe_harness.harness.commands import options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,9 +27,8 @@ def audit(
 
     from moe_harness.harness import audit as auditing
 
-    if json is not None and (json.is_dir() or not json.absolute().parent.is_dir()):
-        raise UsageError(f"cannot write {json}: its folder does not exist, or it is a folder itself")
-    names = list(auditing.builtin()) if tests == ["all"] else tests
+    options.writable(json)
+    names = list(auditing.builtin()) if tests == ["all"] else options.listed(tests)
     described = [auditing.read(test) for test in names]
     console = Console()
     results = []

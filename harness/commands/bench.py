@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from moe_harness.harness.commands import writable
-from moe_harness.harness.errors import EXIT_CANNOT_JUDGE, EXIT_PASS, CannotJudge, UsageError, unknown
+from moe_harness.harness.commands import options
+from moe_harness.harness.errors import EXIT_CANNOT_JUDGE, EXIT_PASS, CannotJudge, UsageError
 
 TOKENS = "1,8,32,64,128,256,512,1024,4096,16384"
 STAGES = ("experts", "router", "grouped_linear", "shared_expert_gate")
@@ -34,13 +34,12 @@ def bench(
 
     from moe_harness.fixtures.configs import names, shape
 
-    for kind, value, known in (("stage", stage, STAGES), ("config", config, names()), ("dtype", dtype, DTYPES)):
-        if value not in known:
-            raise unknown(kind, value, list(known))
-    counts, model = token_counts(tokens), shape(config)
+    stage = options.one_of("stage", stage, STAGES)
+    dtype = options.one_dtype(dtype)
+    counts, model = token_counts(tokens), shape(options.one_of("config", config, names()))
     check_ep_size(model.num_experts, ep_size)
     for path in (json, picture):
-        writable(path)
+        options.writable(path)
     _require(picture)
     from moe_harness.harness import bench as library
     from moe_harness.harness.bench_data import Layer
@@ -49,7 +48,7 @@ def bench(
 
     try:
         report = library.bench(
-            stage, impl, Layer(model, ep_size), counts, dtype=dtype, rounds=rounds, seed=seed,
+            stage, list(options.specs(impl)), Layer(model, ep_size), counts, dtype=dtype, rounds=rounds, seed=seed,
             command="moe-harness " + shlex.join(sys.argv[1:]),
             progress=lambda text: print(text, file=sys.stderr, flush=True),
         )  # fmt: skip

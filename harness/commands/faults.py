@@ -6,19 +6,19 @@ from typing import Annotated
 import typer
 
 from moe_harness.harness import contracts
-from moe_harness.harness.commands import Device, writable
+from moe_harness.harness.commands import options
 from moe_harness.harness.errors import EXIT_FAIL, unknown
 
 
 def faults(
     stage: Annotated[str | None, typer.Option("--stage", "-s", help="Only the faults of this stage.")] = None,
-    fault: Annotated[list[str] | None, typer.Option("--fault", help="Only this fault; may be repeated.")] = None,
-    device: Device = "cpu",
+    fault: Annotated[list[str] | None, typer.Option("--fault", help="Only these faults.")] = None,
+    device: options.Device = "cpu",
     json: Annotated[Path | None, typer.Option("--json", help="Write the matrix here.")] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write a self-contained page here.")] = None,
     picture: Annotated[Path | None, typer.Option("--picture", help="Write an SVG here, its data beside it.")] = None,
     jobs: Annotated[int, typer.Option(help="Faults judged at a time; 0: one per core.", min=0)] = 0,
-    seed: Annotated[int, typer.Option(help="Other data, other combinations.", min=0)] = 0,
+    seed: options.Seed = 0,
 ) -> None:
     """Run every check against every fault and print who kills it.  A survivor fails the command."""
     from rich.console import Console
@@ -29,15 +29,14 @@ def faults(
     from moe_harness.harness.pool import prepare
 
     for path in (json, html, picture):
-        writable(path)
-    chosen = _chosen(stage, fault)
-    if device not in contracts.DEVICES:
-        raise unknown("device", device, list(contracts.DEVICES))
+        options.writable(path)
+    chosen = _chosen(stage, options.listed(fault))
+    device = options.one_of("device", device, contracts.DEVICES)
     prepare()
-    options = kill_matrix.Options(Request(device=device, seed=seed), 1 if device == "cuda" else jobs)
+    judging = kill_matrix.Options(Request(device=device, seed=seed), 1 if device == "cuda" else jobs)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("faults", total=len(chosen))
-        result = kill_matrix.run(chosen, options, lambda row: progress.advance(bar))
+        result = kill_matrix.run(chosen, judging, lambda row: progress.advance(bar))
     kill_matrix_view.print_matrix(result, Console())
     if json is not None:
         kill_matrix_view.write_json(result, json)
@@ -53,13 +52,13 @@ def faults(
     raise typer.Exit(EXIT_FAIL if result["survivors"] or useless else 0)
 
 
-def _chosen(stage: str | None, names: list[str] | None) -> list:
+def _chosen(stage: str | None, names: tuple[str, ...]) -> list:
     from moe_harness.harness.faults import all_faults
     from moe_harness.harness.faults.catalogue import STAGES_WITH_FAULTS
 
     found = all_faults(contracts.check_stage(stage, STAGES_WITH_FAULTS) if stage else None)
     known = [entry.name for entry in found]
-    for name in names or ():
+    for name in names:
         if name not in known:
             raise unknown("fault" if stage is None else f"fault of {stage}", name, known)
     return [entry for entry in found if not names or entry.name in names]

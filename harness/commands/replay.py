@@ -8,16 +8,16 @@ import typer
 from moe_harness.harness import contracts
 from moe_harness.harness.cases import parse_id
 from moe_harness.harness.cases.names import CHECK_NAMES
-from moe_harness.harness.commands import Debug, Device
+from moe_harness.harness.commands import options
 from moe_harness.harness.errors import EXIT_CANNOT_JUDGE, UsageError, unknown
 
 
 def replay(
     cases: Annotated[list[str], typer.Argument(help="Case ids as a failure prints them; judged in this order.")],
     impl: Annotated[str, typer.Option("--impl", "-i", help="The implementation.")],
-    device: Device = "cpu",
-    timeout: Annotated[float, typer.Option(help="Seconds one case may take.", min=1)] = 60.0,
-    debug: Debug = False,
+    device: options.Device = "cpu",
+    timeout: options.Timeout = 60.0,
+    debug: options.Debug = False,
 ) -> None:
     """Judge single cases again, in one fresh process, and show what is found."""
     from rich.console import Console

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from moe_harness.harness.commands import writable
+from moe_harness.harness.commands import options
 from moe_harness.harness.commands.bench import TOKENS, check_ep_size, token_counts
-from moe_harness.harness.errors import CannotJudge, unknown
+from moe_harness.harness.errors import CannotJudge
 
 TUNER = "moe_harness.impls.triton.tune"  # found by name, as every implementation is
 
@@ -26,12 +26,10 @@ def tune(
 
     from moe_harness.fixtures.configs import names, shape
 
-    if config not in names():
-        raise unknown("config", config, names())
-    counts, model = token_counts(tokens), shape(config)
+    counts, model = token_counts(tokens), shape(options.one_of("config", config, names()))
     check_ep_size(model.num_experts, ep_size)
     for path in (log, out):
-        writable(path)
+        options.writable(path)
     if not torch.cuda.is_available():
         raise CannotJudge("nothing was tuned: there is no CUDA device to time on")
     wanted = import_module("moe_harness.impls.triton.configs").Shape(

@@ -1,16 +1,23 @@
 """The command line, as its users meet it: exit statuses, messages of a few lines, JSON, nothing lost."""
 
+import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import tomllib
+from pathlib import Path
 
 import pytest
+import torch
 
 from moe_harness.harness.account import Account, Listener
 from moe_harness.harness.cases.request import Request
+from moe_harness.harness.environment import EXTRAS
+
+ROOT = Path(__file__).resolve().parents[2]
 
 KERNEL = """
 import torch
@@ -174,8 +181,6 @@ def test_a_wrong_call_is_told_in_a_few_lines(kernels, arguments, status, told):
 
 
 def test_cuda_asked_for_and_absent(kernels):
-    import torch
-
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     done = judge(kernels, "right", "--device", "cuda")
@@ -222,14 +227,105 @@ def test_ctrl_c_ends_with_the_report_of_what_was_judged(kernels):
 def test_list_names_what_there_is(kernels):
     done = run(kernels, "list", "--stage", "experts")
     assert done.returncode == 0
-    for name in ("torch:loop", "torch:grouped_mm", "transformers:eager", "liger", "qwen3-30b-a3b"):
+    for name in ("torch:loop", "torch:grouped_mm", "transformers:eager", "liger", "qwen3-30b-a3b", "batch_invariance"):
         assert name in done.stdout
+    assert done.stdout.startswith("experts(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, *, ")
 
 
 def test_a_replay_line_names_the_device_where_it_is_not_the_default():
     lines = [Account("experts", "my kernel.py:f", Request(device=device), Listener()).replay_line(["a/b/T=3"])
              for device in ("cpu", "cuda")]  # fmt: skip
     assert lines == [line := "moe-harness replay a/b/T=3 --impl 'my kernel.py:f'", f"{line} --device cuda"]
+
+
+def test_the_version_and_the_completion_cost_no_run(kernels):
+    done = run(kernels, "--version")
+    assert done.returncode == 0 and done.stdout.startswith("moe-harness 0.") and "\ntorch 2." in done.stdout
+    asked = {"_MOE_HARNESS_COMPLETE": "complete_bash", "COMP_WORDS": "moe-harness check --stage ex", "COMP_CWORD": "3"}
+    code = "import sys; sys.argv[0] = 'moe-harness'; from moe_harness.harness.commands.app import main; main()"
+    env = os.environ | {"PYTHONPATH": os.getcwd(), **asked}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["experts"], done.stderr
+
+
+def test_lists_take_commas_and_names_any_usual_spelling(kernels):
+    done = judge(kernels, "right,kernel.py:plain", "--dtype", "bfloat16,torch.float32", "--check", "exact,contract",
+                 "--config", "Qwen3-Next-80B-A3B", "--json", "lists.json")  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = json.loads((kernels / "lists.json").read_text())["runs"]
+    assert [one["impl"] for one in runs] == ["kernel.py:right", "kernel.py:plain"]
+    assert {check["name"] for check in runs[0]["checks"]} == {"contract", "exact"}
+    assert runs[0]["dtypes"] == ["bf16", "fp32"] and runs[0]["config"] == "qwen3-next-80b-a3b"
+
+
+NEIGHBOURS = """
+def right(*args, **kw):
+    import reference  # at the first call, not at the import
+    from fixtures.data import one
+    from harness.inner import right
+    assert reference.IS_THEIRS
+    return right(*args, **kw) * one
+"""
+
+
+def test_a_module_of_the_current_folder_has_neighbours_of_any_name(tmp_path):
+    for folder in ("theirs", "harness", "fixtures"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "__init__.py").touch()
+    (tmp_path / "theirs" / "kernel.py").write_text(NEIGHBOURS)
+    (tmp_path / "harness" / "inner.py").write_text(KERNEL)
+    (tmp_path / "fixtures" / "data.py").write_text("one = 1\n")
+    (tmp_path / "reference.py").write_text("IS_THEIRS = True\n")
+    for spec in ("theirs.kernel:right", "theirs/kernel.py:right"):
+        if spec.endswith(".py:right"):  # a file's neighbours are those of its own folder
+            for name in ("harness", "fixtures", "reference.py"):
+                (tmp_path / name).rename(tmp_path / "theirs" / name)
+        done = run(tmp_path, "check", "--stage", "experts", "--impl", spec, "--check", "contract", "--dtype", "fp32")
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+TRITON = """
+import torch, triton
+import triton.language as tl
+
+@triton.jit
+def copy(x, out, n: tl.constexpr):
+    tl.store(out + tl.arange(0, n), tl.load(x + tl.arange(0, n)))
+
+def gate(hidden_states, gate_weight, shared_output):
+    out = torch.empty(16)
+    copy[(1,)](torch.ones(16), out, 16)
+    return (hidden_states @ gate_weight.T).sigmoid() * shared_output * out[0]
+"""
+MISSING = """
+def late(hidden_states, gate_weight, shared_output):
+    import {package}
+"""
+
+
+def test_what_this_machine_lacks_is_no_failure_of_the_kernel(tmp_path, monkeypatch):
+    (tmp_path / "kernel.py").write_text(TRITON)
+    (tmp_path / "early.py").write_text(
+        "import package_of_nobody\n\ndef late(hidden_states, gate_weight, shared_output): ..."
+    )
+    for package in ("package_of_nobody", "liger_kernel.nothing"):
+        (tmp_path / f"{package[:5]}.py").write_text(MISSING.format(package=package))
+    told = {"early.py:late": "package_of_nobody", "packa.py:late": "package_of_nobody"}
+    if importlib.util.find_spec("liger_kernel") is None:
+        told["liger.py:late"] = "pip install 'moe-harness[gpu]'"
+    if not torch.cuda.is_available():
+        told["kernel.py:gate"] = "Set TRITON_INTERPRET=1"
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for spec, words in told.items():
+        done = run(tmp_path, "check", "--stage", "shared_expert_gate", "--impl", spec, "--check", "contract")
+        assert done.returncode == 3, done.stdout
+        assert words in " ".join((done.stdout + done.stderr).split())
+
+
+def test_every_extra_that_is_named_exists():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for package, extra in EXTRAS.items():
+        assert any(package.replace("_", "-") in line for line in project["optional-dependencies"][extra])
 
 
 def test_replay_of_a_malformed_case(kernels):

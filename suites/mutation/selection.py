@@ -63,7 +63,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("harness/lifeline.py", (f"{META}isolation.py -k ends_with",)),
     ("harness/pool.py", ("suites/router", ISOLATION)),
     ("harness/worker*.py", ("suites/router", f"{META}power.py", ISOLATION)),
-    ("harness/cli.py", (CLI,)),
+    ("harness/commands/*.py", (CLI,)),
     ("harness/errors.py", (CLI,)),
     ("harness/ranks/ledger.py", (f"{RANKED}crash.py",)),
     ("harness/ranks/linear_task.py", (LINEAR,)),

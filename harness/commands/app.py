@@ -1,0 +1,67 @@
+"""The command `moe-harness`.  It imports no torch: implementations are loaded and judged in worker processes."""
+
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from moe_harness.harness.commands.audit import audit
+from moe_harness.harness.commands.bench import bench
+from moe_harness.harness.commands.check import check
+from moe_harness.harness.commands.faults import faults
+from moe_harness.harness.commands.list import list_
+from moe_harness.harness.commands.options import tell
+from moe_harness.harness.commands.replay import replay
+from moe_harness.harness.commands.tune import tune
+from moe_harness.harness.errors import EXIT_CANNOT_JUDGE, HarnessError
+
+app = typer.Typer(
+    name="moe-harness",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Judge Mixture-of-Experts kernels: is it right, on which inputs is it wrong, and why?",
+)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "check": check, "list": list_, "replay": replay, "faults": faults, "audit": audit, "bench": bench, "tune": tune,
+}  # fmt: skip
+for name, command in COMMANDS.items():
+    app.command(name)(command)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from moe_harness.harness.commands.version import version_lines
+
+        print("\n".join(version_lines()))
+        raise typer.Exit()
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the versions that matter and leave.", callback=_version)
+    ] = False,
+) -> None:
+    """Judge Mixture-of-Experts kernels: is it right, on which inputs is it wrong, and why?"""
+
+
+def main() -> None:
+    """Entry point: exit status 0, 1, 2 or 3 as the contract says, and no traceback without --debug."""
+    debug = "--debug" in sys.argv
+    try:
+        app()
+    except HarnessError as error:
+        tell(error, debug)
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_CANNOT_JUDGE)
+    except Exception as error:
+        if debug:
+            raise
+        print(f"moe-harness failed: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
+        sys.exit(EXIT_CANNOT_JUDGE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""`moe-harness check`: judge one or more implementations of a stage."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moe_harness.harness import contracts
+from moe_harness.harness.commands import options
+from moe_harness.harness.errors import HarnessError, UsageError
+
+
+def check(
+    stage: options.Stage,
+    impl: options.Impl,
+    device: options.Device = "cpu",
+    dtype: options.Dtypes = None,
+    profile: options.Profile = "quick",
+    config: options.Configs = None,
+    checks: options.Checks = None,
+    seed: options.Seed = 0,
+    ranks: Annotated[str, typer.Option(help=f"World sizes for {', '.join(contracts.RANK_STAGES)}.")] = "1,2,3,4",
+    timeout: options.Timeout = 60.0,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a self-contained page here.")] = None,
+    debug: options.Debug = False,
+) -> None:
+    """Judge one or more implementations of a stage."""
+    from moe_harness.harness import engine, report
+    from moe_harness.harness.pool import prepare
+
+    request = options.request(stage, device, dtype, profile, config, seed)
+    stage = options.one_of("stage", stage, options.ALL_STAGES)
+    asked = engine.Options(
+        request.dtypes if dtype else None, timeout, options.chosen_checks(stage, request, checks)
+    )  # fmt: skip
+    worlds, specs = options.worlds([ranks]), options.specs(impl)
+    options.writable(json)
+    options.writable(html)
+    prepare()
+    results: list[report.Result] = []
+    errors: list[HarnessError] = []
+    with report.Progress() as progress:
+        for spec in specs:
+            try:
+                results.append(_judge(stage, spec, request, asked, worlds, progress, _keeper(json, results)))
+            except HarnessError as error:
+                errors.append(error)
+                results.append(engine.error_result(stage, spec, request, error))
+            if results[-1]["interrupted"]:
+                break
+    _deliver(results, json, html)
+    for told in errors:
+        options.tell(told, debug)
+    raise typer.Exit(_status(results, errors))
+
+
+def _judge(stage: str, spec: str, request: Any, asked: Any, worlds: tuple[int, ...], progress: Any, keep: Any) -> Any:
+    from moe_harness.harness import engine
+
+    if stage in contracts.STAGES:
+        return engine.judge(stage, spec, request, asked, progress)
+    from moe_harness.harness.ranks.run import judge_ranks
+
+    return judge_ranks(stage, spec, request, asked, worlds, progress, keep)
+
+
+def _keeper(json: Path | None, before: list) -> Any:
+    """Writes an unfinished result behind those `before`, whole at any time; nothing where no file was asked for."""
+    from moe_harness.harness import report
+
+    def keep(result: Any) -> None:
+        if json is not None:
+            unfinished = json.with_name(json.name + ".part")
+            unfinished.write_text(report.dumps([*before, result]))
+            unfinished.replace(json)
+
+    return keep
+
+
+def _deliver(results: list, json: Path | None, html: Path | None) -> None:
+    from moe_harness.harness import report
+
+    report.print_report(results)
+    if json is not None:
+        json.write_text(report.dumps(results))
+    if html is not None:
+        from moe_harness.harness.report.html import write_html
+
+        write_html(results, html)
+
+
+def _status(results: list, errors: list[HarnessError]) -> int:
+    """A wrong call counts before a failure, since it is the caller's to mend; a failure before what was not judged."""
+    if any(isinstance(error, UsageError) for error in errors):
+        return UsageError.exit_status
+    from moe_harness.harness.report import exit_status
+
+    return exit_status(results)

@@ -1,0 +1,178 @@
+"""What the commands share: options, their completion in a shell, and how a value becomes what was meant.
+
+Every list may be given in one option with commas or in several options; names of dtypes and of models are taken in any
+usual spelling.
+"""
+
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moe_harness.harness import contracts
+from moe_harness.harness.cases.names import CHECK_NAMES
+from moe_harness.harness.cases.request import PROFILES, Request
+from moe_harness.harness.errors import HarnessError, UsageError, unknown
+
+ALL_STAGES = (*contracts.STAGES, *contracts.RANK_STAGES)
+
+
+def starting_with(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """Completion of a value from `names`, of the last one in a list with commas too."""
+
+    def complete(incomplete: str) -> list[str]:
+        before, comma, last = incomplete.rpartition(",")
+        return [before + comma + name for name in names() if name.startswith(last)]
+
+    return complete
+
+
+def _implementations() -> list[str]:
+    return sorted({name for stage in ALL_STAGES for name in contracts.registered(stage)})
+
+
+def _configs() -> list[str]:
+    from moe_harness.fixtures.configs import names
+
+    return names()
+
+
+Stage = Annotated[
+    str,
+    typer.Option(
+        "--stage", "-s", help=f"What it is: {', '.join(ALL_STAGES)}.", autocompletion=starting_with(lambda: ALL_STAGES)
+    ),
+]
+Impl = Annotated[
+    list[str],
+    typer.Option(
+        "--impl", "-i", help="A registered name, module:function or file.py:function; several are shown side by side.",
+        autocompletion=starting_with(_implementations),
+    ),
+]  # fmt: skip
+Device = Annotated[
+    str, typer.Option("--device", help="cpu or cuda.", autocompletion=starting_with(lambda: contracts.DEVICES))
+]
+Dtypes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--dtype", help="fp32, fp16, bf16, or PyTorch's names; otherwise those it declares.",
+        autocompletion=starting_with(lambda: contracts.DTYPES),
+    ),
+]  # fmt: skip
+Profile = Annotated[
+    str,
+    typer.Option("--profile", help=f"{', '.join(PROFILES)}.", autocompletion=starting_with(lambda: PROFILES)),
+]
+Configs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--config", help="Add the shapes of a released model, in any case.", autocompletion=starting_with(_configs)
+    ),
+]
+Checks = Annotated[
+    list[str] | None,
+    typer.Option("--check", help="Only these checks.", autocompletion=starting_with(lambda: CHECK_NAMES)),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Other data, other combinations.", min=0)]
+Timeout = Annotated[float, typer.Option("--timeout", help="Seconds one case may take.", min=1)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback behind a message.")]
+
+
+def listed(values: Iterable[str] | None) -> tuple[str, ...]:
+    """The names in options that may be repeated and may hold commas, each once."""
+    parts = (part.strip() for value in values or () for part in value.split(","))
+    return tuple(dict.fromkeys(part for part in parts if part))
+
+
+def specs(values: Iterable[str]) -> tuple[str, ...]:
+    """The implementations of --impl; a path that holds a comma is one of them all the same."""
+    found: list[str] = []
+    for value in values:
+        found += [value] if Path(value.rpartition(":")[0]).exists() else listed([value])
+    if not found:
+        raise UsageError("--impl names nothing; `moe-harness list` prints what is registered, "
+                         "and path/to/file.py:function is judged too")  # fmt: skip
+    return tuple(dict.fromkeys(found))
+
+
+def one_of(kind: str, value: str, known: Sequence[str]) -> str:
+    """`value` as it is written in `known`, whatever its case; UsageError with the nearest names otherwise."""
+    for name in known:
+        if name.lower() == value.lower():
+            return name
+    raise unknown(kind, value, list(known))
+
+
+def dtypes(values: Iterable[str] | None) -> tuple[str, ...]:
+    """The dtypes of --dtype under the names of the contract."""
+    names = (contracts.DTYPE_ALIASES.get(name, name) for name in (v.removeprefix("torch.") for v in listed(values)))
+    return tuple(dict.fromkeys(one_of("dtype", name, contracts.DTYPES) for name in names))
+
+
+def one_dtype(value: str) -> str:
+    """As `dtypes`, where one is wanted."""
+    found = dtypes([value])
+    if len(found) != 1:
+        raise UsageError(f"--dtype is {value!r}, but should be one of {', '.join(contracts.DTYPES)}")
+    return found[0]
+
+
+def request(
+    stage: str, device: str, dtype: Iterable[str] | None, profile: str, config: Iterable[str] | None, seed: int
+) -> Request:
+    """The checked form of what was asked; UsageError for any unknown name."""
+    from moe_harness.fixtures.configs import shape
+
+    one_of("stage", stage, ALL_STAGES)
+    shapes = tuple(shape(one_of("config", name, _configs())) for name in listed(config))
+    return Request(
+        one_of("profile", profile, PROFILES), one_of("device", device, contracts.DEVICES),
+        dtypes(dtype) or contracts.DTYPES, shapes, seed,
+    )  # fmt: skip
+
+
+def known_checks(stage: str, asked: Request) -> list[str]:
+    """Names of the checks that a run of the stage makes."""
+    if stage in contracts.RANK_STAGES:
+        from moe_harness.harness.ranks.cases import CHECKS
+
+        return [*CHECKS[stage], "property"]
+    from moe_harness.harness.cases import plan
+
+    return [*dict.fromkeys(planned.check for planned in plan(stage, asked)), "property"]
+
+
+def chosen_checks(stage: str, asked: Request, checks: Iterable[str] | None) -> tuple[str, ...] | None:
+    """Those of --check; None where all are wanted."""
+    names = listed(checks)
+    known = known_checks(stage, asked) if names else []
+    return tuple(one_of(f"check of {stage}", name, known) for name in names) or None
+
+
+def worlds(values: Iterable[str]) -> tuple[int, ...]:
+    """The world sizes of --ranks."""
+    try:
+        sizes = tuple(int(part) for part in listed(values))
+    except ValueError:
+        sizes = ()
+    if not sizes or min(sizes) < 1 or max(sizes) > 64:
+        raise UsageError(f"--ranks is {','.join(values)!r}, but should be world sizes such as 1,2,4")
+    return sizes
+
+
+def writable(path: Path | None) -> None:
+    """Find out before the run, not after it, that a result cannot be written (UsageError)."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        why = "it is a folder" if path.is_dir() else "its folder does not exist"
+        raise UsageError(f"cannot write {path}: {why}")
+
+
+def tell(error: HarnessError, debug: bool) -> None:
+    """The message of an error that ends the command, or one implementation of it."""
+    if debug:
+        traceback.print_exception(error)
+    print(f"moe-harness: {error}", file=sys.stderr)

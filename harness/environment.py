@@ -1,0 +1,36 @@
+"""What is missing on this machine, in words that lead to it: packages, and a device for Triton."""
+
+import os
+import sys
+
+# The extra of this project that brings a package; of others only the package itself can be named.
+EXTRAS = {
+    "transformers": "transformers", "triton": "gpu", "liger_kernel": "gpu", "matplotlib": "gpu", "lm_eval": "eval",
+}  # fmt: skip
+
+
+def how_to_install(error: ModuleNotFoundError) -> str | None:
+    """The line that installs what could not be found; None where it is part of something that is installed."""
+    package = (error.name or "").partition(".")[0]
+    if not package or package in sys.modules or package == "moe_harness":
+        return None
+    if package in EXTRAS:
+        return f"pip install 'moe-harness[{EXTRAS[package]}]' brings it"
+    return f"{package} is not installed here and no module of that name lies beside the implementation"
+
+
+def what_is_missing(error: BaseException) -> str | None:
+    """Why a call failed through no fault of its own: a package that is not there, a GPU that Triton did not find."""
+    if isinstance(error, ModuleNotFoundError):
+        advice = how_to_install(error)
+        return advice and f"{error}: {advice}"
+    if "active drivers" in str(error) and "triton" in sys.modules and not _interpreting():
+        return (
+            "its Triton kernels found no GPU. Set TRITON_INTERPRET=1 to judge them on the CPU in Triton's interpreter "
+            "(TRITON_INTERPRET=1 moe-harness check ...), or use --device cuda on a machine that has one"
+        )
+    return None
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")

@@ -1,0 +1,147 @@
+"""What the pytest plugin does once a test asks for it: plan, judge in worker processes, put the results together."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+from moe_harness.harness import report
+from moe_harness.harness.account import Account, Listener
+from moe_harness.harness.cases import plan
+from moe_harness.harness.cases.plans import ON_CUDA_ONLY, Planned
+from moe_harness.harness.cases.request import Request
+from moe_harness.harness.commands import options
+from moe_harness.harness.contracts import STAGES
+from moe_harness.harness.engine import INTERPRETED_STEPS
+from moe_harness.harness.errors import HarnessError, UsageError
+from moe_harness.harness.pool import EXPLAINED, Pool, prepare
+
+EXAMPLES = {"quick": 100, "full": 500, "exhaustive": 3000}
+
+
+class Session:
+    """One pytest process: its options, a worker process per implementation, and the answers not yet reported."""
+
+    def __init__(self, config: pytest.Config):
+        self.options = chosen = config.option
+        try:
+            self.request = options.request("experts", chosen.impl_device, chosen.impl_dtype, chosen.impl_profile,
+                                           chosen.impl_config, chosen.impl_seed)  # fmt: skip
+            self.specs = options.specs(chosen.impl) if chosen.impl else ()
+            options.writable(chosen.impl_json)
+            options.writable(chosen.impl_html)
+        except UsageError as error:
+            raise pytest.UsageError(str(error)) from None
+        self.pools: dict[tuple[str, str], Pool] = {}
+        self.answers: dict[str, dict[str, Any]] = {}  # of each test, until its report takes it along
+
+    def close(self) -> None:
+        for pool in self.pools.values():
+            pool.__exit__()
+
+    def parameters(self, metafunc: pytest.Metafunc, marker: pytest.Mark, *, searching: bool) -> dict[str, tuple]:
+        """The values of `judged` under their ids; a function named after no check judges the cases of all."""
+        if not marker.args or marker.args[0] not in STAGES:
+            raise pytest.UsageError(f"{metafunc.definition.nodeid} has the marker stage{marker.args!r}, "
+                                    f"but should name one of {', '.join(STAGES)}")  # fmt: skip
+        stage, check = marker.args[0], metafunc.function.__name__.removeprefix("test_")
+        specs = self.specs or marker.args[1:] or tuple(getattr(metafunc.module, "IMPLEMENTATIONS", ()))
+        if searching:
+            return {spec: (stage, spec, None) for spec in specs}
+        planned = plan(stage, self.request)
+        if check in {p.check for p in planned} | {"property"}:
+            return {f"{spec}-{p.case.id()}": (stage, spec, p) for spec in specs for p in planned if p.check == check}
+        return {f"{spec}-{p.check}-{p.case.id()}": (stage, spec, p) for spec in specs for p in planned}
+
+    def judge(self, item: pytest.Item, stage: str, spec: str, planned: Planned) -> None:
+        """Judge one case; ends as the test does."""
+        __tracebackhide__ = True
+        if planned.check in ON_CUDA_ONLY and self.request.device != "cuda":
+            pytest.skip("needs --impl-device cuda")
+        pool = self.pool(stage, spec)
+        loaded = pool.workers[0].loaded
+        if planned.case.dtype not in loaded["declared"]["dtypes"]:
+            pytest.skip(f"{planned.case.dtype} is not among the declared dtypes")
+        if loaded.get("interpreted") and planned.case.steps() > INTERPRETED_STEPS:
+            pytest.skip(f"more than {INTERPRETED_STEPS} tiles take too long in Triton's interpreter")
+        self.conclude(item, stage, spec, pool.judge_one(planned.id))
+
+    def search(self, item: pytest.Item, stage: str, spec: str) -> None:
+        """Let Hypothesis search; what it finds is told by its smallest case."""
+        __tracebackhide__ = True
+        from moe_harness.harness import strategies
+
+        pool = self.pool(stage, spec)
+        answers: dict[str, dict[str, Any]] = {}
+
+        def judge(case: Any) -> bool:
+            answers[case.id()] = answer = pool.judge_one(Planned("property", case).id)
+            return answer["status"] not in ("failed", "died")
+
+        dtypes = tuple(pool.workers[0].loaded["declared"]["dtypes"])
+        smallest = strategies.search(stage, dtypes, judge, examples=EXAMPLES[self.request.profile],
+                                     start=self.request.seed, out_of_time=lambda: False)  # fmt: skip
+        if smallest is not None:
+            self.conclude(item, stage, spec, answers[smallest.id()])
+
+    def conclude(self, item: pytest.Item, stage: str, spec: str, answer: dict[str, Any]) -> None:
+        """Turn an answer into the test's outcome, and keep it for the report."""
+        __tracebackhide__ = True
+        self.answers[item.nodeid] = {"spec": spec, "answer": answer}
+        if answer["status"] == "unsupported":
+            pytest.skip(f"unsupported: {answer['reason']}")
+        if answer["status"] == "skipped":
+            pytest.skip(answer["reason"])
+        if answer["status"] == "passed":
+            return
+        finding = (answer["findings"] or [{"message": answer["reason"], "headroom": None}])[0]
+        judged, pool = answer.get("judged", answer["id"]), self.pool(stage, spec)
+        if pool.explained < EXPLAINED:
+            pool.explain(judged, finding)
+        replay = Account(stage, spec, self.request, Listener()).replay_line([judged])
+        pytest.fail(
+            report.failure_text({**finding, "check": judged.split("/")[1], "case": judged, "replay": replay}),
+            pytrace=False,
+        )
+
+    def pool(self, stage: str, spec: str) -> Pool:
+        """The worker process for an implementation, started when first asked for."""
+        if (stage, spec) not in self.pools:
+            prepare()
+            pool = Pool(stage, spec, self.request.device, 1, self.options.impl_timeout)
+            try:
+                pool.start()
+            except HarnessError as error:
+                pool.__exit__()
+                pytest.exit(str(error), returncode=error.exit_status)
+            self.pools[stage, spec] = pool
+        return self.pools[stage, spec]
+
+    def summarize(self, terminal: Any, heard: Iterable[dict[str, Any]]) -> None:
+        """Table and ledger of every implementation; JSON and HTML where asked for."""
+        from rich.console import Console
+
+        from moe_harness.harness.report.html import write_html
+        from moe_harness.harness.report.terminal import checks_table, emit, ledger
+
+        results = results_of(heard, self.request)
+        terminal.section("moe-harness")
+        console = Console(file=terminal._tw._file)
+        for result in results:
+            coverage = {**result["coverage"], "axes": {}}
+            emit(console, [f"{result['stage']}  {result['impl']}", checks_table(result["checks"]), *ledger(coverage)])
+        if self.options.impl_json:
+            self.options.impl_json.write_text(report.dumps(results))
+        if self.options.impl_html:
+            write_html(results, self.options.impl_html)
+
+
+def results_of(heard: Iterable[dict[str, Any]], request: Request) -> list[report.Result]:
+    """The answers of all tests, put together as the command puts them together."""
+    accounts: dict[tuple[str, str], Account] = {}
+    for told in heard:
+        key = told["answer"]["id"].split("/")[0], told["spec"]
+        if key not in accounts:
+            accounts[key] = Account(*key, request, Listener())
+        accounts[key].take(told["answer"])
+    return [account.result() for account in accounts.values()]
