@@ -1,0 +1,41 @@
+"""The kernels that a model runs on, by the names of the contracts: Triton's on a GPU, torch's on the CPU."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMES = ("rms_norm", "rope_cache", "paged_attention", "sampler", "router", "experts")
+# Functions of impls.torch that do not have their stage's name.
+VARIANTS = {("torch", "router"): "loop", ("torch", "experts"): "loop"}
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """One function of each stage, with the stage's signature."""
+
+    rms_norm: Callable[..., Any]
+    rope_cache: Callable[..., Tensor]
+    paged_attention: Callable[..., Tensor]
+    sampler: Callable[..., Tensor]
+    router: Callable[..., tuple[Tensor, Tensor]]
+    experts: Callable[..., Tensor]
+
+    @classmethod
+    def of(cls, library: str) -> "Kernels":
+        """The kernels of `library`, "triton" or "torch"; ValueError for any other."""
+        if library not in ("triton", "torch"):
+            raise ValueError(f"kernels is {library!r}, wanted 'triton' or 'torch'")
+        found = {}
+        for name in NAMES:
+            module = import_module(f"moe_harness.impls.{library}.{name}")
+            found[name] = getattr(module, VARIANTS.get((library, name), name))
+        return cls(**found)
+
+    @classmethod
+    def for_device(cls, device: torch.device) -> "Kernels":
+        """Those that are fastest on `device`."""
+        return cls.of("triton" if device.type == "cuda" else "torch")

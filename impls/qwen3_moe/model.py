@@ -1,0 +1,229 @@
+"""The contract's `model`: a folder on disk becomes an object that gives logits, single layers and generated tokens."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_harness.impls.qwen3_moe.batch import Limits
+from moe_harness.impls.qwen3_moe.config import Config
+from moe_harness.impls.qwen3_moe.engine import Engine
+from moe_harness.impls.qwen3_moe.kernels import Kernels
+from moe_harness.impls.qwen3_moe.loader import load
+from moe_harness.impls.qwen3_moe.network import Cache, Flat, Network
+from moe_harness.impls.qwen3_moe.pages import Pages
+from moe_harness.impls.qwen3_moe.runner import Runner
+from moe_harness.impls.qwen3_moe.sequence import Request
+from moe_harness.impls.qwen3_moe.weights import Layout
+
+__all__ = ["model"]
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PROGRESS = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the engine runs.
+
+    Attributes:
+        max_sequences: that run at once.
+        max_tokens: of one step; prompts are cut into chunks beyond.
+        max_length: positions of one sequence; None: as many as the model has, or as fit into the cache.
+        page_size: tokens of a page.
+        pages: None: what memory allows (`memory` of the free memory of a GPU, CPU_CACHE bytes elsewhere).
+        prefixes: whether computed prefixes are kept for later requests.
+        graphs: whether decoding steps run as CUDA graphs.
+        kernels: "triton", "torch"; None: Triton's on a GPU.
+    """
+
+    max_sequences: int = 256
+    max_tokens: int = 4096
+    max_length: int | None = None
+    page_size: int = 32
+    pages: int | None = None
+    memory: float = 0.9
+    prefixes: bool = True
+    graphs: bool = True
+    kernels: str | None = None
+
+
+CPU_CACHE = 1 << 30
+GRAPHS = 2 << 30  # left free for graphs and what cuBLAS keeps
+
+
+class Model:
+    """A loaded model on one device.
+
+    Args:
+        parameters: as `layout.empty` makes them, filled.
+    """
+
+    def __init__(
+        self, layout: Layout, parameters: dict[str, Tensor], device: torch.device, dtype: torch.dtype,
+        options: Options | None = None,
+    ):  # fmt: skip
+        self.config, self.layout, self.device, self.dtype = layout.config, layout, device, dtype
+        self.options = options or Options()
+        chosen = self.options.kernels
+        kernels = Kernels.for_device(device) if chosen is None else Kernels.of(chosen)
+        self.network = Network(layout, parameters, kernels)
+        self._engine: Engine | None = None
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, made when it is first needed: it takes the memory for the cache and captures the graphs."""
+        if self._engine is None:
+            self._engine = self._make_engine()
+        return self._engine
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int | Sequence[int], temperature: float = 0.0,
+        seed: int = 0, stop_token_ids: Sequence[int] = (), ignore_eos: bool = False, progress: PROGRESS | None = None,
+    ) -> list[list[int]]:  # fmt: skip
+        """New tokens of every prompt, a stop token among them.
+
+        Args:
+            max_new_tokens: one for all, or one per prompt.
+            seed: the draw of a token depends on it, on the token's position and on its logits alone.
+            progress: called with finished prompts and all of them.
+
+        Raises:
+            ValueError: counts that do not fit the prompts, token ids outside the vocabulary, a prompt that could never
+                finish (Refused).
+        """
+        return self.engine.generate(
+            self.requests(prompts, max_new_tokens, temperature, seed, stop_token_ids, ignore_eos), progress
+        )
+
+    def stream(self, prompt: Sequence[int], *, max_new_tokens: int, **options: Any) -> Iterator[int]:
+        """The new tokens of one prompt as they come; arguments as for `generate`."""
+        return self.engine.stream(self.requests([prompt], max_new_tokens, **options)[0])
+
+    def requests(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int], temperature: float = 0.0,
+        seed: int = 0, stop_token_ids: Sequence[int] = (), ignore_eos: bool = False,
+    ) -> list[Request]:  # fmt: skip
+        """The engine's requests, checked; raises as `generate`."""
+        counts = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        if len(counts) != len(prompts):
+            raise ValueError(f"max_new_tokens holds {len(counts)} numbers, wanted one for each of {len(prompts)} prompts")
+        if not temperature >= 0:
+            raise ValueError(f"temperature is {temperature}, wanted 0 or more")
+        for place, prompt in enumerate(prompts):
+            foreign = [token for token in prompt if not 0 <= token < self.config.vocab_size]
+            if foreign:
+                raise ValueError(f"prompt {place} holds {foreign[0]}, wanted ids in 0..{self.config.vocab_size - 1}")
+        stop = frozenset(stop_token_ids) | (frozenset() if ignore_eos else self.config.stop_ids)
+        return [
+            Request(tuple(prompt), count, temperature, seed=seed, stop_ids=stop)
+            for prompt, count in zip(prompts, counts, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        """Logits [B, L, V] of input_ids [B, L], every position after those before it in its row."""
+        if input_ids.numel() == 0:
+            return torch.zeros(*input_ids.shape, self.config.vocab_size, dtype=self.dtype, device=self.device)
+        flat, cache = self._alone(*input_ids.shape)
+        logits = self.network(input_ids.to(self.device).flatten(), flat, cache)
+        return logits.unflatten(0, tuple(input_ids.shape))
+
+    @torch.inference_mode()
+    def layer(self, i: int, hidden_states: Tensor) -> Tensor:
+        """Layer i alone on the residual stream [B, L, H] of positions 0 to L - 1."""
+        flat, cache = self._alone(*hidden_states.shape[:2])
+        rows = hidden_states.to(self.device, self.dtype).flatten(0, 1)
+        output, stream = self.network.layer(i, rows, None, flat, cache.keys[i], cache.values[i])
+        return (output + stream).view_as(hidden_states)
+
+    def _alone(self, batch: int, length: int) -> tuple[Flat, Cache]:
+        """A batch of `batch` whole sequences, and a cache for one layer at a time."""
+        c, page = self.config, self.options.page_size
+        columns = -(-length // page)
+        cache = Cache(
+            c.layers, batch * columns, page, self.layout.kv_heads, c.head_dim, self.dtype, self.device, shared=True
+        )
+        whole = {"dtype": torch.int32, "device": self.device}
+        tables = torch.arange(batch * columns, **whole).view(batch, columns)
+        positions = torch.arange(length, **whole)
+        slots = tables[:, positions.long() // page] * page + positions % page
+        flat = Flat(
+            positions.repeat(batch), slots.flatten(), torch.arange(batch + 1, **whole) * length,
+            torch.full((batch,), length, **whole), tables, 0,
+        )  # fmt: skip
+        return flat, cache
+
+    def _make_engine(self) -> Engine:
+        o, c = self.options, self.config
+        length = o.max_length or c.max_positions
+        pages = o.pages or self._pages_that_fit(length)
+        length = min(length, pages * o.page_size)
+        limits = Limits(o.max_tokens, o.max_sequences, -(-length // o.page_size), o.page_size)
+        runner = Runner(self.network, self._cache(pages), limits, self.device, o.graphs)
+        runner.capture()
+        pool = Pages(pages, o.page_size, o.prefixes)
+        return Engine(
+            runner, pool, max_sequences=o.max_sequences, max_tokens=o.max_tokens, max_length=length
+        )
+
+    def _cache(self, pages: int) -> Cache:
+        c = self.config
+        return Cache(
+            c.layers, pages, self.options.page_size, self.layout.kv_heads, c.head_dim, self.dtype, self.device
+        )
+
+    def _pages_that_fit(self, length: int) -> int:
+        """As many pages as memory allows, and no more than all sequences can fill."""
+        o, c = self.options, self.config
+        element = torch.empty((), dtype=self.dtype).element_size()
+        page_bytes = 2 * c.layers * self.layout.kv_heads * o.page_size * c.head_dim * element
+        most = o.max_sequences * -(-length // o.page_size)
+        if self.device.type != "cuda":
+            return max(1, min(most, CPU_CACHE // page_bytes))
+        limits = Limits(o.max_tokens, o.max_sequences, 1, o.page_size)
+        Runner(self.network, self._cache(1), limits, self.device, graphs=False).warm_up()
+        torch.cuda.synchronize(self.device)
+        # What that step needed stays with torch's allocator and serves the steps to come.
+        free = int(torch.cuda.mem_get_info(self.device)[0] * o.memory) - GRAPHS
+        if free < page_bytes:
+            raise MemoryError(
+                f"{free / 2**30:.1f} GiB are left for the cache, wanted at least one page of {page_bytes:,} bytes; "
+                f"use a smaller max_tokens ({o.max_tokens}) or a larger GPU"
+            )
+        return min(most, free // page_bytes)
+
+
+def load_model(
+    model_dir: str | Path, *, device: str | torch.device, dtype: str | torch.dtype, group: Any = None,
+    expert_parallel: bool = False, dispatcher: str = "local_allreduce", progress: PROGRESS | None = None,
+    **options: Any,
+) -> Model:  # fmt: skip
+    """The stage `model`: Qwen3-MoE, Qwen2-MoE or dense Qwen3 from a Hugging Face folder.
+
+    Args:
+        dtype: what it computes in, whatever the checkpoint holds: fp32, fp16, bf16, or torch's own.
+        group: a torch.distributed process group; only one rank can run so far.
+        progress: called with bytes read and bytes in all, after every file.
+        options: of `Options`.
+
+    Raises:
+        CheckpointError (a ValueError): a folder that cannot be loaded; file, key, got and wanted are in the message.
+        ValueError: unknown dtype.  TypeError: unknown options.  NotImplementedError: more than one rank.
+    """
+    if group is not None and group.size() > 1:
+        raise NotImplementedError(f"the group has {group.size()} ranks, but the engine runs on one so far")
+    found = DTYPES.get(str(dtype), dtype)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype is {dtype!r}, wanted one of {', '.join(DTYPES)}")
+    folder, place, chosen = Path(model_dir), torch.device(device), Options(**options)
+    layout = Layout(Config.read(folder), rank=0, world_size=1, expert_parallel=expert_parallel)
+    parameters = layout.empty(found, place)
+    load(folder, layout, parameters, progress)
+    return Model(layout, parameters, place, found, chosen)
+
+
+model = load_model  # registered as qwen3_moe

@@ -1,0 +1,165 @@
+r"""The decoder on flat batches: token ids to the residual stream to logits, over pages of keys and values.
+
+    x, h = rms_norm(mlp output, residual=h)      q, k, v = qkv @ x      q' = rope_cache(q, k, v)   writes k, v
+    y, h = rms_norm(o @ attention(q'), residual=h)                      w, ids = router(gate @ y)  mlp = experts(y)
+
+The residual is added where the next norm reads it, so a layer passes on the pair (last output, stream before it).
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_harness.impls.qwen3_moe.kernels import Kernels
+from moe_harness.impls.qwen3_moe.weights import Layout
+
+
+class Cache:
+    """Keys and values of `layers` layers in pages, [pages, page_size, Hk, D] each; inside a page head by head.
+
+    A program of attention reads one head's part of a page, which so is one run of page_size * D elements.  `shared`: all
+    layers use the same pages, for who computes one layer after the other and goes back to none.
+    """
+
+    def __init__(
+        self, layers: int, pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype,
+        device: torch.device, shared: bool = False,
+    ):  # fmt: skip
+        held = 1 if shared else layers
+        self.storage = torch.zeros(held, 2, pages, kv_heads, page_size, head_dim, dtype=dtype, device=device)
+        views = self.storage.transpose(3, 4)
+        self.keys = [views[i % held, 0] for i in range(layers)]
+        self.values = [views[i % held, 1] for i in range(layers)]
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A batch of S sequences as T query tokens in a row; those with one query, the decoding ones, come first.
+
+    positions, slots int [T]; query_start int [S + 1]; context int [S]; tables int [S, M], as in the stage
+    paged_attention.  `decoding` is how many sequences lead with one query each.  A slot of -1 marks a pad row.
+    """
+
+    positions: Tensor
+    slots: Tensor
+    query_start: Tensor
+    context: Tensor
+    tables: Tensor
+    decoding: int
+    padded: bool = False
+    rest_start: Tensor | None = field(init=False, default=None)  # query_start of the others, from 0
+    dead: Tensor | None = field(init=False, default=None)  # [T, 1], the pad rows
+
+    def __post_init__(self) -> None:
+        if 0 < self.decoding < len(self.context):
+            object.__setattr__(self, "rest_start", self.query_start[self.decoding :] - self.decoding)
+        if self.padded:
+            object.__setattr__(self, "dead", (self.slots < 0)[:, None])
+
+
+class Network:
+    """The layers of one rank.
+
+    Args:
+        layout: sizes and this rank's share of them.
+        parameters: as `layout.empty` makes them, filled.
+    """
+
+    def __init__(self, layout: Layout, parameters: dict[str, Tensor], kernels: Kernels):
+        self.layout, self.config, self.kernels = layout, layout.config, kernels
+        self.p = parameters
+        self.head = parameters["model.embed_tokens.weight" if layout.config.tied else "lm_head.weight"]
+
+    def reduced(self, partial: Tensor) -> Tensor:
+        """The sum of all ranks' partial results; one rank's is whole."""
+        return partial
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """[T] -> [T, H]."""
+        return F.embedding(ids, self.p["model.embed_tokens.weight"])
+
+    def __call__(self, ids: Tensor, flat: Flat, cache: Cache, rows: Tensor | None = None) -> Tensor:
+        """Logits [T, V] of ids [T], or [R, V] of the chosen rows int [R] alone."""
+        output, stream = self.embed(ids), None
+        for i in range(self.config.layers):
+            output, stream = self.layer(i, output, stream, flat, cache.keys[i], cache.values[i])
+        return self.logits(output, stream, rows)
+
+    def logits(self, output: Tensor, stream: Tensor | None, rows: Tensor | None = None) -> Tensor:
+        """The last norm and the head of the sum of both, [T, H] -> [T or R, V]."""
+        if rows is not None:
+            output, stream = output[rows], None if stream is None else stream[rows]
+        x, _ = self._norm("model.norm.weight", output, stream)
+        return F.linear(x, self.head)
+
+    def layer(
+        self, i: int, output: Tensor, stream: Tensor | None, flat: Flat, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Layer i on the stream output + stream, both [T, H]: the mlp's output and the stream it belongs to."""
+        name = f"model.layers.{i}"
+        x, stream = self._norm(f"{name}.input_layernorm.weight", output, stream)
+        output = self.attention(f"{name}.self_attn", x, flat, keys, values)
+        x, stream = self._norm(f"{name}.post_attention_layernorm.weight", output, stream)
+        mlp = self.sparse if i in self.config.sparse_layers else self.dense
+        return mlp(f"{name}.mlp", x, flat), stream
+
+    def attention(self, name: str, x: Tensor, flat: Flat, keys: Tensor, values: Tensor) -> Tensor:
+        """[T, H] -> [T, H], without the residual."""
+        c, heads, kv_heads = self.config, self.layout.heads, self.layout.kv_heads
+        qkv = F.linear(x, self.p[f"{name}.qkv_proj.weight"], self.p.get(f"{name}.qkv_proj.bias"))
+        q, k, v = qkv.unflatten(-1, (-1, c.head_dim)).split((heads, kv_heads, kv_heads), dim=1)
+        q = self.kernels.rope_cache(
+            q, k, v, flat.positions, flat.slots, keys, values,
+            q_norm=self.p.get(f"{name}.q_norm.weight"), k_norm=self.p.get(f"{name}.k_norm.weight"),
+            eps=c.eps, theta=c.theta,
+        )  # fmt: skip
+        mixed = self._attend(q, flat, keys, values).flatten(1)
+        return self.reduced(F.linear(mixed, self.p[f"{name}.o_proj.weight"], self.p.get(f"{name}.o_proj.bias")))
+
+    def _attend(self, q: Tensor, flat: Flat, keys: Tensor, values: Tensor) -> Tensor:
+        """Decoding sequences and the others go to the kernel apart: it has another grid for each."""
+        first, scale, attend = flat.decoding, self.config.head_dim**-0.5, self.kernels.paged_attention
+        if flat.rest_start is None:
+            return attend(q, keys, values, flat.tables, flat.query_start, flat.context, scale=scale)
+        decoded = attend(
+            q[:first], keys, values, flat.tables[:first], flat.query_start[: first + 1], flat.context[:first],
+            scale=scale,
+        )  # fmt: skip
+        rest = attend(
+            q[first:], keys, values, flat.tables[first:], flat.rest_start, flat.context[first:], scale=scale
+        )
+        return torch.cat((decoded, rest))
+
+    def sparse(self, name: str, x: Tensor, flat: Flat) -> Tensor:
+        """Router, experts, and the shared expert where there is one: [T, H] -> [T, H]."""
+        c = self.config
+        logits = F.linear(x, self.p[f"{name}.gate.weight"])
+        weights, ids = self.kernels.router(logits, top_k=c.top_k, scoring="softmax", renormalize=c.renormalize)
+        if flat.dead is not None:  # pad rows read no expert's weights
+            ids = ids.masked_fill_(flat.dead, -1)
+        out = self._experts(name, x, weights, ids)
+        if c.shared_expert_size:
+            gate = torch.sigmoid(F.linear(x, self.p[f"{name}.shared_expert_gate.weight"]))
+            out = out + gate * self._gated(f"{name}.shared_expert", x)
+        return self.reduced(out)
+
+    def _experts(self, name: str, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        up, down = self.p[f"{name}.experts.gate_up_proj"], self.p[f"{name}.experts.down_proj"]
+        return self.kernels.experts(x, up, down, weights, ids, activation=self.config.activation)
+
+    def dense(self, name: str, x: Tensor, flat: Flat) -> Tensor:
+        """The mlp of a layer without experts: [T, H] -> [T, H]."""
+        return self.reduced(self._gated(name, x))
+
+    def _gated(self, name: str, x: Tensor) -> Tensor:
+        gate, up = F.linear(x, self.p[f"{name}.gate_up_proj.weight"]).chunk(2, dim=-1)
+        act = F.silu(gate) if self.config.activation == "silu" else F.gelu(gate, approximate="tanh")
+        return F.linear(act * up, self.p[f"{name}.down_proj.weight"])
+
+    def _norm(self, name: str, x: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The norm of x + stream, and that sum."""
+        if stream is None:
+            return self.kernels.rms_norm(x, self.p[name], eps=self.config.eps), x
+        return self.kernels.rms_norm(x, self.p[name], eps=self.config.eps, residual=stream)

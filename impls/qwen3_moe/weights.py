@@ -1,0 +1,164 @@
+"""Which tensors a rank holds, and where each tensor of a checkpoint goes in them.
+
+Tensors that are multiplied together are held together: q, k and v in one, gate and up in one, all experts in one.  With
+several ranks a tensor is cut along heads, intermediate columns or experts; every key says so itself (`Piece`).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_harness.impls.qwen3_moe.config import Config
+
+
+class Cut(NamedTuple):
+    """The part [start, start + size) of a dimension of the checkpoint's tensor that this rank keeps."""
+
+    dim: int
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One key of the checkpoint: its full shape, and where the kept part goes.
+
+    `index` picks the destination inside the parameter: an expert's number or rows [start, stop).  `parameter` None: the
+    tensor belongs to another rank and is only checked.
+    """
+
+    shape: tuple[int, ...]
+    parameter: str | None
+    index: tuple[int | slice, ...] = ()
+    cut: Cut | None = None
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """The kept part of the checkpoint's tensor."""
+        return tensor if self.cut is None else tensor.narrow(*self.cut)
+
+    def place(self, parameters: dict[str, Tensor]) -> Tensor:
+        """The view of the parameter that the kept part is written to."""
+        assert self.parameter is not None
+        return parameters[self.parameter][self.index] if self.index else parameters[self.parameter]
+
+
+class Layout:
+    """Parameters of one rank of a model, and the pieces of its checkpoint.
+
+    Args:
+        rank, world_size: this rank's place; heads and intermediate columns are cut evenly.
+        expert_parallel: ranks hold whole experts instead of columns of all of them.
+
+    Raises:
+        ValueError: sizes that do not divide by world_size.
+    """
+
+    def __init__(self, config: Config, rank: int = 0, world_size: int = 1, expert_parallel: bool = False):
+        self.config, self.rank, self.world_size, self.expert_parallel = config, rank, world_size, expert_parallel
+        self.heads = self._share("num_attention_heads", config.heads)
+        # Fewer key heads than ranks: each head is held by several ranks.
+        self.kv_heads = max(1, config.kv_heads // world_size)
+        if config.kv_heads % world_size and world_size % config.kv_heads:
+            raise ValueError(f"world_size is {world_size}, wanted a divisor or a multiple of {config.kv_heads} key heads")
+        self.kv_first = rank * config.kv_heads // world_size
+        self.experts = self._share("num_experts", config.num_experts) if expert_parallel else config.num_experts
+        self.expert_first = rank * self.experts if expert_parallel else 0
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.pieces: dict[str, Piece] = dict(self._pieces())
+        # Some released checkpoints hold the head although it is the embedding; then both have to be equal.
+        self.copies: dict[str, str] = {"lm_head.weight": "model.embed_tokens.weight"} if config.tied else {}
+
+    def empty(self, dtype: torch.dtype, device: torch.device | str) -> dict[str, Tensor]:
+        """New parameters, poisoned with NaN: what is never written shows."""
+        nan = float("nan")
+        return {name: torch.full(shape, nan, dtype=dtype, device=device) for name, shape in self.shapes.items()}
+
+    def _share(self, key: str, size: int) -> int:
+        if size % self.world_size:
+            raise ValueError(f"{key} is {size}, wanted a multiple of the {self.world_size} ranks")
+        return size // self.world_size
+
+    def _pieces(self) -> Iterator[tuple[str, Piece]]:
+        c = self.config
+        yield self._whole("model.embed_tokens.weight", c.vocab_size, c.hidden_size)
+        for i in range(c.layers):
+            yield from self._attention(f"model.layers.{i}")
+            yield from self._sparse(i) if i in c.sparse_layers else self._dense(i)
+        yield self._whole("model.norm.weight", c.hidden_size)
+        if not c.tied:
+            yield self._whole("lm_head.weight", c.vocab_size, c.hidden_size)
+
+    def _whole(self, name: str, *shape: int) -> tuple[str, Piece]:
+        self.shapes[name] = shape
+        return name, Piece(shape, name)
+
+    def _attention(self, layer: str) -> Iterator[tuple[str, Piece]]:
+        c, d, attention = self.config, self.config.head_dim, f"{layer}.self_attn"
+        yield self._whole(f"{layer}.input_layernorm.weight", c.hidden_size)
+        yield self._whole(f"{layer}.post_attention_layernorm.weight", c.hidden_size)
+        rows = (self.heads + 2 * self.kv_heads) * d
+        kinds = [("weight", (c.hidden_size,))] + ([("bias", ())] if c.qkv_bias else [])
+        for kind, behind in kinds:
+            name, at = f"{attention}.qkv_proj.{kind}", 0
+            self.shapes[name] = (rows, *behind)
+            for part, total, first, held in (
+                ("q", c.heads, self.rank * self.heads, self.heads),
+                ("k", c.kv_heads, self.kv_first, self.kv_heads),
+                ("v", c.kv_heads, self.kv_first, self.kv_heads),
+            ):
+                cut = Cut(0, first * d, held * d)
+                to = (slice(at, at + held * d),)
+                yield f"{attention}.{part}_proj.{kind}", Piece((total * d, *behind), name, to, cut)
+                at += held * d
+        output = f"{attention}.o_proj.weight"
+        self.shapes[output] = (c.hidden_size, self.heads * d)
+        cut = Cut(1, self.rank * self.heads * d, self.heads * d)
+        yield output, Piece((c.hidden_size, c.heads * d), output, (), cut)
+        if c.output_bias:  # added once, by the first rank
+            name = f"{attention}.o_proj.bias"
+            self.shapes |= {name: (c.hidden_size,)} if self.rank == 0 else {}
+            yield name, Piece((c.hidden_size,), name if self.rank == 0 else None)
+        if c.qk_norm:
+            yield self._whole(f"{attention}.q_norm.weight", d)
+            yield self._whole(f"{attention}.k_norm.weight", d)
+
+    def _dense(self, i: int) -> Iterator[tuple[str, Piece]]:
+        return self._gated(f"model.layers.{i}.mlp", self.config.intermediate_size)
+
+    def _gated(self, mlp: str, total: int) -> Iterator[tuple[str, Piece]]:
+        hidden, held = self.config.hidden_size, self._share("intermediate_size", total)
+        first, name = self.rank * held, f"{mlp}.gate_up_proj.weight"
+        self.shapes[name] = (2 * held, hidden)
+        self.shapes[f"{mlp}.down_proj.weight"] = (hidden, held)
+        for at, part in ((0, "gate"), (held, "up")):
+            yield f"{mlp}.{part}_proj.weight", Piece((total, hidden), name, (slice(at, at + held),), Cut(0, first, held))
+        down = f"{mlp}.down_proj.weight"
+        yield down, Piece((hidden, total), down, (), Cut(1, first, held))
+
+    def _sparse(self, i: int) -> Iterator[tuple[str, Piece]]:
+        c, mlp = self.config, f"model.layers.{i}.mlp"
+        yield self._whole(f"{mlp}.gate.weight", c.num_experts, c.hidden_size)
+        held = c.expert_size if self.expert_parallel else self._share("moe_intermediate_size", c.expert_size)
+        first = 0 if self.expert_parallel else self.rank * held
+        up, down = f"{mlp}.experts.gate_up_proj", f"{mlp}.experts.down_proj"
+        self.shapes[up], self.shapes[down] = (self.experts, 2 * held, c.hidden_size), (self.experts, c.hidden_size, held)
+        for e in range(c.num_experts):
+            local = e - self.expert_first
+            here, expert = 0 <= local < self.experts, f"{mlp}.experts.{e}"
+            for at, part in ((0, "gate"), (held, "up")):
+                place = (local, slice(at, at + held)) if here else ()
+                yield (
+                    f"{expert}.{part}_proj.weight",
+                    Piece((c.expert_size, c.hidden_size), up if here else None, place, Cut(0, first, held)),
+                )
+            place = (local,) if here else ()
+            yield (
+                f"{expert}.down_proj.weight",
+                Piece((c.hidden_size, c.expert_size), down if here else None, place, Cut(1, first, held)),
+            )
+        if c.shared_expert_size:
+            yield from self._gated(f"{mlp}.shared_expert", c.shared_expert_size)
+            yield self._whole(f"{mlp}.shared_expert_gate.weight", 1, c.hidden_size)
