@@ -1,7 +1,7 @@
 """A planned step as arrays: filled on the host, carried to the device in one copy.
 
-Every field has a fixed place in one block of bytes, so that the block on the device can be part of a CUDA graph.  The host
-has two blocks, in pinned memory where there is a GPU: one may still be on its way while the next step is written.
+Every field has a fixed place in one block of bytes, so that the block on the device can be part of a CUDA graph.  The
+host has two blocks, in pinned memory where there is a GPU: one may still be on its way while the next step is written.
 """
 
 from dataclasses import dataclass
@@ -34,10 +34,9 @@ class Limits:
         """
         t, s, whole = self.tokens, self.sequences, torch.int32
         return {
-            "seeds": (torch.int64, (s,)), "draws": (torch.int64, (s,)), "last": (torch.int64, (s,)),
-            "rows": (torch.int64, (s,)), "ids": (torch.int64, (t,)),
-            "positions": (whole, (t,)), "slots": (whole, (t,)), "query_start": (whole, (s + 1,)), "context": (whole, (s,)),
-            "tables": (whole, (s, self.columns)),
+            "seeds": (torch.int64, (s,)), "draws": (torch.int64, (s,)), "last": (torch.int64, (s,)), "rows":
+            (torch.int64, (s,)), "ids": (torch.int64, (t,)), "positions": (whole, (t,)), "slots": (whole, (t,)),
+            "query_start": (whole, (s + 1,)), "context": (whole, (s,)), "tables": (whole, (s, self.columns)),
             "temperature": (torch.float32, (s,)), "top_k": (whole, (s,)), "top_p": (torch.float32, (s,)),
         }  # fmt: skip
 
@@ -150,7 +149,13 @@ class Builder:
         rest = slice(used, padded)
         for name, value in (("ids", 0), ("positions", 0), ("slots", -1), ("context", 0), ("tables", 0), ("seeds", 0)):
             to[name][rest] = value
-        for name, value in (("draws", 0), ("rows", self.limits.sequences), ("temperature", 0), ("top_k", 0), ("top_p", 1)):
+        for name, value in (
+            ("draws", 0),
+            ("rows", self.limits.sequences),
+            ("temperature", 0),
+            ("top_k", 0),
+            ("top_p", 1),
+        ):
             to[name][rest] = value
         to["last"][rest] = np.arange(used, padded)
         to["query_start"][used + 1 : padded + 1] = np.arange(used + 1, padded + 1)

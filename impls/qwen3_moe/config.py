@@ -72,7 +72,11 @@ class _Reader:
     def config(self) -> Config:
         kind = self._choice("model_type", ARCHITECTURES)
         self._refuse_what_is_lacking()
-        hidden, heads, layers = self._size("hidden_size"), self._size("num_attention_heads"), self._size("num_hidden_layers")
+        hidden, heads, layers = (
+            self._size("hidden_size"),
+            self._size("num_attention_heads"),
+            self._size("num_hidden_layers"),
+        )
         kv_heads = self._size("num_key_value_heads", heads)
         if heads % kv_heads:
             raise self._error("num_key_value_heads", kv_heads, f"a divisor of the {heads} attention heads")

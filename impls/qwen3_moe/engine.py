@@ -49,9 +49,7 @@ class Engine:
 
     def __init__(self, runner: Device, pages: Pages, *, max_sequences: int, max_tokens: int, max_length: int):
         self.runner = runner
-        self.scheduler = Scheduler(
-            pages, max_sequences=max_sequences, max_tokens=max_tokens, max_length=max_length
-        )
+        self.scheduler = Scheduler(pages, max_sequences=max_sequences, max_tokens=max_tokens, max_length=max_length)
         self.sequences: dict[int, Sequence] = {}  # the living ones
         self.under_way: Running | None = None
         self.added = self.steps = self.computed = 0
@@ -98,9 +96,7 @@ class Engine:
             outputs.append(Output(sequence.number, token, finished))
         return outputs
 
-    def generate(
-        self, requests: list[Request], progress: Callable[[int, int], None] | None = None
-    ) -> list[list[int]]:
+    def generate(self, requests: list[Request], progress: Callable[[int, int], None] | None = None) -> list[list[int]]:
         """New tokens of every request, in order; others that were added before go on beside them.
 
         Args:

@@ -1,8 +1,8 @@
 """Checkpoints into parameters, strictly: every key is used, every element of every parameter is written exactly once.
 
-All files are looked at before the first byte is copied, so that a wrong checkpoint is refused in a moment and its message
-lists everything that is wrong.  Then one tensor after the other is mapped, copied and let go of: beside the parameters
-the host never holds more than one shard.
+All files are looked at before the first byte is copied, so that a wrong checkpoint is refused in a moment and its
+message lists everything that is wrong.  Then one tensor after the other is mapped, copied and let go of: beside the
+parameters the host never holds more than one shard.
 """
 
 import json
@@ -65,7 +65,9 @@ def shards(folder: Path) -> list[Path]:
     names = sorted(set(_weight_map(index).values()))
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:
-        raise CheckpointError(f"{index}: it names {_some(absent)}, wanted in {folder}: the file is not there; {REASONS}")
+        raise CheckpointError(
+            f"{index}: it names {_some(absent)}, wanted in {folder}: the file is not there; {REASONS}"
+        )
     return [folder / name for name in names]
 
 

@@ -110,7 +110,9 @@ class Model:
         """The engine's requests, checked; raises as `generate`."""
         counts = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
         if len(counts) != len(prompts):
-            raise ValueError(f"max_new_tokens holds {len(counts)} numbers, wanted one for each of {len(prompts)} prompts")
+            raise ValueError(
+                f"max_new_tokens holds {len(counts)} numbers, wanted one for each of {len(prompts)} prompts"
+            )
         if not temperature >= 0:
             raise ValueError(f"temperature is {temperature}, wanted 0 or more")
         for place, prompt in enumerate(prompts):
@@ -147,15 +149,17 @@ class Model:
         cache = Cache(
             c.layers, batch * columns, page, self.layout.kv_heads, c.head_dim, self.dtype, self.device, shared=True
         )
-        whole = {"dtype": torch.int32, "device": self.device}
-        tables = torch.arange(batch * columns, **whole).view(batch, columns)
-        positions = torch.arange(length, **whole)
+        tables = self._whole(torch.arange(batch * columns)).view(batch, columns)
+        positions = self._whole(torch.arange(length))
         slots = tables[:, positions.long() // page] * page + positions % page
         flat = Flat(
-            positions.repeat(batch), slots.flatten(), torch.arange(batch + 1, **whole) * length,
-            torch.full((batch,), length, **whole), tables, 0,
+            positions.repeat(batch), slots.flatten(), self._whole(torch.arange(batch + 1) * length),
+            self._whole(torch.full((batch,), length)), tables, 0,
         )  # fmt: skip
         return flat, cache
+
+    def _whole(self, numbers: Tensor) -> Tensor:
+        return numbers.to(self.device, torch.int32)
 
     def _make_engine(self) -> Engine:
         o, c = self.options, self.config
@@ -166,15 +170,11 @@ class Model:
         runner = Runner(self.network, self._cache(pages), limits, self.device, o.graphs)
         runner.capture()
         pool = Pages(pages, o.page_size, o.prefixes)
-        return Engine(
-            runner, pool, max_sequences=o.max_sequences, max_tokens=o.max_tokens, max_length=length
-        )
+        return Engine(runner, pool, max_sequences=o.max_sequences, max_tokens=o.max_tokens, max_length=length)
 
     def _cache(self, pages: int) -> Cache:
         c = self.config
-        return Cache(
-            c.layers, pages, self.options.page_size, self.layout.kv_heads, c.head_dim, self.dtype, self.device
-        )
+        return Cache(c.layers, pages, self.options.page_size, self.layout.kv_heads, c.head_dim, self.dtype, self.device)
 
     def _pages_that_fit(self, length: int) -> int:
         """As many pages as memory allows, and no more than all sequences can fill."""

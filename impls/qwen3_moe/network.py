@@ -19,8 +19,8 @@ from moe_harness.impls.qwen3_moe.weights import Layout
 class Cache:
     """Keys and values of `layers` layers in pages, [pages, page_size, Hk, D] each; inside a page head by head.
 
-    A program of attention reads one head's part of a page, which so is one run of page_size * D elements.  `shared`: all
-    layers use the same pages, for who computes one layer after the other and goes back to none.
+    A program of attention reads one head's part of a page, which so is one run of page_size * D elements.  `shared`:
+    all layers use the same pages, for who computes one layer after the other and goes back to none.
     """
 
     def __init__(
@@ -127,9 +127,7 @@ class Network:
             q[:first], keys, values, flat.tables[:first], flat.query_start[: first + 1], flat.context[:first],
             scale=scale,
         )  # fmt: skip
-        rest = attend(
-            q[first:], keys, values, flat.tables[first:], flat.rest_start, flat.context[first:], scale=scale
-        )
+        rest = attend(q[first:], keys, values, flat.tables[first:], flat.rest_start, flat.context[first:], scale=scale)
         return torch.cat((decoded, rest))
 
     def sparse(self, name: str, x: Tensor, flat: Flat) -> Tensor:

@@ -1,7 +1,7 @@
 """Pages of the key-value cache: who holds which, and which prefixes they keep for those who come later.
 
-A page is in exactly one place: held by one or more sequences, or in the queue of free pages.  A free page may still keep
-a known prefix; it is taken up again by whoever has that prefix, and forgotten when its turn in the queue comes.
+A page is in exactly one place: held by one or more sequences, or in the queue of free pages.  A free page may still
+keep a known prefix; it is taken up again by whoever has that prefix, and forgotten when its turn in the queue comes.
 
 A known page is found by the identity of the page before it and its own tokens, compared as they are: no hashes collide.
 An identity is never used twice, so what followed a forgotten page is never found again.
@@ -73,7 +73,7 @@ class Pages:
         return page
 
     def release(self, table: Sequence[int]) -> None:
-        """One sequence lets go of its pages.  The last ones are taken first: a prefix is worth more than what follows."""
+        """One sequence lets go of its pages.  The last ones are given away first: a prefix outlives what follows."""
         for page in reversed(table):
             if self.holders[page] < 1:
                 raise RuntimeError(f"page {page} is released, but nobody holds it")
@@ -112,7 +112,9 @@ class Pages:
             assert len(set(table)) == len(table), f"a table names a page twice: {list(table)}"
             for page in table:
                 held[page] += 1
-        wrong = {page: (held[page], self.holders[page]) for page in range(self.total) if held[page] != self.holders[page]}
+        wrong = {
+            page: (held[page], self.holders[page]) for page in range(self.total) if held[page] != self.holders[page]
+        }
         assert not wrong, f"pages are held so often (in tables, counted): {wrong}"
         free = {page for page in range(self.total) if held[page] == 0}
         assert set(self.free) == free, f"free pages are {sorted(self.free)}, wanted {sorted(free)}"
@@ -120,5 +122,3 @@ class Pages:
         assert set(self.identity) == set(self.key_of), "a known page lacks its identity, or the other way round"
         assert len(set(self.identity.values())) == len(self.identity), "two pages have one identity"
         assert all(len(tokens) == self.size for _, tokens in self.known), "a page is known that is not full"
-
-

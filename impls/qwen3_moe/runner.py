@@ -1,8 +1,8 @@
 """Runs planned steps on the device: a CUDA graph for decoding, plain calls for steps with chunks.
 
-A graph holds a whole step, from token ids to sampled tokens, for one of BUCKETS many sequences; a smaller batch is padded.
-The tokens stay on the device, each in its sequence's row, where the next step finds them; a copy goes to the host, which
-reads it while the next step runs.
+A graph holds a whole step, from token ids to sampled tokens, for one of BUCKETS many sequences; a smaller batch is
+padded. The tokens stay on the device, each in its sequence's row, where the next step finds them; a copy goes to the
+host, which reads it while the next step runs.
 """
 
 from collections.abc import Callable

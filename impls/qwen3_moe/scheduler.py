@@ -1,9 +1,9 @@
 """Which sequences run in the next step, and with how many tokens.
 
 A step holds one token of every sequence that decodes, and beside them chunks of prompts up to a budget of tokens.  The
-host plans a step while the one before it runs: a sampled token counts as soon as its step is planned, though its value is
-still on the device.  What a planned step writes may be read, and its pages given away, by every later step, because the
-device runs steps in order.
+host plans a step while the one before it runs: a sampled token counts as soon as its step is planned, though its value
+is still on the device.  What a planned step writes may be read, and its pages given away, by every later step, because
+the device runs steps in order.
 
 When pages run out the youngest running sequence gives its pages back and waits; it starts over with the tokens it has,
 which gives the same tokens as if nothing had happened.
@@ -80,7 +80,8 @@ class Scheduler:
             raise Refused(f"max_new_tokens is {new}, wanted at least 1")
         if prompt + new > self.max_length:
             raise Refused(
-                f"{prompt} prompt tokens and {new} new ones are {prompt + new} positions, wanted at most {self.max_length}"
+                f"{prompt} prompt tokens and {new} new ones are {prompt + new} positions, wanted at most "
+                f"{self.max_length}"
             )
         needed = self.pages.needed(prompt + new - 1)  # the last token is never an input
         if needed > self.pages.total:

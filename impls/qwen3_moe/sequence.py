@@ -44,7 +44,8 @@ class Sequence:
         pending: sampled tokens that have not come back; two while the host is a step ahead.
         table: its pages, in order.
         row: its place in the buffers on the device while it runs.
-        known, prefix: how many of its pages were offered for other sequences, and the identity of the last one's prefix.
+        known, prefix: how many of its pages were offered for other sequences, and the identity of the last one's
+        prefix.
     """
 
     number: int

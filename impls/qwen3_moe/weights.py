@@ -62,7 +62,9 @@ class Layout:
         # Fewer key heads than ranks: each head is held by several ranks.
         self.kv_heads = max(1, config.kv_heads // world_size)
         if config.kv_heads % world_size and world_size % config.kv_heads:
-            raise ValueError(f"world_size is {world_size}, wanted a divisor or a multiple of {config.kv_heads} key heads")
+            raise ValueError(
+                f"world_size is {world_size}, wanted a divisor or a multiple of {config.kv_heads} key heads"
+            )
         self.kv_first = rank * config.kv_heads // world_size
         self.experts = self._share("num_experts", config.num_experts) if expert_parallel else config.num_experts
         self.expert_first = rank * self.experts if expert_parallel else 0
@@ -134,7 +136,10 @@ class Layout:
         self.shapes[name] = (2 * held, hidden)
         self.shapes[f"{mlp}.down_proj.weight"] = (hidden, held)
         for at, part in ((0, "gate"), (held, "up")):
-            yield f"{mlp}.{part}_proj.weight", Piece((total, hidden), name, (slice(at, at + held),), Cut(0, first, held))
+            yield (
+                f"{mlp}.{part}_proj.weight",
+                Piece((total, hidden), name, (slice(at, at + held),), Cut(0, first, held)),
+            )
         down = f"{mlp}.down_proj.weight"
         yield down, Piece((hidden, total), down, (), Cut(1, first, held))
 
@@ -144,7 +149,10 @@ class Layout:
         held = c.expert_size if self.expert_parallel else self._share("moe_intermediate_size", c.expert_size)
         first = 0 if self.expert_parallel else self.rank * held
         up, down = f"{mlp}.experts.gate_up_proj", f"{mlp}.experts.down_proj"
-        self.shapes[up], self.shapes[down] = (self.experts, 2 * held, c.hidden_size), (self.experts, c.hidden_size, held)
+        self.shapes[up], self.shapes[down] = (
+            (self.experts, 2 * held, c.hidden_size),
+            (self.experts, c.hidden_size, held),
+        )
         for e in range(c.num_experts):
             local = e - self.expert_first
             here, expert = 0 <= local < self.experts, f"{mlp}.experts.{e}"
