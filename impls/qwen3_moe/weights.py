@@ -102,7 +102,8 @@ class Layout:
         yield self._whole(f"{layer}.input_layernorm.weight", c.hidden_size)
         yield self._whole(f"{layer}.post_attention_layernorm.weight", c.hidden_size)
         rows = (self.heads + 2 * self.kv_heads) * d
-        kinds = [("weight", (c.hidden_size,))] + ([("bias", ())] if c.qkv_bias else [])
+        kinds: list[tuple[str, tuple[int, ...]]] = [("weight", (c.hidden_size,))]
+        kinds += [("bias", ())] if c.qkv_bias else []
         for kind, behind in kinds:
             name, at = f"{attention}.qkv_proj.{kind}", 0
             self.shapes[name] = (rows, *behind)
@@ -162,10 +163,10 @@ class Layout:
                     f"{expert}.{part}_proj.weight",
                     Piece((c.expert_size, c.hidden_size), up if here else None, place, Cut(0, first, held)),
                 )
-            place = (local,) if here else ()
+            whole: tuple[int | slice, ...] = (local,) if here else ()
             yield (
                 f"{expert}.down_proj.weight",
-                Piece((c.hidden_size, c.expert_size), down if here else None, place, Cut(1, first, held)),
+                Piece((c.hidden_size, c.expert_size), down if here else None, whole, Cut(1, first, held)),
             )
         if c.shared_expert_size:
             yield from self._gated(f"{mlp}.shared_expert", c.shared_expert_size)
