@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from moe_harness.harness.cases.plans import Planned
+    from moe_harness.harness.core.plan import Planned
     from moe_harness.harness.pytest_session import Session
 
 SESSION = pytest.StashKey["Session"]()

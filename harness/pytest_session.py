@@ -6,15 +6,14 @@ from typing import Any
 import pytest
 
 from moe_harness.harness import report
-from moe_harness.harness.account import Account, Listener
-from moe_harness.harness.cases import plan
-from moe_harness.harness.cases.plans import ON_CUDA_ONLY, Planned
-from moe_harness.harness.cases.request import Request
 from moe_harness.harness.commands import options
-from moe_harness.harness.contracts import STAGES
-from moe_harness.harness.engine import INTERPRETED_STEPS
-from moe_harness.harness.errors import HarnessError, UsageError
-from moe_harness.harness.pool import EXPLAINED, Pool, prepare
+from moe_harness.harness.core.contracts import STAGES
+from moe_harness.harness.core.errors import HarnessError, UsageError
+from moe_harness.harness.core.plan import ON_CUDA_ONLY, Planned, plan
+from moe_harness.harness.core.request import Request
+from moe_harness.harness.process.pool import EXPLAINED, Pool, prepare
+from moe_harness.harness.run.result_builder import Account, Listener
+from moe_harness.harness.run.session import INTERPRETED_STEPS
 
 EXAMPLES = {"quick": 100, "full": 500, "exhaustive": 3000}
 
@@ -69,7 +68,7 @@ class Session:
     def search(self, item: pytest.Item, stage: str, spec: str) -> None:
         """Let Hypothesis search; what it finds is told by its smallest case."""
         __tracebackhide__ = True
-        from moe_harness.harness import strategies
+        from moe_harness.harness.run import property_search
 
         pool = self.pool(stage, spec)
         answers: dict[str, dict[str, Any]] = {}
@@ -79,7 +78,7 @@ class Session:
             return answer["status"] not in ("failed", "died")
 
         dtypes = tuple(pool.workers[0].loaded["declared"]["dtypes"])
-        smallest = strategies.search(stage, dtypes, judge, examples=EXAMPLES[self.request.profile],
+        smallest = property_search.search(stage, dtypes, judge, examples=EXAMPLES[self.request.profile],
                                      start=self.request.seed, out_of_time=lambda: False)  # fmt: skip
         if smallest is not None:
             self.conclude(item, stage, spec, answers[smallest.id()])

@@ -5,11 +5,11 @@
 
 from collections.abc import Callable
 
-from moe_harness.harness.cases import Case
 from moe_harness.harness.checks import cuda, laws, memory, repeats
 from moe_harness.harness.checks.plain import contract, plain
-from moe_harness.harness.findings import Record
-from moe_harness.harness.trial import Trial
+from moe_harness.harness.core.case import Case
+from moe_harness.harness.core.findings import Record
+from moe_harness.harness.core.invocation import Trial
 
 Check = Callable[[Trial, Case], Record]
 

@@ -5,14 +5,14 @@ from typing import Any
 
 import torch
 
-from moe_harness.harness.cases import Case
 from moe_harness.harness.checks.memory import copies, refill, results_of
 from moe_harness.harness.checks.plain import plain
-from moe_harness.harness.findings import Record
-from moe_harness.harness.graphs import captured
-from moe_harness.harness.memory import poison_value
-from moe_harness.harness.stages.call import Call
-from moe_harness.harness.trial import Broken, Rejected, Trial
+from moe_harness.harness.core.call import Call
+from moe_harness.harness.core.case import Case
+from moe_harness.harness.core.cuda_graphs import captured
+from moe_harness.harness.core.findings import Record
+from moe_harness.harness.core.invocation import Broken, Rejected, Trial
+from moe_harness.harness.core.memory import poison_value
 
 REPLAYS = 12
 SLEEP_CYCLES = 20_000_000  # about 10 ms at 2 GHz: far longer than a launch, so that a wrong stream runs ahead

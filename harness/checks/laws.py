@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from moe_harness.harness.cases import Case
-from moe_harness.harness.compare import against_bound
-from moe_harness.harness.findings import Record
-from moe_harness.harness.laws import router as router_laws
-from moe_harness.harness.laws import terms
-from moe_harness.harness.rounding import ACCUMULATOR, Bound, permitted, score_error
-from moe_harness.harness.stages.call import Call
-from moe_harness.harness.trial import Trial
+from moe_harness.harness.core.bounds import ACCUMULATOR, Bound, permitted, score_error
+from moe_harness.harness.core.call import Call
+from moe_harness.harness.core.case import Case
+from moe_harness.harness.core.compare import against_bound
+from moe_harness.harness.core.findings import Record
+from moe_harness.harness.core.invocation import Trial
+from moe_harness.harness.core.laws import terms
+from moe_harness.harness.stages.router import laws as router_laws
 
 
 def laws(trial: Trial, case: Case) -> Record:

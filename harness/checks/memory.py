@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_harness.harness.cases import Case
 from moe_harness.harness.checks.plain import judged_call
-from moe_harness.harness.findings import Record
-from moe_harness.harness.memory import poisoned_allocations
-from moe_harness.harness.stages.call import Call
-from moe_harness.harness.trial import Rejected, Trial
+from moe_harness.harness.core.call import Call
+from moe_harness.harness.core.case import Case
+from moe_harness.harness.core.findings import Record
+from moe_harness.harness.core.invocation import Rejected, Trial
+from moe_harness.harness.core.memory import poisoned_allocations
 
 LEAK_CALLS = 40
 WARM_UP_CALLS = 15

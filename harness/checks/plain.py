@@ -1,10 +1,10 @@
 """One call, judged against its bound."""
 
-from moe_harness.harness.cases import Case
-from moe_harness.harness.contracts import SIGNATURES
-from moe_harness.harness.findings import Record
-from moe_harness.harness.stages.call import Call
-from moe_harness.harness.trial import Trial
+from moe_harness.harness.core.call import Call
+from moe_harness.harness.core.case import Case
+from moe_harness.harness.core.contracts import SIGNATURES
+from moe_harness.harness.core.findings import Record
+from moe_harness.harness.core.invocation import Trial
 
 
 def plain(trial: Trial, case: Case) -> Record:

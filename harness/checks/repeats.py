@@ -2,14 +2,14 @@
 
 import torch
 
-from moe_harness.harness.cases import Case
 from moe_harness.harness.checks.memory import copies, same_bits
-from moe_harness.harness.findings import Record
-from moe_harness.harness.laws import router as router_laws
-from moe_harness.harness.laws import terms
-from moe_harness.harness.memory import poisoned_allocations
-from moe_harness.harness.stages.call import Call
-from moe_harness.harness.trial import Rejected, Trial
+from moe_harness.harness.core.call import Call
+from moe_harness.harness.core.case import Case
+from moe_harness.harness.core.findings import Record
+from moe_harness.harness.core.invocation import Rejected, Trial
+from moe_harness.harness.core.laws import terms
+from moe_harness.harness.core.memory import poisoned_allocations
+from moe_harness.harness.stages.router import laws as router_laws
 
 REPETITIONS = 6
 

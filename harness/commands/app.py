@@ -14,7 +14,7 @@ from moe_harness.harness.commands.list import list_
 from moe_harness.harness.commands.options import tell
 from moe_harness.harness.commands.replay import replay
 from moe_harness.harness.commands.tune import tune
-from moe_harness.harness.errors import EXIT_CANNOT_JUDGE, HarnessError
+from moe_harness.harness.core.errors import EXIT_CANNOT_JUDGE, HarnessError
 
 app = typer.Typer(
     name="moe-harness",

@@ -25,7 +25,7 @@ def audit(
 
     from rich.console import Console
 
-    from moe_harness.harness import audit as auditing
+    from moe_harness.harness.proof import audit as auditing
 
     options.writable(json)
     names = list(auditing.builtin()) if tests == ["all"] else options.listed(tests)
@@ -66,7 +66,7 @@ def show(result: dict[str, Any], console: "Console") -> None:
 
 def _names(shapes: list[dict[str, Any]]) -> list[str]:
     """Every wrong output of any shape, in the order of the shape with most of them."""
-    from moe_harness.harness.wrong_outputs import EXPERTS, GROUPED_LINEAR
+    from moe_harness.harness.core.wrong_outputs import EXPERTS, GROUPED_LINEAR
 
     seen = {name for entry in shapes for name in entry["accepted"] + entry["rejected"]}
     return [name for name in dict.fromkeys(EXPERTS + GROUPED_LINEAR) if name in seen]

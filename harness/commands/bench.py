@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moe_harness.harness.commands import options
-from moe_harness.harness.errors import EXIT_CANNOT_JUDGE, EXIT_PASS, CannotJudge, UsageError
+from moe_harness.harness.core.errors import EXIT_CANNOT_JUDGE, EXIT_PASS, CannotJudge, UsageError
 
 TOKENS = "1,8,32,64,128,256,512,1024,4096,16384"
 STAGES = ("experts", "router", "grouped_linear", "shared_expert_gate")
@@ -41,10 +41,10 @@ def bench(
     for path in (json, picture):
         options.writable(path)
     _require(picture)
-    from moe_harness.harness import bench as library
-    from moe_harness.harness.bench_data import Layer
-    from moe_harness.harness.bench_view import legend, remarks, table
-    from moe_harness.harness.bench_view import picture as draw
+    from moe_harness.harness.bench import timing as library
+    from moe_harness.harness.bench.data import Layer
+    from moe_harness.harness.bench.pictures import legend, remarks, table
+    from moe_harness.harness.bench.pictures import picture as draw
 
     try:
         report = library.bench(

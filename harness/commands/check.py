@@ -5,9 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_harness.harness import contracts
 from moe_harness.harness.commands import options
-from moe_harness.harness.errors import HarnessError, UsageError
+from moe_harness.harness.core import contracts
+from moe_harness.harness.core.errors import HarnessError, UsageError
 
 
 def check(
@@ -26,12 +26,13 @@ def check(
     debug: options.Debug = False,
 ) -> None:
     """Judge one or more implementations of a stage."""
-    from moe_harness.harness import engine, report
-    from moe_harness.harness.pool import prepare
+    from moe_harness.harness import report
+    from moe_harness.harness.process.pool import prepare
+    from moe_harness.harness.run import session
 
     request = options.request(stage, device, dtype, profile, config, seed)
     stage = options.one_of("stage", stage, options.ALL_STAGES)
-    asked = engine.Options(
+    asked = session.Options(
         request.dtypes if dtype else None, timeout, options.chosen_checks(stage, request, checks)
     )  # fmt: skip
     worlds, specs = options.worlds([ranks]), options.specs(impl)
@@ -46,7 +47,7 @@ def check(
                 results.append(_judge(stage, spec, request, asked, worlds, progress, _keeper(json, results)))
             except HarnessError as error:
                 errors.append(error)
-                results.append(engine.error_result(stage, spec, request, error))
+                results.append(session.error_result(stage, spec, request, error))
             if results[-1]["interrupted"]:
                 break
     _deliver(results, json, html)
@@ -56,10 +57,10 @@ def check(
 
 
 def _judge(stage: str, spec: str, request: Any, asked: Any, worlds: tuple[int, ...], progress: Any, keep: Any) -> Any:
-    from moe_harness.harness import engine
+    from moe_harness.harness.run import session
 
     if stage in contracts.STAGES:
-        return engine.judge(stage, spec, request, asked, progress)
+        return session.judge(stage, spec, request, asked, progress)
     from moe_harness.harness.ranks.run import judge_ranks
 
     return judge_ranks(stage, spec, request, asked, worlds, progress, keep)

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from moe_harness.harness import contracts
 from moe_harness.harness.commands import options
-from moe_harness.harness.errors import EXIT_FAIL, unknown
+from moe_harness.harness.core import contracts
+from moe_harness.harness.core.errors import EXIT_FAIL, unknown
 
 
 def faults(
@@ -24,9 +24,9 @@ def faults(
     from rich.console import Console
     from rich.progress import Progress
 
-    from moe_harness.harness import kill_matrix, kill_matrix_view
-    from moe_harness.harness.cases.request import Request
-    from moe_harness.harness.pool import prepare
+    from moe_harness.harness.core.request import Request
+    from moe_harness.harness.process.pool import prepare
+    from moe_harness.harness.proof import kill_matrix, kill_matrix_view
 
     for path in (json, html, picture):
         options.writable(path)
@@ -53,8 +53,7 @@ def faults(
 
 
 def _chosen(stage: str | None, names: tuple[str, ...]) -> list:
-    from moe_harness.harness.faults import all_faults
-    from moe_harness.harness.faults.catalogue import STAGES_WITH_FAULTS
+    from moe_harness.harness.core.catalogue import STAGES_WITH_FAULTS, all_faults
 
     found = all_faults(contracts.check_stage(stage, STAGES_WITH_FAULTS) if stage else None)
     known = [entry.name for entry in found]

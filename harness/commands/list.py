@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from moe_harness.harness import contracts
 from moe_harness.harness.commands import options
+from moe_harness.harness.core import contracts
 
 
 def list_(
@@ -25,7 +25,7 @@ def list_(
     from rich.text import Text
 
     from moe_harness.fixtures.configs import names
-    from moe_harness.harness.cases.request import Request
+    from moe_harness.harness.core.request import Request
 
     console = Console()
     asked = [options.one_of("stage", name, options.ALL_STAGES) for name in options.listed(stage)]

@@ -12,10 +12,10 @@ from typing import Annotated
 
 import typer
 
-from moe_harness.harness import contracts
-from moe_harness.harness.cases.names import CHECK_NAMES
-from moe_harness.harness.cases.request import PROFILES, Request
-from moe_harness.harness.errors import HarnessError, UsageError, unknown
+from moe_harness.harness.core import contracts
+from moe_harness.harness.core.errors import HarnessError, UsageError, unknown
+from moe_harness.harness.core.names import CHECK_NAMES
+from moe_harness.harness.core.request import PROFILES, Request
 
 ALL_STAGES = (*contracts.STAGES, *contracts.RANK_STAGES)
 
@@ -141,7 +141,7 @@ def known_checks(stage: str, asked: Request) -> list[str]:
         from moe_harness.harness.ranks.cases import CHECKS
 
         return [*CHECKS[stage], "property"]
-    from moe_harness.harness.cases import plan
+    from moe_harness.harness.core.plan import plan
 
     return [*dict.fromkeys(planned.check for planned in plan(stage, asked)), "property"]
 

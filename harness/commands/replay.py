@@ -5,11 +5,11 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_harness.harness import contracts
-from moe_harness.harness.cases import parse_id
-from moe_harness.harness.cases.names import CHECK_NAMES
 from moe_harness.harness.commands import options
-from moe_harness.harness.errors import EXIT_CANNOT_JUDGE, UsageError, unknown
+from moe_harness.harness.core import contracts
+from moe_harness.harness.core.case import parse_id
+from moe_harness.harness.core.errors import EXIT_CANNOT_JUDGE, UsageError, unknown
+from moe_harness.harness.core.names import CHECK_NAMES
 
 
 def replay(
@@ -40,7 +40,7 @@ def replay(
 
 
 def _of_one_device(cases: list[str], impl: str, device: str, timeout: float) -> Iterator[dict[str, Any]]:
-    from moe_harness.harness.pool import Pool, prepare
+    from moe_harness.harness.process.pool import Pool, prepare
 
     stages = {parse_id(case)[0] for case in cases}
     if len(stages) != 1:

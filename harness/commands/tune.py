@@ -8,7 +8,7 @@ import typer
 
 from moe_harness.harness.commands import options
 from moe_harness.harness.commands.bench import TOKENS, check_ep_size, token_counts
-from moe_harness.harness.errors import CannotJudge
+from moe_harness.harness.core.errors import CannotJudge
 
 TUNER = "moe_harness.impls.triton.tune"  # found by name, as every implementation is
 

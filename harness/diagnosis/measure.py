@@ -15,17 +15,18 @@ from typing import Any
 
 import torch
 
-from moe_harness.harness.cases import Case, plan
-from moe_harness.harness.cases.request import Request
 from moe_harness.harness.checks import CHECKS
-from moe_harness.harness.contracts import DTYPES, Declarations, Subject
-from moe_harness.harness.diagnosis.hiding import hidden
-from moe_harness.harness.diagnosis.inquiry import SECONDS, explain
-from moe_harness.harness.diagnosis.scenes import probes
-from moe_harness.harness.diagnosis.suspects import DEADLY, forget, suspects
-from moe_harness.harness.errors import HarnessError
-from moe_harness.harness.faults.catalogue import Fault
-from moe_harness.harness.trial import Broken, Rejected, Trial
+from moe_harness.harness.core.case import Case
+from moe_harness.harness.core.catalogue import Fault
+from moe_harness.harness.core.contracts import DTYPES, Declarations, Subject
+from moe_harness.harness.core.errors import HarnessError
+from moe_harness.harness.core.invocation import Broken, Rejected, Trial
+from moe_harness.harness.core.plan import plan
+from moe_harness.harness.core.request import Request
+from moe_harness.harness.diagnosis.candidates import DEADLY, forget, suspects
+from moe_harness.harness.diagnosis.datasets import probes
+from moe_harness.harness.diagnosis.disguise import hidden
+from moe_harness.harness.diagnosis.search import SECONDS, explain
 
 STAGES = ("experts", "router", "grouped_linear", "shared_expert_gate", "moe_block")
 SKIPPED = ("leak", "determinism", "batch_invariance", "graph_replay", "side_stream", "large_offsets")

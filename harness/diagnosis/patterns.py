@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_harness.harness import rounding
-from moe_harness.harness.cases import Case
-from moe_harness.harness.compare import against_bound
-from moe_harness.harness.stages.call import Call
-from moe_harness.harness.trial import Broken, Rejected, Trial
+from moe_harness.harness.core import bounds
+from moe_harness.harness.core.call import Call
+from moe_harness.harness.core.case import Case
+from moe_harness.harness.core.compare import against_bound
+from moe_harness.harness.core.invocation import Broken, Rejected, Trial
 from moe_harness.reference.experts import expert_steps, local_ids, routed_rows
 
 BLOCKS = (128, 64, 32, 16, 8, 4)
@@ -47,7 +47,7 @@ def undeclared(trial: Trial, call: Call, out: Tensor) -> list[str]:
 def undeclared_roundings(trial: Trial, call: Call, out: Tensor) -> list[str] | None:
     """Those of which any one would suffice, [] where it takes several; None where they explain nothing."""
     declared = trial.subject.declared.rounds
-    missing = [name for name in rounding.ROUNDINGS if name not in rounding.permitted(declared)]
+    missing = [name for name in bounds.ROUNDINGS if name not in bounds.permitted(declared)]
     if call.case.data == "exact" or not missing:
         return None
     if _is_within(trial, call, out, declared) or not _is_within(trial, call, out, None):
@@ -59,12 +59,12 @@ def _is_within(trial: Trial, call: Call, out: Tensor, rounds: tuple[str, ...] | 
     return not against_bound(trial.stage, call, trial.stage.expect(call, rounds), out).findings
 
 
-def read(call: Call, bound: rounding.Bound, out: Tensor) -> list[str]:
+def read(call: Call, bound: bounds.Bound, out: Tensor) -> list[str]:
     """All that is seen in a result."""
     value, got = (t.detach().double().reshape(-1, out.shape[-1]) for t in (bound.value, out))
     sigma = bound.variance.reshape(value.shape).sqrt()
     error = (got - value).abs().nan_to_num(torch.inf)
-    wrong = (error > rounding.max_limit() * sigma) & (value.isfinite() | got.isfinite())
+    wrong = (error > bounds.max_limit() * sigma) & (value.isfinite() | got.isfinite())
     if not bool(wrong.any()):
         return []
     of_slots = slots(call, got, sigma) if call.case.stage == "experts" else []
@@ -150,9 +150,9 @@ def _factors(terms: Tensor, got: Tensor, sigma: Tensor) -> list[float] | None:
     factors = torch.linalg.lstsq(design, target[:, None]).solution[:, 0]
     residual = target - design @ factors
     growth = max(1.0, float(factors.abs().max()))
-    if float(residual.abs().max()) > rounding.max_limit() * growth:
+    if float(residual.abs().max()) > bounds.max_limit() * growth:
         return None
-    error = torch.linalg.inv(design.T @ design).diagonal().sqrt() * rounding.max_limit() * growth
+    error = torch.linalg.inv(design.T @ design).diagonal().sqrt() * bounds.max_limit() * growth
     near = factors.round()
     return torch.where((factors - near).abs() <= error, near, factors).tolist()
 
@@ -184,9 +184,9 @@ def ratios(value: Tensor, got: Tensor, sigma: Tensor) -> list[str]:
     factor = torch.where(usable, product / norm, 1.0)
     growth = factor.abs().clamp(min=1.0)[:, None]
     residual = (got - factor[:, None] * value).abs()
-    fits = (residual <= rounding.max_limit() * sigma * growth).all(1) & usable
-    off = (factor - 1).abs() * norm.sqrt() > rounding.max_limit()
-    wrong = ((got - value).abs() > rounding.max_limit() * sigma).any(1)
+    fits = (residual <= bounds.max_limit() * sigma * growth).all(1) & usable
+    off = (factor - 1).abs() * norm.sqrt() > bounds.max_limit()
+    wrong = ((got - value).abs() > bounds.max_limit() * sigma).any(1)
     if not bool(wrong.any()) or not bool((fits & off)[wrong].all()):
         return []
     found = factor[wrong]

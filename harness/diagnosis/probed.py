@@ -1,7 +1,8 @@
 r"""Suspects that no catalogue can list: sums in too few bits, built as the probes of one implementation describe them.
 
-`harness.computing` finds how many bits each sum keeps, and how many terms are added before they meet it.  What is less
-than the contract demands becomes a fault made for this implementation, which is tried like those of the catalogue.
+`harness.diagnosis.numerics_probes` finds how many bits each sum keeps, and how many terms are added before they
+meet it.  What is less than the contract demands becomes a fault made for this implementation, which is tried like
+those of the catalogue.
 Where the probes leave the order open, there is a suspect for each usual one:
 
     running    s <- round(s + sum of the next n terms)      one accumulator, stored after every n terms
@@ -16,15 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_harness.harness import computing
-from moe_harness.harness.cases import Case
-from moe_harness.harness.compare import against_bound
+from moe_harness.harness.core.case import Case
+from moe_harness.harness.core.catalogue import Fault
+from moe_harness.harness.core.compare import against_bound
+from moe_harness.harness.core.emulation import matmul
+from moe_harness.harness.core.invocation import Trial
+from moe_harness.harness.diagnosis import numerics_probes
 from moe_harness.harness.diagnosis.patterns import undeclared_roundings
-from moe_harness.harness.faults import experts, grouped_linear, shared_expert_gate
-from moe_harness.harness.faults.building import matmul
-from moe_harness.harness.faults.catalogue import Fault
-from moe_harness.harness.faults.experts import live
-from moe_harness.harness.trial import Trial
+from moe_harness.harness.stages.experts.faults import slots as experts
+from moe_harness.harness.stages.experts.faults.slots import live
+from moe_harness.harness.stages.grouped_linear.faults import products as grouped_linear
+from moe_harness.harness.stages.shared_expert_gate.faults import gates
 
 STAGES = ("experts", "grouped_linear", "shared_expert_gate")  # those whose sums the probes can see
 FULL = 24  # bits of fp32, the least that the contract allows
@@ -39,7 +42,7 @@ Step = tuple[str, str, str, Callable[..., Tensor]]  # name, what the probes esta
 def suspects(trial: Trial, dtype: str) -> list[Fault]:
     """The faults that the probes of an implementation suggest; [] where all its sums are as wide as they should be."""
     stage = trial.subject.stage
-    found = computing.accumulators(trial, dtype)
+    found = numerics_probes.accumulators(trial, dtype)
     coarse = {name: sums for name, sums in found.items() if sums["bits"] is not None and sums["bits"] <= FEW}
     steps = [*_of_products(stage, coarse, len(found)), *_of_operands(trial, dtype), *_of_slots(trial, dtype)]
     return [
@@ -67,7 +70,7 @@ def undeclared_store(trial: Trial, case: Case) -> list[dict[str, str]]:
     out, declared = trial.invoke(call), trial.subject.declared.rounds or ()
     if not undeclared_roundings(trial, call, out):
         return []
-    stored = [name for name, yes in computing.stores(trial, case.dtype).items() if yes and name not in declared]
+    stored = [name for name, yes in numerics_probes.stores(trial, case.dtype).items() if yes and name not in declared]
     worst = [against_bound(trial.stage, call, trial.stage.expect(call, rounds), out)
              for rounds in (declared, (*declared, *stored))]  # fmt: skip
     if worst[1].findings:
@@ -105,7 +108,7 @@ def _lost(what: str, bits: int) -> str:
 
 def _of_operands(trial: Trial, dtype: str) -> Iterator[Step]:
     """fp32 operands rounded or cut before they are multiplied."""
-    bits = computing.operand_bits(trial) if dtype == "fp32" else None
+    bits = numerics_probes.operand_bits(trial) if dtype == "fp32" else None
     if bits is None or bits > FEW or "tf32" in (trial.subject.declared.rounds or ()):
         return
     style = "tf32" if bits == 11 else _format(bits)
@@ -118,8 +121,8 @@ def _of_operands(trial: Trial, dtype: str) -> Iterator[Step]:
 
 def _of_slots(trial: Trial, dtype: str) -> Iterator[Step]:
     """A sum over the slots in fewer bits than the inputs' dtype has."""
-    bits = computing.slot_sum_bits(trial, dtype)
-    if bits is None or bits >= min(computing.BITS[dtype], FEW):
+    bits = numerics_probes.slot_sum_bits(trial, dtype)
+    if bits is None or bits >= min(numerics_probes.BITS[dtype], FEW):
         return
     for order, step in (("first_to_last", 1), ("last_to_first", -1)):
 
@@ -152,7 +155,7 @@ def _with(stage: str, multiply: dict[str, Product], **steps: Any) -> Callable[..
     def dot(hidden_states: Tensor, gate_weight: Tensor) -> Tensor:
         return product(hidden_states.flatten(0, -2), gate_weight).view(*hidden_states.shape[:-1], 1)
 
-    return partial(shared_expert_gate.run, dot=dot)
+    return partial(gates.run, dot=dot)
 
 
 def _rounding(bits: int, kind: str, run: int) -> Product:

@@ -9,9 +9,9 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from moe_harness.harness.errors import HarnessError
-from moe_harness.harness.faults.catalogue import Fault, all_faults
-from moe_harness.harness.faults.ranked import FIRST_CHECK
+from moe_harness.harness.core.catalogue import Fault, all_faults
+from moe_harness.harness.core.errors import HarnessError
+from moe_harness.harness.core.ranked_faults import FIRST_CHECK
 from moe_harness.harness.ranks import pool
 from moe_harness.harness.ranks.cases import case_id, parse_id
 from moe_harness.harness.ranks.judge import TASKS, planned

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from moe_harness.harness.cases import spec as spec_module
-from moe_harness.harness.cases.spec import Case
-from moe_harness.harness.errors import UsageError, unknown
+from moe_harness.harness.core import case as spec_module
+from moe_harness.harness.core.case import Case
+from moe_harness.harness.core.errors import UsageError, unknown
 
 OWNERS = ("block", "cyclic", "random", "last_empty", "one")
 ROUTINGS = ("plain", "masked", "duplicates", "hot", "none", "nan")

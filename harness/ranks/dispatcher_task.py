@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_harness.harness.contracts import REJECTIONS
+from moe_harness.harness.core.contracts import REJECTIONS
 from moe_harness.harness.ranks import received_rows, volume, world_data
 from moe_harness.harness.ranks.cases import DispatcherCase, parse_id
 from moe_harness.harness.ranks.loading import load_class

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_harness.harness import errors
+from moe_harness.harness.core import errors
 from moe_harness.harness.ranks import cases, pool
 from moe_harness.harness.ranks.calls import Call
 from moe_harness.harness.ranks.cases import parse_id

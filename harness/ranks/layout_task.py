@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_harness.harness.faults.layouts import fit, name_fit
 from moe_harness.harness.ranks.cases import LayoutCase, parse_id
 from moe_harness.harness.ranks.loading import load
 from moe_harness.harness.ranks.results import Report, differing_rows, digest
 from moe_harness.harness.ranks.worker import Rank
 from moe_harness.harness.ranks.world_data import TORCH_DTYPES
+from moe_harness.harness.stages.layouts.faults.reductions import fit, name_fit
 
 
 class State(Enum):

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_harness.harness.contracts import REJECTIONS
-from moe_harness.harness.errors import UsageError
+from moe_harness.harness.core.contracts import REJECTIONS
+from moe_harness.harness.core.errors import UsageError
 from moe_harness.harness.ranks.cases import LinearCase, parse_id
 from moe_harness.harness.ranks.loading import load_class
 from moe_harness.harness.ranks.results import Report, differing_rows, digest

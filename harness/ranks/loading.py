@@ -4,8 +4,8 @@ import functools
 import inspect
 from typing import Any
 
-from moe_harness.harness import contracts
-from moe_harness.harness.errors import UsageError
+from moe_harness.harness.core import contracts
+from moe_harness.harness.core.errors import UsageError
 
 # How the contract makes an object of each stage: positional arguments, and the names of the others.
 MADE_BY = {

@@ -12,7 +12,7 @@ from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any, Protocol
 
-from moe_harness.harness.lifeline import end_with
+from moe_harness.harness.process.parent_watch import end_with
 from moe_harness.harness.ranks.calls import Call
 from moe_harness.harness.ranks.heartbeat import Beat, Heartbeat
 from moe_harness.harness.ranks.jobs import Exit, Home

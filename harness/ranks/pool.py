@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from moe_harness.harness.errors import CannotJudge
+from moe_harness.harness.core.errors import CannotJudge
 from moe_harness.harness.ranks import remote
 from moe_harness.harness.ranks.calls import Call
 from moe_harness.harness.ranks.failure import Evidence, Failure, classify

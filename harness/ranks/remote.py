@@ -14,7 +14,7 @@ import time
 from multiprocessing import connection
 from typing import Any
 
-from moe_harness.harness.errors import CannotJudge
+from moe_harness.harness.core.errors import CannotJudge
 from moe_harness.harness.ranks.calls import Call
 from moe_harness.harness.ranks.heartbeat import Beat, State
 from moe_harness.harness.ranks.jobs import Exit, Home

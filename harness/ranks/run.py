@@ -5,14 +5,14 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from moe_harness.harness.account import Account, Listener
-from moe_harness.harness.cases import Case
-from moe_harness.harness.cases.request import Request
-from moe_harness.harness.engine import Options
-from moe_harness.harness.pool import EXPLAINED
+from moe_harness.harness.core.case import Case
+from moe_harness.harness.core.request import Request
+from moe_harness.harness.process.pool import EXPLAINED
 from moe_harness.harness.ranks import cases, strategies
 from moe_harness.harness.ranks.judge import Verdict, judge, planned
 from moe_harness.harness.report import Result
+from moe_harness.harness.run.result_builder import Account, Listener
+from moe_harness.harness.run.session import Options
 
 ENOUGH = 10  # cases that ended the ranks' processes; each costs new ones, and the verdict stands
 EXAMPLES = {"quick": 60, "full": 500, "exhaustive": 3000}
@@ -38,7 +38,7 @@ class RankRun:
         Raises:
             UsageError, CannotJudge: the implementation cannot be found or imported.
         """
-        from moe_harness.harness.worker_versions import versions
+        from moe_harness.harness.process.versions import versions
 
         self.account.loaded = {"declared": {}, "versions": versions()}
         ids = self._planned_ids()
@@ -96,7 +96,7 @@ class RankRun:
             failure["diagnosis"] = named(self.spec, failure["case"], backend=self.backend) + failure["diagnosis"]
 
     def _search_ranks(self, examples: int) -> None:
-        from moe_harness.harness.strategies import falsify
+        from moe_harness.harness.run.property_search import falsify
 
         check = cases.CHECKS[self.stage][0]
         drawn: Any

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from moe_harness.harness.faults import Fault, all_faults
+from moe_harness.harness.core.catalogue import Fault, all_faults
 from moe_harness.harness.ranks import cases, judge
 from moe_harness.suites.dispatcher.subjects import told
 
@@ -38,7 +38,7 @@ def test_killed_by_the_planned_cases(fault: Fault) -> None:
 @pytest.mark.parametrize("base", BASES)
 def test_what_the_faults_are_made_from_is_right(base: str) -> None:
     for case in list(_planned())[::4]:
-        verdict = judge.judge(f"moe_harness.harness.faults.dispatcher:{base}", case)
+        verdict = judge.judge(f"moe_harness.harness.stages.dispatcher.faults.schemes:{base}", case)
         assert verdict.passed, told(verdict)
 
 

@@ -26,7 +26,7 @@ def _fails(spec: str):
 
 def _minimal(fault: str) -> DispatcherCase:
     options = settings(max_examples=300, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
-    spec = f"moe_harness.harness.faults.dispatcher:{fault}"
+    spec = f"moe_harness.harness.stages.dispatcher.faults.schemes:{fault}"
     return find(strategies.dispatcher_cases(), _fails(spec), settings=options)
 
 

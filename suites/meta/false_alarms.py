@@ -32,12 +32,11 @@ def judge_run(stage: str, spec: str, seed: int) -> dict[str, Any]:
     """One quick run in this process: cases judged, the alarms among them, the largest share of a bound."""
     import torch
 
-    from moe_harness.harness.cases import plan
-    from moe_harness.harness.cases.plans import ON_CUDA_ONLY
-    from moe_harness.harness.cases.request import Request
-    from moe_harness.harness.contracts import load
-    from moe_harness.harness.trial import Trial
-    from moe_harness.harness.worker import judge_id
+    from moe_harness.harness.core.contracts import load
+    from moe_harness.harness.core.invocation import Trial
+    from moe_harness.harness.core.plan import ON_CUDA_ONLY, plan
+    from moe_harness.harness.core.request import Request
+    from moe_harness.harness.process.worker import judge_id
 
     torch.set_num_threads(1)
     trial = Trial(load(stage, spec), "cpu")

@@ -5,11 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moe_harness.harness import contracts
-from moe_harness.harness.cases import plan
-from moe_harness.harness.cases.plans import ON_CUDA_ONLY
-from moe_harness.harness.cases.request import Request
-from moe_harness.harness.pool import Pool, prepare
+from moe_harness.harness.core import contracts
+from moe_harness.harness.core.plan import ON_CUDA_ONLY, plan
+from moe_harness.harness.core.request import Request
+from moe_harness.harness.process.pool import Pool, prepare
 
 FOLDER = Path(__file__).parent
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from moe_harness.harness import audit
-from moe_harness.harness.errors import UsageError
+from moe_harness.harness.core.errors import UsageError
+from moe_harness.harness.proof import audit
 
 GOOD: dict[str, Any] = {
     "name": "ours",

@@ -8,17 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_harness.harness.cases import parse_id, plan
-from moe_harness.harness.cases.moe_block import FAMILIES, MoeBlockCase
-from moe_harness.harness.cases.request import Request
 from moe_harness.harness.checks import CHECKS
-from moe_harness.harness.contracts import Declarations, Subject
+from moe_harness.harness.core.case import parse_id
+from moe_harness.harness.core.catalogue import all_faults, get
+from moe_harness.harness.core.contracts import Declarations, Subject
+from moe_harness.harness.core.invocation import Broken, Trial
+from moe_harness.harness.core.plan import plan
+from moe_harness.harness.core.request import Request
 from moe_harness.harness.diagnosis import explain
-from moe_harness.harness.diagnosis.suspects import forget
-from moe_harness.harness.faults import all_faults, experts, router, shared_expert_gate
-from moe_harness.harness.faults.block_parts import LEFT_OUT, inside
-from moe_harness.harness.faults.catalogue import get
-from moe_harness.harness.trial import Broken, Trial
+from moe_harness.harness.diagnosis.candidates import forget
+from moe_harness.harness.stages.experts.faults import slots
+from moe_harness.harness.stages.moe_block.cases import FAMILIES, MoeBlockCase
+from moe_harness.harness.stages.moe_block.faults.parts import LEFT_OUT, inside
+from moe_harness.harness.stages.router.faults import weights as router
+from moe_harness.harness.stages.shared_expert_gate.faults import gates
 from moe_harness.reference import moe_block as reference
 
 PARTS = [fault for fault in all_faults("moe_block") if fault.part]
@@ -50,7 +53,7 @@ def test_what_is_left_out_exists_and_is_no_fault_of_the_block(name: str) -> None
         get(f"{name}_in_block")
 
 
-@pytest.mark.parametrize("right", [router.run, experts.run, shared_expert_gate.run], ids=lambda run: run.__module__)
+@pytest.mark.parametrize("right", [router.run, slots.run, gates.run], ids=lambda run: run.__module__)
 def test_a_block_with_a_right_part_is_right(right) -> None:
     stage = right.__module__.rpartition(".")[2]
     trial = trial_of(inside(replace(get("gate_up_swapped"), stage=stage, function=right)))

@@ -6,16 +6,18 @@ from itertools import combinations
 import pytest
 import torch
 
-from moe_harness.harness import rounding
-from moe_harness.harness.cases import parse_id, plan
-from moe_harness.harness.cases.boundaries import LAYOUTS
-from moe_harness.harness.cases.pairwise import pairwise
-from moe_harness.harness.cases.plans import ON_CUDA_ONLY
-from moe_harness.harness.cases.request import Request
-from moe_harness.harness.contracts import STAGES
-from moe_harness.harness.findings import MAX_Z
-from moe_harness.harness.stages import exact_experts, experts, stage_module
-from moe_harness.harness.stages.call import DTYPES
+from moe_harness.harness.core import bounds
+from moe_harness.harness.core.boundaries import LAYOUTS
+from moe_harness.harness.core.call import DTYPES
+from moe_harness.harness.core.case import parse_id
+from moe_harness.harness.core.contracts import STAGES
+from moe_harness.harness.core.findings import MAX_Z
+from moe_harness.harness.core.pairwise import pairwise
+from moe_harness.harness.core.plan import ON_CUDA_ONLY, plan
+from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.stage import stage_module
+from moe_harness.harness.stages.experts import exact
+from moe_harness.harness.stages.experts import stage as experts
 from moe_harness.reference.experts import expert_steps, local_ids, routed_rows
 
 
@@ -53,7 +55,7 @@ def test_every_check_of_a_suite_has_cases_whatever_the_dtype(stage, profile, dty
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_special_value_layout_and_law_is_planned(stage):
-    module, planned = import_module(f"moe_harness.harness.cases.{stage}"), plan(stage, Request())
+    module, planned = import_module(f"moe_harness.harness.stages.{stage}.cases"), plan(stage, Request())
     assert {p.case.data for p in planned if p.check == "special"} >= set(getattr(module, "SPECIALS", ()))
     assert {p.case.variant for p in planned if p.check == "laws"} == set(module.LAWS)
     impossible = {"expanded", "unit"} if stage == "moe_block" else set()  # weights that every checkpoint has in full
@@ -86,7 +88,7 @@ def test_exact_data_are_exact_wherever_they_are_stored(case):
     """Every intermediate value is representable, and the slots' sum in any order, since its absolute sum is."""
     call = experts.build(case, "cpu")
     hidden, gate_up, down, weights, ids = call.args.values()
-    dtype, limit = DTYPES[case.dtype], exact_experts.EXACT_INTEGERS[case.dtype]
+    dtype, limit = DTYPES[case.dtype], exact.EXACT_INTEGERS[case.dtype]
     total = torch.zeros(hidden.shape, dtype=torch.float64)
     for expert, tokens, slots in routed_rows(local_ids(ids, call.keywords["expert_map"])):
         steps = expert_steps(hidden[tokens].double(), gate_up[expert], down[expert], "silu")
@@ -94,7 +96,7 @@ def test_exact_data_are_exact_wherever_they_are_stored(case):
             rounded = value.float().to(dtype).double()
             assert torch.equal(rounded, value.float().double())
         total.index_add_(0, tokens, weights[tokens, slots, None].double() * steps.output.abs())
-    smallest = min(exact_experts.WEIGHTS)
+    smallest = min(exact.WEIGHTS)
     assert float((total / smallest).max() if total.numel() else 0) <= limit + 1e-6
 
 
@@ -109,4 +111,4 @@ def test_cancelling_data_cancel():
 
 
 def test_the_reports_limit_is_the_judges():
-    assert abs(MAX_Z - rounding.max_limit()) < 0.01
+    assert abs(MAX_Z - bounds.max_limit()) < 0.01

@@ -18,14 +18,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_harness.harness.cases.spec import case_types
-from moe_harness.harness.compare import against_bound
-from moe_harness.harness.contracts import REJECTIONS, SIGNATURES
-from moe_harness.harness.faults import Fault, all_faults, get
-from moe_harness.harness.faults import catalogue as entries
-from moe_harness.harness.rounding import accumulation, max_limit
-from moe_harness.harness.stages import stage_module
-from moe_harness.harness.stages.call import Call as Judged
+from moe_harness.harness.core import catalogue as entries
+from moe_harness.harness.core.bounds import accumulation, max_limit
+from moe_harness.harness.core.call import Call as Judged
+from moe_harness.harness.core.case import case_types
+from moe_harness.harness.core.catalogue import Fault, all_faults, get
+from moe_harness.harness.core.compare import against_bound
+from moe_harness.harness.core.contracts import REJECTIONS, SIGNATURES
+from moe_harness.harness.core.stage import stage_module
+from moe_harness.harness.diagnosis.disguise import RIGHT_STEPS
 from moe_harness.reference.experts import experts
 from moe_harness.reference.grouped_linear import grouped_linear
 from moe_harness.reference.moe_block import moe_block
@@ -286,9 +287,9 @@ def dirty_memory() -> Iterator[None]:
 
 def forget() -> None:
     """Stateful faults start afresh."""
-    for module in entries.MODULES:
+    for module in entries.modules():
         for name in ("_kept", "_sums"):
-            getattr(importlib.import_module(f"moe_harness.harness.faults.{module}"), name, {}).clear()
+            getattr(importlib.import_module(module), name, {}).clear()
 
 
 def visible(fault: Fault, parameters: Mapping[str, Any], permitted: tuple[str, ...] | None) -> bool:
@@ -447,9 +448,9 @@ def test_process_fault_does_not_return(fault: Fault) -> None:
     assert child.exitcode != RETURNED
 
 
-BUILDING_BLOCKS = [(stage, f"moe_harness.harness.faults.{stage}", "run") for stage in SIGNATURES]
-BUILDING_BLOCKS += [("experts", "moe_harness.harness.faults.alignment", "run_aligned")]
-BUILDING_BLOCKS += [("experts", "moe_harness.harness.faults.cuda", "run_captured")]
+BUILDING_BLOCKS = [(s, f"moe_harness.harness.stages.{module}", "run") for s, module in RIGHT_STEPS.items()]
+BUILDING_BLOCKS += [("experts", "moe_harness.harness.stages.experts.faults.alignment", "run_aligned")]
+BUILDING_BLOCKS += [("experts", "moe_harness.harness.stages.experts.faults.cuda", "run_captured")]
 
 
 @pytest.mark.parametrize(("stage", "module", "name"), BUILDING_BLOCKS)

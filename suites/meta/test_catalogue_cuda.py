@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_harness.harness import rounding
-from moe_harness.harness.cases import plan
-from moe_harness.harness.cases.request import Request
-from moe_harness.harness.faults import all_faults, get
-from moe_harness.harness.faults.experts import run
-from moe_harness.harness.graphs import restore_generator
-from moe_harness.harness.pool import Pool, prepare
+from moe_harness.harness.core import bounds
+from moe_harness.harness.core.catalogue import all_faults, get
+from moe_harness.harness.core.cuda_graphs import restore_generator
+from moe_harness.harness.core.plan import plan
+from moe_harness.harness.core.request import Request
+from moe_harness.harness.process.pool import Pool, prepare
+from moe_harness.harness.stages.experts.faults.slots import run
 
 pytestmark = pytest.mark.gpu
 
@@ -57,8 +57,8 @@ def arguments(T: int = 7, H: int = 64, I: int = 32, E: int = 6, k: int = 3, seed
 
 def wrong(out: Tensor, args: list[Tensor], activation: str = "silu") -> bool:
     """Whether any element lies outside the judge's bound of an implementation that rounds nothing on the way."""
-    bound = rounding.experts(*args, activation=activation, expert_map=None, declared=())
-    return bool(bound.z(out).abs().nan_to_num(nan=torch.inf).amax() > rounding.max_limit())
+    bound = bounds.experts(*args, activation=activation, expert_map=None, declared=())
+    return bool(bound.z(out).abs().nan_to_num(nan=torch.inf).amax() > bounds.max_limit())
 
 
 def captured(function: Callable[..., Tensor], args: list[Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
@@ -90,7 +90,7 @@ def test_graph_fault_shows_on_replay(name: str) -> None:
 
 
 def test_right_building_block_survives_replay() -> None:
-    from moe_harness.harness.faults.cuda import run_captured
+    from moe_harness.harness.stages.experts.faults.cuda import run_captured
 
     args = arguments()
     graph, out = captured(run_captured, args)

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moe_harness.harness.cases.experts import ExpertsCase
-from moe_harness.harness.compare import against_bound
-from moe_harness.harness.rounding import Bound, max_limit, rms_limit
-from moe_harness.harness.stages.call import Call
+from moe_harness.harness.core.bounds import Bound, max_limit, rms_limit
+from moe_harness.harness.core.call import Call
+from moe_harness.harness.core.compare import against_bound
+from moe_harness.harness.stages.experts.cases import ExpertsCase
 
 ROWS, COLUMNS = 128, 256
 GROUPS = {f"expert {e}": torch.arange(ROWS) % 4 == e for e in range(4)}

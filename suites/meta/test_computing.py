@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from moe_harness.harness.computing import accumulators, how_it_computes, operand_bits, stores
-from moe_harness.harness.contracts import ROUNDINGS, load
-from moe_harness.harness.trial import Trial
+from moe_harness.harness.core.contracts import ROUNDINGS, load
+from moe_harness.harness.core.invocation import Trial
+from moe_harness.harness.diagnosis.numerics_probes import accumulators, how_it_computes, operand_bits, stores
 
 RIGHT = Path(__file__).parent / "right"
-FAULTS = "moe_harness.harness.faults"
+STAGES = "moe_harness.harness.stages"
+GATES = f"{STAGES}.shared_expert_gate.faults.gates"
 
 
 def trial(stage: str, spec: str) -> Trial:
@@ -70,7 +71,7 @@ def test_accumulators_are_found(name: str, bits: int | None, block: int | None) 
 
 
 def test_a_bf16_accumulator_shows_in_its_product_alone() -> None:
-    found = accumulators(trial("experts", f"{FAULTS}.precision:bf16_accumulator"), "bf16")
+    found = accumulators(trial("experts", f"{STAGES}.experts.faults.precision:bf16_accumulator"), "bf16")
     assert found["the first product"] == {"bits": 8, "block": 16}
     assert found["the second product"]["bits"] == 24
 
@@ -79,9 +80,9 @@ def test_a_bf16_accumulator_shows_in_its_product_alone() -> None:
     ("stage", "spec", "bits"),
     [
         ("grouped_linear", "torch:loop", 24),
-        ("grouped_linear", f"{FAULTS}.grouped_linear:silent_tf32", 11),
-        ("experts", f"{FAULTS}.precision:undeclared_tf32", 11),
-        ("experts", f"{FAULTS}.precision:fp32_computed_in_bf16", 8),
+        ("grouped_linear", f"{STAGES}.grouped_linear.faults.products:silent_tf32", 11),
+        ("experts", f"{STAGES}.experts.faults.precision:undeclared_tf32", 11),
+        ("experts", f"{STAGES}.experts.faults.precision:fp32_computed_in_bf16", 8),
     ],
 )
 def test_bits_of_fp32_operands(stage: str, spec: str, bits: int) -> None:
@@ -125,7 +126,7 @@ def test_stores_of_a_gate_are_found(name: str, wanted: set[str], dtype: str) -> 
     assert {stored for stored, yes in found.items() if yes} == wanted
 
 
-@pytest.mark.parametrize(("spec", "bits"), [("torch:loop", 24), (f"{FAULTS}.shared_expert_gate:bf16_dot_product", 8)])
+@pytest.mark.parametrize(("spec", "bits"), [("torch:loop", 24), (f"{GATES}:bf16_dot_product", 8)])
 def test_accumulator_of_a_gate_is_found(spec: str, bits: int) -> None:
     subject = trial("shared_expert_gate", spec)
     assert accumulators(subject, "bf16")["the product"]["bits"] == bits

@@ -9,25 +9,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_harness.harness.cases import Case, parse_id, plan
-from moe_harness.harness.cases.experts import ExpertsCase
-from moe_harness.harness.cases.grouped_linear import GroupedLinearCase
-from moe_harness.harness.cases.request import Request
-from moe_harness.harness.cases.router import RouterCase
-from moe_harness.harness.contracts import Declarations, Subject, load
+from moe_harness.harness.core.bounds import max_limit
+from moe_harness.harness.core.case import Case, parse_id
+from moe_harness.harness.core.catalogue import get
+from moe_harness.harness.core.contracts import Declarations, Subject, load
+from moe_harness.harness.core.error_patterns import structure
+from moe_harness.harness.core.invocation import Trial
+from moe_harness.harness.core.plan import plan
+from moe_harness.harness.core.request import Request
 from moe_harness.harness.diagnosis import explain, looks
-from moe_harness.harness.diagnosis.fit import truth_of
-from moe_harness.harness.diagnosis.hiding import hidden
+from moe_harness.harness.diagnosis.disguise import hidden
+from moe_harness.harness.diagnosis.likelihood import truth_of
 from moe_harness.harness.diagnosis.measure import STAGES, measure, measured, summary, trial_of
 from moe_harness.harness.diagnosis.patterns import ratios, tiles
-from moe_harness.harness.engine import Options, judge
-from moe_harness.harness.faults import experts as parts
-from moe_harness.harness.faults.catalogue import get
-from moe_harness.harness.pool import prepare
-from moe_harness.harness.rounding import max_limit
-from moe_harness.harness.stages import router
-from moe_harness.harness.structure import structure
-from moe_harness.harness.trial import Trial
+from moe_harness.harness.process.pool import prepare
+from moe_harness.harness.run.session import Options, judge
+from moe_harness.harness.stages.experts.cases import ExpertsCase
+from moe_harness.harness.stages.experts.faults import slots as parts
+from moe_harness.harness.stages.grouped_linear.cases import GroupedLinearCase
+from moe_harness.harness.stages.router import stage as router
+from moe_harness.harness.stages.router.cases import RouterCase
 from moe_harness.reference.router import router as reference
 
 RIGHT = Path(__file__).parent / "right"

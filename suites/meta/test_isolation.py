@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from moe_harness.harness.cases.request import Request
-from moe_harness.harness.engine import Options, judge
-from moe_harness.harness.pool import prepare
-from moe_harness.harness.trial import Broken, _check_entries
+from moe_harness.harness.core.invocation import Broken, _check_entries
+from moe_harness.harness.core.request import Request
+from moe_harness.harness.process.pool import prepare
+from moe_harness.harness.run.session import Options, judge
 
 HEAD = """
 import ctypes, os, sys, time

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from moe_harness.harness import kill_matrix
-from moe_harness.harness.cases.names import CHECK_NAMES, RANK_CHECKS
-from moe_harness.harness.cases.plans import ON_CUDA_ONLY
-from moe_harness.harness.contracts import SIGNATURES
-from moe_harness.harness.errors import UsageError
-from moe_harness.harness.faults import all_faults
-from moe_harness.harness.faults.catalogue import RANKED
-from moe_harness.harness.faults.ranked import FIRST_CHECK
+from moe_harness.harness.core.catalogue import RANKED, all_faults
+from moe_harness.harness.core.contracts import SIGNATURES
+from moe_harness.harness.core.errors import UsageError
+from moe_harness.harness.core.names import CHECK_NAMES, RANK_CHECKS
+from moe_harness.harness.core.plan import ON_CUDA_ONLY
+from moe_harness.harness.core.ranked_faults import FIRST_CHECK
+from moe_harness.harness.proof import kill_matrix
 
 ROOT = Path(__file__).resolve().parents[2]
 MATRIX = json.loads((ROOT / "docs" / "kill_matrix.json").read_text())

@@ -8,21 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from moe_harness.harness import power
-from moe_harness.harness.account import Account, Listener
-from moe_harness.harness.cases import Case, Planned, plan
-from moe_harness.harness.cases.experts import ExpertsCase
-from moe_harness.harness.cases.grouped_linear import GroupedLinearCase
-from moe_harness.harness.cases.plans import ON_CUDA_ONLY
-from moe_harness.harness.cases.request import Request
-from moe_harness.harness.contracts import STAGES, Declarations, Subject, load
-from moe_harness.harness.engine import Options, judge
-from moe_harness.harness.report.ledger import power_summary
-from moe_harness.harness.stages import experts as experts_stage
-from moe_harness.harness.stages import rows, stage_module
-from moe_harness.harness.trial import Trial
-from moe_harness.harness.worker import judge_id
-from moe_harness.harness.wrong_outputs import (
+from moe_harness.harness.core import rows
+from moe_harness.harness.core.case import Case
+from moe_harness.harness.core.contracts import STAGES, Declarations, Subject, load
+from moe_harness.harness.core.invocation import Trial
+from moe_harness.harness.core.plan import ON_CUDA_ONLY, Planned, plan
+from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.stage import stage_module
+from moe_harness.harness.core.wrong_outputs import (
     EXPERTS,
     GROUPED_LINEAR,
     MOE_BLOCK,
@@ -30,6 +23,14 @@ from moe_harness.harness.wrong_outputs import (
     SHARED_EXPERT_GATE,
     wrong_outputs,
 )
+from moe_harness.harness.process.worker import judge_id
+from moe_harness.harness.report.ledger import power_summary
+from moe_harness.harness.run import data_power
+from moe_harness.harness.run.result_builder import Account, Listener
+from moe_harness.harness.run.session import Options, judge
+from moe_harness.harness.stages.experts import stage as experts_stage
+from moe_harness.harness.stages.experts.cases import ExpertsCase
+from moe_harness.harness.stages.grouped_linear.cases import GroupedLinearCase
 
 MAIN_CHECK = {"router": "routing"}  # of the others it is "numeric"
 LARGEST = 3e6  # products T * k * H * I of a case that is worth its time here
@@ -41,7 +42,7 @@ def planned(stage: str, *checks: str) -> Iterator[Planned]:
     for item in plan(stage, Request()):
         case = item.case
         cost = getattr(case, "T", 1) * getattr(case, "k", 1) * getattr(case, "H", 1) * getattr(case, "I", 1)
-        if item.check in (checks or power.JUDGING) and item.check not in ON_CUDA_ONLY and cost <= LARGEST:
+        if item.check in (checks or data_power.JUDGING) and item.check not in ON_CUDA_ONLY and cost <= LARGEST:
             yield item
 
 
@@ -66,7 +67,7 @@ def zeros(stage: str) -> Trial:
 @pytest.mark.parametrize("stage", STAGES)
 def test_few_planned_data_sets_have_to_be_replaced(stage: str) -> None:
     trial = Trial(load(stage, "torch:loop"), "cpu")
-    proofs = [power.prove(trial, item.case) for item in planned(stage)]
+    proofs = [data_power.prove(trial, item.case) for item in planned(stage)]
     assert all(proof.case is not None for proof in proofs)
     assert sum(bool(proof.accepted) for proof in proofs) <= REPLACED_PER_CENT / 100 * len(proofs)
     assert sum(proof.rejected > 0 for proof in proofs) > 0.8 * len(proofs)
@@ -77,7 +78,7 @@ def test_a_kernel_that_returns_zeros_fails_on_all_data_that_judge(stage: str) ->
     trial = zeros(stage)
     for item in islice(planned(stage), 0, None, 3):
         answer = judge_id(trial, item.id)
-        excused = power.excused(item.case, "all_zeros") is not None
+        excused = data_power.excused(item.case, "all_zeros") is not None
         assert answer["status"] == "failed" or excused or not answer["power"]["rejected"], item.id
 
 
@@ -127,7 +128,7 @@ def test_zeros_do_not_pass_where_zeros_were_right() -> None:
 
 @pytest.mark.usefixtures("plant")
 def test_without_any_powerful_data_nothing_is_passed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(power, "_candidates", lambda case: iter([case]))
+    monkeypatch.setattr(data_power, "_candidates", lambda case: iter([case]))
     answer = judge_id(zeros("experts"), "experts/numeric/T=33,data=no_weights")
     assert answer["status"] == "skipped" and "all_zeros" in answer["reason"]
 
@@ -167,13 +168,13 @@ def test_every_wrong_output_applies_somewhere(stage: str, names: tuple[str, ...]
     assert seen == set(names)
 
 
-@pytest.mark.parametrize("entry", power.EXCUSED, ids=lambda entry: f"{entry[0]}-{entry[1]}")
+@pytest.mark.parametrize("entry", data_power.EXCUSED, ids=lambda entry: f"{entry[0]}-{entry[1]}")
 def test_every_excuse_holds_for_planned_data_and_not_for_all_of_them(entry: tuple) -> None:
     stage, name, holds, why = entry
     cases = [item.case for item in plan(stage, Request())]
     excused = [case for case in cases if holds(case)]
     assert why and excused and len(excused) < len(cases)
-    if name not in (power.ALL, "other_activation"):
+    if name not in (data_power.ALL, "other_activation"):
         assert any(name in wrong_outputs(stage_module(stage).build(case, "cpu")) for case in excused)
 
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_harness.harness.cases import Case
-from moe_harness.harness.cases.experts import ExpertsCase
-from moe_harness.harness.cases.grouped_linear import GroupedLinearCase
-from moe_harness.harness.cases.shared_expert_gate import GateCase
-from moe_harness.harness.contracts import Declarations, Subject, load
+from moe_harness.harness.core.case import Case
+from moe_harness.harness.core.contracts import Declarations, Subject, load
+from moe_harness.harness.core.invocation import Trial
 from moe_harness.harness.diagnosis import explain, probed
-from moe_harness.harness.trial import Trial
+from moe_harness.harness.stages.experts.cases import ExpertsCase
+from moe_harness.harness.stages.grouped_linear.cases import GroupedLinearCase
+from moe_harness.harness.stages.shared_expert_gate.cases import GateCase
 from moe_harness.suites.meta.judging import functions_of
 
 GENEROUS = 60.0

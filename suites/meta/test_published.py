@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 
-from moe_harness.harness.contracts import Declarations, Subject
-from moe_harness.harness.faults import all_faults
-from moe_harness.harness.faults.catalogue import RANKED, get
+from moe_harness.harness.core.catalogue import RANKED, all_faults, get
+from moe_harness.harness.core.contracts import Declarations, Subject
+from moe_harness.harness.core.invocation import Trial
+from moe_harness.harness.process.worker import judge_id
 from moe_harness.harness.ranks.judge import judge
-from moe_harness.harness.trial import Trial
-from moe_harness.harness.worker import judge_id
 
 PUBLISHED = tomllib.loads((Path(__file__).parent / "published.toml").read_text())
 MATRIX = Path(__file__).resolve().parents[2] / "docs" / "kill_matrix.json"

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from moe_harness.harness.cases.request import Request
-from moe_harness.harness.contracts import load
-from moe_harness.harness.engine import Options, judge
-from moe_harness.harness.pool import prepare
-from moe_harness.harness.trial import Trial
-from moe_harness.harness.worker import judge_id
+from moe_harness.harness.core.contracts import load
+from moe_harness.harness.core.invocation import Trial
+from moe_harness.harness.core.request import Request
+from moe_harness.harness.process.pool import prepare
+from moe_harness.harness.process.worker import judge_id
+from moe_harness.harness.run.session import Options, judge
 from moe_harness.suites.meta.judging import functions_of
 
 RIGHT = list(functions_of("right"))

@@ -6,10 +6,10 @@ from math import log, sqrt
 import pytest
 import torch
 
-from moe_harness.harness import rounding
-from moe_harness.harness.cases import plan
-from moe_harness.harness.cases.request import Request
-from moe_harness.harness.stages import stage_module
+from moe_harness.harness.core import bounds
+from moe_harness.harness.core.plan import plan
+from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.stage import stage_module
 from moe_harness.reference.experts import activate
 from moe_harness.reference.moe_block import RoutingRule
 from moe_harness.reference.router import combine_weights, expert_scores
@@ -33,9 +33,9 @@ def test_the_value_of_a_bound_is_the_references(planned):
     keywords = {name: widened(value) for name, value in call.keywords.items()}
     value = reference(*args.values(), **keywords)
     bound = module.expect(call, None)
-    assert not value.numel() or float(bound.z(value).abs().max()) < rounding.SAME_IN_FP64
-    off = bound.z(value + bound.variance.sqrt() * 2 * rounding.SAME_IN_FP64).abs()
-    assert bool((off > rounding.SAME_IN_FP64).all())  # a reference that differs by two millionths of a sigma is seen
+    assert not value.numel() or float(bound.z(value).abs().max()) < bounds.SAME_IN_FP64
+    off = bound.z(value + bound.variance.sqrt() * 2 * bounds.SAME_IN_FP64).abs()
+    assert bool((off > bounds.SAME_IN_FP64).all())  # a reference that differs by two millionths of a sigma is seen
 
 
 def widened(value):
@@ -48,14 +48,14 @@ def widened(value):
 def test_ulp_is_the_distance_to_the_next_number(dtype):
     values = torch.cat([torch.linspace(0.9, 4.1, 300), torch.tensor([1.0, 2.0, 0.5, 1000.0, 3e4])]).to(dtype)
     above = torch.nextafter(values, torch.full_like(values, torch.inf))
-    assert torch.equal(rounding.ulp(values, dtype), above.double() - values.double())
+    assert torch.equal(bounds.ulp(values, dtype), above.double() - values.double())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_variance_of_a_store_is_measured(dtype):
     values = torch.randn(200_000, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     measured = (values.to(dtype).double() - values).square().mean()
-    assert float(measured / rounding.store(values, dtype).mean()) == pytest.approx(1.0, abs=0.02)
+    assert float(measured / bounds.store(values, dtype).mean()) == pytest.approx(1.0, abs=0.02)
 
 
 @pytest.mark.parametrize("terms", [16, 256, 4096])
@@ -66,18 +66,18 @@ def test_a_sequential_fp32_sum_stays_under_its_variance(terms):
     for column in products.T:
         running = running + column
     measured = (running.double() - products.double().sum(1)).square().mean()
-    bound = rounding.accumulation(terms) * products.double().square().sum(1).mean()
+    bound = bounds.accumulation(terms) * products.double().square().sum(1).mean()
     assert 0.02 < float(measured / bound) < 1.0
 
 
 def test_limits_follow_from_the_false_alarms_wanted():
-    limit = rounding.max_limit()
-    assert 2 * rounding.ELEMENTS_PER_RUN * 2.718281828 ** (-(limit**2) / 2) == pytest.approx(rounding.FALSE_ALARMS)
-    assert limit == pytest.approx(sqrt(2 * log(2 * rounding.ELEMENTS_PER_RUN / rounding.FALSE_ALARMS)))
-    assert rounding.rms_limit(1) > rounding.rms_limit(64) > rounding.rms_limit(100_000) > 1.0
-    assert rounding.rms_limit(100_000) < 1.07
-    assert rounding.rms_limit(0) == rounding.rms_limit(1)  # an empty row has no source, and no limit below that of one
-    assert rounding.rms_limit(1000, shared_dof=3, shared_share=0.5) > rounding.rms_limit(1000)
+    limit = bounds.max_limit()
+    assert 2 * bounds.ELEMENTS_PER_RUN * 2.718281828 ** (-(limit**2) / 2) == pytest.approx(bounds.FALSE_ALARMS)
+    assert limit == pytest.approx(sqrt(2 * log(2 * bounds.ELEMENTS_PER_RUN / bounds.FALSE_ALARMS)))
+    assert bounds.rms_limit(1) > bounds.rms_limit(64) > bounds.rms_limit(100_000) > 1.0
+    assert bounds.rms_limit(100_000) < 1.07
+    assert bounds.rms_limit(0) == bounds.rms_limit(1)  # an empty row has no source, and no limit below that of one
+    assert bounds.rms_limit(1000, shared_dof=3, shared_share=0.5) > bounds.rms_limit(1000)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_what_a_rounding_adds_is_what_it_does(name, activation):
     weights, ids = torch.rand(256, 4, generator=random) + 0.1, torch.rand(256, 8, generator=random).argsort(-1)[:, :4]
     data = hidden, gate_up, down, weights, ids
     error = experts_rounded(name, *data, activation) - experts_rounded("", *data, activation)
-    without, with_it = (rounding.experts(*data, activation=activation, expert_map=None, declared=declared)
+    without, with_it = (bounds.experts(*data, activation=activation, expert_map=None, declared=declared)
                         for declared in ((), (name,)))  # fmt: skip
     measured = error.square().mean() / (with_it.variance - without.variance).mean()
     assert float(measured) == pytest.approx(MEASURED[name], rel=0.12)
@@ -146,14 +146,14 @@ def test_the_mean_square_of_a_row_varies_as_its_sources_say(unequal):
     noise = torch.randn(20_000, 64, generator=random, dtype=torch.float64) * of_hidden.sqrt()
     mean_squares = ((noise @ down.T).square() / variance).mean(1)
     concentrated = (of_hidden * squares.mean(0)).square().sum()[None]
-    sources = rounding._sources(variance, torch.zeros_like(variance), concentrated)
-    assert float(mean_squares.var()) == pytest.approx(2 / float(rounding.independent(sources, 256)), rel=0.15)
+    sources = bounds._sources(variance, torch.zeros_like(variance), concentrated)
+    assert float(mean_squares.var()) == pytest.approx(2 / float(bounds.independent(sources, 256)), rel=0.15)
 
 
 def test_the_bound_of_a_gate_is_what_its_roundings_do():
     random = torch.Generator().manual_seed(3)
     hidden, weight, output = (torch.randn(s, generator=random).bfloat16() for s in ((2000, 8), (1, 8), (2000, 16)))
-    bound = rounding.shared_expert_gate(hidden, weight, output, declared=())
+    bound = bounds.shared_expert_gate(hidden, weight, output, declared=())
     gate = bf16(bf16(hidden.double() @ weight.double().T).sigmoid())
     measured = (gate * output.double() - bound.value).square().mean() / bound.shared.mean()
     assert float(measured) == pytest.approx(1.0, rel=0.12)
@@ -164,7 +164,7 @@ def test_the_bound_of_a_grouped_linear_is_what_its_roundings_do(biased):
     random = torch.Generator().manual_seed(4)
     x, weight, bias = (torch.randn(s, generator=random).bfloat16() for s in ((300, 64), (3, 80, 64), (3, 80)))
     sizes = torch.tensor([100, 100, 100])
-    bound = rounding.grouped_linear(x, weight, sizes, bias=bias if biased else None, declared=())
+    bound = bounds.grouped_linear(x, weight, sizes, bias=bias if biased else None, declared=())
     product = torch.einsum("esk,enk->esn", x.double().view(3, 100, 64), weight.double())
     out = bf16(bf16(product) + bias.double()[:, None] if biased else product).reshape(300, 80)
     assert float((out - bound.value).square().mean() / bound.variance.mean()) == pytest.approx(1.0, rel=0.12)
@@ -185,7 +185,7 @@ def test_errors_of_logits_move_routing_weights_as_the_bound_says(scoring, renorm
                                routed_scaling_factor=1.0)  # fmt: skip
 
     weights, rule = weights_of(logits), RoutingRule(3, scoring, renormalize)
-    own, common = rounding._routing_variance(logits, of_logits, ids, weights, rule)
+    own, common = bounds._routing_variance(logits, of_logits, ids, weights, rule)
     noise = torch.randn(20_000, 30, 8, generator=random, dtype=torch.float64) * of_logits.sqrt()
     measured = (weights_of(logits + noise) / weights - 1).square().mean(0)
     own = own / weights.square()

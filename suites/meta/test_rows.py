@@ -3,17 +3,17 @@
 import pytest
 import torch
 
-from moe_harness.harness import power, trial
-from moe_harness.harness.cases import Case
-from moe_harness.harness.cases.experts import ExpertsCase
-from moe_harness.harness.cases.grouped_linear import GroupedLinearCase
-from moe_harness.harness.cases.router import RouterCase
-from moe_harness.harness.cases.shared_expert_gate import GateCase
 from moe_harness.harness.checks.plain import plain
-from moe_harness.harness.contracts import load
-from moe_harness.harness.stages import call as stage_calls
-from moe_harness.harness.stages import rows
-from moe_harness.harness.trial import Trial
+from moe_harness.harness.core import call as stage_calls
+from moe_harness.harness.core import invocation, rows
+from moe_harness.harness.core.case import Case
+from moe_harness.harness.core.contracts import load
+from moe_harness.harness.core.invocation import Trial
+from moe_harness.harness.run import data_power
+from moe_harness.harness.stages.experts.cases import ExpertsCase
+from moe_harness.harness.stages.grouped_linear.cases import GroupedLinearCase
+from moe_harness.harness.stages.router.cases import RouterCase
+from moe_harness.harness.stages.shared_expert_gate.cases import GateCase
 
 PART = 16
 DATA = ("exact", "normal")
@@ -29,17 +29,17 @@ NAMES = [f"{stage}-{case.data}" for stage, _, case in ALL]
 
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "PART", PART)
-    monkeypatch.setattr(power, "PART", PART)
+    monkeypatch.setattr(invocation, "PART", PART)
+    monkeypatch.setattr(data_power, "PART", PART)
 
 
 @pytest.mark.parametrize(("stage", "spec", "case"), ALL, ids=NAMES)
 def test_right_results_pass(stage: str, spec: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     judge = Trial(load(stage, spec), "cpu")
-    assert power.prove(judge, case).case == case
+    assert data_power.prove(judge, case).case == case
     record = plain(judge, case)
     assert not record.findings
-    monkeypatch.setattr(trial, "PART", 1 << 16)
+    monkeypatch.setattr(invocation, "PART", 1 << 16)
     assert record.elements == plain(judge, case).elements
 
 
@@ -75,5 +75,5 @@ def test_data_of_very_many_repeated_values_are_exact(
     judge = Trial(load(stage, spec), "cpu")
     first = rows.matrix(next(iter(judge.build(case).args.values()))).flatten()
     assert (first[1999:] == first[: len(first) - 1999]).float().mean() > 0.5  # but for columns that are set afterwards
-    assert power.prove(judge, case).case == case
+    assert data_power.prove(judge, case).case == case
     assert not plain(judge, case).findings

@@ -6,8 +6,8 @@ test_block_parts.
 
 import pytest
 
-from moe_harness.harness.contracts import SIGNATURES
-from moe_harness.harness.faults.catalogue import all_faults
+from moe_harness.harness.core.catalogue import all_faults
+from moe_harness.harness.core.contracts import SIGNATURES
 from moe_harness.suites.meta.judging import first_kill, functions_of
 
 WRONG = list(functions_of("wrong"))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_harness.harness.contracts import load
+from moe_harness.harness.core.contracts import load
 from moe_harness.reference import moe_block as reference
 from moe_harness.suites.moe_block.worst_case import worst_case
 

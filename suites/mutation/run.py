@@ -89,7 +89,7 @@ def path_of(item: WorkItem) -> str:
 
 def is_size(item: WorkItem) -> bool:
     """A number in a list of cases: another size or seed is another data set, as good as the first."""
-    return path_of(item).startswith("harness/cases/") and item.mutations[0].operator_name == "core/NumberReplacer"
+    return path_of(item).endswith("/cases.py") and item.mutations[0].operator_name == "core/NumberReplacer"
 
 
 def in_annotation(item: WorkItem) -> bool:

@@ -21,50 +21,46 @@ JUDGE = (PLANS, FAULTS, "suites/router suites/shared_expert_gate suites/grouped_
 WORLDS = (f"{RANKED}dispatcher.py {RANKED}properties.py", f"{RANKED}strangers.py")
 PROCESSES = (f"{RANKED}ranks.py {RANKED}crash.py {RANKED}injection.py", f"{RANKED}strangers.py {RANKED}torchrun.py")
 
-# The first pattern that fits decides; {stem} is the module's own.
+# The first pattern that fits decides; {stem} is the module's own, or its stage.
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("reference/dispatcher.py", (f"{RANKED}reference.py", WORLDS[0])),
     ("reference/placement.py", (f"{RANKED}reference.py", LINEAR)),
     ("reference/parallel_linear.py", (LINEAR,)),
     ("reference/*.py", (*STAGE, FAULTS, "suites/moe_block")),
-    ("harness/*/__init__.py", JUDGE),
-    ("harness/stages/call.py", JUDGE),
-    ("harness/stages/rows.py", JUDGE),
-    ("harness/stages/exact_experts.py", (f"{META}cases.py", "suites/experts", FAULTS)),
-    ("harness/stages/*.py", (*STAGE, FAULTS)),
-    ("harness/laws/*.py", (*STAGE, FAULTS)),
-    ("harness/cases/experts.py", STAGE),
-    ("harness/cases/grouped_linear.py", STAGE),
-    ("harness/cases/moe_block.py", STAGE),
-    ("harness/cases/router.py", STAGE),
-    ("harness/cases/shared_expert_gate.py", STAGE),
-    ("harness/cases/*.py", (PLANS, ALL_STAGES)),
+    ("harness/core/call.py", JUDGE),
+    ("harness/core/rows.py", JUDGE),
+    ("harness/stages/router/probes.py", (f"{META}computing.py",)),
+    ("harness/stages/experts/exact.py", (f"{META}cases.py", "suites/experts", FAULTS)),
+    ("harness/stages/*/stage.py", (*STAGE, FAULTS)),
+    ("harness/stages/*/laws.py", (*STAGE, FAULTS)),
+    ("harness/stages/*.py", STAGE),
+    ("harness/core/plan.py", (PLANS, ALL_STAGES)),
     ("harness/checks/*.py", JUDGE),
-    ("harness/compare.py", (f"{META}compare.py", *JUDGE)),
-    ("harness/findings.py", JUDGE),
-    ("harness/memory.py", JUDGE),
-    ("harness/rounding.py", JUDGE),
-    ("harness/trial.py", JUDGE),
-    ("harness/contracts.py", (f"{META}catalogue.py {META}power.py", CLI)),
-    ("harness/strategies.py", (f"{ALL_STAGES} -k property",)),
-    ("harness/power.py", (f"{META}power.py {META}audit.py", ALL_STAGES)),
-    ("harness/wrong_outputs.py", (f"{META}power.py {META}audit.py",)),
-    ("harness/audit.py", (f"{META}audit.py",)),
-    ("harness/computing.py", (f"{META}computing.py",)),
-    ("harness/choosing.py", (f"{META}computing.py",)),
-    ("harness/structure.py", (f"{META}diagnosis.py",)),
+    ("harness/core/compare.py", (f"{META}compare.py", *JUDGE)),
+    ("harness/core/findings.py", JUDGE),
+    ("harness/core/memory.py", JUDGE),
+    ("harness/core/bounds.py", JUDGE),
+    ("harness/core/invocation.py", JUDGE),
+    ("harness/core/contracts.py", (f"{META}catalogue.py {META}power.py", CLI)),
+    ("harness/run/property_search.py", (f"{ALL_STAGES} -k property",)),
+    ("harness/run/data_power.py", (f"{META}power.py {META}audit.py", ALL_STAGES)),
+    ("harness/core/wrong_outputs.py", (f"{META}power.py {META}audit.py",)),
+    ("harness/proof/audit.py", (f"{META}audit.py",)),
+    ("harness/diagnosis/numerics_probes.py", (f"{META}computing.py",)),
+    ("harness/core/error_patterns.py", (f"{META}diagnosis.py",)),
     ("harness/diagnosis/ranked.py", (DIAGNOSIS_RANKED,)),
     ("harness/diagnosis/*.py", (f"{META}diagnosis.py",)),
-    ("harness/bench*.py", ("suites/performance",)),
-    ("harness/kill_matrix.py", (f"{META}kill_matrix.py",)),
+    ("harness/bench/*.py", ("suites/performance",)),
+    ("harness/proof/kill_matrix.py", (f"{META}kill_matrix.py",)),
     ("harness/pytest_plugin.py", ("suites/router", CLI)),
-    ("harness/account.py", (f"{META}power.py", DIAGNOSIS_RANKED, CLI, ISOLATION)),
-    ("harness/engine.py", (f"{META}power.py", DIAGNOSIS_RANKED, CLI, ISOLATION)),
-    ("harness/lifeline.py", (f"{META}isolation.py -k ends_with",)),
-    ("harness/pool.py", ("suites/router", ISOLATION)),
-    ("harness/worker*.py", ("suites/router", f"{META}power.py", ISOLATION)),
+    ("harness/run/result_builder.py", (f"{META}power.py", DIAGNOSIS_RANKED, CLI, ISOLATION)),
+    ("harness/run/session.py", (f"{META}power.py", DIAGNOSIS_RANKED, CLI, ISOLATION)),
+    ("harness/process/parent_watch.py", (f"{META}isolation.py -k ends_with",)),
+    ("harness/process/pool.py", ("suites/router", ISOLATION)),
+    ("harness/process/*.py", ("suites/router", f"{META}power.py", ISOLATION)),
     ("harness/commands/*.py", (CLI,)),
-    ("harness/errors.py", (CLI,)),
+    ("harness/core/errors.py", (CLI,)),
+    ("harness/core/*.py", JUDGE),
     ("harness/ranks/ledger.py", (f"{RANKED}crash.py",)),
     ("harness/ranks/linear_task.py", (LINEAR,)),
     ("harness/ranks/layout_task.py", (LINEAR,)),
@@ -88,7 +84,9 @@ def suites_of(module: str) -> tuple[str, ...]:
         LookupError: no rule names the module.
     """
     _, suites = rule_of(module)
-    return tuple(entry.format(stem=PurePosixPath(module).stem) for entry in suites)
+    path = PurePosixPath(module)
+    stem = path.parts[2] if module.startswith("harness/stages/") else path.stem
+    return tuple(entry.format(stem=stem) for entry in suites)
 
 
 def rule_of(module: str) -> tuple[str, tuple[str, ...]]:

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_harness.harness.faults.layouts import fit
 from moe_harness.harness.ranks.loading import load
 from moe_harness.harness.ranks.worker import Rank, find
+from moe_harness.harness.stages.layouts.faults.reductions import fit
 from moe_harness.reference import moe_block, router
 from moe_harness.reference.experts import experts
 from moe_harness.reference.shared_expert_gate import shared_expert_gate

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from moe_harness.harness.faults import Fault, all_faults
-from moe_harness.harness.faults.layouts import name_fit
+from moe_harness.harness.core.bounds import EXACT_FIT
+from moe_harness.harness.core.catalogue import Fault, all_faults
 from moe_harness.harness.ranks import judge, pool
 from moe_harness.harness.ranks.cases import parse_id
-from moe_harness.harness.rounding import EXACT_FIT
+from moe_harness.harness.stages.layouts.faults.reductions import name_fit
 
 TASK = "moe_harness.suites.parallel_linear.layout_tasks:run"
 DISPATCHERS = ("naive", "allgather_reducescatter", "all_to_all", "all_to_all_dedup", "masked", "local_allreduce")
@@ -80,7 +80,7 @@ def test_a_wrong_dispatcher_shows_in_the_block(fault: str) -> None:
     spec = {
         **BASE,
         "layout": "ep",
-        "dispatcher": f"moe_harness.harness.faults.dispatcher:{fault}",
+        "dispatcher": f"moe_harness.harness.stages.dispatcher.faults.schemes:{fault}",
         "owner": [0, 0, 1, 1, 1, 1],
     }
     outcome = pool.run(TASK, {**spec, "tokens": [4, 4]}, ranks=2)
@@ -125,8 +125,8 @@ def test_the_reduction_alone_shows_it_and_hides_it_where_it_says(fault: Fault) -
 
 
 def test_the_right_reduction_passes() -> None:
-    for case in judge.planned("layouts", "moe_harness.harness.faults.layouts:finish", [1, 2, 4]):
-        assert judge.judge("moe_harness.harness.faults.layouts:finish", case).passed, case
+    for case in judge.planned("layouts", "moe_harness.harness.stages.layouts.faults.reductions:finish", [1, 2, 4]):
+        assert judge.judge("moe_harness.harness.stages.layouts.faults.reductions:finish", case).passed, case
 
 
 def test_replicas_have_to_be_a_map() -> None:

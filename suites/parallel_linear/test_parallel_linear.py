@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from moe_harness.harness.errors import UsageError
-from moe_harness.harness.faults import Fault, all_faults
+from moe_harness.harness.core.catalogue import Fault, all_faults
+from moe_harness.harness.core.errors import UsageError
 from moe_harness.harness.ranks import cases, judge, strategies
 from moe_harness.harness.ranks.cases import LinearCase
 from moe_harness.harness.ranks.loading import load
@@ -69,7 +69,7 @@ def test_the_row_parallel_gate_is_caught_by_name() -> None:
 
 @pytest.mark.parametrize("base", ["Layer", "Column", "Merged", "Row"])
 def test_what_the_faults_are_made_from_is_right(base: str) -> None:
-    spec = f"moe_harness.harness.faults.parallel_linear:{base}"
+    spec = f"moe_harness.harness.stages.parallel_linear.faults.shards:{base}"
     kind = {"Layer": "replicated", "Column": "column", "Merged": "merged_column", "Row": "row"}[base]
     for entry in cases.linear_cases([1, 2, 4], kind):
         assert judge.judge(spec, cases.case_id(*entry)).passed

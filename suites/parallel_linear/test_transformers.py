@@ -4,8 +4,8 @@ import pytest
 
 pytest.importorskip("transformers", minversion="5.17")
 
+from moe_harness.harness.core.bounds import max_limit
 from moe_harness.harness.ranks import pool
-from moe_harness.harness.rounding import max_limit
 
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
+from moe_harness.harness.core.bounds import moe_block
 from moe_harness.harness.ranks.loading import load
 from moe_harness.harness.ranks.worker import Rank
-from moe_harness.harness.rounding import moe_block
 
 
 def run(me: Rank, spec: dict[str, Any], seed: int) -> float:

@@ -5,8 +5,8 @@ python -m moe_harness.suites.performance.figures            rewrites the README'
 
 import re
 
-from moe_harness.harness.bench import Report, Timing
-from moe_harness.harness.bench_view import remarks
+from moe_harness.harness.bench.pictures import remarks
+from moe_harness.harness.bench.timing import Report, Timing
 from moe_harness.suites.performance import DATA, ROOT, header, ranked_figures, row
 
 README, PICTURE = ROOT / "README.md", ROOT / "docs/performance.svg"
@@ -131,7 +131,7 @@ def rewritten(text: str) -> str:
 
 
 def main() -> None:
-    from moe_harness.harness.bench_view import picture
+    from moe_harness.harness.bench.pictures import picture
 
     README.write_text(rewritten(README.read_text()))
     picture(read(FIRST), PICTURE)

@@ -16,14 +16,13 @@ from typing import Any
 
 import torch
 
-from moe_harness.harness.cases import plan
-from moe_harness.harness.cases.experts import ExpertsCase
-from moe_harness.harness.cases.plans import ON_CUDA_ONLY
-from moe_harness.harness.cases.request import Request
-from moe_harness.harness.contracts import STAGES, load
-from moe_harness.harness.stages import experts as stage
-from moe_harness.harness.trial import Trial
-from moe_harness.harness.worker import judge_id
+from moe_harness.harness.core.contracts import STAGES, load
+from moe_harness.harness.core.invocation import Trial
+from moe_harness.harness.core.plan import ON_CUDA_ONLY, plan
+from moe_harness.harness.core.request import Request
+from moe_harness.harness.process.worker import judge_id
+from moe_harness.harness.stages.experts import stage
+from moe_harness.harness.stages.experts.cases import ExpertsCase
 from moe_harness.reference.experts import experts as reference
 
 SHAPES = (

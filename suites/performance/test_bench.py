@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from moe_harness.fixtures.configs import shape
-from moe_harness.harness import bench
-from moe_harness.harness.bench_data import BATCHES, Batch, Draw, Layer, problem
-from moe_harness.harness.contracts import Subject, load
-from moe_harness.harness.faults import get
-from moe_harness.harness.faults.cuda import run_captured
+from moe_harness.harness.bench import timing as bench
+from moe_harness.harness.bench.data import BATCHES, Batch, Draw, Layer, problem
+from moe_harness.harness.core.catalogue import get
+from moe_harness.harness.core.contracts import Subject, load
+from moe_harness.harness.stages.experts.faults.cuda import run_captured
 
 SMALL = {"hidden_size": 48, "intermediate_size": 32}
 LAYER = Layer(replace(shape("qwen3-30b-a3b"), num_experts=12, top_k=3, **SMALL))

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moe_harness.harness import rounding
+from moe_harness.harness.core import bounds
 from moe_harness.impls.triton import configs, grouped_linear
 from moe_harness.impls.triton._common import on_hopper
 from moe_harness.impls.triton.experts import experts, run_entry
@@ -77,7 +77,7 @@ def run(entry: configs.Entry, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
 
 def worst(result: torch.Tensor, batch: tuple[torch.Tensor, ...], activation: str = "silu") -> float:
     """Largest error in sigmas of the bound."""
-    bound = rounding.experts(*batch, activation=activation, expert_map=None, declared=experts.rounds)
+    bound = bounds.experts(*batch, activation=activation, expert_map=None, declared=experts.rounds)
     return float(bound.z(result).abs().nan_to_num(float("inf")).amax())
 
 
@@ -93,7 +93,7 @@ def test_entry_is_right_cold_and_warm(name: str) -> None:
     between = run(ENTRIES[name], other)
     warm = run(ENTRIES[name], batch)
     assert torch.equal(cold, warm), "a second call on the same inputs gives other bits"
-    limit = rounding.max_limit()
+    limit = bounds.max_limit()
     assert worst(cold, batch) <= limit, (
         f"{name} is {worst(cold, batch):.1f} sigma off, but should be within {limit:.1f}"
     )
@@ -117,7 +117,7 @@ def test_tiles_of_every_height(name: str, rows: int) -> None:
     batch[-1][:] = torch.tensor([0, *[-1] * (TOP_K - 1)], device=DEVICE)
     entry = configs.Entry(gate_up=HEIGHTS[name], down=configs.Tiling(16, 32, 32))
     result = run_entry(entry, *batch, "silu", None, batch[-1].numel())
-    assert worst(result, batch) <= rounding.max_limit()
+    assert worst(result, batch) <= bounds.max_limit()
 
 
 COPYING = configs.Tiling(128, 128, 64, warps=8, copier=True)
@@ -143,7 +143,7 @@ def test_kernels_with_copying_warps(rows: int, activation: str, dtype: torch.dty
     entry = configs.Entry(gate_up=COPYING, down=COPYING)
     results = [run_entry(entry, *batch, activation, None, ids.numel()) for _ in range(3)]
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
-    assert worst(results[0], batch, activation) <= rounding.max_limit()
+    assert worst(results[0], batch, activation) <= bounds.max_limit()
 
 
 def test_nearest_entry_has_the_rows_per_expert() -> None:

@@ -7,10 +7,9 @@ from itertools import groupby
 
 import pytest
 
-from moe_harness.harness.cases import plan
-from moe_harness.harness.cases.plans import ON_CUDA_ONLY, Planned
-from moe_harness.harness.cases.request import Request
-from moe_harness.harness.pool import Pool, prepare
+from moe_harness.harness.core.plan import ON_CUDA_ONLY, Planned, plan
+from moe_harness.harness.core.request import Request
+from moe_harness.harness.process.pool import Pool, prepare
 from moe_harness.suites.triton import CUDA, runnable
 
 pytestmark = [*runnable, pytest.mark.skipif(CUDA, reason="judged on the GPU itself: moe-harness check --device cuda")]

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moe_harness.harness import rounding
+from moe_harness.harness.core import bounds
 from moe_harness.impls.triton import hf
 from moe_harness.suites.triton import CUDA, DEVICE, runnable
 
@@ -62,7 +62,7 @@ def batch(tokens: int = 11) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def worst(module: torch.nn.Module, out: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, w: torch.Tensor) -> float:
     """Largest error of a layer's result in sigmas of the kernels' own bound."""
     args = (x, module.gate_up_proj, module.down_proj, w, ids)
-    bound = rounding.experts(*args, activation="silu", expert_map=None, declared=hf.experts.rounds)
+    bound = bounds.experts(*args, activation="silu", expert_map=None, declared=hf.experts.rounds)
     return float(bound.z(out).abs().nan_to_num(float("inf")).amax())
 
 
@@ -77,7 +77,7 @@ def test_layer_is_right(transposed: bool) -> None:
         run.is_transposed = True
         for name in ("gate_up_proj", "down_proj"):
             getattr(run, name).data = getattr(run, name).data.transpose(1, 2).contiguous()
-    assert worst(module, hf.forward(run, x, ids, w), x, ids, w) <= rounding.max_limit()
+    assert worst(module, hf.forward(run, x, ids, w), x, ids, w) <= bounds.max_limit()
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 6])
@@ -98,7 +98,7 @@ def test_ranks_under_expert_parallelism_add_up(ranks: int) -> None:
         _, scores, local = EpRouterParallel.transform_output_post_forward(None, router, (None, w, ids), mesh)
         assert bool((local == size).any()), "no slot is another rank's: the test shows nothing"
         total += hf.forward(part, x, local, scores)
-    assert worst(whole, total, x, ids, w) <= rounding.max_limit()
+    assert worst(whole, total, x, ids, w) <= bounds.max_limit()
 
 
 def test_layouts_that_it_cannot_run_are_refused() -> None:

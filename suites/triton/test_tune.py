@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_harness.harness.errors import CannotJudge
+from moe_harness.harness.core.errors import CannotJudge
 from moe_harness.impls.triton import configs, tune
 
 SHAPE = configs.Shape(8, 64, 32, 2)

@@ -1,0 +1,1 @@
+"""Timing of implementations, and its pictures."""

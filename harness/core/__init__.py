@@ -1,0 +1,1 @@
+"""What every part of the judge shares: cases, calls, bounds, comparison, findings, the catalogue of faults."""

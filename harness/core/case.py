@@ -1,0 +1,104 @@
+"""A case: a frozen spec from which every tensor of a call is rebuilt, with an id a person can read and replay.
+
+`experts/exact/T=33,E=128,k=8,dtype=bf16,seed=4` is the check `exact` on that case of the stage `experts`; fields at
+their default are left out of the id.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Self
+
+from moe_harness.harness.core.errors import UsageError, unknown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Fields every stage has; each stage adds its shapes and axes."""
+
+    stage: ClassVar[str]
+    dtype: str = "fp32"  # of the activations and the weights
+    data: str = "normal"  # how values are drawn: normal, exact, or a special kind of the stage
+    layout: str = ""  # "operand:kind" where one operand is laid out unlike contiguous
+    variant: str = ""  # what a check does with this case: a law's name, a special value's
+    optional: bool = False  # outside what the contract promises: refusing it in any way is no failure
+    seed: int = 0
+
+    def id(self) -> str:
+        return ",".join(f"{f.name}={_text(getattr(self, f.name))}" for f in fields(self) if self._told(f.name))
+
+    def _told(self, name: str) -> bool:
+        return getattr(self, name) != type(self).__dataclass_fields__[name].default
+
+    def but(self, **changes: Any) -> Self:
+        return replace(self, **changes)
+
+    def resized(self) -> Self:
+        """A call of another shape, to be made in between."""
+        raise NotImplementedError
+
+    def rows(self) -> int:
+        """Rows of work in the call."""
+        raise NotImplementedError
+
+    def steps(self) -> int:
+        """About how many small tiles a kernel goes through, which is what it costs to interpret one."""
+        return self.rows()
+
+    def core(self) -> bool:
+        """Whether this is an ordinary input that every implementation of the stage is for."""
+        return not self.layout and not self.optional
+
+
+def tile_steps(rows: int, experts: int, depth: int, columns: int) -> int:
+    """Tiles of 16 x 32 x 32 in a grouped product whose rows are spread over experts."""
+    return min(rows, experts + rows // 16) * -(-depth // 32) * -(-columns // 32)
+
+
+def _text(value: object) -> str:
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+def case_types() -> dict[str, type[Case]]:
+    from moe_harness.harness.stages.experts import cases as experts
+    from moe_harness.harness.stages.grouped_linear import cases as grouped_linear
+    from moe_harness.harness.stages.moe_block import cases as moe_block
+    from moe_harness.harness.stages.router import cases as router
+    from moe_harness.harness.stages.shared_expert_gate import cases as shared_expert_gate
+
+    modules = (router, experts, grouped_linear, shared_expert_gate, moe_block)
+    return {module.CaseType.stage: module.CaseType for module in modules}
+
+
+def parse(stage: str, text: str) -> Case:
+    """The case of `stage` that `text` (k=v,k=v) spells; UsageError names the field that does not fit."""
+    kinds = case_types()
+    if stage not in kinds:
+        raise unknown("stage", stage, list(kinds))
+    types = {f.name: f.type for f in fields(kinds[stage])}
+    values: dict[str, Any] = {}
+    for item in filter(None, text.split(",")):
+        name, equals, value = item.partition("=")
+        if name not in types or not equals:
+            raise UsageError(f"in the case {text!r}: {unknown('field', name, list(types))}")
+        values[name] = _value(name, value, types[name])
+    return kinds[stage](**values)
+
+
+def _value(name: str, text: str, annotation: object) -> object:
+    kind = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+    converters: dict[str, Callable[[str], object]] = {
+        "int": int, "float": float, "str": str, "bool": lambda t: bool(int(t)),
+    }  # fmt: skip
+    convert = converters[kind]
+    try:
+        return convert(text)
+    except ValueError:
+        raise UsageError(f"the case field {name} is {text!r}, but should be {kind}") from None
+
+
+def parse_id(text: str) -> tuple[str, str, Case]:
+    """(stage, check, case) of an id as a run prints it: stage/check/k=v,k=v."""
+    parts = text.strip().split("/", 2)
+    if len(parts) != 3:
+        raise UsageError(f"the case id is {text!r}, but should look like experts/exact/T=33,E=8,k=2,seed=1")
+    return parts[0], parts[1], parse(parts[0], parts[2])

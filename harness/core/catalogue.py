@@ -1,0 +1,160 @@
+"""The catalogue: what a fault is, how one is added, and how they are found.
+
+A fault is a plain function with the signature of its stage, so it is judged like any implementation, by the spec
+`harness.stages.experts.faults.slots:gate_up_swapped`.  Adding one is
+
+    @fault("experts", "layout", source="https://...", condition="always", consequence="What a user would see.",
+           shows={"T": 5})
+    def gate_up_swapped(*call: Tensor, **options: Any) -> Tensor:
+        return run(*call, **options, split=lambda rows: rows.chunk(2, -1)[::-1])
+
+`shows` holds the parameters of one small case on which the fault is visible, and `sign` what is seen there; each
+`hidden` entry of the form "name=value" changes that case into one where the fault gives the right answer.
+"""
+
+import difflib
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from moe_harness.harness.core.contracts import RANK_STAGES, SIGNATURES, STAGES
+
+RANKED = (*RANK_STAGES, "layouts")  # judged over many ranks; see harness.core.ranked_faults
+STAGES_WITH_FAULTS = (*STAGES, *RANKED)
+
+SIGNS = {
+    "value": "the result differs from the reference by more than rounding",
+    "raises": "an exception that is not a rejection",
+    "dtype": "the result has another dtype",
+    "shape": "the result is not a tensor of the right shape",
+    "inputs": "an argument was modified",
+    "guards": "memory outside the arguments was written",
+    "earlier": "a later call changed an earlier result, or the result shares memory with an input",
+    "repeat": "two equal calls differ in bits although `deterministic` is declared",
+    "batch": "a row depends on the rest of the batch although `batch_invariant` is declared",
+    "process": "the process dies, hangs or grows",
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One wrong behaviour of one stage."""
+
+    name: str
+    stage: str
+    family: str
+    condition: str  # when it shows, in words
+    consequence: str  # one sentence
+    function: Callable[..., Any] = field(repr=False)
+    source: str | None = None  # URL of the published bug
+    hidden: tuple[str, ...] = ()  # where it equals the right answer; "name=value" is data, anything else prose
+    shows: Mapping[str, Any] | None = None  # parameters of a small case; None where none is feasible on a CPU
+    sign: str = "value"  # a key of SIGNS: what is seen in that case
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    stateful: bool = False  # keeps something between calls, so a verdict depends on the calls before
+    part: "Fault | None" = field(default=None, repr=False)  # inside a block: the fault of its part
+
+    @property
+    def spec(self) -> str:
+        """The name under which it is judged, as for any implementation."""
+        return f"{self.function.__module__}:{self.name}"
+
+    @property
+    def home(self) -> str:
+        """The module whose code is wrong, and which holds what a stateful fault keeps."""
+        return (self.part or self).function.__module__
+
+
+_FAULTS: dict[str, Fault] = {}
+
+
+def fault(
+    stage: str,
+    family: str,
+    *,
+    condition: str,
+    consequence: str,
+    source: str | None = None,
+    hidden: tuple[str, ...] = (),
+    shows: Mapping[str, Any] | None = None,
+    sign: str = "value",
+    devices: tuple[str, ...] = ("cpu", "cuda"),
+    stateful: bool = False,
+    **declares: object,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Enter a function in the catalogue; `declares` become attributes of it (`deterministic=True`, ...).
+
+    Raises:
+        ValueError: unknown `stage` or `sign`, or a name that is taken.
+    """
+    if stage not in SIGNATURES:
+        raise ValueError(f"stage is {stage!r}, but should be one of {', '.join(SIGNATURES)}")
+    if sign not in SIGNS:
+        raise ValueError(f"sign is {sign!r}, but should be one of {', '.join(SIGNS)}")
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        name, signature = function.__name__, SIGNATURES[stage]
+
+        @functools.wraps(function)
+        def call(*args: Any, **keywords: Any) -> Any:
+            # Tensors reach the fault by position however they were given, so that it may take them as `*call`.
+            bound = signature.bind(*args, **keywords)
+            return function(*bound.args, **bound.kwargs)
+
+        call.__signature__ = signature  # type: ignore[attr-defined]
+        for attribute, value in {"devices": devices, **declares}.items():
+            setattr(call, attribute, value)
+        example = None if shows is None else MappingProxyType(dict(shows))
+        enter(
+            Fault(name, stage, family, condition, consequence, call, source, hidden, example, sign, devices, stateful)
+        )
+        return call
+
+    return decorate
+
+
+def enter(found: Fault) -> None:
+    """Add to the catalogue; ValueError where another module has a fault of that name.
+
+    A module may be executed again (reload, run by path).
+    """
+    known = _FAULTS.get(found.name)
+    if known is not None and known.function.__module__ != found.function.__module__:
+        raise ValueError(f"a fault named {found.name!r} exists already, in {known.function.__module__}")
+    _FAULTS[found.name] = found
+
+
+def known() -> tuple[Fault, ...]:
+    """The faults of the modules that are imported by now."""
+    return tuple(_FAULTS.values())
+
+
+def modules() -> tuple[str, ...]:
+    """The modules that hold faults: `stages/<stage>/faults/*.py`, those of a stage in the order of their names."""
+    stages = Path(__file__).parent.parent / "stages"
+    files = [file for stage in STAGES_WITH_FAULTS for file in sorted((stages / stage / "faults").glob("[!_]*.py"))]
+    return tuple(f"moe_harness.harness.stages.{file.parent.parent.name}.faults.{file.stem}" for file in files)
+
+
+def all_faults(stage: str | None = None) -> tuple[Fault, ...]:
+    """Every fault, or those of one stage, in the order of the modules."""
+    for module in modules():
+        importlib.import_module(module)
+    return tuple(found for found in known() if stage in (None, found.stage))
+
+
+def get(name: str) -> Fault:
+    """The fault of that name.
+
+    Raises:
+        KeyError: there is none; the message tells the nearest names.
+    """
+    all_faults()
+    if name in _FAULTS:
+        return _FAULTS[name]
+    near = difflib.get_close_matches(name, _FAULTS, n=3)
+    raise KeyError(f"no fault is named {name!r}" + (f"; nearest: {', '.join(near)}" if near else ""))

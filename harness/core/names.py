@@ -1,0 +1,16 @@
+"""Names of the checks, for callers that must not import torch."""
+
+CHECK_NAMES = (
+    "contract", "exact", "numeric", "routing", "sentinels", "layouts", "memory", "special", "laws", "determinism",
+    "batch_invariance", "leak", "property", "graph_replay", "side_stream", "large_offsets",
+)  # fmt: skip
+
+# What a finding over many ranks is about; the first three are the verdicts of dispatcher, parallel_linear and layouts.
+RANK_CHECKS = ("dense", "shard", "reduction", "contract", "inputs", "volume", "refusal", "ranks")
+
+DESCRIBED_STAGES = (
+    "router",
+    "experts",
+    "grouped_linear",
+    "shared_expert_gate",
+)  # see harness.diagnosis.numerics_probes

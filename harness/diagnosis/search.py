@@ -1,0 +1,309 @@
+"""The search for a cause: suspects that explain the failing data, told apart and confirmed on other data."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from typing import Any
+
+from torch import Tensor
+
+from moe_harness.harness.core.call import Call
+from moe_harness.harness.core.case import Case
+from moe_harness.harness.core.catalogue import Fault
+from moe_harness.harness.core.invocation import Broken, Rejected, Trial
+from moe_harness.harness.core.memory import poisoned_allocations
+from moe_harness.harness.diagnosis import probed
+from moe_harness.harness.diagnosis.candidates import likely_first, results, suspects, wobbled
+from moe_harness.harness.diagnosis.datasets import Scene, probes, relatives, sequences
+from moe_harness.harness.diagnosis.likelihood import Fit, truth_of
+
+SECONDS = 5.0
+SMALL = 0.02  # error over value, rms: bf16 sums of a thousand terms, one by one, err by that
+TOLD = 3  # causes told at most
+CONFIRMATIONS = 2  # data sets on which a lone suspect has to be right before the search ends
+UNEXPLAINED = 3  # failing data sets that nothing explains, before the search is given up
+MISSES = 3  # data sets more on which every suspect misses than confirm it, before they are given up
+NEAREST = 5  # suspects that are tried again with their own wavering counted
+
+
+def explain(trial: Trial, case: Case, seconds: float = SECONDS) -> list[dict[str, str]]:
+    """The faults that explain what the implementation does, best first; [] where none does.
+
+    Args:
+        trial: the implementation, in the process that has judged it.
+        case: the failing case.
+        seconds: when the time is over, only what has been confirmed until then is told.
+    """
+    try:
+        return _Inquiry(trial, case, seconds).causes()
+    except (Rejected, Broken, MemoryError):  # what broke the call is its own diagnosis
+        return []
+
+
+@dataclass
+class Suspicion:
+    """One suspect, how it fits the failing data, and how it fared on other data."""
+
+    fault: Fault
+    fit: Fit
+    confirmed: list[str] = field(default_factory=list)  # data sets on which it shows and equals the result
+    missed: list[str] = field(default_factory=list)  # data sets on which the result is another
+
+    def rank(self) -> tuple[float, int, float]:
+        return len(self.missed), -len(self.confirmed), self.fit.rms
+
+
+@dataclass
+class Stand:
+    """A scene with what the implementation returned there."""
+
+    scene: Scene
+    calls: list[Call]
+    got: list[Any]
+    truths: list[Any]
+    right: bool
+
+
+class _Inquiry:
+    def __init__(self, trial: Trial, case: Case, seconds: float):
+        self.trial, self.case, self.end = trial, case, time.monotonic() + seconds
+        self.all: list[Fault] = []
+        self.stands: dict[Scene, Stand | None] = {}  # made once for all searches
+
+    def causes(self) -> list[dict[str, str]]:
+        """From the catalogue; where it knows none, from what the implementation's own sums are probed to be."""
+        known = likely_first(suspects(self.trial.subject.stage, self.trial.device), self.case)
+        if not self._errs_by_roundings():
+            return self._search(known) or self._probed()
+        roundings = [fault for fault in known if fault.family == "precision"]
+        others = [fault for fault in known if fault.family != "precision"]
+        return self._search(roundings) or self._probed() or self._search(others)
+
+    def _errs_by_roundings(self) -> bool:
+        """Whether the failing data are off by so little that a fault of precision is the likeliest."""
+        scene = next(self._scenes())
+        stand = self.stands[scene] = self._stand(scene)
+        if stand is None or not isinstance(stand.got[0], Tensor):
+            return False
+        want, got = stand.truths[0].right, stand.got[0].double()
+        return float((got - want).square().sum()) < SMALL**2 * float(want.square().sum())
+
+    def _probed(self) -> list[dict[str, str]]:
+        if self._out_of_time() or self.trial.subject.stage not in probed.STAGES:
+            return []
+        told = probed.undeclared_store(self.trial, self.case)
+        made = [] if told else probed.suspects(self.trial, self.case.dtype)
+        return self._search(made) or self._by_size() if made else told
+
+    def _search(self, among: list[Fault]) -> list[dict[str, str]]:
+        self.all = among
+        unexplained, second_best = 0, list[dict[str, str]]()
+        for scene in self._scenes():
+            if self._out_of_time() or unexplained == UNEXPLAINED:
+                break
+            stand = self.stands[scene] = self.stands[scene] if scene in self.stands else self._stand(scene)
+            if stand is None or stand.right or self._is_subtle(stand):
+                continue
+            found, others = self._explaining(stand)
+            unexplained += 1
+            self._tell_apart(found, scene)
+            told = [s for s in sorted(found, key=Suspicion.rank) if len(s.confirmed) > len(s.missed)]
+            if told and not told[0].missed:
+                return _tell(told, found, others)
+            # It explains most data that were tried, but not all: another scene may show why.  What explains fewer than
+            # it misses is a coincidence of small data (an expert taken for another one is many faults for one token).
+            second_best = second_best or (_tell(told, found, others) if told else [])
+        return second_best
+
+    def _by_size(self) -> list[dict[str, str]]:
+        """Sums in too few bits, in an order that was not tried: their errors are of one size whatever the order."""
+        seen: dict[str, list[tuple[float, float]]] = {fault.name: [] for fault in self.all}
+        for scene in [next(self._scenes()), *relatives(self.case)]:
+            stand = None if self._out_of_time() or scene.cases[0].data == "exact" else self._stand(scene)
+            if stand is None or stand.right:
+                continue
+            right = [truth.right for truth in stand.truths]
+            got = self._fit(stand, right)
+            for fault in self.all if not got.mismatched else ():
+                found = results(self.trial.stage, fault, stand.calls)
+                size = 0.0 if found is None else self._fit(replace(stand, got=found), right).rms
+                seen[fault.name] += [(size, got.rms)] if size and got.rms else []
+        return probed.of_same_size(self.all, seen)
+
+    def _scenes(self) -> Iterator[Scene]:
+        yield Scene((self.case.but(variant="", optional=False),))
+        yield from sequences(self.case, 1)
+        yield from relatives(self.case)
+        yield from probes(self.case)
+
+    def _out_of_time(self) -> bool:
+        return time.monotonic() > self.end
+
+    # ---------------------------------------------------------------------------------------------- one data set
+
+    def _stand(self, scene: Scene) -> Stand | None:
+        """What the implementation does there; None where it refuses or breaks."""
+        calls = [self.trial.build(case) for case in scene.cases]
+        got = self._got(calls)
+        if got is None:
+            return None
+        right = not any(self.trial.judge(call, result).findings for call, result in zip(calls, got, strict=True))
+        truths = self._truths(calls)
+        for truth, result in zip(truths, got, strict=True):
+            if hasattr(truth, "focus"):
+                truth.focus(result)
+        return Stand(scene, calls, got, truths, right)
+
+    def _got(self, calls: Sequence[Call]) -> list[Any] | None:
+        found = []
+        for call in calls:
+            try:
+                with poisoned_allocations(self.trial.device):
+                    result = self.trial.invoke(call)
+            except (Rejected, Broken):
+                return None
+            found.append(tuple(r.clone() for r in result) if isinstance(result, tuple) else result.clone())
+        return found
+
+    def _truths(self, calls: Sequence[Call]) -> list[Any]:
+        return [truth_of(self.trial.stage, call) for call in calls]
+
+    def _fit(self, stand: Stand, candidate: Sequence[Any], wavering: Sequence[tuple] | None = None) -> Fit:
+        wavering = wavering or [()] * len(stand.calls)
+        parts = zip(stand.truths, candidate, stand.got, wavering, strict=True)
+        return reduce(Fit.plus, (truth.fit(one, two, others) for truth, one, two, others in parts))
+
+    def _is_subtle(self, stand: Stand) -> bool:
+        """Whether an exact case misses by less than rounding gives on other data: no distance can be told there."""
+        if stand.calls[0].case.data != "exact":
+            return False
+        return self._fit(stand, [truth.right for truth in stand.truths]).equal()
+
+    def _explaining(self, stand: Stand) -> tuple[list[Suspicion], list[Suspicion]]:
+        """(suspects that explain the result, the others), each nearest first."""
+        tried: list[Suspicion] = []
+        alone, half = len(stand.calls) == 1, (self.end + time.monotonic()) / 2
+        for fault in self.all:
+            if time.monotonic() > half and (self._out_of_time() or any(s.fit.explains(len(self.all)) for s in tried)):
+                break  # the other half of the time is for telling apart what was found
+            if alone and fault.stateful:  # what the implementation remembers here is not known
+                continue
+            found = results(self.trial.stage, fault, stand.calls)
+            if found is not None:
+                tried.append(Suspicion(fault, self._fit(stand, found)))
+        tried.sort(key=lambda s: (s.fit.mismatched, s.fit.rms))
+        hits = [s for s in tried if s.fit.explains(len(self.all))]
+        if not hits:
+            self._let_waver(stand, tried)
+            hits = [s for s in tried if s.fit.explains(len(self.all))]
+        return hits, [s for s in tried if s not in hits]
+
+    def _let_waver(self, stand: Stand, tried: list[Suspicion]) -> None:
+        """Try the nearest again: a fault that rounds coarsely jumps where a rounding before it differs a little."""
+        nearer = [s for s in tried if s.fit.mismatched or s.fit.gain() > 0]
+        for suspicion in nearer[:NEAREST]:
+            if self._out_of_time():
+                return
+            found = results(self.trial.stage, suspicion.fault, stand.calls)
+            if found is None or suspicion.fault.stateful:
+                continue
+            others = [wobbled(self.trial.stage, suspicion.fault, call) for call in stand.calls]
+            suspicion.fit = self._fit(stand, found, others)
+
+    # ---------------------------------------------------------------------------------------------- other data sets
+
+    def _tell_apart(self, found: list[Suspicion], failing: Scene) -> None:
+        """Run other data sets until one suspect is left that two of them confirm, or all are run."""
+        remembering = any(s.fault.stateful for s in found)
+        others = list(sequences(self.case))
+        if len(failing.cases) == 1:  # a sequence too: what holds in every later call need not hold in the first
+            near = list(relatives(failing.cases[0]))
+            others = [near[0], others[0], *near[1:]]
+        for scene in [*others, *([] if remembering else probes(self.case))]:
+            alive = [s for s in found if not s.missed] or found
+            if all(len(s.missed) >= len(s.confirmed) + MISSES for s in found):
+                return
+            if self._out_of_time() or (len(alive) == 1 and len(alive[0].confirmed) >= CONFIRMATIONS):
+                return
+            if scene != failing:
+                self._try(alive, scene)
+
+    def _try(self, alive: list[Suspicion], scene: Scene) -> None:
+        """One more data set, where the suspects differ from each other or one of them still has to be confirmed."""
+        try:
+            calls = [self.trial.build(case) for case in scene.cases]
+        except (RuntimeError, ValueError, IndexError):  # a shape for which this kind of data does not exist
+            return
+        outputs = [results(self.trial.stage, s.fault, calls) for s in alive]
+        truths = self._truths(calls)
+        shows = [out is not None and not self._same(truths, out, [t.right for t in truths]) for out in outputs]
+        if not any(shows):
+            return
+        differ = any(out is None or not self._same(truths, outputs[0], out) for out in outputs) if outputs[0] else True
+        if not differ and all(len(s.confirmed) >= CONFIRMATIONS for s in alive):
+            return
+        stand = self._stand(scene)
+        if stand is None:
+            return
+        for suspicion, out, seen in zip(alive, outputs, shows, strict=True):
+            self._count(suspicion, stand, out, seen)
+
+    def _count(self, suspicion: Suspicion, stand: Stand, out: Any, shows: bool) -> None:
+        name = stand.scene.name
+        if out is None:
+            return
+        fit = self._fit(stand, out)
+        if not fit.equal() and (fit.mismatched or fit.gain() > 0) and not suspicion.fault.stateful:
+            fit = self._fit(stand, out, [wobbled(self.trial.stage, suspicion.fault, call) for call in stand.calls])
+        if not fit.equal() or (not shows and not stand.right):
+            suspicion.missed.append(name)
+        elif shows and fit.explains(len(self.all)):
+            suspicion.confirmed.append(name)
+
+    def _same(self, truths: Sequence[Any], one: Sequence[Any], two: Sequence[Any]) -> bool:
+        return all(t.fit(a, b).equal() for t, a, b in zip(truths, one, two, strict=True))
+
+
+def _tell(told: list[Suspicion], found: list[Suspicion], others: list[Suspicion]) -> list[dict[str, str]]:
+    best = told[0]
+    tied = [s for s in told if s.rank()[:2] == best.rank()[:2] and s is not best]
+    lines = []
+    for suspicion in told[:TOLD]:
+        lines.append({"fault": suspicion.fault.name, "evidence": _evidence(suspicion, found, others, tied)})
+    return lines
+
+
+def _evidence(suspicion: Suspicion, found: list[Suspicion], others: list[Suspicion], tied: list[Suspicion]) -> str:
+    fit = suspicion.fit
+    near = f"to {fit.rms:.2g} sigma (largest {fit.largest:.2g} of {fit.elements} elements)"
+    text = [
+        f"{suspicion.fault.consequence} The result equals this {near}, the right answer is {_away(fit.right_rms)} away"
+    ]
+    text.append(_next(suspicion, found, others, tied))
+    count = len(suspicion.confirmed)
+    text.append(f"confirmed on {count} other data set{'s' if count > 1 else ''}, as {suspicion.confirmed[0]}")
+    if suspicion.missed:
+        text.append(f"but not on {suspicion.missed[0]}")
+    return "; ".join(part for part in text if part)
+
+
+def _next(suspicion: Suspicion, found: list[Suspicion], others: list[Suspicion], tied: list[Suspicion]) -> str:
+    if suspicion in tied or (tied and suspicion not in tied):
+        names = [s.fault.name for s in tied if s is not suspicion]
+        if names:
+            return f"{', '.join(names[:3])} cannot be told from it on any data tried"
+    ruled_out = [s for s in found if s is not suspicion and s.missed]
+    if ruled_out:
+        return f"{ruled_out[0].fault.name} explains this too, but not {ruled_out[0].missed[0]}"
+    if others:
+        near = others[0]
+        distance = (
+            "of another kind (NaN or infinite elsewhere)" if near.fit.mismatched else f"{_away(near.fit.rms)} away"
+        )
+        return f"the next candidate, {near.fault.name}, is {distance}"
+    return ""
+
+
+def _away(sigmas: float) -> str:
+    return "infinitely many sigma" if sigmas == float("inf") else f"{sigmas:.3g} sigma"

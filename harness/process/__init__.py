@@ -1,0 +1,1 @@
+"""Processes that judge: started, spoken to, watched and ended."""

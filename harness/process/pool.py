@@ -1,0 +1,275 @@
+"""Judging processes and the budget each case has: a crash, an exit, a hang or a flood of memory ends as a verdict."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from moe_harness.harness.core.errors import CannotJudge, UsageError
+from moe_harness.harness.core.findings import unfinished
+
+POLL = 0.1  # seconds between looks at the clock and at the memory of the workers
+START_BUDGET = 180.0  # seconds for importing an implementation
+HINT = "no case needs that much; NotImplementedError refuses what an implementation cannot hold"
+ENOUGH = 4 << 30  # bytes; the largest case holds 0.5 GiB, and one of a released model up to 2.5
+EXPLAINED = 3  # failures of a run whose cause is searched for
+EXPLAIN_SECONDS = 5.0  # for each
+DEATHS = 3  # after so many crashes and hangs the implementation is judged no further
+
+
+class Worker:
+    """One judging process."""
+
+    def __init__(self, stage: str, spec: str, device: str, folder: str):
+        context = multiprocessing.get_context("forkserver")
+        self.connection, theirs = context.Pipe()
+        descriptor, self.output = tempfile.mkstemp(dir=folder, suffix=".log")
+        os.close(descriptor)
+        self.process = context.Process(target=_serve, args=(theirs, self.output, stage, spec, device), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.loaded: dict[str, Any] = {}  # what the process says of the implementation
+        self.current: str | None = None
+        self.history: list[str] = []
+        self.deadline = time.monotonic() + START_BUDGET
+
+    def give(self, case_id: str, budget: float) -> None:
+        self.current = case_id
+        self.history.append(case_id)
+        self.deadline = time.monotonic() + budget
+        self.connection.send(("judge", case_id))
+
+    def memory(self) -> int:
+        """Resident bytes."""
+        try:
+            return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * 4096
+        except (OSError, IndexError, ValueError):
+            return 0
+
+    def stop(self) -> None:
+        self.connection.close()
+        if self.process.is_alive():
+            self.process.kill()
+        self.process.join(5)
+
+    def tell_where(self) -> None:
+        """Let a process that hangs print where it is, before it is killed."""
+        pid = self.process.pid
+        if pid is None:
+            return
+        with suppress(OSError):
+            os.kill(pid, signal.SIGUSR1)  # faulthandler listens, in C
+            time.sleep(0.3)
+
+    def last_words(self) -> str:
+        """The end of what the process printed, or the innermost calls where a fatal signal left a traceback."""
+        lines = Path(self.output).read_text(errors="replace").strip().splitlines()
+        fatal = [place for place, line in enumerate(lines) if line.endswith("(most recent call first):")]
+        told = lines[fatal[-1] + 1 :][:4] if fatal else lines[-4:]
+        told = [line for line in told if "/harness/" not in line and "Extension modules" not in line]
+        return " | ".join(line.strip() for line in told)[:400]
+
+    def cause_of_death(self) -> str:
+        self.process.join(5)
+        code = self.process.exitcode
+        if code is not None and code < 0:
+            return f"killed by {signal.Signals(-code).name}"
+        return f"left with exit status {code}"
+
+
+class Pool:
+    """Workers for one implementation.  Use as a context manager."""
+
+    def __init__(self, stage: str, spec: str, device: str, workers: int, budget: float):
+        self.folder: str = tempfile.mkdtemp(prefix="moe-harness-")
+        self._make = lambda: Worker(stage, spec, device, self.folder)
+        self.size, self.budget = workers, budget
+        self.workers: list[Worker] = []
+        self.deaths = self.explained = 0
+        self.memory_limit = _memory_limit(workers) if device == "cpu" else None
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.workers:
+            worker.stop()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def start(self) -> dict[str, Any]:
+        """Start every worker; returns what the first one says of the implementation.
+
+        Raises:
+            UsageError, CannotJudge: as `harness.core.contracts.load`; also when the process dies while importing it.
+        """
+        self.workers = [self._make() for _ in range(self.size)]
+        for worker in self.workers:
+            self._await_loaded(worker)
+        return self.workers[0].loaded
+
+    def judge(self, case_ids: Iterable[str]) -> Iterator[dict[str, Any]]:
+        """Answers as they come, in no fixed order.  After too many deaths the rest is answered "skipped"."""
+        waiting = deque(case_ids)
+        busy: list[Worker] = []
+        while waiting or busy:
+            idle = [w for w in self.workers if w not in busy]
+            while idle and waiting and self.deaths < DEATHS:
+                worker = idle.pop()
+                worker.give(waiting.popleft(), self._budget_now())
+                busy.append(worker)
+            if not busy:
+                yield from (_not_judged(case_id) for case_id in waiting)
+                return
+            wait([w.connection for w in busy], POLL)
+            for worker in list(busy):
+                answer = self._answer(worker)
+                if answer is not None:
+                    busy.remove(worker)
+                    yield answer
+
+    def judge_one(self, case_id: str) -> dict[str, Any]:
+        return next(iter(self.judge([case_id])))
+
+    def judge_alone(self, case_ids: list[str]) -> dict[str, Any]:
+        """The answer for the last of `case_ids`, judged in this order in a fresh process."""
+        worker = self._make()
+        try:
+            self._await_loaded(worker)
+            for case_id in case_ids:
+                worker.give(case_id, self._budget_now())
+                answer: Any = None
+                while answer is None:
+                    wait([worker.connection], POLL)
+                    answer = self._answer(worker, replace=False)
+                if answer["status"] == "died":
+                    break
+            return answer
+        finally:
+            worker.stop()
+
+    def ask(self, budget: float, *message: Any) -> Any:
+        """The answer of an idle worker to another task than judging; None where it dies or takes too long over it."""
+        worker = self.workers[0]
+        worker.connection.send(message)
+        try:
+            if worker.connection.poll(budget):
+                return worker.connection.recv()
+        except (EOFError, OSError):
+            pass
+        worker.stop()
+        self.workers[0] = fresh = self._make()
+        self._await_loaded(fresh)
+        return None
+
+    def explain(self, case_id: str, failure: dict[str, Any]) -> None:
+        """Add to a finding or failure what causes it; what raised or died, and so is nowhere, has told its own."""
+        if not failure.get("where"):
+            return
+        self.explained += 1
+        told = self.ask(4 * EXPLAIN_SECONDS, "explain", case_id, EXPLAIN_SECONDS)
+        if told is not None:
+            failure["diagnosis"] = told["diagnosis"]
+            failure["looks_like"] = list(dict.fromkeys([*failure["looks_like"], *told["looks_like"]]))
+
+    def history_of(self, case_id: str) -> list[str]:
+        """The cases judged before `case_id` in the same process."""
+        for worker in self.workers:
+            if case_id in worker.history:
+                return worker.history[: worker.history.index(case_id)]
+        return []
+
+    def _budget_now(self) -> float:
+        return self.budget if self.deaths == 0 else max(5.0, self.budget / 4)
+
+    def _answer(self, worker: Worker, replace: bool = True) -> dict[str, Any] | None:
+        """What a busy worker has to say by now; its death is an answer too."""
+        try:
+            if worker.connection.poll():
+                answer = worker.connection.recv()
+                if replace and answer.get("device_lost"):
+                    self._replace(worker)
+                return answer
+        except (EOFError, OSError):
+            return self._bury(worker, f"the process was {_ended(worker)}", replace)
+        if time.monotonic() > worker.deadline:
+            worker.tell_where()
+            return self._bury(worker, f"no answer within its budget of {self._budget_now():.0f} s: it hangs", replace)
+        if self.memory_limit is not None and worker.memory() > self.memory_limit:
+            gib = self.memory_limit / 2**30
+            return self._bury(worker, f"its process grew beyond {gib:.1f} GiB ({HINT})", replace)
+        return None
+
+    def _bury(self, worker: Worker, cause: str, replace: bool) -> dict[str, Any]:
+        worker.stop()
+        words = worker.last_words()
+        if replace:
+            self._replace(worker)
+        return unfinished(str(worker.current), "died", cause + (f"; it last printed: {words}" if words else ""))
+
+    def _replace(self, worker: Worker) -> None:
+        """A fresh process in the place of one that died, or whose device is lost."""
+        worker.stop()
+        self.deaths += 1
+        self.workers[self.workers.index(worker)] = fresh = self._make()
+        fresh.history = list(worker.history)
+        self._await_loaded(fresh)
+
+    def _await_loaded(self, worker: Worker) -> None:
+        try:
+            if not worker.connection.poll(max(0.0, worker.deadline - time.monotonic())):
+                raise CannotJudge(f"the implementation was not imported within {START_BUDGET:.0f} s")
+            worker.loaded = worker.connection.recv()
+        except EOFError:
+            words = worker.last_words()
+            raise CannotJudge(f"the process was {_ended(worker)} while it imported the implementation"
+                              + (f"; it last printed: {words}" if words else "")) from None  # fmt: skip
+        if "error" in worker.loaded:
+            kind = UsageError if worker.loaded["exit_status"] == UsageError.exit_status else CannotJudge
+            error = kind(worker.loaded["error"])
+            error.add_note(worker.loaded["traceback"])
+            raise error
+
+
+def _serve(*arguments: Any) -> None:
+    """`harness.process.worker.serve`, imported where it runs: this process needs no torch."""
+    from moe_harness.harness.process.worker import serve
+
+    serve(*arguments)
+
+
+def _ended(worker: Worker) -> str:
+    cause = worker.cause_of_death()
+    return cause if cause.startswith("killed") else f"gone: it {cause}"
+
+
+def _not_judged(case_id: str) -> dict[str, Any]:
+    return unfinished(case_id, "skipped", f"not judged after {DEATHS} crashes or hangs")
+
+
+def _memory_limit(workers: int) -> int:
+    """Bytes one worker may hold: its share of four fifths of the memory available now, at most ENOUGH."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        available = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return 8 << 30
+    return max(2 << 30, min(ENOUGH, int(0.8 * available / workers)))
+
+
+def prepare() -> None:
+    """Let the server that forks workers import torch and the judge once; call before the first Pool."""
+    multiprocessing.set_forkserver_preload(["moe_harness.harness.process.worker"])
+
+
+def worker_count(device: str) -> int:
+    """Processes that judge at a time: one per core, on a GPU one per two: most of its cases compile a kernel."""
+    cores = len(os.sched_getaffinity(0))
+    return max(1, min(8, cores // 2 if device == "cuda" else cores))

@@ -1,0 +1,1 @@
+"""What the judge is worth: the kill matrix, and audits of other people's tests."""

@@ -1,0 +1,219 @@
+"""The account of a run: every answer of a worker is entered, and the result is complete at any time."""
+
+import re
+import shlex
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from moe_harness.harness.core.case import Case, parse_id
+from moe_harness.harness.core.findings import HISTOGRAM_EDGES, MAX_Z
+from moe_harness.harness.core.request import Request
+from moe_harness.harness.report import Result
+from moe_harness.harness.report.results import Check, Coverage, Failure, Power
+
+HEATMAPS_PER_CHECK = 5
+CORE_CHECKS = ("contract", "exact", "numeric", "routing", "dense", "live", "shard")
+COUNTED_AS = {"died": "failed", "error": "skipped"}  # the other statuses of an answer count as themselves
+
+
+@dataclass
+class Listener:
+    """What a display wants to hear; the methods of `harness.report.Progress`."""
+
+    start: Callable[[str, dict[str, int]], None] = lambda impl, plan: None
+    advance: Callable[[str, str], None] = lambda check, status: None
+    failure: Callable[[dict[str, Any]], None] = lambda failure: None
+    note: Callable[[str], None] = lambda text: None
+
+
+@dataclass
+class Tally:
+    """Everything heard about one check."""
+
+    counts: Counter = field(default_factory=Counter)
+    seconds: float = 0.0
+    worst: float = 0.0
+
+    def as_check(self, name: str) -> Check:
+        return {
+            "name": name, "cases": self.counts.total(), "failed": self.counts["failed"],
+            "unsupported": self.counts["unsupported"], "skipped": self.counts["skipped"],
+            "seconds": round(self.seconds, 3), "worst": self.worst,
+        }  # fmt: skip
+
+
+def check_and_case(case_id: str) -> tuple[str, Case]:
+    """(check, case) of an id of a stage on one device."""
+    return parse_id(case_id)[1:]
+
+
+class Account:
+    """What is known of one implementation.
+
+    `request` is what is judged, `partial` whether only some checks were asked for, and `parse` takes a case's id to its
+    check and case.
+    """
+
+    def __init__(
+        self, stage: str, spec: str, request: Request, listener: Any, *, partial: bool = False,
+        parse: Callable[[str], tuple[str, Case]] = check_and_case,
+    ):  # fmt: skip
+        self.stage, self.spec, self.request, self.listener = stage, spec, request, listener
+        self.partial, self.parse = partial, parse
+        self.started = time.monotonic()
+        self.loaded: dict[str, Any] = {"declared": {}, "versions": {}}
+        self.places: dict[str, int] = {}  # of each case in the plan
+        self.error: str | None = None
+        self.interrupted = False
+        self.tallies: dict[str, Tally] = {}
+        self.failures: list[Failure] = []
+        self.refused: dict[str, list[str]] = defaultdict(list)
+        self.reasons: dict[str, str] = {}
+        self.skipped: dict[tuple[str, str], int] = Counter()
+        self.executed: list[Case] = []
+        self.histogram = [0] * len(HISTOGRAM_EDGES)
+        self.elements = 0
+        self.heard: dict[tuple[str, str], Counter] = defaultdict(Counter)
+        self.power: Power = {"proved": 0, "replaced": []}  # data sets that reject every wrong output
+
+    def expect(self, ids: list[str]) -> None:
+        """What is planned: checks and failures are told in this order, whatever comes back first."""
+        self.places = {case_id: place for place, case_id in enumerate(ids)}
+        self.tallies = {self.parse(case_id)[0]: Tally() for case_id in ids}
+
+    def interrupt(self) -> None:
+        """Ctrl-C: the result is what is known until then."""
+        self.interrupted = True
+        self.listener.note("interrupted: this is what was judged until then")
+
+    # ------------------------------------------------------------------------------------------------ what comes back
+
+    def take(self, answer: dict[str, Any]) -> None:
+        """Count one answer of a worker."""
+        check, case = self.parse(answer["id"])
+        check = answer.get("counts_as", check)
+        tally = self.tallies.setdefault(check, Tally())
+        status = COUNTED_AS.get(answer["status"], answer["status"])
+        tally.counts[status] += 1
+        tally.seconds += answer.get("seconds", 0.0)
+        tally.worst = max(tally.worst, answer.get("worst", 0.0))
+        if status == "unsupported":
+            alike = re.sub(r"\d+", "#", answer["reason"])  # one entry for messages that differ in sizes only
+            self.reasons.setdefault(alike, answer["reason"])
+            self.refused[alike].append(answer["id"])
+        elif status == "skipped":
+            self.skipped[
+                check, answer["reason"].splitlines()[-1] if answer["status"] == "error" else answer["reason"]
+            ] += 1
+            if answer["status"] == "error":
+                self.error = answer["reason"]
+        else:
+            self._take_executed(check, case, answer)
+        if check != "property":
+            self.listener.advance(check, status)
+
+    def _take_executed(self, check: str, case: Case, answer: dict[str, Any]) -> None:
+        judged = self._judged_as(answer)
+        case = self.parse(judged)[1]
+        self.executed.append(case.but(variant=f"{check}:{case.variant}"))
+        self.elements += answer["elements"]
+        self.histogram = [a + b for a, b in zip(self.histogram, answer["histogram"] or self.histogram, strict=True)]
+        for name, text in answer["observations"].items():
+            self.heard[check, name][text] += 1
+        if answer["status"] == "died":
+            self.fail(judged, {"message": answer["reason"], "headroom": float("inf")})
+        for finding in answer["findings"][:1]:  # one failure per case; the others are mostly its consequences
+            self.fail(judged, finding)
+
+    def _judged_as(self, answer: dict[str, Any]) -> str:
+        """The id of the data that judged: the planned ones, or those that took the place of data without power."""
+        planned, judged = answer["id"], answer.get("judged", answer["id"])
+        power = answer.get("power", {"rejected": 0, "accepted": []})
+        self.power["proved"] += bool(power["rejected"])
+        if judged != planned:
+            self.power["replaced"].append({"case": planned, "by": judged, "accepted": power["accepted"]})
+            self.places.setdefault(judged, self.places.get(planned, len(self.places)))
+        return judged
+
+    def fail(self, case_id: str, finding: dict[str, Any]) -> None:
+        """Enter one finding of a case as a failure."""
+        failure: Failure = {
+            "check": case_id.split("/")[1], "case": case_id, "message": finding["message"],
+            "headroom": finding.get("headroom"), "where": finding.get("where", {}),
+            "looks_like": finding.get("looks_like", []), "diagnosis": finding.get("diagnosis", []),
+            "replay": self.replay_line([case_id]), "heatmap": finding.get("heatmap"),
+        }  # fmt: skip
+        self.failures.append(failure)
+        self.listener.failure(failure)
+
+    def replay_line(self, case_ids: list[str]) -> str:
+        """The command that judges these cases again."""
+        device = f" --device {self.request.device}" if self.request.device != "cpu" else ""
+        return f"moe-harness replay {shlex.join(case_ids)} --impl {shlex.quote(self.spec)}{device}"
+
+    def place(self, failure: Failure) -> int:
+        """Where a failure's case stands in the plan; failures are told in that order, not as they came."""
+        return self.places.get(failure["case"], len(self.places))
+
+    # --------------------------------------------------------------------------------------------------------- result
+
+    def result(self) -> Result:
+        """What is known by now."""
+        self.failures.sort(key=self.place)
+        seen: Counter = Counter()
+        for failure in self.failures:
+            seen[failure["check"]] += 1
+            if seen[failure["check"]] > HEATMAPS_PER_CHECK:
+                failure["heatmap"] = None  # 500 failures would make a document of 15 MB
+        return {
+            "schema": 1, "verdict": self._verdict(), "stage": self.stage, "impl": self.spec,
+            "device": self.request.device,
+            "dtypes": list(self.request.dtypes), "profile": self.request.profile,
+            "config": ", ".join(shape.name for shape in self.request.configs) or None, "seed": self.request.seed,
+            "seconds": round(time.monotonic() - self.started, 2), "versions": self.loaded["versions"],
+            "declared": {k: v for k, v in self.loaded["declared"].items() if k != "explicit"}, "error": self.error,
+            "interrupted": self.interrupted,
+            "checks": [tally.as_check(name) for name, tally in self.tallies.items() if tally.counts],
+            "failures": self.failures, "coverage": self._coverage(),
+            "statistics": {"z_histogram": {"edges": [*HISTOGRAM_EDGES, None], "counts": self.histogram,
+                                           "limit": MAX_Z},
+                           "elements": self.elements},
+            "observations": self._observations(),
+        }  # fmt: skip
+
+    def _verdict(self) -> str:
+        if self.failures:
+            return "fail"
+        if self.error or self.interrupted:
+            return "error"
+        core = any(c.core() and c.rows() and c.variant.split(":")[0] in CORE_CHECKS for c in self.executed)
+        return "pass" if core or (self.executed and self.partial) else "unsupported" if self.refused else "error"
+
+    def _coverage(self) -> Coverage:
+        axes: dict[str, Counter] = defaultdict(Counter)
+        refused = sorted(self.refused.items(), key=lambda item: -len(item[1]))
+        for case in self.executed:
+            for f in fields(case):
+                if f.name not in ("seed", "variant", "optional"):
+                    axes[f.name][str(getattr(case, f.name)) or "contiguous"] += 1
+        return {
+            "executed": len(self.executed),
+            "unsupported": [
+                {"reason": self.reasons[alike], "cases": len(ids), "example": ids[0]} for alike, ids in refused
+            ],
+            "skipped": [{"what": what, "reason": why, "cases": n} for (what, why), n in self.skipped.items()],
+            "power": self.power,
+            "axes": {name: dict(counts) for name, counts in axes.items()},
+        }
+
+    def _observations(self) -> list[dict[str, str]]:
+        told = []
+        for (_, name), counts in self.heard.items():
+            if set(counts) <= {"all equal", "differ"}:
+                told.append({"name": name, "text": f"bits equal in {counts['all equal']} of {counts.total()} cases"})
+            else:
+                told += [{"name": name, "text": text} for text in counts]
+        return told

@@ -1,0 +1,1 @@
+"""The stage `experts`: the routed experts."""

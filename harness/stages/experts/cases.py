@@ -1,0 +1,251 @@
+"""Cases of the stage `experts`."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Any, ClassVar, Self
+
+from moe_harness.harness.core import boundaries as at
+from moe_harness.harness.core.case import Case, tile_steps
+from moe_harness.harness.core.pairwise import pairwise
+from moe_harness.harness.core.request import Request
+
+ROUTINGS = ("uniform", "one", "skewed", "duplicates", "last")
+MASKS = ("none", "some", "rows")
+MAPS = ("none", "alternate", "block")
+# T * k * H * I at most: an implementation may gather the weights of every row, three times as many, and widen them.
+MOST_GATHERED = 20_000_000
+OPERANDS = ("hidden_states", "gate_up_proj", "down_proj", "topk_weights", "topk_ids", "expert_map")
+SPECIALS = (
+    "token_nan", "token_inf", "expert_nan", "expert_inf", "down_inf", "unused_expert_nan", "tiny", "huge", "cancelling",
+    "signed_weights", "outside_fp16",
+)  # fmt: skip
+LAWS = (
+    "token_permutation", "expert_relabelling", "slot_permutation", "batch_split", "row_alone", "weight_linearity",
+    "power_of_two", "masked_is_zero_weight", "duplicates_add", "padding_zero", "padding_nan", "padding_huge",
+    "unused_expert_removed", "tiny_weights",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsCase(Case):
+    stage: ClassVar[str] = "experts"
+    T: int = 16
+    H: int = 64
+    I: int = 48  # noqa: E741 - the field's own letter
+    E: int = 8  # global experts; with a map about half of them are local
+    k: int = 2
+    activation: str = "silu"
+    routing: str = "uniform"
+    masked: str = "none"
+    map: str = "none"
+    weights: str = "fp32"  # dtype of topk_weights: fp32, or model (that of the activations)
+    ints: str = "int64"  # dtype of topk_ids and expert_map
+
+    def rows(self) -> int:
+        return self.T * self.k
+
+    def steps(self) -> int:
+        return tile_steps(self.rows(), self.E, self.H, self.I)
+
+    def resized(self) -> Self:
+        return self.but(T=2 * self.T + 1, H=self.H + 8, I=self.I + 8, seed=self.seed + 1)
+
+
+CaseType = ExpertsCase
+
+
+def plan(request: Request) -> dict[str, list[Case]]:
+    """Cases of every check, in the order in which they are judged."""
+    numbered = request.numbered
+    return {
+        "contract": numbered(_contract(request)),
+        "exact": numbered(_exact(request)),
+        "numeric": numbered(_numeric(request)),
+        "sentinels": numbered(_sentinels(request)),
+        "layouts": numbered(_layouts(request)),
+        "memory": numbered(_memory(request)),
+        "special": numbered(_special(request)),
+        "laws": numbered(_laws(request)),
+        "determinism": numbered(_repeats(request)),
+        "batch_invariance": numbered(_repeats(request)),
+        "leak": numbered([ExpertsCase(T=64, H=256, I=32, E=4, k=2, dtype=request.dtypes[0])]),
+        **request.on_cuda(_cuda_cases(request)),
+    }
+
+
+def _contract(request: Request) -> Iterator[Case]:
+    for dtype in request.dtypes:
+        yield ExpertsCase(T=5, dtype=dtype)
+        yield ExpertsCase(T=0, dtype=dtype)
+        yield ExpertsCase(T=7, dtype=dtype, variant="defaults")
+        yield ExpertsCase(T=7, dtype=dtype, weights="model")
+        yield ExpertsCase(T=7, dtype=dtype, ints="int32", optional=True)
+        yield ExpertsCase(T=0, E=3, k=3, dtype=dtype, map="alternate")
+        yield ExpertsCase(T=6, E=4, k=4, dtype=dtype)
+        yield ExpertsCase(T=6, E=1, k=1, H=16, I=8, dtype=dtype)
+        yield ExpertsCase(T=9, dtype=dtype, activation="gelu_tanh")
+
+
+def _axes(request: Request) -> dict[str, tuple]:
+    pairs = (*at.RELEASED_EXPERTS, *at.ODD_EXPERTS)
+    return {
+        "experts": pairs,
+        "H": request.pick(at.WIDTHS, at.WIDTHS_FULL),
+        "I": request.pick(at.INNER, at.INNER_FULL),
+        "dtype": request.dtypes,
+        "routing": ROUTINGS,
+        "masked": MASKS,
+        "map": MAPS,
+        "weights": ("fp32", "model"),
+        "activation": ("silu", "gelu_tanh"),
+    }
+
+
+def _from_rows(rows: list[dict], tokens: Iterator[int], **fixed: Any) -> Iterator[Case]:
+    for row in rows:
+        experts, top_k = row.pop("experts")
+        most = max(1, MOST_GATHERED // (top_k * row["H"] * row["I"]))
+        yield ExpertsCase(T=min(next(tokens), most), E=experts, k=top_k, **row, **fixed)
+
+
+def _exact(request: Request) -> Iterator[Case]:
+    pairs = cycle((*at.RELEASED_EXPERTS[:4], (4, 2), *at.RELEASED_EXPERTS[4:], (7, 3)))
+    plain: dict[str, Any] = {"data": "exact", "H": 32, "I": 24}
+    for tokens in at.TOKENS:  # a kernel chosen by T, by dtype
+        for dtype in request.dtypes:
+            experts, top_k = next(pairs)
+            yield ExpertsCase(T=tokens, E=experts, k=top_k, dtype=dtype, **plain)
+    for experts, top_k in (*at.RELEASED_EXPERTS, *at.ODD_EXPERTS):
+        for tokens in request.pick((3, 4, 40), (1, 3, 4, 16, 40, 64, 200)):
+            yield ExpertsCase(T=tokens, E=experts, k=top_k, dtype=request.dtypes[-1], **plain)
+    tokens = request.shuffled(at.TOKENS[1:])
+    yield from _from_rows(pairwise(_axes(request), request.seed), tokens, data="exact")
+    last = request.dtypes[-1]
+    for width, inner in ((64, 64), (64, 32), (16, 16), (32, 16), (100, 50), (48, 48)):  # square, and 2I == H
+        yield ExpertsCase(T=21, H=width, I=inner, data="exact", dtype=last)
+    for tokens, dtype in zip(at.TOKENS_MANY, cycle(request.dtypes)):  # noqa: B905 - dtypes repeat
+        yield ExpertsCase(T=tokens, H=16, I=16, E=8, k=2, data="exact", dtype=dtype)
+    for tokens in (4095, 4096, 4097):  # T * k around 2^15
+        yield ExpertsCase(T=tokens, H=8, I=8, E=8, k=8, data="exact", dtype=last)
+    yield ExpertsCase(T=33_000, H=4, I=8, E=2, k=1, routing="one", data="exact", dtype=last)
+    yield ExpertsCase(T=9, H=8, I=4104, E=3, data="exact", dtype=last)
+    yield ExpertsCase(T=9, H=4104, I=8, E=3, data="exact", dtype=last)
+    yield ExpertsCase(T=140, H=520, I=264, E=4, data="exact", dtype=last)
+    yield ExpertsCase(T=60, H=8, I=8, E=1030, k=8, data="exact", dtype=last)  # ids of more than 10 bits
+    if request.profile != "quick":
+        yield ExpertsCase(T=65537, H=4, I=8, E=4, k=1, data="exact", dtype=last)
+        yield ExpertsCase(T=16384, H=8, I=16, E=256, k=8, data="exact", dtype=last)
+    for shape in request.model_shapes():
+        for tokens in request.pick((1, 4, 33), (1, 2, 3, 4, 8, 16, 33, 64, 129)):
+            yield _of_model(request, shape, T=tokens, data="exact")
+
+
+def _numeric(request: Request) -> Iterator[Case]:
+    for activation in ("silu", "gelu_tanh"):
+        for dtype in request.dtypes:
+            for weights in ("fp32", "model"):
+                yield ExpertsCase(T=64, H=192, I=96, k=3, dtype=dtype, activation=activation, weights=weights)
+            yield ExpertsCase(T=48, H=1024, I=384, E=4, dtype=dtype, activation=activation)
+            # rows enough that one more rounding in the running sum shows
+            yield ExpertsCase(T=600, H=96, I=48, E=16, k=8, dtype=dtype, activation=activation, weights="model")
+            yield ExpertsCase(T=33, H=130, I=257, E=16, k=4, dtype=dtype, activation=activation)
+            yield ExpertsCase(T=1, H=128, I=48, k=3, dtype=dtype, activation=activation)
+            yield ExpertsCase(T=4, H=512, I=200, E=128, k=8, dtype=dtype, activation=activation)
+    axes = _axes(request) | {"H": request.pick((16, 33, 96, 256), at.WIDTHS_FULL)}
+    axes |= {"I": request.pick((24, 63, 130), at.INNER_FULL)}
+    axes["experts"] = (*at.RELEASED_EXPERTS[: request.pick(3, 8)], (3, 2), (5, 5), (1, 1))
+    yield from _from_rows(pairwise(axes, request.seed + 1), request.shuffled(at.TOKENS_FEW))
+    for shape in request.model_shapes():
+        for tokens in request.pick((1, 17), (1, 4, 17, 64, 129)):
+            yield _of_model(request, shape, T=tokens)
+
+
+def _of_model(request: Request, shape: Any, **fields: Any) -> Case:
+    fields = {"H": shape.hidden_size, "I": shape.intermediate_size, "E": shape.num_experts, "k": shape.top_k} | fields
+    return ExpertsCase(dtype=request.dtypes[-1], map=request.map_for(shape), **fields)
+
+
+def _sentinels(request: Request) -> Iterator[Case]:
+    for data in ("exact", "normal"):
+        for masked in ("some", "rows", "all", "one"):
+            for kind in MAPS:
+                for dtype in request.dtypes:
+                    yield ExpertsCase(T=19, E=6, k=3, masked=masked, map=kind, dtype=dtype, data=data)
+    for kind in MAPS:
+        yield ExpertsCase(T=19, E=6, k=3, routing="duplicates", masked="some", map=kind, data="exact")
+        yield ExpertsCase(T=1, E=128, k=8, masked="some", map=kind, data="exact", dtype=request.dtypes[-1])
+        yield ExpertsCase(T=130, E=9, k=4, masked="some", map=kind, data="exact", ints="int32", optional=True)
+
+
+def _layouts(request: Request) -> Iterator[Case]:
+    for operand in OPERANDS:
+        for kind in at.LAYOUTS:
+            for dtype in request.pick(request.dtypes[-1:], request.dtypes):
+                fields: dict[str, Any] = {"T": 1, "E": 1, "k": 1, "I": 1} if kind == "unit" else {"T": 13, "E": 5}
+                kind_of_map = "alternate" if operand == "expert_map" else "none"
+                yield ExpertsCase(
+                    layout=f"{operand}:{kind}", data="exact", map=kind_of_map, dtype=dtype, H=40, **{"I": 24} | fields
+                )
+    for kind in at.LAYOUTS[:3]:  # widths that end inside a block, so that what lies behind a row is in reach
+        for dtype in request.dtypes:
+            yield ExpertsCase(T=13, H=37, I=21, layout=f"hidden_states:{kind}", dtype=dtype, data="exact")
+            yield ExpertsCase(T=13, H=37, I=21, layout=f"gate_up_proj:{kind}", dtype=dtype, data="exact")
+            yield ExpertsCase(T=13, H=37, I=21, layout=f"down_proj:{kind}", dtype=dtype, data="exact")
+            yield ExpertsCase(T=13, H=37, I=21, layout=f"all:{kind}", dtype=dtype, data="exact", map="block")
+
+
+def _memory(request: Request) -> Iterator[Case]:
+    for dtype in request.dtypes:
+        yield ExpertsCase(T=9, dtype=dtype)
+        yield ExpertsCase(T=33, H=72, I=40, E=16, k=4, dtype=dtype, masked="rows")
+        yield ExpertsCase(T=12, H=24, I=16, E=64, k=1, dtype=dtype, map="block")
+        yield ExpertsCase(T=80, H=33, I=17, E=6, k=2, dtype=dtype, map="alternate", routing="skewed")
+
+
+def _special(request: Request) -> Iterator[Case]:
+    for variant in SPECIALS:
+        for dtype in request.dtypes_of(variant):
+            # Widths in 32s: elsewhere the CPU's own bf16 product lets a NaN spread (harness.core.memory tells how).
+            yield ExpertsCase(T=20, I=32, E=6, k=2, dtype=dtype, data=variant)
+            if dtype == request.dtypes[-1] and variant in ("token_nan", "token_inf", "unused_expert_nan"):
+                for tokens in (1, 2, 3, 5):  # the way of few tokens may be another one
+                    yield ExpertsCase(T=tokens, I=32, E=6, k=2, dtype=dtype, data=variant)
+            if request.profile != "quick":
+                width, inner = (130, 65) if request.device == "cuda" else (128, 64)
+                yield ExpertsCase(T=130, H=width, I=inner, E=16, k=4, dtype=dtype, data=variant)
+
+
+def _laws(request: Request) -> Iterator[Case]:
+    for law in LAWS:
+        for dtype in request.pick(request.dtypes[:1] + request.dtypes[-1:], request.dtypes):
+            yield ExpertsCase(T=18, H=64, I=32, E=9, k=3, dtype=dtype, variant=law)
+            yield ExpertsCase(T=70, H=32, I=32, E=32, k=4, dtype=dtype, variant=law)
+
+
+def _repeats(request: Request) -> Iterator[Case]:
+    for dtype in request.dtypes:
+        yield ExpertsCase(T=37, H=128, I=96, E=8, k=4, dtype=dtype)
+        yield ExpertsCase(T=5, H=256, I=64, E=16, k=8, dtype=dtype)
+    for tokens in (65, 130, 257):  # where another tile, or a product split over K, may begin
+        yield ExpertsCase(T=tokens, H=128, I=96, E=4, k=3, dtype=request.dtypes[0])
+    yield ExpertsCase(T=130, H=128, I=96, E=4, k=1, dtype=request.dtypes[0], routing="last")
+
+
+def _cuda_cases(request: Request) -> dict[str, Sequence[Case]]:
+    last = request.dtypes[-1]
+    small = [
+        ExpertsCase(T=tokens, H=256, I=128, E=16, k=4, dtype=dtype, map=kind)
+        for tokens in (1, 8, 64) for dtype in request.dtypes for kind in ("none", "block")
+    ]  # fmt: skip
+    # what is captured may be a simpler way than what is called
+    small += [
+        ExpertsCase(T=t, H=256, I=128, E=16, k=4, dtype=last, activation="gelu_tanh", masked="some") for t in (1, 64)
+    ]
+    # 2^31 elements are passed in the weights, in the activations and in the routed rows; 5 to 13 GB each.
+    large = [
+        ExpertsCase(T=16, H=4096, I=1024, E=300, k=8, routing="last", data="exact", dtype=last),
+        ExpertsCase(T=1_050_000, H=2056, I=16, E=4, k=1, data="exact", dtype=last),
+        ExpertsCase(T=300_000, H=64, I=520, E=8, k=8, data="exact", dtype=last),
+    ]
+    return {"graph_replay": small, "side_stream": small, "large_offsets": large}

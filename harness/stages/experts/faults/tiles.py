@@ -1,0 +1,502 @@
+"""Faults of the experts stage in rows, tiles, strides, shape ranges and special values."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_harness.harness.core.catalogue import fault
+from moe_harness.harness.core.emulation import (
+    BLOCK,
+    flat_storage,
+    matmul,
+    pad_last,
+    read_as_contiguous,
+    read_past,
+    round_down,
+    round_up,
+    wide,
+)
+from moe_harness.harness.stages.experts.faults.slots import BUGS, combine, gated, halves, live, locate, run, select
+
+# Rows and shapes ------------------------------------------------------------------------------------------------
+
+
+@fault(
+    "experts",
+    "rows",
+    condition="the last token, E > 1",
+    shows={},
+    hidden=("E=1",),
+    consequence="One slot of one token runs the next expert: an off-by-one at the end of the batch.",
+)
+def one_slot_to_next_expert(hidden_states: Tensor, gate_up_proj: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    def shifted(ids: Tensor, expert_map: Tensor | None) -> Tensor:
+        ids = locate(ids, expert_map).clone()
+        last = ids[-1:, :1]
+        ids[-1:, :1] = torch.where(last < 0, last, (last + 1) % gate_up_proj.shape[0])
+        return ids
+
+    return run(hidden_states, gate_up_proj, *call, **options, locate=shifted)
+
+
+@fault(
+    "experts",
+    "rows",
+    condition="two or more tokens with another order by expert",
+    shows={"T": 7},
+    hidden=("T=1",),
+    consequence="Rows sorted by expert are put back with the permutation instead of its inverse.",
+)
+def permutation_for_its_inverse(*call: Tensor, **options: Any) -> Tensor:
+    def scattered(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
+        order = ids.flatten().argsort(stable=True)
+        weighted = (live(topk_weights, ids, slots.dtype)[..., None] * slots).flatten(0, 1)
+        return weighted[order][order].view_as(slots).sum(1)
+
+    return run(*call, **options, combine=scattered)
+
+
+@fault(
+    "experts",
+    "rows",
+    condition="an expert without tokens before one that has some",
+    shows={"only": "odd"},
+    hidden=("E=1, k=1",),
+    consequence="Weights are indexed by the rank among the busy experts instead of by the expert.",
+)
+def idle_experts_not_counted(*call: Tensor, **options: Any) -> Tensor:
+    def ranked(ids: Tensor, expert_map: Tensor | None) -> Tensor:
+        ids = locate(ids, expert_map)
+        busy = ids[ids >= 0].unique()
+        return torch.where(ids < 0, -1, torch.searchsorted(busy, ids.contiguous()))
+
+    return run(*call, **options, locate=ranked)
+
+
+def _without_rows(options: dict[str, Any], keep: Callable[[int], int]) -> dict[str, Any]:
+    """Options for `run` under which an expert with n rows computes only the first keep(n) of them."""
+
+    def fewer(ids: Tensor, expert: int) -> tuple[Tensor, Tensor]:
+        tokens, slots = select(ids, expert)
+        kept = keep(len(tokens))
+        return tokens[:kept], slots[:kept]
+
+    return {**options, "select": fewer}
+
+
+@fault(
+    "experts",
+    "tiles",
+    source=BUGS + "intel/intel-xpu-backend-for-triton/pull/7776",
+    condition="an expert with more than 8 rows",
+    consequence="The grid comes from a looked-up block of 16 rows while the kernel runs with 8: rows are missed.",
+    shows={"T": 40},
+    hidden=("T=5",),
+)
+def grid_from_another_config(*call: Tensor, **options: Any) -> Tensor:
+    return run(*call, **_without_rows(options, lambda rows: -(-rows // 16) * 8))
+
+
+@fault(
+    "experts",
+    "tiles",
+    condition="an expert with more than twice its fair share of rows",
+    shows={"T": 40, "ids": "one_expert", "k": 1},
+    hidden=("T=1",),
+    consequence="A capacity sized for balanced routing drops the rows beyond it.",
+)
+def rows_beyond_capacity_dropped(hidden_states: Tensor, gate_up_proj: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    capacity = max(16, 2 * call[-1].numel() // gate_up_proj.shape[0])
+    return run(hidden_states, gate_up_proj, *call, **_without_rows(options, lambda rows: min(rows, capacity)))
+
+
+@fault(
+    "experts",
+    "tiles",
+    source=BUGS + "ml-explore/mlx-lm/pull/1585",
+    condition="T*k > 32768 and not a multiple of 64",
+    consequence="The last partial tile of the large-batch path is computed at a wrong offset.",
+    shows={"T": 4097, "H": 16, "I": 8, "k": 8, "E": 9},
+    hidden=("T=4096", "T=5"),
+)
+def tail_beyond_32768_rows(*call: Tensor, **options: Any) -> Tensor:
+    def tail(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
+        rows = ids.numel()
+        if rows > 32768 and rows % 64:
+            slots.view(rows, -1)[round_down(rows, 64) :] = slots.view(rows, -1)[: rows % 64].clone()
+        return combine(slots, topk_weights, ids)
+
+    return run(*call, **options, combine=tail)
+
+
+@fault(
+    "experts",
+    "tiles",
+    condition="T > 64 and not a multiple of 64",
+    shows={"T": 65},
+    hidden=("T=64", "T=128"),
+    consequence="The kernel for large batches forgets the last, partial block of tokens.",
+)
+def large_batch_tail_zero(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    out = run(hidden_states, *call, **options)
+    if out.shape[0] > 64:
+        out[round_down(out.shape[0], 64) :] = 0
+    return out
+
+
+@fault(
+    "experts",
+    "tuning",
+    source=BUGS + "ROCm/aiter/issues/3933",
+    condition="T in 3..4",
+    consequence="The table of tuned kernels maps one bucket of tokens to a broken variant.",
+    shows={"T": 3},
+    hidden=("T=2", "T=5"),
+)
+def broken_bucket_of_four_tokens(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    if hidden_states.shape[0] in (3, 4):
+        return run(hidden_states, *call, **options, first=_without_last_k_block)
+    return run(hidden_states, *call, **options)
+
+
+def _without_last_k_block(rows: Tensor, weight: Tensor) -> Tensor:
+    """A product that loses its last, possibly partial, block of K."""
+    kept = round_up(rows.shape[1]) - BLOCK
+    return matmul(rows[:, :kept], weight[:, :kept])
+
+
+@fault(
+    "experts",
+    "tuning",
+    source=BUGS + "ROCm/aiter/issues/5049",
+    condition="(E, k) = (128, 8)",
+    consequence="The kernel tuned for one released model is wrong, and right for every other shape.",
+    shows={"E": 128, "k": 8, "I": 8},
+    hidden=("k=7", "E=127"),
+)
+def broken_only_at_128_8(hidden_states: Tensor, gate_up_proj: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    experts = gate_up_proj.shape[0] if options.get("expert_map") is None else len(options["expert_map"])
+    broken = (experts, call[-1].shape[1]) == (128, 8)
+    return run(hidden_states, gate_up_proj, *call, **options, first=_without_last_k_block if broken else matmul)
+
+
+@fault(
+    "experts",
+    "tuning",
+    source=BUGS + "flashinfer-ai/flashinfer/pull/4158",
+    condition="T = 1",
+    consequence="The candidate for one token is not guarded and reads the second half of H as zero.",
+    shows={"T": 1},
+    hidden=("T=2",),
+)
+def single_token_half_of_h(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    def half(rows: Tensor, weight: Tensor) -> Tensor:
+        kept = -(-rows.shape[1] // 2) if hidden_states.shape[0] == 1 else rows.shape[1]
+        return matmul(rows[:, :kept], weight[:, :kept])
+
+    return run(hidden_states, *call, **options, first=half)
+
+
+@fault(
+    "experts",
+    "tiles",
+    source=BUGS + "databricks/megablocks/pull/47",
+    condition="I > 4096",
+    consequence="Each program covers a bounded count of columns: those of I beyond 4096 are lost.",
+    shows={"T": 2, "E": 2, "k": 1, "H": 16, "I": 4104},
+    hidden=("I=4096",),
+)
+def columns_beyond_4096_lost(*call: Tensor, **options: Any) -> Tensor:
+    return run(*call, **options, second=lambda rows, weight: matmul(rows[:, :4096], weight[:, :4096]))
+
+
+@fault(
+    "experts",
+    "ids",
+    source=BUGS + "vllm-project/vllm/pull/26162",
+    condition="ids of dtype int64",
+    consequence="int64 ids are read as int32: every second id is the upper half of its neighbour.",
+    shows={"ids_dtype": "int64"},
+    hidden=("ids_dtype='int32'",),
+)
+def int64_ids_read_as_int32(*call: Tensor, **options: Any) -> Tensor:
+    def reread(ids: Tensor, expert_map: Tensor | None) -> Tensor:
+        if ids.dtype == torch.int64:
+            ids = ids.contiguous().view(torch.int32).view(-1)[: ids.numel()].view_as(ids)
+        return locate(ids, expert_map)
+
+    return run(*call, **options, locate=reread)
+
+
+@fault(
+    "experts",
+    "ids",
+    condition="E > 256",
+    shows={"E": 300, "ids": "high", "I": 8},
+    hidden=("E=256",),
+    consequence="Expert ids are held in 8 bits: expert 256 is expert 0.",
+)
+def ids_held_in_eight_bits(*call: Tensor, **options: Any) -> Tensor:
+    def eight_bits(ids: Tensor, expert_map: Tensor | None) -> Tensor:
+        ids = locate(ids, expert_map)
+        return torch.where(ids < 0, ids, ids % 256)
+
+    return run(*call, **options, locate=eight_bits)
+
+
+@fault(
+    "experts",
+    "tiles",
+    condition="I not a multiple of 16",
+    shows={"I": 23},
+    hidden=("I=32",),
+    consequence="The last, partial block of the intermediate columns is never summed.",
+)
+def intermediate_tail_dropped(*call: Tensor, **options: Any) -> Tensor:
+    def floored(rows: Tensor, weight: Tensor) -> Tensor:
+        kept = round_down(rows.shape[1])
+        return matmul(rows[:, :kept], weight[:, :kept])
+
+    return run(*call, **options, second=floored)
+
+
+@fault("experts", "tiles", condition="always", shows={}, consequence="The last column of I is lost to an off-by-one.")
+def last_intermediate_column_lost(*call: Tensor, **options: Any) -> Tensor:
+    return run(*call, **options, second=lambda rows, weight: matmul(rows[:, :-1], weight[:, :-1]))
+
+
+@fault(
+    "experts",
+    "tiles",
+    source=BUGS + "axolotl-ai-cloud/axolotl/pull/3410",
+    condition="H not a multiple of 16",
+    consequence="The grid is H // block: the last columns of the output are never written.",
+    shows={"H": 40, "poison": True},
+    hidden=("H=48",),
+)
+def output_tail_unwritten(*call: Tensor, **options: Any) -> Tensor:
+    right = run(*call, **options)
+    out = torch.empty_like(right)
+    kept = round_down(right.shape[1])
+    out[:, :kept] = right[:, :kept]
+    return out
+
+
+@fault(
+    "experts",
+    "tiles",
+    source=BUGS + "vllm-project/vllm/pull/49087",
+    condition="H not a multiple of 64",
+    consequence="The grid is H // 64 over a zeroed output: the last columns are 0, all of them for small H.",
+    shows={"H": 72},
+    hidden=("H=64",),
+)
+def output_tail_zero(*call: Tensor, **options: Any) -> Tensor:
+    out = run(*call, **options)
+    out[:, round_down(out.shape[1], 64) :] = 0
+    return out
+
+
+@fault(
+    "experts",
+    "tiles",
+    source=BUGS + "huggingface/kernels-community/pull/1154",
+    condition="H not a multiple of 16 and T > 1",
+    consequence="Tiles are masked in rows only: the overhang of a row is stored into the next one.",
+    shows={"H": 40},
+    hidden=("H=48", "T=1"),
+)
+def output_overhang_into_next_row(*call: Tensor, **options: Any) -> Tensor:
+    out = run(*call, **options).contiguous()
+    overhang = round_up(out.shape[1]) - out.shape[1]
+    if overhang and out.shape[1]:
+        start = round_down(out.shape[1])
+        out[1:, : min(overhang, start)] = out[:-1, start - min(overhang, start) : start].clone()
+    return out
+
+
+@fault(
+    "experts",
+    "tiles",
+    source=BUGS + "triton-lang/triton/issues/630",
+    condition="H not a multiple of 16",
+    consequence="The K tail is loaded without a mask on both operands: what lies behind the rows is added.",
+    shows={"H": 40},
+    hidden=("H=48",),
+)
+def k_tail_unmasked(hidden_states: Tensor, gate_up_proj: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    width = round_up(hidden_states.shape[1])
+    return run(read_past(hidden_states, width), read_past(gate_up_proj, width), *call, **options)
+
+
+@fault(
+    "experts",
+    "tiles",
+    source=BUGS + "triton-lang/triton/issues/10772",
+    condition="H not a multiple of 16, NaN or infinity behind the rows",
+    consequence="Only one operand of the K tail is masked: garbage times 0 is NaN when the garbage is NaN.",
+    shows={"H": 40, "layout": "padded_rows"},
+    hidden=("layout='contiguous'", "H=48"),
+)
+def k_tail_masked_on_one_side(hidden_states: Tensor, gate_up_proj: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    width = round_up(hidden_states.shape[1])
+    return run(read_past(hidden_states, width), pad_last(gate_up_proj, width), *call, **options)
+
+
+@fault(
+    "experts",
+    "tiles",
+    source=BUGS + "lightseekorg/tokenspeed/pull/605",
+    condition="H of at most two tiles",
+    consequence="A pipeline three tiles deep wraps around when K has fewer: the first tile counts twice.",
+    shows={"H": 32},
+    hidden=("H=48",),
+)
+def pipeline_deeper_than_k(*call: Tensor, **options: Any) -> Tensor:
+    def wrapped(rows: Tensor, weight: Tensor) -> Tensor:
+        out = matmul(rows, weight)
+        return out + matmul(rows[:, :BLOCK], weight[:, :BLOCK]) if rows.shape[1] <= 2 * BLOCK else out
+
+    return run(*call, **options, first=wrapped)
+
+
+@fault(
+    "experts",
+    "tiles",
+    source=BUGS + "sgl-project/sglang-jax/issues/1193",
+    condition="T odd and above 1",
+    consequence="Tokens are packed in pairs: the last one of an odd batch comes out as 0.",
+    shows={"T": 5},
+    hidden=("T=6", "T=1"),
+)
+def odd_token_lost(*call: Tensor, **options: Any) -> Tensor:
+    out = run(*call, **options)
+    if out.shape[0] > 1 and out.shape[0] % 2:
+        out[-1] = 0
+    return out
+
+
+# Strides --------------------------------------------------------------------------------------------------------
+
+
+@fault(
+    "experts",
+    "strides",
+    source=BUGS + "ml-explore/mlx/issues/4253",
+    condition="rows of hidden_states padded",
+    consequence="Tokens are read at row * H: a slice of a wider buffer gives other rows.",
+    shows={"layout": "padded_rows"},
+    hidden=("layout='contiguous'",),
+)
+def token_stride_assumed(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    return run(read_as_contiguous(hidden_states), *call, **options)
+
+
+@fault(
+    "experts",
+    "strides",
+    condition="gate_up_proj or down_proj not contiguous",
+    shows={"layout": "padded_weights"},
+    hidden=("layout='contiguous'",),
+    consequence="Expert weights are read as contiguous: transposed or padded ones give garbage.",
+)
+def weight_strides_assumed(hidden: Tensor, gate_up: Tensor, down: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    return run(hidden, read_as_contiguous(gate_up), read_as_contiguous(down), *call, **options)
+
+
+@fault(
+    "experts",
+    "strides",
+    condition="topk_ids or topk_weights not contiguous",
+    shows={"layout": "padded_routing"},
+    hidden=("layout='contiguous'",),
+    consequence="The router's outputs are read as contiguous: a slice of a wider table is misread.",
+)
+def routing_strides_assumed(*call: Tensor, **options: Any) -> Tensor:
+    *rest, topk_weights, topk_ids = call
+    ids = read_as_contiguous(topk_ids)
+    known = int(topk_ids.max()) if topk_ids.numel() else 0
+    # What lies between the rows may be no id at all; a kernel would read out of bounds there.
+    return run(*rest, read_as_contiguous(topk_weights), ids.clamp(-1, known), **options)
+
+
+@fault(
+    "experts",
+    "strides",
+    source=BUGS + "flashinfer-ai/flashinfer/issues/3103",
+    condition="hidden_states transposed",
+    consequence="The output takes the strides of the input and is written as if it were contiguous.",
+    shows={"layout": "transposed"},
+    hidden=("layout='contiguous'",),
+)
+def output_layout_assumed(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    right = run(hidden_states, *call, **options)
+    out = torch.empty_like(hidden_states)
+    flat_storage(out)[: right.numel()] = right.flatten()
+    return out
+
+
+# Special values -------------------------------------------------------------------------------------------------
+
+
+@fault(
+    "experts",
+    "special values",
+    condition="NaN or infinity in the weights of an expert that some tokens use",
+    shows={"special": "nan_expert"},
+    hidden=("special=None",),
+    consequence="Every expert runs on every token and is masked by a weight of 0: 0 * NaN spreads everywhere.",
+)
+def every_expert_on_every_token(
+    hidden_states: Tensor, gate_up_proj: Tensor, down_proj: Tensor, topk_weights: Tensor, topk_ids: Tensor, *,
+    activation: str = "silu", expert_map: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    ids = locate(topk_ids, expert_map)
+    x, out = hidden_states.to(wide(hidden_states)), 0 * hidden_states.to(wide(hidden_states))
+    for expert in range(gate_up_proj.shape[0]):
+        share = torch.where(ids == expert, topk_weights, 0).to(x.dtype).sum(1, keepdim=True)
+        hidden = gated(*halves(matmul(x, gate_up_proj[expert])), activation)
+        out = out + share * matmul(hidden, down_proj[expert])
+    return out.to(hidden_states.dtype)
+
+
+@fault(
+    "experts",
+    "special values",
+    condition="NaN or infinity in one token",
+    shows={"special": "nan_token", "T": 9},
+    hidden=("special=None",),
+    consequence="Tokens are gathered by a product with a one-hot matrix: one bad token spoils all.",
+)
+def gathered_by_one_hot_product(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    # What the product of T x T zeros and ones with the tokens gives, without it: 0 * NaN and 0 * inf are NaN.
+    bad = ~hidden_states.isfinite()
+    gathered = hidden_states.masked_fill(bad.sum(0) > bad.int(), torch.nan)
+    return run(gathered, *call, **options)
+
+
+@fault(
+    "experts",
+    "special values",
+    condition="NaN in a token or an expert",
+    shows={"special": "nan_token"},
+    hidden=("special=None",),
+    consequence="NaN is replaced by 0 on the way out: a broken model looks healthy.",
+)
+def nan_swallowed(*call: Tensor, **options: Any) -> Tensor:
+    return run(*call, **options).nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+
+
+@fault(
+    "experts",
+    "special values",
+    condition="infinite outputs",
+    shows={"special": "inf_expert"},
+    hidden=("special=None",),
+    consequence="Infinities are clamped to the largest finite number.",
+)
+def infinity_clamped(*call: Tensor, **options: Any) -> Tensor:
+    out = run(*call, **options)
+    return out.clamp(torch.finfo(out.dtype).min, torch.finfo(out.dtype).max)

@@ -1,0 +1,158 @@
+"""The stage `experts`: data whose faults show, and the bound of a right result."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_harness.harness.core import bounds
+from moe_harness.harness.core.call import INTS, Builder, Call
+from moe_harness.harness.stages.experts import exact
+from moe_harness.harness.stages.experts.cases import ExpertsCase
+
+GATE_SCALE = 2.0  # |gate| around 1 to 4: much smaller, and silu, gelu and a swapped pair cannot be told apart
+
+
+def build(case: ExpertsCase, device: str) -> Call:
+    """The call of a case.  Masked slots carry NaN weights or large ones: neither may show."""
+    draw = Builder(case, device)
+    expert_map, local = _expert_map(case)
+    topk_ids = _masked(case, _routing(case, draw), draw)
+    topk_weights = _weights(case, draw)
+    if case.data == "exact":
+        hidden, gate_up, down, topk_weights = exact.draw(case, draw, topk_ids, topk_weights, expert_map, local)
+    else:
+        hidden, gate_up, down = _normal(case, draw, local)
+        _make_special(case, hidden, gate_up, down, topk_ids, topk_weights)
+    hidden_slots = (topk_ids < 0) & (draw.uniform(*topk_ids.shape) < 0.5)
+    topk_weights = topk_weights.masked_fill(topk_ids < 0, 3.0).masked_fill(hidden_slots, float("nan"))
+    ints = INTS[case.ints]
+    args = {
+        "hidden_states": draw.place("hidden_states", hidden),
+        "gate_up_proj": draw.place("gate_up_proj", gate_up),
+        "down_proj": draw.place("down_proj", down),
+        "topk_weights": draw.place("topk_weights", topk_weights, torch.float32 if case.weights == "fp32" else None),
+        "topk_ids": draw.place("topk_ids", topk_ids, ints),
+    }
+    placed_map = None if expert_map is None else draw.place("expert_map", expert_map, ints)
+    return Call(case, args, {"activation": case.activation, "expert_map": placed_map}, draw.arena)
+
+
+def expect(call: Call, declared: tuple[str, ...] | None) -> bounds.Bound:
+    """What a right result may be, within the permitted roundings."""
+    return bounds.experts(*call.args.values(), **call.keywords, declared=declared)
+
+
+def exact_value(call: Call) -> Tensor:
+    """The only right result of an exact case, [T, H] in fp64."""
+    return exact.value(*call.args.values(), **call.keywords)
+
+
+def outputs(call: Call) -> list[tuple[str, tuple[int, ...], Any]]:
+    """(name, shape, dtype) of each result."""
+    hidden = call.args["hidden_states"]
+    return [("the result", tuple(hidden.shape), hidden.dtype)]
+
+
+def place_of(call: Call, row: int, column: int) -> dict[str, Any]:
+    """Where an element of the result is, in words a kernel's author uses."""
+    ids = call.args["topk_ids"][row].tolist()
+    where: dict[str, Any] = {"token": row, "column": column, "expert": ids}
+    if call.keywords["expert_map"] is not None:
+        where["local_expert"] = [int(call.keywords["expert_map"][i]) if i >= 0 else -1 for i in ids]
+    return where
+
+
+def row_groups(call: Call) -> dict[str, Tensor]:
+    """Rows that belong together, by name: those of each expert (of the 16 with most rows, where there are many)."""
+    ids = call.args["topk_ids"]
+    counts = torch.bincount(ids[ids >= 0].long().flatten())
+    chosen = counts.topk(min(16, len(counts))).indices.tolist() if len(counts) else []
+    return {f"expert {e}": (ids == e).any(-1) for e in chosen}
+
+
+def _expert_map(case: ExpertsCase) -> tuple[Tensor | None, Tensor]:
+    """(expert_map [E] or None, the global ids of the local experts)."""
+    everyone = torch.arange(case.E)
+    if case.map == "none":
+        return None, everyone
+    if case.map.startswith("rank"):
+        size = max(1, case.E // int(case.map.removeprefix("rank")))
+        local = everyone[size : 2 * size] if 2 * size <= case.E else everyone[:size]
+    else:
+        local = everyone[::2] if case.map == "alternate" else everyone[case.E // 4 : case.E // 4 + max(1, case.E // 2)]
+    expert_map = torch.full((case.E,), -1)
+    expert_map[local] = torch.arange(len(local))
+    return expert_map, local
+
+
+def _routing(case: ExpertsCase, draw: Builder) -> Tensor:
+    """Global ids [T, k] before masking."""
+    if case.routing == "one":
+        return draw.distinct(1, case.E, case.k).expand(case.T, case.k).clone()
+    if case.routing == "last":
+        return torch.arange(case.E - case.k, case.E).expand(case.T, case.k).clone()
+    if case.routing == "skewed" and case.T:
+        favour = torch.linspace(3, 0, case.E) + draw.uniform(case.T, case.E)
+        return favour.topk(case.k, dim=-1).indices
+    ids = draw.distinct(case.T, case.E, case.k)
+    if case.routing == "duplicates" and case.k > 1:
+        ids[::2, -1] = ids[::2, 0]
+    return ids
+
+
+def _masked(case: ExpertsCase, ids: Tensor, draw: Builder) -> Tensor:
+    if case.masked == "all":
+        return torch.full_like(ids, -1)
+    if case.masked == "some":
+        ids = ids.masked_fill(draw.uniform(*ids.shape) < 0.4, -1)
+    if case.masked == "one" and case.T:
+        ids[-1, 0] = -1
+    if case.masked == "rows":
+        ids[1::3] = -1
+    return ids
+
+
+def _weights(case: ExpertsCase, draw: Builder) -> Tensor:
+    """Distinct positive weights that sum to about one, [T, k]."""
+    raw = draw.uniform(case.T, case.k) + 0.2
+    return raw / raw.sum(-1, keepdim=True)
+
+
+def _normal(case: ExpertsCase, draw: Builder, local: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = draw.large_normal(case.T, case.H)
+    gate_up = draw.large_normal(len(local), 2 * case.I, case.H, scale=case.H**-0.5)
+    gate_up[:, : case.I] *= GATE_SCALE
+    return hidden, gate_up, draw.large_normal(len(local), case.H, case.I, scale=case.I**-0.5)
+
+
+def _make_special(
+    case: ExpertsCase, hidden: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor
+) -> None:
+    """Change the drawn data in place to the special kind that the case names."""
+    if case.data in ("token_nan", "token_inf"):
+        hidden[case.T // 2, case.H // 3] = float(case.data.removeprefix("token_"))
+    elif case.data in ("expert_nan", "expert_inf"):
+        gate_up[1, :, 0] = float(case.data.removeprefix("expert_"))
+        down[1, 0] = float(case.data.removeprefix("expert_"))
+    elif case.data == "down_inf":  # one infinite product, so that an infinity of known sign is the only right result
+        down[1, case.H // 2, case.I // 2] = float("inf")
+    elif case.data == "signed_weights":
+        weights[:, ::2] *= -1.0
+    elif case.data == "unused_expert_nan":
+        ids[ids == 2] = 0
+        gate_up[2], down[2] = float("nan"), float("nan")
+    elif case.data == "tiny":  # products far under 1, above the subnormals of fp16
+        hidden *= 2.0**-6
+        down *= 2.0**-4
+    elif case.data == "huge":  # gates of about 30, hidden values of about 1000: finite in fp16 wherever they are stored
+        hidden *= 16.0
+        gate_up[:, case.I :] *= 2.0
+    elif case.data == "outside_fp16":  # a kernel that passes through fp16 turns these into infinities and zeros
+        hidden[::2] *= 2.0**17
+        hidden[1::2] *= 2.0**-20
+    elif case.data == "cancelling" and case.k > 1:  # slots that cancel to an eighth of their size
+        gate_up[1::2] = gate_up[0::2]
+        down[1::2] = -down[0::2]
+        ids[:, 0], ids[:, 1] = 0, 1
+        weights[:, 1] = weights[:, 0] * 0.875

@@ -1,0 +1,1 @@
+"""The stage `grouped_linear`: one product a group of rows."""

@@ -1,0 +1,162 @@
+"""Cases of the stage `grouped_linear`."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from moe_harness.harness.core import boundaries as at
+from moe_harness.harness.core.case import Case, tile_steps
+from moe_harness.harness.core.pairwise import pairwise
+from moe_harness.harness.core.request import Request
+
+SIZES = ("random", "sparse", "first", "last", "even", "ones")
+SPECIALS = (
+    "row_nan", "row_inf", "expert_nan", "expert_inf", "unused_expert_nan", "tiny", "huge", "cancelling", "outside_fp16",
+)  # fmt: skip
+LAWS = ("row_permutation", "expert_relabelling", "batch_split", "row_alone", "power_of_two", "additivity",
+        "empty_expert_inserted")  # fmt: skip
+OPERANDS = ("x", "weight", "group_sizes", "bias")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupedLinearCase(Case):
+    stage: ClassVar[str] = "grouped_linear"
+    S: int = 40
+    K: int = 64
+    N: int = 48
+    E: int = 8
+    sizes: str = "random"
+    bias: bool = False
+    ints: str = "int64"
+
+    def rows(self) -> int:
+        return self.S
+
+    def steps(self) -> int:
+        return tile_steps(self.S, self.E, self.K, self.N)
+
+    def resized(self) -> Self:
+        return self.but(S=2 * self.S + 1, K=self.K + 8, N=self.N + 8, seed=self.seed + 1)
+
+
+CaseType = GroupedLinearCase
+
+
+def plan(request: Request) -> dict[str, list[Case]]:
+    """Cases of every check, in the order in which they are judged."""
+    return {
+        "contract": request.numbered(_contract(request)),
+        "exact": request.numbered(_exact(request)),
+        "numeric": request.numbered(_numeric(request)),
+        "layouts": request.numbered(_layouts(request)),
+        "memory": request.numbered(_memory(request)),
+        "special": request.numbered(_special(request)),
+        "laws": request.numbered(_laws(request)),
+        "determinism": request.numbered(_memory(request)),
+        "batch_invariance": request.numbered(_memory(request)),
+        "leak": request.numbered([GroupedLinearCase(S=256, K=32, N=256, E=4, dtype=request.dtypes[0])]),
+        **request.on_cuda(_cuda_cases(request)),
+    }
+
+
+def _contract(request: Request) -> Iterator[Case]:
+    for dtype in request.dtypes:
+        yield GroupedLinearCase(dtype=dtype)
+        yield GroupedLinearCase(S=0, dtype=dtype)
+        yield GroupedLinearCase(dtype=dtype, variant="defaults")
+        yield GroupedLinearCase(dtype=dtype, bias=True)
+        yield GroupedLinearCase(dtype=dtype, ints="int32", optional=True)
+        yield GroupedLinearCase(S=5, E=1, dtype=dtype)
+
+
+def _axes(request: Request) -> dict[str, tuple]:
+    return {
+        "S": (1, 2, 3, 4, 8, 17, 33, 64, 65, 129, 257),
+        "K": request.pick(at.WIDTHS, at.WIDTHS_FULL),
+        "N": request.pick(at.INNER, at.INNER_FULL),
+        "E": (1, 2, 3, 7, 8, 60, 128, 257),
+        "sizes": SIZES,
+        "bias": (False, True),
+        "dtype": request.dtypes,
+    }
+
+
+def _exact(request: Request) -> Iterator[Case]:
+    for rows in at.TOKENS:
+        yield GroupedLinearCase(S=rows, K=32, N=24, data="exact", dtype=request.dtypes[rows % len(request.dtypes)])
+    for row in pairwise(_axes(request), request.seed):
+        yield GroupedLinearCase(data="exact", **row)
+    for width, inner in ((64, 64), (16, 16), (33, 33), (4104, 8), (8, 4104), (520, 264)):
+        yield GroupedLinearCase(S=70, K=width, N=inner, E=3, data="exact", dtype=request.dtypes[-1])
+    for rows in (*at.TOKENS_MANY, 32767, 32769):
+        yield GroupedLinearCase(S=rows, K=8, N=8, E=5, data="exact", dtype=request.dtypes[-1])
+    if request.profile != "quick":
+        yield GroupedLinearCase(S=70001, K=8, N=8, E=5, data="exact", dtype=request.dtypes[-1])
+    for shape in request.model_shapes():
+        for rows in (8, 65):
+            yield _of_model(request, shape, S=rows, data="exact")
+
+
+def _of_model(request: Request, shape: Any, **fields: Any) -> Case:
+    ranks = int(request.map_for(shape).removeprefix("rank").replace("none", "1"))
+    return GroupedLinearCase(K=shape.hidden_size, N=2 * shape.intermediate_size, E=max(1, shape.num_experts // ranks),
+                             dtype=request.dtypes[-1], **fields)  # fmt: skip
+
+
+def _numeric(request: Request) -> Iterator[Case]:
+    for dtype in request.dtypes:
+        for bias in (False, True):
+            yield GroupedLinearCase(S=129, K=512, N=96, E=6, dtype=dtype, bias=bias)
+            yield GroupedLinearCase(S=33, K=130, N=257, E=16, dtype=dtype, bias=bias, sizes="sparse")
+            yield GroupedLinearCase(S=7, K=2048, N=40, E=4, dtype=dtype, bias=bias)
+    axes = _axes(request) | {"K": request.pick((1, 16, 33, 96, 256), at.WIDTHS_FULL), "E": (1, 3, 8, 60)}
+    for row in pairwise(axes, request.seed + 1):
+        yield GroupedLinearCase(**row)
+    for shape in request.model_shapes():
+        yield _of_model(request, shape, S=33)
+
+
+def _layouts(request: Request) -> Iterator[Case]:
+    for operand in OPERANDS:
+        for kind in at.LAYOUTS:
+            for dtype in request.dtypes:
+                shape: dict[str, Any] = {"S": 1, "E": 1, "N": 1} if kind == "unit" else {"S": 30, "E": 5, "N": 21}
+                yield GroupedLinearCase(
+                    layout=f"{operand}:{kind}", K=37, data="exact", dtype=dtype, bias=operand == "bias", **shape
+                )
+
+    for kind in at.LAYOUTS[:5]:  # square, where strides of one operand fit another
+        for dtype in request.dtypes:
+            yield GroupedLinearCase(S=32, K=32, N=32, E=3, layout=f"x:{kind}", data="exact", dtype=dtype)
+            yield GroupedLinearCase(S=32, K=32, N=32, E=3, layout=f"weight:{kind}", data="exact", dtype=dtype)
+
+
+def _memory(request: Request) -> Iterator[Case]:
+    for dtype in request.dtypes:
+        yield GroupedLinearCase(S=33, K=128, N=40, dtype=dtype)
+        yield GroupedLinearCase(S=50, K=33, N=17, E=20, sizes="sparse", bias=True, dtype=dtype)
+    for fields in ({"S": 1, "E": 3}, {"S": 18, "E": 1}, {"S": 18, "E": 5, "sizes": "last"}):  # one product is enough
+        yield GroupedLinearCase(K=32, N=24, dtype=request.dtypes[-1], **fields)
+
+
+def _special(request: Request) -> Iterator[Case]:
+    for data in SPECIALS:
+        for dtype in request.dtypes_of(data):
+            yield GroupedLinearCase(S=24, data=data, sizes="sparse", dtype=dtype)
+
+
+def _laws(request: Request) -> Iterator[Case]:
+    for law in LAWS:
+        for dtype in request.dtypes:
+            yield GroupedLinearCase(
+                S=40, K=48, N=32, dtype=dtype, variant=law, bias=law not in ("power_of_two", "additivity")
+            )
+
+
+def _cuda_cases(request: Request) -> dict[str, Sequence[Case]]:
+    small = [GroupedLinearCase(S=rows, K=256, N=128, dtype=dtype) for rows in (1, 8, 64) for dtype in request.dtypes]
+    large = [
+        GroupedLinearCase(S=40, K=4096, N=2048, E=300, sizes="last", data="exact", dtype=request.dtypes[-1]),
+        GroupedLinearCase(S=1_100_000, K=2048, N=16, E=3, data="exact", dtype=request.dtypes[-1]),
+    ]
+    return {"graph_replay": small, "side_stream": small, "large_offsets": large}

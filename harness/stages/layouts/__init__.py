@@ -1,0 +1,1 @@
+"""The stage `layouts`: the one reduction of a layer over ranks."""

@@ -1,0 +1,1 @@
+"""The stage `moe_block`: a whole sparse layer."""

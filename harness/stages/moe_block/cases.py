@@ -1,0 +1,127 @@
+"""Cases of the stage `moe_block`: one layer of each model family."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from moe_harness.harness.core import boundaries as at
+from moe_harness.harness.core.case import Case
+from moe_harness.harness.core.request import Request
+
+FAMILIES = (
+    "qwen2_moe",
+    "qwen3_moe",
+    "qwen3_next",
+    "qwen3_omni_moe_talker_text",
+    "mixtral",
+    "deepseek_v2",
+    "deepseek_v3",
+)
+# Where a part of a block takes another path: many experts, counts that no tile divides, one slot, all experts, square
+# weights, short and long sums.
+SHAPES: tuple[dict[str, Any], ...] = (
+    {"family": "qwen3_next", "T": 3, "E": 512, "k": 10, "H": 32, "I": 16},
+    {"family": "qwen2_moe", "T": 9, "E": 6, "k": 2, "renorm": "no"},
+    {"T": 9, "k": 1, "renorm": "no"},
+    {"T": 9, "E": 4, "k": 4, "H": 48, "I": 48},
+    {"family": "qwen2_moe", "T": 9, "E": 4, "k": 2, "H": 1025, "I": 16},
+    {"family": "deepseek_v2", "T": 33, "k": 6, "method": "greedy"},
+)
+LAWS = ("token_permutation", "batch_split", "row_alone")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeBlockCase(Case):
+    stage: ClassVar[str] = "moe_block"
+    family: str = "qwen3_moe"
+    T: int = 16
+    H: int = 64
+    I: int = 32  # noqa: E741 - the field's own letter
+    shared: int = 48  # intermediate size of the shared expert, where the family has one
+    E: int = 16
+    k: int = 4
+    renorm: str = "yes"  # norm_topk_prob: yes, no, or default, where the key is absent
+    method: str = "groups"  # topk_method of DeepSeek-V2: by groups, or greedy, whatever n_group says
+
+    def rows(self) -> int:
+        return self.T * self.k
+
+    def resized(self) -> Self:
+        return self.but(T=2 * self.T + 1, H=self.H + 8, I=self.I + 8, seed=self.seed + 1)
+
+
+CaseType = MoeBlockCase
+
+
+def plan(request: Request) -> dict[str, list[Case]]:
+    """Cases of every check, in the order in which they are judged."""
+    return {
+        "contract": request.numbered(_contract(request)),
+        "numeric": request.numbered(_numeric(request)),
+        "layouts": request.numbered(_layouts(request)),
+        "memory": request.numbered(_small(request)),
+        "special": request.numbered(_special(request)),
+        "laws": request.numbered(_laws(request)),
+        "determinism": request.numbered(_small(request)),
+        "batch_invariance": request.numbered(_small(request)),
+        "leak": request.numbered([MoeBlockCase(T=64, H=256, E=4, k=2, dtype=request.dtypes[0])]),
+        **request.on_cuda({"graph_replay": list(_small(request)), "side_stream": list(_small(request))}),
+    }
+
+
+def _contract(request: Request) -> Iterator[Case]:
+    for family in FAMILIES:
+        yield MoeBlockCase(family=family, dtype=request.dtypes[0])
+        yield MoeBlockCase(family=family, T=0, dtype=request.dtypes[-1])
+
+
+def _numeric(request: Request) -> Iterator[Case]:
+    for family in FAMILIES:
+        for dtype in request.dtypes:
+            for renorm in ("yes", "no"):
+                yield MoeBlockCase(family=family, T=33, renorm=renorm, dtype=dtype)
+            # The contract names the key, so who needs it may refuse; who guesses has to guess the class's default.
+            yield MoeBlockCase(family=family, T=33, renorm="default", dtype=dtype, optional=True)
+            yield MoeBlockCase(family=family, T=5, E=64, k=6, H=96, I=40, shared=70, dtype=dtype)
+            yield MoeBlockCase(family=family, T=1, E=8, k=2, H=128, I=64, dtype=dtype)
+        for tokens in request.pick((2, 3, 4, 65, 257), at.TOKENS[1:]):
+            yield MoeBlockCase(family=family, T=tokens, dtype=request.dtypes[-1], H=33, I=17, shared=9)
+    for experts, top_k in request.pick(((128, 8),), at.RELEASED_EXPERTS):
+        yield MoeBlockCase(T=17, E=experts, k=top_k, dtype=request.dtypes[-1])
+    for dtype in request.dtypes:
+        for shape in SHAPES:
+            yield MoeBlockCase(**shape, dtype=dtype)
+
+
+def _layouts(request: Request) -> Iterator[Case]:
+    operands = (
+        "hidden_states",
+        "gate.weight",
+        "experts.gate_up_proj",
+        "experts.down_proj",
+        "shared_expert_gate.weight",
+    )
+    for operand in operands:
+        for kind in at.LAYOUTS:
+            if kind not in ("unit", "expanded"):
+                yield MoeBlockCase(
+                    family="qwen2_moe", T=13, H=37, I=21, layout=f"{operand}:{kind}", dtype=request.dtypes[-1]
+                )
+
+
+def _small(request: Request) -> Iterator[Case]:
+    for family in request.pick(("qwen3_moe", "qwen2_moe", "deepseek_v3"), FAMILIES):
+        for dtype in request.dtypes:
+            yield MoeBlockCase(family=family, T=13, dtype=dtype)
+
+
+def _special(request: Request) -> Iterator[Case]:
+    for family in FAMILIES:
+        for data in ("token_nan", "token_inf", "tiny"):
+            yield MoeBlockCase(family=family, T=12, data=data, dtype=request.dtypes[-1])
+
+
+def _laws(request: Request) -> Iterator[Case]:
+    for law in LAWS:
+        for family in FAMILIES:
+            yield MoeBlockCase(family=family, T=14, variant=law, dtype=request.dtypes[-1])

@@ -1,0 +1,143 @@
+"""The stage `moe_block`: one layer of each model family, on tokens whose choice of experts is not a matter of rounding.
+
+A router in bf16 and one in fp32 choose other experts for some per cent of all tokens, and both are right.  So tokens
+are drawn until the gap at the k-th expert (and at the last group) is several times what rounding of the logits
+explains; ties are judged in the stage `router`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_harness.harness.core import bounds
+from moe_harness.harness.core.call import DTYPES, Builder, Call
+from moe_harness.harness.stages.moe_block.cases import MoeBlockCase
+from moe_harness.reference import moe_block as reference
+from moe_harness.reference import router
+
+MARGIN = 6.0  # gap over the standard error of both logits; at most 12 ulps of a bf16 logit
+SHARED = {"qwen2_moe": "shared_expert", "qwen3_next": "shared_expert", "qwen3_omni_moe_talker_text": "shared_expert",
+          "deepseek_v2": "shared_experts", "deepseek_v3": "shared_experts"}  # fmt: skip
+
+
+def build(case: MoeBlockCase, device: str) -> Call:
+    draw = Builder(case, device)
+    config = _config(case)
+    weights = _weights(case, draw)
+    hidden = _decided_tokens(case, draw, weights, config)
+    if case.data in ("token_nan", "token_inf"):
+        hidden[case.T // 2, case.H // 3] = float(case.data.removeprefix("token_"))
+    args: dict[str, Any] = {"hidden_states": draw.place("hidden_states", hidden)}
+    fp32 = ("gate.e_score_correction_bias",)
+    args["weights"] = {n: draw.place(n, w, torch.float32 if n in fp32 else None) for n, w in weights.items()}
+    return Call(case, args | {"config": config}, {}, draw.arena)
+
+
+def expect(call: Call, declared: tuple[str, ...] | None) -> bounds.Bound:
+    return bounds.moe_block(*call.args.values(), declared=declared)
+
+
+def outputs(call: Call) -> list[tuple[str, tuple[int, ...], Any]]:
+    hidden = call.args["hidden_states"]
+    return [("the result", tuple(hidden.shape), hidden.dtype)]
+
+
+def place_of(call: Call, row: int, column: int) -> dict[str, Any]:
+    return {"token": row, "column": column, "expert": _chosen(call)[row].tolist()}
+
+
+def row_groups(call: Call) -> dict[str, Tensor]:
+    ids = _chosen(call)
+    return {f"expert {e}": (ids == e).any(-1) for e in ids.unique().tolist()[:16]}
+
+
+def _chosen(call: Call) -> Tensor:
+    hidden, weights, config = call.args.values()
+    wide = {n: w.double() for n, w in weights.items() if n.startswith("gate.")}
+    return reference.routing(reference.router_logits(hidden.double(), wide, config), wide, config)[1]
+
+
+def _config(case: MoeBlockCase) -> dict[str, Any]:
+    """The Hugging Face keys of the family; norm_topk_prob is absent where the case says "default"."""
+    config = {"model_type": case.family, "num_experts_per_tok": case.k, "hidden_size": case.H, "hidden_act": "silu"}
+    if case.renorm != "default":
+        config["norm_topk_prob"] = case.renorm == "yes"
+    if case.family == "mixtral":
+        return config | {"num_local_experts": case.E, "intermediate_size": case.I}
+    config["moe_intermediate_size"] = case.I
+    if not case.family.startswith("deepseek"):
+        return config | {"num_experts": case.E, "shared_expert_intermediate_size": case.shared}
+    groups = 8 if case.E >= 16 and case.E % 8 == 0 else 4 if case.E % 4 == 0 else 1
+    config |= {"n_routed_experts": case.E, "n_shared_experts": 2, "n_group": groups, "topk_group": max(1, groups // 2)}
+    version = case.family.removeprefix("deepseek_")
+    by_group = {"v2": "group_limited_greedy", "v3": "noaux_tc"}[version]
+    method = by_group if case.method == "groups" else case.method
+    return config | {"topk_method": method, "routed_scaling_factor": {"v2": 4.0, "v3": 2.5}[version]}
+
+
+def _weights(case: MoeBlockCase, draw: Builder) -> dict[str, Tensor]:
+    inner, hidden = case.I, case.H
+    gate_up = draw.large_normal(case.E, 2 * inner, hidden, scale=hidden**-0.5)
+    gate_up[:, :inner] *= 2.0
+    weights = {
+        "gate.weight": draw.normal(case.E, hidden, scale=2.0 * hidden**-0.5),
+        "experts.gate_up_proj": gate_up,
+        "experts.down_proj": draw.large_normal(case.E, hidden, inner, scale=inner**-0.5),
+    }
+    if case.family == "deepseek_v3":
+        weights["gate.e_score_correction_bias"] = draw.normal(case.E, scale=0.2)
+    prefix = SHARED.get(case.family)
+    if prefix is not None:
+        width = 2 * inner if prefix == "shared_experts" else case.shared
+        weights[f"{prefix}.gate_proj.weight"] = draw.normal(width, hidden, scale=2.0 * hidden**-0.5)
+        weights[f"{prefix}.up_proj.weight"] = draw.normal(width, hidden, scale=hidden**-0.5)
+        weights[f"{prefix}.down_proj.weight"] = draw.normal(hidden, width, scale=width**-0.5)
+    if prefix == "shared_expert":
+        weights["shared_expert_gate.weight"] = draw.normal(1, hidden, scale=hidden**-0.5)
+    return weights
+
+
+def _decided_tokens(case: MoeBlockCase, draw: Builder, weights: dict[str, Tensor], config: dict) -> Tensor:
+    """[T, H] whose experts are chosen by a clear margin; the clearest ones drawn, where too few are."""
+    dtype = DTYPES[case.dtype]
+    gate = {
+        n: w.to(dtype).double() if n == "gate.weight" else w.double()
+        for n, w in weights.items()
+        if n.startswith("gate.")
+    }
+    pool = draw.normal(4 * case.T + 16, case.H, scale=2.0**-6 if case.data == "tiny" else 1.0).to(dtype)
+    margin = _margin(pool.double(), gate, config, dtype)
+    clear = (margin > MARGIN).nonzero()[:, 0]
+    order = clear if len(clear) >= case.T else margin.argsort(descending=True)
+    return pool[order[: case.T]].float()
+
+
+def _margin(x: Tensor, gate: dict[str, Tensor], config: dict, dtype: torch.dtype) -> Tensor:
+    """Smallest gap at the border of the choice, over the standard error there, [tokens]."""
+    rule = reference.routing_rule(config)
+    logits = reference.router_logits(x, gate, config)
+    scores = router.expert_scores(logits, rule.scoring)
+    selection = router.selection_scores(scores, reference.correction_bias(gate, config))
+    slope = scores * (1 - scores) if rule.scoring == "sigmoid" else scores
+    error = slope * bounds.store(logits, dtype).sqrt() + 2.0**-30
+    margin = torch.full((len(x),), torch.inf, dtype=torch.float64)
+    if rule.num_expert_group is not None and rule.topk_group is not None:
+        by_group = router.group_scores(selection, rule.num_expert_group, biased=rule.scoring == "sigmoid")
+        of_group = error.unflatten(-1, (rule.num_expert_group, -1)).amax(-1)
+        margin = _border(by_group, of_group, rule.topk_group)
+        best = by_group.topk(rule.topk_group).indices
+        open_to = torch.zeros_like(by_group, dtype=torch.bool).scatter(-1, best, True)
+        selection = selection.masked_fill(
+            ~open_to.repeat_interleave(selection.shape[-1] // rule.num_expert_group, -1), -9.0
+        )
+    return torch.minimum(margin, _border(selection, error, rule.top_k))
+
+
+def _border(scores: Tensor, error: Tensor, count: int) -> Tensor:
+    """(the last one in - the first one out) / their standard error, [tokens]."""
+    if count >= scores.shape[-1]:
+        return torch.full((len(scores),), torch.inf, dtype=torch.float64)
+    values, at = scores.topk(count + 1)
+    spread = error.gather(-1, at[:, -2:]).square().sum(-1).sqrt()
+    return (values[:, -2] - values[:, -1]) / spread

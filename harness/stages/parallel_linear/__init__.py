@@ -1,0 +1,1 @@
+"""The stage `parallel_linear`: linear layers cut over ranks."""

@@ -1,0 +1,1 @@
+"""The stage `router`: the choice of experts and their weights."""

@@ -1,0 +1,178 @@
+"""Cases of the stage `router`."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from moe_harness.harness.core import boundaries as at
+from moe_harness.harness.core.case import Case
+from moe_harness.harness.core.pairwise import pairwise
+from moe_harness.harness.core.request import Request
+
+LAWS = ("token_permutation", "expert_relabelling", "batch_split", "row_alone", "softmax_shift", "scale_is_linear")
+SPECIALS = (
+    "nan_row", "nan_element", "inf", "minus_inf", "ties", "constant", "peaked", "negative", "far_negative", "underflow",
+    "overflow",
+)  # fmt: skip
+GROUPS = ("none", "8x4", "4x2", "2x1", "1x1", "8x3")
+BIASES = ("none", "small", "negative", "offset", "zero")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterCase(Case):
+    stage: ClassVar[str] = "router"
+    T: int = 16
+    E: int = 128
+    k: int = 8
+    scoring: str = "softmax"
+    renorm: bool = True
+    bias: str = "none"
+    groups: str = "none"  # "8x4": num_expert_group x topk_group
+    scale: float = 1.0
+
+    def rows(self) -> int:
+        return self.T
+
+    def resized(self) -> Self:
+        return self.but(T=2 * self.T + 1, seed=self.seed + 1)
+
+
+CaseType = RouterCase
+
+
+def allowed(row: dict[str, Any]) -> bool:
+    """Whether the contract defines this combination: groups divide E, hold enough experts, and two each with a bias."""
+    if row["groups"] == "none":
+        return True
+    experts, top_k = row["experts"]
+    groups, best = map(int, row["groups"].split("x"))
+    size = experts // groups
+    if row["scoring"] == "sigmoid" and row["bias"] == "none":
+        return False  # the contract names a group's score for softmax, and for a correction bias
+    return experts % groups == 0 and best * size >= top_k and (size >= 2 or row["bias"] == "none")
+
+
+def plan(request: Request) -> dict[str, list[Case]]:
+    """Cases of every check, in the order in which they are judged."""
+    return {
+        "contract": request.numbered(_contract(request)),
+        "routing": request.numbered(_routing(request)),
+        "special": request.numbered(_special(request)),
+        "layouts": request.numbered(_layouts(request)),
+        "memory": request.numbered(_memory(request)),
+        "laws": request.numbered(_laws(request)),
+        "determinism": request.numbered([*_memory(request), RouterCase(T=21, E=60, k=4, data="ties")]),
+        "batch_invariance": request.numbered(_memory(request)),
+        "leak": request.numbered([RouterCase(T=2048, E=64, k=8, dtype=request.dtypes[0])]),
+        **request.on_cuda(_cuda_cases(request)),
+    }
+
+
+def _contract(request: Request) -> Iterator[Case]:
+    for dtype in request.dtypes:
+        yield RouterCase(dtype=dtype)
+        yield RouterCase(T=0, dtype=dtype)
+        yield RouterCase(T=9, E=60, k=4, dtype=dtype, variant="defaults")
+        yield RouterCase(T=3, E=4, k=4, dtype=dtype)
+        yield RouterCase(T=3, E=1, k=1, dtype=dtype)
+        yield RouterCase(T=0, E=64, k=8, groups="8x4", bias="small", scoring="sigmoid", dtype=dtype)
+
+
+def _models(request: Request) -> Iterator[dict[str, Any]]:
+    """The routing of each released family."""
+    yield {"E": 8, "k": 2}
+    yield {"E": 60, "k": 4, "renorm": False}
+    yield {"E": 128, "k": 8}
+    yield {"E": 512, "k": 10}
+    yield {"E": 64, "k": 6, "renorm": False, "scale": 16.0, "groups": "8x3"}
+    yield {"E": 160, "k": 6, "renorm": False, "scale": 16.0, "groups": "8x3"}
+    yield {"E": 256, "k": 8, "scoring": "sigmoid", "bias": "small", "groups": "8x4", "scale": 2.5}
+    yield {"E": 256, "k": 8, "scoring": "sigmoid", "bias": "negative", "groups": "8x4", "scale": 2.5}
+    yield {"E": 256, "k": 8, "scoring": "sigmoid", "bias": "offset", "groups": "8x4", "scale": 2.5}
+    yield {"E": 384, "k": 8, "scoring": "sigmoid", "bias": "offset", "groups": "1x1", "scale": 2.872}
+    yield {"E": 32, "k": 4}
+    for shape in request.model_shapes():
+        yield _of_model(shape)
+
+
+def _of_model(shape: Any) -> dict[str, Any]:
+    grouped = shape.num_expert_group is not None and shape.num_expert_group > 1
+    return {
+        "E": shape.num_experts, "k": shape.top_k, "scoring": shape.scoring, "renorm": shape.renormalize,
+        "scale": float(shape.routed_scaling_factor), "bias": "small" if shape.scoring == "sigmoid" else "none",
+        "groups": f"{shape.num_expert_group}x{shape.topk_group}" if grouped else "none",
+    }  # fmt: skip
+
+
+def _routing(request: Request) -> Iterator[Case]:
+    for fields in _models(request):
+        for tokens in request.pick((1, 3, 33), (1, 2, 3, 4, 33, 65, 257)):
+            for dtype in request.dtypes:
+                yield RouterCase(T=tokens, dtype=dtype, **fields)
+    for data in ("negative", "far_negative", "peaked", "ties"):
+        for fields in _models(request):
+            yield RouterCase(T=17, dtype=request.dtypes[-1], data=data, **fields)
+    axes = {
+        "experts": (*at.RELEASED_EXPERTS, *at.ODD_EXPERTS),
+        "scoring": ("softmax", "sigmoid"),
+        "renorm": (True, False),
+        "bias": BIASES,
+        "groups": GROUPS,
+        "scale": (1.0, 2.5, 0.125),
+        "dtype": request.dtypes,
+        "data": ("normal", "negative", "peaked", "ties"),
+    }
+    tokens = request.shuffled(at.TOKENS[1:])
+    for round_ in range(request.pick(1, 4)):
+        for row in pairwise(axes, request.seed + round_, allowed):
+            experts, top_k = row.pop("experts")
+            yield RouterCase(T=next(tokens), E=experts, k=top_k, **row)
+    for tokens in at.TOKENS:
+        yield RouterCase(T=tokens, dtype=request.dtypes[tokens % len(request.dtypes)], renorm=bool(tokens % 2))
+    for tokens in (*at.TOKENS_MANY, 4095, 4097, *request.pick((), (65537,))):
+        yield RouterCase(T=tokens, E=16, k=2)
+
+
+def _special(request: Request) -> Iterator[Case]:
+    for data in SPECIALS:
+        for scoring in ("softmax", "sigmoid"):
+            for dtype in request.dtypes:
+                yield RouterCase(T=12, E=60, k=4, data=data, scoring=scoring, dtype=dtype)
+            yield RouterCase(T=9, E=64, k=8, data=data, scoring=scoring, bias="small", groups="8x4")
+            yield RouterCase(T=9, E=6, k=6, data=data, scoring=scoring, renorm=False)
+
+
+def _layouts(request: Request) -> Iterator[Case]:
+    for kind in at.LAYOUTS:
+        for dtype in request.dtypes:
+            shape: dict[str, Any] = {"T": 1, "E": 1, "k": 1} if kind == "unit" else {"T": 13, "E": 37, "k": 5}
+            yield RouterCase(layout=f"router_logits:{kind}", dtype=dtype, **shape)
+        yield RouterCase(
+            T=6, E=32, k=4, layout=f"correction_bias:{kind}", bias="small", scoring="sigmoid", groups="4x2"
+        )
+
+
+def _memory(request: Request) -> Iterator[Case]:
+    for dtype in request.dtypes:
+        yield RouterCase(T=21, E=60, k=4, dtype=dtype)
+        yield RouterCase(T=21, E=64, k=6, dtype=dtype, scoring="sigmoid", bias="small", groups="8x4", scale=2.5)
+
+
+def _laws(request: Request) -> Iterator[Case]:
+    for law in LAWS:
+        for dtype in request.pick(request.dtypes[:1] + request.dtypes[-1:], request.dtypes):
+            yield RouterCase(T=18, E=60, k=4, dtype=dtype, variant=law)
+            if law != "softmax_shift":
+                fields: dict[str, Any] = {"scoring": "sigmoid", "bias": "small", "scale": 2.5, "renorm": False}
+                yield RouterCase(T=40, E=64, k=8, dtype=dtype, variant=law, **fields)
+            yield RouterCase(T=18, E=128, k=8, dtype=dtype, variant=law, renorm=False)
+
+
+def _cuda_cases(request: Request) -> dict[str, Sequence[Case]]:
+    small = [RouterCase(T=tokens, dtype=dtype) for tokens in (1, 8, 64) for dtype in request.dtypes]
+    small.append(RouterCase(T=9, E=64, scoring="sigmoid", bias="small", groups="8x4", scale=2.5))
+    return {
+        "graph_replay": small,
+        "side_stream": small,
+        "large_offsets": [RouterCase(T=5_000_000, E=512, k=2, dtype="bf16")],
+    }

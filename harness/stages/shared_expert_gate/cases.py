@@ -1,0 +1,129 @@
+"""Cases of the stage `shared_expert_gate`."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar, Self
+
+from moe_harness.harness.core import boundaries as at
+from moe_harness.harness.core.case import Case
+from moe_harness.harness.core.pairwise import pairwise
+from moe_harness.harness.core.request import Request
+
+LEADS = ("1", "7", "33", "2x3", "5x1x4", "0", "129", "2x0x3", "", "1x1x1x6", "1024")
+SPECIALS = (
+    "row_nan", "row_inf", "output_nan", "tiny", "huge", "cancelling", "saturated", "saturated_off", "outside_fp16",
+)  # fmt: skip
+LAWS = ("row_permutation", "batch_split", "row_alone", "power_of_two", "additivity", "reshape")
+OPERANDS = ("hidden_states", "gate_weight", "shared_output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateCase(Case):
+    stage: ClassVar[str] = "shared_expert_gate"
+    lead: str = "16"  # leading dimensions, "2x3" is [2, 3, ...]; empty for none
+    H: int = 64
+    D: int = 64
+
+    def rows(self) -> int:
+        return prod(int(size) for size in self.lead.split("x") if size)
+
+    def resized(self) -> Self:
+        return self.but(lead="7", H=self.H + 8, D=self.D + 8, seed=self.seed + 1)
+
+
+CaseType = GateCase
+
+
+def plan(request: Request) -> dict[str, list[Case]]:
+    """Cases of every check, in the order in which they are judged."""
+    return {
+        "contract": request.numbered(_contract(request)),
+        "exact": request.numbered(_exact(request)),
+        "numeric": request.numbered(_numeric(request)),
+        "layouts": request.numbered(_layouts(request)),
+        "memory": request.numbered(_memory(request)),
+        "special": request.numbered(_special(request)),
+        "laws": request.numbered(_laws(request)),
+        "determinism": request.numbered(_memory(request)),
+        "batch_invariance": request.numbered(_memory(request)),
+        "leak": request.numbered([GateCase(lead="512", H=64, D=256, dtype=request.dtypes[0])]),
+        **request.on_cuda(_cuda_cases(request)),
+    }
+
+
+def _contract(request: Request) -> Iterator[Case]:
+    for dtype in request.dtypes:
+        for lead in ("5", "0", "2x3", ""):
+            yield GateCase(lead=lead, dtype=dtype, optional=not lead)
+
+
+def _exact(request: Request) -> Iterator[Case]:
+    axes = {
+        "lead": LEADS,
+        "H": request.pick(at.WIDTHS, at.WIDTHS_FULL),
+        "D": request.pick(at.INNER, at.INNER_FULL),
+        "dtype": request.dtypes,
+    }
+    for row in pairwise(axes, request.seed):
+        yield GateCase(data="exact", optional=not row["lead"], **row)
+    for rows in at.TOKENS:
+        yield GateCase(lead=str(rows), H=32, D=48, data="exact", dtype=request.dtypes[rows % len(request.dtypes)])
+    for width in (1024, 2048, 4096, 4100, 7168):
+        yield GateCase(lead="3", H=width, D=width, data="exact", dtype=request.dtypes[-1])
+    for rows in at.TOKENS_MANY:
+        yield GateCase(lead=str(rows), H=16, D=16, data="exact", dtype=request.dtypes[rows % len(request.dtypes)])
+    yield GateCase(lead="33000", H=8, D=8, data="exact", dtype=request.dtypes[-1])
+
+
+def _numeric(request: Request) -> Iterator[Case]:
+    for dtype in request.dtypes:
+        for lead, width, depth in (
+            ("33", 256, 96),
+            ("2x5", 1024, 130),
+            ("129", 33, 257),
+            ("4", 2048, 2048),
+            ("64", 7, 8),
+        ):
+            yield GateCase(lead=lead, H=width, D=depth, dtype=dtype)
+    axes = {"lead": LEADS[:-1], "H": (1, 16, 33, 129, 256), "D": (1, 5, 24, 63, 130), "dtype": request.dtypes}
+    for row in pairwise(axes, request.seed + 1):
+        yield GateCase(optional=not row["lead"], **row)
+    for shape in request.model_shapes():
+        yield GateCase(lead="33", H=shape.hidden_size, D=shape.hidden_size, dtype=request.dtypes[-1])
+
+
+def _layouts(request: Request) -> Iterator[Case]:
+    for operand in OPERANDS:
+        for kind in at.LAYOUTS:
+            for dtype in request.dtypes:
+                yield GateCase(
+                    lead="1" if kind == "unit" else "13", H=37, D=21, layout=f"{operand}:{kind}", dtype=dtype
+                )
+                yield GateCase(lead="2x1x5", H=40, D=24, layout=f"{operand}:{kind}", dtype=dtype)
+
+
+def _memory(request: Request) -> Iterator[Case]:
+    for dtype in request.dtypes:
+        yield GateCase(lead="33", H=128, D=40, dtype=dtype)
+        yield GateCase(lead="3x4", H=33, D=17, dtype=dtype)
+    for lead in ("1", "2x3x4", "2x1x2x3"):
+        yield GateCase(lead=lead, H=32, D=24, dtype=request.dtypes[-1])
+
+
+def _special(request: Request) -> Iterator[Case]:
+    for data in SPECIALS:
+        for dtype in request.dtypes_of(data):
+            yield GateCase(lead="12", H=64, D=33, data=data, dtype=dtype)
+
+
+def _laws(request: Request) -> Iterator[Case]:
+    for law in LAWS:
+        for dtype in request.dtypes:
+            yield GateCase(lead="24", H=48, D=40, dtype=dtype, variant=law)
+
+
+def _cuda_cases(request: Request) -> dict[str, Sequence[Case]]:
+    small = [GateCase(lead=lead, H=256, D=256, dtype=dtype) for lead in ("1", "33") for dtype in request.dtypes]
+    large = [GateCase(lead="1050000", H=2056, D=2056, dtype=request.dtypes[-1])]
+    return {"graph_replay": small, "side_stream": small, "large_offsets": large}
