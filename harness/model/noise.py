@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_harness.harness import rounding
+from moe_harness.harness.core import bounds
 from moe_harness.reference.model import Model, Routing, State
 
 RUNS = 12
@@ -30,12 +30,12 @@ class RandomRounding:
     """
 
     def __init__(self, dtype: torch.dtype, depth: int, seed: int):
-        self.dtype, self.accumulation = dtype, rounding.accumulation(depth)
+        self.dtype, self.accumulation = dtype, bounds.accumulation(depth)
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, name: str, value: Tensor) -> Tensor:
         dtype = torch.float32 if name == "angle" else self.dtype
-        out = value + (self._draw(value) - 0.5) * rounding.ulp(value, dtype)
+        out = value + (self._draw(value) - 0.5) * bounds.ulp(value, dtype)
         if name in PRODUCTS:
             variance = self.accumulation * value.square().mean(-1, keepdim=True)
             out += (self._draw(value) - 0.5) * (12 * variance).sqrt()
@@ -61,7 +61,7 @@ class LogitBound:
         best = self.value.topk(2, dim=-1)
         gap = best.values[..., 0] - best.values[..., 1]
         spread = self.sigma.gather(-1, best.indices).square().sum(-1).sqrt()
-        return gap > rounding.max_limit() * spread
+        return gap > bounds.max_limit() * spread
 
 
 def logit_bound(model: Model, ids: Tensor, dtype: torch.dtype, forced: dict[int, Routing] | None = None) -> LogitBound:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moe_harness.fixtures import checkpoints
-from moe_harness.harness import rounding
+from moe_harness.harness.core import bounds
 from moe_harness.harness.model.noise import logit_bound
 from moe_harness.reference.model import Model, State
 
@@ -68,8 +68,8 @@ def test_reference_equals_transformers(variant: str, dtype: str, tmp_path: Path)
     judged = same_routing(output.router_logits, model, state) if sparse else torch.ones_like(prompt(), dtype=torch.bool)
     assert judged.double().mean() >= 0.5, f"only {int(judged.sum())} positions chose the same experts"
     z = bound.z(output.logits)[judged]
-    assert z.abs().max() <= rounding.max_limit()
-    assert z.square().mean().sqrt() <= rounding.rms_limit(int(judged.sum()))
+    assert z.abs().max() <= bounds.max_limit()
+    assert z.square().mean().sqrt() <= bounds.rms_limit(int(judged.sum()))
 
 
 @pytest.mark.parametrize("variant", ["qwen3_moe", "qwen2_moe", "qwen3"])
@@ -79,7 +79,7 @@ def test_keys_kept_from_before_change_nothing(variant: str) -> None:
     model = reference(variant)
     whole, state = model(prompt()), State()
     parts = torch.cat([model(part, state) for part in prompt().split([4, 1, 6], dim=1)], dim=1)
-    assert (whole - parts).abs().max() <= rounding.SAME_IN_FP64 * whole.abs().max()
+    assert (whole - parts).abs().max() <= bounds.SAME_IN_FP64 * whole.abs().max()
 
 
 @torch.no_grad()
@@ -118,7 +118,7 @@ def test_the_comparison_sees_a_wrong_model(fault: str, tmp_path: Path) -> None:
     right = Model(keys, checkpoints.tensors(keys))
     wrong = Model(*WRONG[fault](keys, dict(right.weights)))
     bound = logit_bound(right, prompt(), torch.bfloat16)
-    assert bound.z(wrong(prompt())).abs().max() > rounding.max_limit()
+    assert bound.z(wrong(prompt())).abs().max() > bounds.max_limit()
 
 
 @pytest.mark.parametrize("change", [{"model_type": "llama"}, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}])
