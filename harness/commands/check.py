@@ -1,5 +1,6 @@
 """`moe-harness check`: judge one or more implementations of a stage."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,6 +9,8 @@ import typer
 from moe_harness.harness.commands import options
 from moe_harness.harness.core import contracts
 from moe_harness.harness.core.errors import HarnessError, UsageError
+from moe_harness.harness.run.kept import last_failed as last_failed_cases
+from moe_harness.harness.run.kept import remember_failed
 
 
 def check(
@@ -21,6 +24,12 @@ def check(
     seed: options.Seed = 0,
     ranks: Annotated[str, typer.Option(help=f"World sizes for {', '.join(contracts.RANK_STAGES)}.")] = "1,2,3,4",
     timeout: options.Timeout = 60.0,
+    last_failed: Annotated[
+        bool, typer.Option("--last-failed", "--lf", help="Only what failed when it was judged last.")
+    ] = False,
+    fail_fast: Annotated[
+        bool, typer.Option("--fail-fast", "-x", help="End at the first failure, with its cause.")
+    ] = False,
     json: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write a self-contained page here.")] = None,
     debug: options.Debug = False,
@@ -33,8 +42,8 @@ def check(
     request = options.request(stage, device, dtype, profile, config, seed)
     stage = options.one_of("stage", stage, options.ALL_STAGES)
     asked = session.Options(
-        request.dtypes if dtype else None, timeout, options.chosen_checks(stage, request, checks)
-    )  # fmt: skip
+        request.dtypes if dtype else None, timeout, options.chosen_checks(stage, request, checks), None, fail_fast
+    )
     worlds, specs = options.worlds([ranks]), options.specs(impl)
     options.writable(json)
     options.writable(html)
@@ -44,16 +53,27 @@ def check(
     with report.Progress() as progress:
         for spec in specs:
             try:
-                results.append(_judge(stage, spec, request, asked, worlds, progress, _keeper(json, results)))
+                cases = _failed_last(stage, spec, progress) if last_failed else None
+                one = replace(asked, cases=cases)
+                results.append(_judge(stage, spec, request, one, worlds, progress, _keeper(json, results)))
             except HarnessError as error:
                 errors.append(error)
                 results.append(session.error_result(stage, spec, request, error))
             if results[-1]["interrupted"]:
                 break
+    remember_failed(results)
     _deliver(results, json, html)
     for told in errors:
         options.tell(told, debug)
     raise typer.Exit(_status(results, errors))
+
+
+def _failed_last(stage: str, spec: str, progress: Any) -> tuple[str, ...] | None:
+    """The cases of --last-failed; None, and so all of the plan, where none is known."""
+    cases = last_failed_cases(stage, spec)
+    if not cases:
+        progress.note(f"{spec}: no failure of the last run is known, all cases are judged")
+    return cases or None
 
 
 def _judge(stage: str, spec: str, request: Any, asked: Any, worlds: tuple[int, ...], progress: Any, keep: Any) -> Any:

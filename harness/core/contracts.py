@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_harness.harness.core.environment import how_to_install
 from moe_harness.harness.core.errors import CannotJudge, HarnessError, UsageError, unknown
-from moe_harness.harness.environment import how_to_install
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +27,7 @@ DEVICES = ("cpu", "cuda")
 ROUNDINGS = ("gate_up", "activation", "expert_output", "weighted", "partial_sum", "routing_weight")
 # Beyond the contract's six: products of fp32 operands rounded to tf32 first, which has to be declared to be accepted.
 DECLARED_ROUNDINGS = (*ROUNDINGS, "tf32")
+KEPT = ".pkl"  # of a file that holds a function object; see harness.run.functions
 REJECTIONS = (NotImplementedError, ValueError, TypeError)
 
 DTYPE_ALIASES = {"float32": "fp32", "float": "fp32", "float16": "fp16", "half": "fp16", "bfloat16": "bf16"}
@@ -194,6 +195,10 @@ def find(stage: str, spec: str) -> Any:
         raise _unknown_implementation(stage, spec, names)
     if target.endswith(".py"):
         return _attribute(spec, _import_file(spec, Path(target)), attribute)
+    if target.endswith(KEPT):
+        from moe_harness.harness.run.functions import load_kept
+
+        return load_kept(spec, Path(target))
     import_from(Path.cwd())
     if _module_exists(target):
         return _attribute(spec, _import(spec, target), attribute)

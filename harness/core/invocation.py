@@ -13,11 +13,11 @@ from moe_harness.harness.core.call import Call
 from moe_harness.harness.core.case import Case
 from moe_harness.harness.core.compare import against_bound, exactly
 from moe_harness.harness.core.contracts import REJECTIONS, Subject
+from moe_harness.harness.core.environment import what_is_missing
 from moe_harness.harness.core.errors import CannotJudge
 from moe_harness.harness.core.findings import Record
 from moe_harness.harness.core.rows import count, of_result, part
 from moe_harness.harness.core.stage import stage_module
-from moe_harness.harness.environment import what_is_missing
 
 PART = 1 << 16  # rows that are judged at once: of 2^31 elements the fp64 reference alone would fill a GPU's memory
 

@@ -13,7 +13,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from moe_harness.harness.core.errors import CannotJudge, UsageError
+from moe_harness.harness.core.errors import CannotJudge, HarnessError, UsageError
 from moe_harness.harness.core.findings import unfinished
 
 POLL = 0.1  # seconds between looks at the clock and at the memory of the workers
@@ -33,7 +33,9 @@ class Worker:
         self.connection, theirs = context.Pipe()
         descriptor, self.output = tempfile.mkstemp(dir=folder, suffix=".log")
         os.close(descriptor)
-        self.process = context.Process(target=_serve, args=(theirs, self.output, stage, spec, device), daemon=True)
+        # The server that forks may be older than a change of the environment: a notebook sets TRITON_INTERPRET late.
+        told = (dict(os.environ), theirs, self.output, stage, spec, device)
+        self.process = context.Process(target=_serve, args=told, daemon=True)
         self.process.start()
         theirs.close()
         self.loaded: dict[str, Any] = {}  # what the process says of the implementation
@@ -171,13 +173,24 @@ class Pool:
 
     def explain(self, case_id: str, failure: dict[str, Any]) -> None:
         """Add to a finding or failure what causes it; what raised or died, and so is nowhere, has told its own."""
+        if failure.get("where"):
+            self.explained += 1
+            _add_cause(failure, self.ask(4 * EXPLAIN_SECONDS, "explain", case_id, EXPLAIN_SECONDS))
+
+    def explain_alone(self, case_id: str, failure: dict[str, Any]) -> None:
+        """As `explain`, while the workers are busy."""
         if not failure.get("where"):
             return
-        self.explained += 1
-        told = self.ask(4 * EXPLAIN_SECONDS, "explain", case_id, EXPLAIN_SECONDS)
-        if told is not None:
-            failure["diagnosis"] = told["diagnosis"]
-            failure["looks_like"] = list(dict.fromkeys([*failure["looks_like"], *told["looks_like"]]))
+        worker = self._make()
+        try:
+            self._await_loaded(worker)
+            worker.connection.send(("explain", case_id, EXPLAIN_SECONDS))
+            if worker.connection.poll(4 * EXPLAIN_SECONDS):
+                _add_cause(failure, worker.connection.recv())
+        except (EOFError, OSError, HarnessError):  # the failure stands without a cause
+            pass
+        finally:
+            worker.stop()
 
     def history_of(self, case_id: str) -> list[str]:
         """The cases judged before `case_id` in the same process."""
@@ -238,8 +251,15 @@ class Pool:
             raise error
 
 
-def _serve(*arguments: Any) -> None:
+def _add_cause(failure: dict[str, Any], told: dict[str, Any] | None) -> None:
+    if told is not None:
+        failure["diagnosis"] = told["diagnosis"]
+        failure["looks_like"] = list(dict.fromkeys([*failure["looks_like"], *told["looks_like"]]))
+
+
+def _serve(environment: dict[str, str], *arguments: Any) -> None:
     """`harness.process.worker.serve`, imported where it runs: this process needs no torch."""
+    os.environ.update(environment)
     from moe_harness.harness.process.worker import serve
 
     serve(*arguments)

@@ -4,7 +4,7 @@ import re
 import shlex
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -63,9 +63,11 @@ class Account:
     ):  # fmt: skip
         self.stage, self.spec, self.request, self.listener = stage, spec, request, listener
         self.partial, self.parse = partial, parse
+        self.explain: Callable[[Failure], None] = lambda failure: None  # adds the cause to the first, before it is told
         self.started = time.monotonic()
         self.loaded: dict[str, Any] = {"declared": {}, "versions": {}}
         self.places: dict[str, int] = {}  # of each case in the plan
+        self.answered: set[str] = set()
         self.error: str | None = None
         self.interrupted = False
         self.tallies: dict[str, Tally] = {}
@@ -84,6 +86,12 @@ class Account:
         self.places = {case_id: place for place, case_id in enumerate(ids)}
         self.tallies = {self.parse(case_id)[0]: Tally() for case_id in ids}
 
+    def leave_out(self, case_ids: Iterable[str], reason: str) -> None:
+        """Enter the cases of these that nothing was heard of as skipped."""
+        for case_id in case_ids:
+            if case_id not in self.answered:
+                self.take({"id": case_id, "status": "skipped", "reason": reason})
+
     def interrupt(self) -> None:
         """Ctrl-C: the result is what is known until then."""
         self.interrupted = True
@@ -94,6 +102,7 @@ class Account:
     def take(self, answer: dict[str, Any]) -> None:
         """Count one answer of a worker."""
         check, case = self.parse(answer["id"])
+        self.answered.add(answer["id"])
         check = answer.get("counts_as", check)
         tally = self.tallies.setdefault(check, Tally())
         status = COUNTED_AS.get(answer["status"], answer["status"])
@@ -147,6 +156,8 @@ class Account:
             "replay": self.replay_line([case_id]), "heatmap": finding.get("heatmap"),
         }  # fmt: skip
         self.failures.append(failure)
+        if len(self.failures) == 1:
+            self.explain(failure)
         self.listener.failure(failure)
 
     def replay_line(self, case_ids: list[str]) -> str:

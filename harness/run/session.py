@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moe_harness.harness.core.case import Case
+from moe_harness.harness.core.case import Case, parse_id
 from moe_harness.harness.core.errors import CannotJudge, HarnessError
 from moe_harness.harness.core.names import DESCRIBED_STAGES
 from moe_harness.harness.core.plan import ON_CUDA_ONLY, Planned, plan
@@ -29,6 +29,13 @@ class Options:
     dtypes: tuple[str, ...] | None = None  # None: those the implementation declares
     timeout: float = 60.0
     checks: tuple[str, ...] | None = None  # None: all of the stage
+    cases: tuple[str, ...] | None = None  # None: those of the plan
+    fail_fast: bool = False  # end at the first failure, explained
+
+    @property
+    def partial(self) -> bool:
+        """Whether less than the plan was asked for."""
+        return self.checks is not None or self.cases is not None or self.fail_fast
 
 
 class Run:
@@ -36,7 +43,9 @@ class Run:
 
     def __init__(self, stage: str, spec: str, request: Request, options: Options, listener: Any):
         self.stage, self.spec, self.options, self.listener = stage, spec, options, listener
-        self.account = Account(stage, spec, request, listener, partial=options.checks is not None)
+        self.pool: Pool | None = None
+        self.account = Account(stage, spec, request, listener, partial=options.partial)
+        self.account.explain = self._explain_at_once
 
     @property
     def request(self) -> Request:
@@ -64,11 +73,15 @@ class Run:
         planned = self._planned()
         self.account.expect([p.id for p in planned])
         sizes = Counter(p.check for p in planned)
-        searched = {"property": self._examples()} if self._wants("property") else {}
+        searched = {"property": self._examples()} if self._searches else {}
         self.listener.start(self.spec, {**sizes, **searched})
-        for answer in self._answers(pool, self._runnable(planned)):
+        self.pool, runnable = pool, self._runnable(planned)
+        for answer in self._answers(pool, runnable):
             self.account.take(answer)
-        if self._wants("property"):
+            if self.options.fail_fast and self.account.failures:
+                self.account.leave_out(runnable, "--fail-fast ended the run at the first failure")
+                return
+        if self._searches:
             self._search(pool)
         self._confirm(pool)
         self._check_declared_dtypes()
@@ -100,10 +113,16 @@ class Run:
             asked = ", ".join(self.options.dtypes or ())
             raise CannotJudge(f"{self.spec!r} declares the dtypes {declared}, but --dtype asks for {asked}")
         self.account.request = replace(self.request, dtypes=dtypes)
+        if self.options.cases is not None:
+            return [Planned(check, case) for _, check, case in map(parse_id, self.options.cases)]
         return [p for p in plan(self.stage, self.request) if self._wants(p.check)]
 
     def _wants(self, check: str) -> bool:
         return self.options.checks is None or check in self.options.checks
+
+    @property
+    def _searches(self) -> bool:
+        return self.options.cases is None and self._wants("property")
 
     def _runnable(self, planned: list[Planned]) -> list[str]:
         """Ids of what can run on this device; the rest goes into the ledger."""
@@ -158,16 +177,22 @@ class Run:
             failure["looks_like"].insert(0, told + (", the one before suffices" if again else ", or on chance"))
             failure["replay"] = self.account.replay_line([*before, failure["case"]] if again else [failure["case"]])
 
+    def _explain_at_once(self, failure: Any) -> None:
+        """The cause of the first failure, by a process of its own: the others are at work."""
+        if self.pool is not None:
+            self.pool.explain_alone(failure["case"], failure)
+
     def _explain(self, pool: Pool) -> None:
         """Ask for the cause of the first failures, one of each check; what raised or died has told its own."""
         self.account.failures.sort(key=self.account.place)
         first = {failure["check"]: failure for failure in reversed(self.account.failures) if failure["where"]}
         for failure in sorted(first.values(), key=self.account.place)[:EXPLAINED]:
-            pool.explain(failure["case"], failure)
+            if not failure["diagnosis"]:
+                pool.explain(failure["case"], failure)
 
     def _describe(self, pool: Pool) -> None:
         """Let the probes tell how a right implementation computes."""
-        if self.account.failures or self.stage not in DESCRIBED_STAGES or self.options.checks is not None:
+        if self.account.failures or self.stage not in DESCRIBED_STAGES or self.options.partial:
             return
         text = pool.ask(2 * SEARCH_SECONDS["quick"], "describe")
         if text:

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe_harness.harness.core.environment import EXTRAS
 from moe_harness.harness.core.request import Request
-from moe_harness.harness.environment import EXTRAS
 from moe_harness.harness.run.result_builder import Account, Listener
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,6 +34,9 @@ def right(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, *, act
     return out.to(hidden_states.dtype)
 
 def halved(*args, **kw): return right(*args, **kw) / 2
+def swapped(x, w, *args, **kw):
+    g, u = w.chunk(2, 1)
+    return right(x, __import__("torch").cat([u, g], 1), *args, **kw)
 def wrong_shape(*args, **kw): return right(*args, **kw)[:, :-1]
 def wrong_dtype(*args, **kw): return right(*args, **kw).double()
 def no_tensor(*args, **kw): return "done"
@@ -107,6 +110,27 @@ def test_a_right_kernel_passes_and_its_json_says_so(kernels):
     assert all({"name", "cases", "failed", "unsupported"} <= set(check) for check in result["checks"])
     assert result["failures"] == [] and result["coverage"]["executed"] > 100
     assert "<html" in (kernels / "out.html").read_text()
+
+
+def test_fail_fast_ends_at_the_first_failure_and_tells_its_cause_at_once(kernels):
+    done = run(kernels, "check", "-s", "experts", "-i", "kernel.py:swapped", "--fail-fast", "--json", "first.json")
+    assert done.returncode == 1, done.stderr
+    assert "gate_up_swapped" in done.stderr  # the live report; standard output has the final one
+    result = json.loads((kernels / "first.json").read_text())
+    assert 1 <= len(result["failures"]) <= 2
+    assert any("--fail-fast" in entry["reason"] for entry in result["coverage"]["skipped"])
+    assert result["coverage"]["executed"] < 20
+
+
+def test_last_failed_judges_only_what_failed(kernels):
+    first = judge(kernels, "wrong_shape", "--json", "before.json")
+    assert first.returncode == 1
+    failed = json.loads((kernels / "before.json").read_text())["failures"]
+    again = run(kernels, "check", "-s", "experts", "-i", "kernel.py:wrong_shape", "--last-failed", "--json", "lf.json")
+    result = json.loads((kernels / "lf.json").read_text())
+    assert again.returncode == 1 and sum(check["cases"] for check in result["checks"]) == len(failed)
+    done = judge(kernels, "right", "--last-failed")
+    assert done.returncode == 0 and "no failure of the last run is known" in done.stderr
 
 
 def test_a_failure_replays_from_its_line(kernels):
