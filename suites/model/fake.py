@@ -1,8 +1,8 @@
 """A device without a model: the next token is a hash of all tokens that a sequence sees through its pages.
 
-It reads nothing but the block that `batch.Builder` made, as a real device does: token ids, slots, tables, lengths.  A page
-given to the wrong sequence, a stale table, a slot of another chunk, a token dropped or doubled: each changes the hash and
-with it every token that follows.  It is as unkind as a real device may be:
+It reads nothing but the block that `batch.Builder` made, as a real device does: token ids, slots, tables, lengths.  A
+page given to the wrong sequence, a stale table, a slot of another chunk, a token dropped or doubled: each changes the
+hash and with it every token that follows.  It is as unkind as a real device may be:
 
 - it looks at the block as late as it can, after the host has begun the next one;
 - what a block does not hold was garbage before;

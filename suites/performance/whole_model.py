@@ -1,0 +1,363 @@
+"""The whole of Qwen3-30B-A3B on one GPU: output tokens/s on the workload of nano-vllm's benchmark, and what a step takes.
+
+    python3 suites/performance/whole_model.py ours --json FILE [--layers 48] [--runs 5]
+    python3 suites/performance/whole_model.py vllm --json FILE [--layers 48] [--runs 5]     (vLLM importable)
+
+Random weights, made on the device.  256 requests, drawn with seed 0: prompts of 100 to 1,024 random ids, then outputs of
+100 to 1,024 tokens each, temperature 0.6, no end of sequence; prefix caches off.  The first run is a warm-up and is told
+apart.  `ours` checks first that the engine is right on a small model: tokens with graphs as without, logits against the
+fp64 reference.  Components of a decoding step are timed as CUDA graphs over all layers, so that weights come from memory.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048,
+    "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+    "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
+    "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "hidden_act": "silu",
+    "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "rope_scaling": None, "max_position_embeddings": 40960,
+    "attention_bias": False, "tie_word_embeddings": False, "use_sliding_window": False, "torch_dtype": "bfloat16",
+    "initializer_range": 0.02, "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645,
+}  # fmt: skip
+BATCHES = {1: 903, 8: 903, 64: 903, 256: 684}  # sequences of a step and their mean context in the workload
+BANDWIDTH, FLOPS = 4.3e12, 690e12  # of an H200, measured
+
+
+def workload() -> tuple[list[list[int]], list[int]]:
+    """Prompts and output lengths."""
+    random.seed(0)
+    prompts = [[random.randint(0, 10000) for _ in range(random.randint(100, 1024))] for _ in range(256)]
+    return prompts, [random.randint(100, 1024) for _ in range(256)]
+
+
+class Results:
+    """What was found so far, written after every part: a later part that fails takes nothing with it."""
+
+    def __init__(self, file: Path, **about: Any):
+        self.file = file
+        self.found: dict[str, Any] = {"command": " ".join(sys.argv), "device": torch.cuda.get_device_name(), **about}
+        self.found["versions"] = {"torch": torch.__version__}
+        self.failed = False
+
+    def write(self, **values: Any) -> None:
+        self.found |= values
+        self.file.write_text(json.dumps(self.found, indent=1))
+        print(json.dumps(values)[:600], flush=True)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """One part of the run; what it raises is written down."""
+        start = time.perf_counter()
+        try:
+            yield
+        except Exception:
+            self.failed = True
+            self.write(**{f"{name}_failed": traceback.format_exc()[-3000:]})
+        print(f"[{name}: {time.perf_counter() - start:.1f} s]", flush=True)
+
+
+def random_model(layers: int, **options: Any) -> Any:
+    """The model with random weights on the device, without files."""
+    from moe_harness.impls.qwen3_moe.config import Config
+    from moe_harness.impls.qwen3_moe.model import Model, Options
+    from moe_harness.impls.qwen3_moe.weights import Layout
+
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": layers}))
+        layout = Layout(Config.read(Path(folder)), rank=0, world_size=1)
+    device = torch.device("cuda")
+    draw = torch.Generator("cuda").manual_seed(0)
+    parameters = {}
+    for name, shape in layout.shapes.items():
+        parameter = torch.empty(shape, dtype=torch.bfloat16, device=device)
+        if "norm" in name:
+            parameter.fill_(1)
+        else:
+            parameter.normal_(0, 1.0 if "embed" in name else shape[-1] ** -0.5, generator=draw)
+        parameters[name] = parameter
+    return Model(layout, parameters, device, torch.bfloat16, Options(**options))
+
+
+def check(results: Results) -> None:
+    """The engine on a small random checkpoint: graphs = eager, chunks and preemption = neither, logits = reference."""
+    from moe_harness.fixtures import checkpoints
+    from moe_harness.harness.model.noise import logit_bound
+    from moe_harness.impls.qwen3_moe.model import load_model
+    from moe_harness.reference.model import Model
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = checkpoints.make(Path(name), "qwen3_moe", head_dim=128, hidden_size=256, moe_intermediate_size=128)
+        keys = json.loads((folder / "config.json").read_text())
+        ids = torch.randint(0, 128, (3, 70), generator=torch.Generator().manual_seed(0))
+        prompts = [row[:length].tolist() for row, length in zip(ids.repeat(4, 1), range(3, 70, 6), strict=False)]
+        found = {}
+        for kind, options in {
+            "graphs": {}, "eager": {"graphs": False}, "tight": {"pages": 24, "max_tokens": 16, "max_sequences": 16},
+        }.items():  # fmt: skip
+            model = load_model(folder, device="cuda", dtype="fp32", page_size=16, max_length=256, **options)
+            found[kind] = model.generate(prompts, max_new_tokens=40, ignore_eos=True)
+            found[f"{kind}_preemptions"] = model.engine.scheduler.preemptions
+        model = load_model(folder, device="cuda", dtype="bf16", page_size=16, max_length=256)
+        bound = logit_bound(Model(keys, checkpoints.tensors(keys)), ids, torch.bfloat16)
+        z = bound.z(model(ids).cpu()).abs()
+    results.write(
+        check={
+            "graphs = eager": found["graphs"] == found["eager"],
+            "tight = eager": found["tight"] == found["eager"],
+            "preemptions": found["tight_preemptions"],
+            "logits: median |z|": float(z.median()),
+            "logits: share of |z| under 9": float((z < 9).double().mean()),
+        }  # fmt: skip
+    )
+
+
+def timed_runs(results: Results, runs: int, generate: Callable[[], int], name: str = "runs") -> None:
+    """Output tokens/s of a warm-up and of `runs` runs."""
+    found = []
+    for _ in range(1 + runs):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        tokens = generate()
+        torch.cuda.synchronize()
+        found.append(tokens / (time.perf_counter() - start))
+        warm = found[1:]
+        results.write(**{name: {
+            "warm_up": found[0], "tokens_per_second": warm, "median": statistics.median(warm) if warm else None,
+        }})  # fmt: skip
+
+
+def trace(model: Any) -> dict[str, Any]:
+    """One run of the workload, step by step: how many, how long, by kind and size; and the host's part."""
+    prompts, counts = workload()
+    engine, rows = model.engine, []
+    launch, plan = engine.runner.launch, engine.scheduler.plan
+    host = {"plan": 0.0, "launch": 0.0}
+
+    def timed(name: str, function: Callable) -> Callable:
+        def call(*args: Any) -> Any:
+            start = time.perf_counter()
+            out = function(*args)
+            host[name] += time.perf_counter() - start
+            return out
+
+        return call
+
+    engine.runner.launch, engine.scheduler.plan = timed("launch", launch), timed("plan", plan)
+    for request in model.requests(prompts, counts, 0.6, 1, (), True):
+        engine.add(request)
+    last = time.perf_counter()
+    begin = last
+    while engine.busy:
+        before = engine.under_way
+        engine.step()
+        now = time.perf_counter()
+        if before is not None:
+            rows.append((len(before.step.work), before.step.decoding, before.step.tokens, now - last))
+        last = now
+    engine.runner.launch, engine.scheduler.plan = launch, plan
+    kinds: dict[str, list[float]] = defaultdict(list)
+    for work, decoding, tokens, seconds in rows:
+        size = next(f"decode {low + 1}-{high}" for low, high in RANGES if work <= high)
+        kinds[size if decoding == work else f"with chunks, {tokens // 1024 * 1024}+ tokens"].append(seconds * 1e3)
+    return {
+        "seconds": last - begin, "steps": len(rows), "host_seconds": host, "preemptions": engine.scheduler.preemptions,
+        "kinds": {k: {"steps": len(v), "seconds": sum(v) / 1e3, "median_ms": statistics.median(v)}
+                  for k, v in sorted(kinds.items())},
+    }  # fmt: skip
+
+
+RANGES = ((0, 16), (16, 32), (32, 64), (64, 128), (128, 192), (192, 256))
+
+
+def graph_time(run: Callable[[], Any], repeats: int = 20) -> float:
+    """Median microseconds of a CUDA graph of `run`."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    times = []
+    for _ in range(repeats):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) * 1e3)
+    return statistics.median(times)
+
+
+@torch.inference_mode()
+def components(model: Any, batch: int, context: int) -> dict[str, dict[str, float]]:
+    """Microseconds of each part of a decoding step, over all layers, and its floor."""
+    import torch.nn.functional as F
+
+    from moe_harness.impls.qwen3_moe.batch import Filled
+
+    runner, network, c, p = model.engine.runner, model.network, model.config, model.network.p
+    k, layers = network.kernels, range(c.layers)
+    b, page = runner.block, model.options.page_size
+    runner._blank(batch)
+    columns = -(-context // page)
+    order = torch.randperm(model.engine.scheduler.pages.total, device="cuda")[: batch * columns]
+    b["tables"][:batch, :columns] = order.view(batch, columns)
+    b["context"][:batch], b["positions"][:batch] = context, context - 1
+    b["slots"][:batch] = b["tables"][:batch, columns - 1] * page + (context - 1) % page
+    b["rows"][:batch], b["temperature"][:batch] = torch.arange(batch, device="cuda"), 0.6
+    b["ids"][:batch] = torch.randint(0, 10000, (batch,), device="cuda")
+    filled = Filled(batch, batch, batch, batch, cut=False)
+    from moe_harness.impls.qwen3_moe.network import Flat
+
+    flat = Flat(
+        b["positions"][:batch], b["slots"][:batch], b["query_start"][: batch + 1], b["context"][:batch],
+        b["tables"][:batch], batch, True,
+    )  # fmt: skip
+    x = torch.randn(batch, c.hidden_size, device="cuda", dtype=torch.bfloat16)
+    h = torch.randn_like(x)
+    qkv = F.linear(x, p["model.layers.0.self_attn.qkv_proj.weight"])
+    q, key, value = qkv.unflatten(-1, (-1, c.head_dim)).split((c.heads, c.kv_heads, c.kv_heads), dim=1)
+    turned = torch.randn(batch, c.heads, c.head_dim, device="cuda", dtype=torch.bfloat16)
+    mixed = turned.flatten(1)
+    logits = F.linear(x, p["model.layers.0.mlp.gate.weight"])
+    weights, ids = k.router(logits, top_k=c.top_k, renormalize=True)
+    head = F.linear(x, network.head)
+    name = "model.layers.{}.".format
+
+    def route(i: int) -> None:
+        out = F.linear(x, p[name(i) + "mlp.gate.weight"])
+        _, chosen = k.router(out, top_k=c.top_k, renormalize=True)
+        chosen.masked_fill_(flat.dead, -1)
+
+    def norms(i: int) -> None:
+        for part in ("input", "post_attention"):
+            k.rms_norm(x, p[f"{name(i)}{part}_layernorm.weight"], eps=c.eps, residual=h)
+
+    keys, values = runner.cache.keys, runner.cache.values
+    parts: dict[str, Callable[[int], Any]] = {
+        "qkv": lambda i: F.linear(x, p[name(i) + "self_attn.qkv_proj.weight"]),
+        "rope_cache": lambda i: k.rope_cache(
+            q, key, value, flat.positions, flat.slots, keys[i], values[i], eps=c.eps, theta=c.theta,
+            q_norm=p[name(i) + "self_attn.q_norm.weight"], k_norm=p[name(i) + "self_attn.k_norm.weight"],
+        ),
+        "attention": lambda i: network._attend(turned, flat, keys[i], values[i]),
+        "o_proj": lambda i: F.linear(mixed, p[name(i) + "self_attn.o_proj.weight"]),
+        "norms": norms,
+        "router": route,
+        "experts": lambda i: network._experts(name(i) + "mlp", x, weights, ids),
+    }  # fmt: skip
+    found = {part: graph_time(lambda run=run: [run(i) for i in layers]) for part, run in parts.items()}
+    found["lm_head"] = graph_time(lambda: F.linear(x, network.head))
+    found["sampler"] = graph_time(lambda: runner._sample(head, batch))
+    found["step"] = graph_time(lambda: runner.run(filled, padded=True))
+    touched = len(ids.unique())
+    floors = floor(c, batch, context, touched)
+    return {"experts_touched": {"count": touched}} | {
+        part: {"us": round(us, 1), "floor_us": round(floors[part], 1), "ratio": round(us / floors[part], 3)}
+        for part, us in found.items()
+    }
+
+
+def floor(c: Any, batch: int, context: int, touched: int) -> dict[str, float]:
+    """Microseconds of what has to be read, written or multiplied, over all layers."""
+    H, D, element = c.hidden_size, c.head_dim, 2  # noqa: N806
+    q, kv = c.heads * D, c.kv_heads * D
+
+    def cost(elements: float, flops: float = 0.0) -> float:
+        return max(elements * element / BANDWIDTH, flops / FLOPS) * 1e6
+
+    def product(rows: int, depth: int, columns: int) -> float:
+        return cost(depth * columns + rows * (depth + columns), 2 * rows * depth * columns)
+
+    slots = batch * c.top_k
+    layer = {
+        "qkv": product(batch, H, q + 2 * kv),
+        "rope_cache": cost(batch * 2 * (q + 2 * kv)),
+        "attention": cost(batch * (context * 2 * kv + 2 * q)),
+        "o_proj": product(batch, q, H),
+        "norms": cost(batch * 2 * 4 * H),
+        "router": product(batch, H, c.num_experts),
+        "experts": cost(touched * 3 * H * c.expert_size + 2 * batch * H + slots, 2 * slots * 3 * H * c.expert_size),
+    }
+    found = {part: us * c.layers for part, us in layer.items()}
+    found["lm_head"] = product(batch, H, c.vocab_size)
+    found["sampler"] = cost(batch * c.vocab_size)
+    return found | {"step": sum(found.values())}
+
+
+def ours(arguments: argparse.Namespace, results: Results) -> None:
+    """Check, workload, trace, components."""
+    with results.part("check"):
+        check(results)
+    model: Any = None
+    with results.part("load"), torch.inference_mode():
+        model = random_model(
+            arguments.layers, max_sequences=256, max_tokens=arguments.max_tokens, max_length=2048,
+            page_size=arguments.page_size, prefixes=False, pages=arguments.pages,
+        )  # fmt: skip
+        start = time.perf_counter()
+        engine = model.engine
+        results.write(pages=engine.scheduler.pages.total, engine_seconds=time.perf_counter() - start)
+    prompts, counts = workload()
+    with results.part("workload"):
+        requests = model.requests(prompts, counts, 0.6, 1, (), True)
+        timed_runs(results, arguments.runs, lambda: sum(map(len, model.engine.generate(requests))))
+    with results.part("trace"):
+        results.write(trace=trace(model))
+    with results.part("components"):
+        for batch, context in BATCHES.items():
+            results.write(**{f"components_{batch}": components(model, batch, context)})
+
+
+def vllm(arguments: argparse.Namespace, results: Results) -> None:
+    """The same workload through vLLM."""
+    from vllm import LLM, SamplingParams, __version__
+
+    results.found["versions"]["vllm"] = __version__
+    with tempfile.TemporaryDirectory() as folder, results.part("vllm"):
+        Path(folder, "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": arguments.layers}))
+        llm = LLM(
+            folder, load_format="dummy", skip_tokenizer_init=True, enable_prefix_caching=False, max_model_len=2048,
+            dtype="bfloat16", gpu_memory_utilization=0.92,
+        )  # fmt: skip
+        prompts, counts = workload()
+        asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+        options = [
+            SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=count, detokenize=False) for count in counts
+        ]
+
+        def generate() -> int:
+            return sum(len(out.outputs[0].token_ids) for out in llm.generate(asked, options, use_tqdm=False))
+
+        timed_runs(results, arguments.runs, generate)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("engine", choices=("ours", "vllm"))
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--max-tokens", type=int, default=4096, help="of one step of ours")
+    parser.add_argument("--page-size", type=int, default=64)
+    parser.add_argument("--pages", type=int, default=None)
+    chosen = parser.parse_args()
+    told = Results(chosen.json, engine=chosen.engine, layers=chosen.layers)
+    {"ours": ours, "vllm": vllm}[chosen.engine](chosen, told)
+    sys.exit(told.failed)
