@@ -166,7 +166,8 @@ class Model:
         length = o.max_length or c.max_positions
         pages = o.pages or self._pages_that_fit(length)
         length = min(length, pages * o.page_size)
-        limits = Limits(o.max_tokens, o.max_sequences, -(-length // o.page_size), o.page_size)
+        columns = max(1, -(-(length - 1) // o.page_size))  # the last token is never an input
+        limits = Limits(o.max_tokens, o.max_sequences, columns, o.page_size)
         runner = Runner(self.network, self._cache(pages), limits, self.device, o.graphs)
         runner.capture()
         pool = Pages(pages, o.page_size, o.prefixes)

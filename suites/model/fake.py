@@ -9,7 +9,9 @@ hash and with it every token that follows.  It is as unkind as a real device may
 - keys that the same step writes for another sequence are not there yet.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -17,27 +19,34 @@ import torch
 from moe_harness.impls.qwen3_moe.batch import ON_DEVICE, Builder, Filled, Limits
 from moe_harness.impls.qwen3_moe.engine import Engine
 from moe_harness.impls.qwen3_moe.pages import Pages
-from moe_harness.impls.qwen3_moe.runner import buckets
 from moe_harness.impls.qwen3_moe.scheduler import Step
 
 VOCABULARY = 50
 UNWRITTEN = -3
+START = 0
 GARBAGE = -7
 
 
-def next_token(history: tuple[int, ...]) -> int:
-    """What follows `history`, token ids from position 0 on."""
-    return hash((len(history), *history)) % VOCABULARY
+def link(before: int, token: int) -> int:
+    """The keys of a position: they depend on its token and, as in deep layers, on all before it."""
+    return hash((before, token))
+
+
+def next_token(keys: Iterable[int]) -> int:
+    """What follows positions with these keys."""
+    return hash(tuple(keys)) % VOCABULARY
 
 
 def continuation(prompt: tuple[int, ...], count: int, stop: frozenset[int] = frozenset()) -> list[int]:
     """The tokens that a right engine generates."""
-    tokens = list(prompt)
+    keys = list(accumulate(prompt, link, initial=START))[1:]
+    tokens: list[int] = []
     for _ in range(count):
-        tokens.append(next_token(tuple(tokens)))
+        tokens.append(next_token(keys))
+        keys.append(link(keys[-1], tokens[-1]))
         if tokens[-1] in stop:
             break
-    return tokens[len(prompt) :]
+    return tokens
 
 
 @dataclass
@@ -66,7 +75,7 @@ class FakeDevice:
 
     def launch(self, step: Step) -> FakeLaunched:
         decoding = step.decoding == len(step.work)
-        padded = next(b for b in buckets(self.limits.sequences) if b >= len(step.work)) if decoding else 0
+        padded = 0 if not decoding else min(self.limits.sequences, -(-len(step.work) // 4) * 4)
         _, fields = self.builder.hosts[self.builder.turn]
         for field in fields.values():
             field.fill(GARBAGE)
@@ -91,11 +100,12 @@ class FakeDevice:
         size, before, seen = self.limits.page_size, list(self.cache), {}
         for s in range(filled.sequences):
             start, stop = b["query_start"][s : s + 2]
-            for t in range(start, stop):
-                self.cache[b["slots"][t]] = ids[t]
             context, first = int(b["context"][s]), int(b["positions"][start])
             slots = [int(b["tables"][s, p // size]) * size + p % size for p in range(context)]
             assert b["positions"][start:stop].tolist() == list(range(first, context)), "queries end with the last key"
+            last = before[slots[first - 1]] if first else START
+            for t in range(start, stop):
+                last = self.cache[b["slots"][t]] = link(last, ids[t])
             seen[stop - 1] = tuple(before[slot] for slot in slots[:first]) + tuple(
                 self.cache[slot] for slot in slots[first:]
             )
@@ -135,7 +145,7 @@ def engine(
     *, pages: int = 8, page_size: int = 2, sequences: int = 4, tokens: int = 8, length: int = 64, prefixes: bool = True
 ) -> Engine:
     """An engine over the fake device."""
-    limits = Limits(tokens, sequences, -(-length // page_size), page_size)
+    limits = Limits(tokens, sequences, max(1, -(-(length - 1) // page_size)), page_size)
     return Engine(
         FakeDevice(limits, pages), Pages(pages, page_size, prefixes),
         max_sequences=sequences, max_tokens=tokens, max_length=length,

@@ -28,13 +28,15 @@ class EngineMachine(RuleBasedStateMachine):
         self.got: dict[int, list[int]] = {}
 
     @rule(
-        blocks=st.integers(0, 4), offset=st.integers(-1, 1), family=st.integers(0, 1), fork=st.integers(0, 70),
+        blocks=st.integers(0, 4), offset=st.integers(-1, 1), family=st.integers(0, 3), fork=st.integers(0, 70),
         new=st.integers(1, 12), stops=st.booleans(), temperature=st.sampled_from((0.0, 0.5)),
     )  # fmt: skip
     def add(self, blocks: int, offset: int, family: int, fork: int, new: int, stops: bool, temperature: float) -> None:
         """A prompt of n pages, one token more or less, that shares its start with others of its family."""
         length = blocks * self.size + offset
-        prompt = tuple((family + p * 7 + (p >= fork) * 11) % fake.VOCABULARY for p in range(length))
+        period = self.size if family == 2 else fake.VOCABULARY  # every page of family 2 holds the same tokens
+        start = self.size * 7 if family == 3 else family  # family 3 starts as the second page of family 0 does
+        prompt = tuple((start + p % period * 7 + (p >= fork) * 11) % fake.VOCABULARY for p in range(length))
         stop = frozenset(range(0, fake.VOCABULARY, 3)) if stops else frozenset()
         request = Request(prompt, new, temperature, top_k=3 if stops else None, seed=fork, stop_ids=stop)
         fits = length >= 1 and length + new - 1 <= self.room and length + new <= self.room + 1

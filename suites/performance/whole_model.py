@@ -1,12 +1,13 @@
-"""The whole of Qwen3-30B-A3B on one GPU: output tokens/s on the workload of nano-vllm's benchmark, and what a step takes.
+"""The whole of Qwen3-30B-A3B on one GPU: output tokens/s on the workload of nano-vllm's benchmark, and a step's parts.
 
     python3 suites/performance/whole_model.py ours --json FILE [--layers 48] [--runs 5]
     python3 suites/performance/whole_model.py vllm --json FILE [--layers 48] [--runs 5]     (vLLM importable)
 
-Random weights, made on the device.  256 requests, drawn with seed 0: prompts of 100 to 1,024 random ids, then outputs of
-100 to 1,024 tokens each, temperature 0.6, no end of sequence; prefix caches off.  The first run is a warm-up and is told
-apart.  `ours` checks first that the engine is right on a small model: tokens with graphs as without, logits against the
-fp64 reference.  Components of a decoding step are timed as CUDA graphs over all layers, so that weights come from memory.
+Random weights, made on the device.  256 requests, drawn with seed 0: prompts of 100 to 1,024 random ids, then outputs
+of 100 to 1,024 tokens each, temperature 0.6, no end of sequence; prefix caches off.  The first run is a warm-up and is
+told apart.  `ours` checks first that the engine is right on a small model: tokens with graphs as without, logits
+against the fp64 reference.  Components of a decoding step are timed as CUDA graphs over all layers, so that weights
+come from memory.
 """
 
 import argparse
