@@ -10,7 +10,7 @@ from hypothesis import Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from moe_harness.fixtures import checkpoints
-from moe_harness.harness import rounding
+from moe_harness.harness.core import bounds
 from moe_harness.impls.qwen3_moe import runner
 from moe_harness.impls.qwen3_moe.config import CheckpointError, Config
 from moe_harness.impls.qwen3_moe.model import Model, load_model
@@ -77,7 +77,7 @@ def check_pads(model: Model) -> None:
         filled = device.builder.carry(launched, 6)
         padded, _ = device.run(runner.Filled(6, 6, 6, 6, filled.cut), padded=True)
     error = (padded[:1] - alone).abs().max() / alone.abs().max()
-    assert error <= rounding.SAME_IN_FP64, "pad rows change a sequence's logits"
+    assert error <= bounds.SAME_IN_FP64, "pad rows change a sequence's logits"
     assert all(bool((ids[1:] == -1).all()) for ids in seen if len(ids) == 6), "pad rows read experts"
 
 
