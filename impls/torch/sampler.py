@@ -31,7 +31,7 @@ def sampler(
     if not warm.any():
         return greedy
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    inverse = 1 / torch.where(warm, temperature.to(wide.dtype), 1)
+    inverse = (1 / torch.where(warm, temperature.to(wide.dtype), 1)).clamp(max=3e38)
     scores = (wide - wide.amax(1, keepdim=True)) * inverse[:, None]
     noisy = scores + gumbel(seeds, positions, logits.shape[1])
     if top_k is not None or top_p is not None:

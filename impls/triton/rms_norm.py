@@ -1,0 +1,93 @@
+r"""Root mean square normalisation, with the addition of the residual in the same kernel.
+
+    s = x + residual,  out = weight * s / sqrt(mean(s^2) + eps)      fp32, each result rounded once
+
+The sum is rounded to its dtype first and normalised from there, so that a layer with and without the fusion gives the
+same bits.  Rows longer than LONGEST do not fit in the registers of one program, and are left to the plain expression.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe_harness.impls.triton._common import interpreting, narrow, on, require
+
+__all__ = ["rms_norm"]  # what is registered
+
+LONGEST = 16384
+
+
+@triton.jit
+def _norm_rows(
+    x, residual, weight, out, total, rows, H, eps, x_row, x_col, r_row, r_col, w_col,
+    ADD: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """BM rows of H columns; results are contiguous."""
+    row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
+    column = tl.arange(0, BH)
+    live = (row < rows) & (column < H)[None, :]
+    scale = tl.load(weight + column.to(tl.int64) * w_col, mask=column < H, other=0.0)
+    s = tl.load(x + row * x_row + column[None, :].to(tl.int64) * x_col, mask=live, other=0.0).to(tl.float32)
+    if ADD:
+        added = tl.load(residual + row * r_row + column[None, :].to(tl.int64) * r_col, mask=live, other=0.0)
+        kept = narrow(s + added.to(tl.float32), total.dtype.element_ty, WIDEN)
+        tl.store(total + row * H + column[None, :], kept, mask=live)
+        s = kept.to(tl.float32)
+    inverse = 1.0 / tl.sqrt_rn(tl.sum(s * s, 1) / H + eps)
+    result = s * inverse[:, None] * scale.to(tl.float32)[None, :]
+    tl.store(out + row * H + column[None, :], narrow(result, out.dtype.element_ty, WIDEN), mask=live)
+
+
+def _plain(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+    total = x if residual is None else x + residual
+    wide = total.float()
+    out = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype).contiguous()
+    return out if residual is None else (out, total)
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The stage `rms_norm`.
+
+    Args:
+        x: [..., H], fp32, fp16 or bf16, any strides (leading dimensions that cannot be folded are copied).
+        weight: [H], same dtype.
+        residual: [..., H], same dtype.
+
+    Returns:
+        New contiguous out [..., H]; with a residual, (out, x + residual).
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: shapes, dtypes, devices that do not fit.
+    """
+    require(x, weight, *(() if residual is None else (residual,)))
+    hidden = x.shape[-1]
+    if tuple(weight.shape) != (hidden,):
+        raise ValueError(f"weight is {tuple(weight.shape)}, but should be {(hidden,)}")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual is {tuple(residual.shape)}, but should be as x, {tuple(x.shape)}")
+    if not 0 < hidden <= LONGEST:
+        return _plain(x, weight, eps, residual)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = out if residual is None else torch.empty_like(out)
+    rows = out.numel() // hidden
+    if rows > 0:
+        flat = x.reshape(rows, hidden)
+        added = flat if residual is None else residual.reshape(rows, hidden)
+        width = triton.next_power_of_2(hidden)
+        tall = 8 if interpreting() else max(1, 512 // width)
+        with on(x.device):
+            _norm_rows[(triton.cdiv(rows, tall),)](
+                flat, added, weight, out, total, rows, hidden, eps, *flat.stride(), *added.stride(), weight.stride(0),
+                ADD=residual is not None, BM=tall, BH=width, WIDEN=interpreting(),
+                num_warps=max(1, min(16, width // 512)),
+            )  # fmt: skip
+    return out if residual is None else (out, total)
+
+
+rms_norm.rounds = ()
+rms_norm.deterministic = True
+rms_norm.batch_invariant = True
+rms_norm.graph_capturable = True
