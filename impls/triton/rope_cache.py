@@ -1,8 +1,8 @@
 r"""From the projection to attention in one launch: heads normalised, rotated, keys and values written to their slots.
 
-One program has one token and one key/value head with the query heads that share it.  Everything between load and store
-is fp32.  The angle of plane i is position * theta^(-i / (D/2)): the power is taken with an exponent in two parts, since
-one fp32 exponent of about 20 bits would leave the frequency 14 roundoffs off; so it is 2 or 3.
+One program has one token and either one key/value head or the query heads that share it.  Everything between load
+and store is fp32.  The angle of plane i is position * theta^(-i / (D/2)): the power is taken with an exponent in two
+parts, since one fp32 exponent of about 20 bits would leave the frequency 14 roundoffs off; so it is 2 or 3.
 """
 
 import math
@@ -30,19 +30,33 @@ def _angle(position, plane, HALF: tl.constexpr, log2_theta, log2_theta_low):
 
 
 @triton.jit
-def _turned(at, heads, live, weight, w_stride, h_stride, d_stride, plane, cos, sin, eps,
-            D: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
-    """Both halves of the heads [n] at `at`, each [n, BH], normalised and rotated."""
+def _halves(at, heads, live, h_stride, d_stride, plane, HALF: tl.constexpr):
+    """Both halves of the heads [n] at `at`, each fp32 [n, BH]."""
     here = live[:, None] & (plane < HALF)[None, :]
-    first_at = at + heads[:, None].to(tl.int64) * h_stride + plane[None, :].to(tl.int64) * d_stride
-    first = tl.load(first_at, mask=here, other=0.0).to(tl.float32)
-    second = tl.load(first_at + HALF * d_stride, mask=here, other=0.0).to(tl.float32)
+    first = at + heads[:, None].to(tl.int64) * h_stride + plane[None, :].to(tl.int64) * d_stride
+    return tl.load(first, mask=here, other=0.0).to(tl.float32), tl.load(
+        first + HALF * d_stride, mask=here, other=0.0
+    ).to(tl.float32)
+
+
+@triton.jit
+def _scales(weight, stride, plane, HALF: tl.constexpr, NORM: tl.constexpr):
+    """Both halves of the weight of a normalisation, each fp32 [BH]."""
+    first, second = 1.0, 1.0
     if NORM:
-        weight_at = weight + plane.to(tl.int64) * w_stride
-        squares = tl.sum(first * first + second * second, 1)
-        inverse = (1.0 / tl.sqrt_rn(squares / D + eps))[:, None]
-        first *= inverse * tl.load(weight_at, mask=plane < HALF, other=0.0).to(tl.float32)[None, :]
-        second *= inverse * tl.load(weight_at + HALF * w_stride, mask=plane < HALF, other=0.0).to(tl.float32)[None, :]
+        at = weight + plane.to(tl.int64) * stride
+        first = tl.load(at, mask=plane < HALF, other=0.0).to(tl.float32)
+        second = tl.load(at + HALF * stride, mask=plane < HALF, other=0.0).to(tl.float32)
+    return first, second
+
+
+@triton.jit
+def _turned(first, second, scale, scale_second, cos, sin, eps, D: tl.constexpr, NORM: tl.constexpr):
+    """Both halves normalised and rotated."""
+    if NORM:
+        inverse = (1.0 / tl.sqrt_rn(tl.sum(first * first + second * second, 1) / D + eps))[:, None]
+        first *= inverse * scale[None, :]
+        second *= inverse * scale_second[None, :]
     return first * cos[None, :] - second * sin[None, :], second * cos[None, :] + first * sin[None, :]
 
 
@@ -51,40 +65,49 @@ def _rope_cache(
     q, k, v, positions, slots, key_cache, value_cache, q_norm, k_norm, out, eps, log2_theta, log2_theta_low,
     q_t, q_h, q_d, k_t, k_h, k_d, v_t, v_h, v_d, position_t, slot_t,
     kc_p, kc_s, kc_h, kc_d, vc_p, vc_s, vc_h, vc_d, qn_d, kn_d,
-    QUERY_HEADS: tl.constexpr, GROUP: tl.constexpr, BG: tl.constexpr, D: tl.constexpr, BH: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, BG: tl.constexpr, D: tl.constexpr, BH: tl.constexpr,
     PAGE: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Token program_id(0), key/value head program_id(1)."""
+    """Token program_id(0).  Programs below HEADS have the query heads of one key/value head, those from it on its key.
+
+    Everything a program reads is on its way before the angle is taken, which takes the longest.
+    """
     HALF: tl.constexpr = D // 2
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    slot = tl.load(slots + token * slot_t).to(tl.int64)
     plane = tl.arange(0, BH)
-    angle = _angle(tl.load(positions + token * position_t), plane, HALF, log2_theta, log2_theta_low)
-    cos, sin = tl.cos(angle), tl.sin(angle)
-
-    row = tl.arange(0, BG)
-    heads = head * GROUP + row
-    first, second = _turned(q + token * q_t, heads, row < GROUP, q_norm, qn_d, q_h, q_d, plane, cos, sin, eps,
-                            D, HALF, Q_NORM)  # fmt: skip
-    here = (row < GROUP)[:, None] & (plane < HALF)[None, :]
-    out_at = out + (token * QUERY_HEADS + heads[:, None]) * D + plane[None, :]
-    tl.store(out_at, narrow(first, out.dtype.element_ty, WIDEN), mask=here)
-    tl.store(out_at + HALF, narrow(second, out.dtype.element_ty, WIDEN), mask=here)
-
-    if slot >= 0:
-        page, offset = slot // PAGE, slot % PAGE
-        one = tl.arange(0, 1)
-        k_first, k_second = _turned(k + token * k_t, head + one, one < 1, k_norm, kn_d, k_h, k_d, plane, cos, sin, eps,
-                                D, HALF, K_NORM)  # fmt: skip
-        k_here = (one < 1)[:, None] & (plane < HALF)[None, :]
-        key_at = key_cache + page * kc_p + offset * kc_s + head.to(tl.int64) * kc_h + plane[None, :].to(tl.int64) * kc_d
-        tl.store(key_at, narrow(k_first, key_cache.dtype.element_ty, WIDEN), mask=k_here)
-        tl.store(key_at + HALF * kc_d, narrow(k_second, key_cache.dtype.element_ty, WIDEN), mask=k_here)
-        value_at = v + token * v_t + head.to(tl.int64) * v_h + plane.to(tl.int64) * v_d
-        to = value_cache + page * vc_p + offset * vc_s + head.to(tl.int64) * vc_h + plane.to(tl.int64) * vc_d
-        tl.store(to, tl.load(value_at, mask=plane < HALF), mask=plane < HALF)
-        tl.store(to + HALF * vc_d, tl.load(value_at + HALF * v_d, mask=plane < HALF), mask=plane < HALF)
+    position = tl.load(positions + token * position_t)
+    if head < HEADS:
+        row = tl.arange(0, BG)
+        heads = head * GROUP + row
+        first, second = _halves(q + token * q_t, heads, row < GROUP, q_h, q_d, plane, HALF)
+        scale, scale_second = _scales(q_norm, qn_d, plane, HALF, Q_NORM)
+        angle = _angle(position, plane, HALF, log2_theta, log2_theta_low)
+        first, second = _turned(first, second, scale, scale_second, tl.cos(angle), tl.sin(angle), eps, D, Q_NORM)
+        here = (row < GROUP)[:, None] & (plane < HALF)[None, :]
+        at = out + (token * HEADS * GROUP + heads[:, None]) * D + plane[None, :]
+        tl.store(at, narrow(first, out.dtype.element_ty, WIDEN), mask=here)
+        tl.store(at + HALF, narrow(second, out.dtype.element_ty, WIDEN), mask=here)
+    else:
+        slot = tl.load(slots + token * slot_t).to(tl.int32)
+        if slot >= 0:
+            one = head - HEADS + tl.arange(0, 1)
+            k_first, k_second = _halves(k + token * k_t, one, one >= 0, k_h, k_d, plane, HALF)
+            value, value_second = _halves(v + token * v_t, one, one >= 0, v_h, v_d, plane, HALF)
+            k_scale, k_scale_second = _scales(k_norm, kn_d, plane, HALF, K_NORM)
+            k_angle = _angle(position, plane, HALF, log2_theta, log2_theta_low)
+            k_first, k_second = _turned(
+                k_first, k_second, k_scale, k_scale_second, tl.cos(k_angle), tl.sin(k_angle), eps, D, K_NORM
+            )
+            page, offset = (slot // PAGE).to(tl.int64), (slot % PAGE).to(tl.int64)
+            k_here = (one >= 0)[:, None] & (plane < HALF)[None, :]
+            column, cache_head = plane[None, :].to(tl.int64), one[:, None].to(tl.int64)
+            key_at = key_cache + page * kc_p + offset * kc_s + cache_head * kc_h + column * kc_d
+            tl.store(key_at, narrow(k_first, key_cache.dtype.element_ty, WIDEN), mask=k_here)
+            tl.store(key_at + HALF * kc_d, narrow(k_second, key_cache.dtype.element_ty, WIDEN), mask=k_here)
+            value_at = value_cache + page * vc_p + offset * vc_s + cache_head * vc_h + column * vc_d
+            tl.store(value_at, narrow(value, value_cache.dtype.element_ty, WIDEN), mask=k_here)
+            tl.store(value_at + HALF * vc_d, narrow(value_second, value_cache.dtype.element_ty, WIDEN), mask=k_here)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -133,12 +156,12 @@ def rope_cache(
     group = query_heads // k.shape[1]
     high, low = _in_two_parts(math.log2(theta))
     with on(q.device):
-        _rope_cache[(tokens, k.shape[1])](
+        _rope_cache[(tokens, 2 * k.shape[1])](
             q, k, v, positions, slots, key_cache, value_cache, q if q_norm is None else q_norm,
             q if k_norm is None else k_norm, out, eps, high, low, *q.stride(), *k.stride(), *v.stride(),
             positions.stride(0), slots.stride(0), *key_cache.stride(), *value_cache.stride(),
             0 if q_norm is None else q_norm.stride(0), 0 if k_norm is None else k_norm.stride(0),
-            QUERY_HEADS=query_heads, GROUP=group, BG=triton.next_power_of_2(group), D=width,
+            HEADS=k.shape[1], GROUP=group, BG=triton.next_power_of_2(group), D=width,
             BH=triton.next_power_of_2(width // 2), PAGE=key_cache.shape[1], Q_NORM=q_norm is not None,
             K_NORM=k_norm is not None, WIDEN=interpreting(), num_warps=1,
         )  # fmt: skip

@@ -21,11 +21,14 @@ NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 @triton.jit
 def _draw(
-    logits, temperature, seeds, positions, edges, lasts, tops, scores, tokens, V, part,
+    logits, temperature, seeds, positions, edges, lasts, part_top, part_best, part_choice, V, part,
     b_stride, v_stride, t_stride, seed_stride, p_stride,
     CUT: tl.constexpr, TILE: tl.constexpr, BITS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Best of the tokens of one part of row program_id(0): its score, relative to the largest logit of the part."""
+    """Best of the tokens of one part of row program_id(0): its score, relative to the largest logit of the part.
+
+    Every lane keeps its own best, relative to its own largest logit, so that the loop has no reduction in it.
+    """
     b, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     degrees = tl.load(temperature + b * t_stride).to(tl.float32)
     warm = degrees > 0
@@ -35,32 +38,35 @@ def _draw(
     if CUT:
         edge = tl.load(edges + b).to(tl.uint32)
         last = tl.load(lasts + b)
-    top = tl.full([], float("-inf"), tl.float32)
-    best = tl.full([], float("-inf"), tl.float32)
-    choice = tl.full([], 0, tl.int32)
+    tops = tl.full([TILE], float("-inf"), tl.float32)
+    bests = tl.full([TILE], float("-inf"), tl.float32)
+    choices = tl.zeros([TILE], tl.int32)
     first = split * part
     for start in range(first, tl.minimum(first + part, V), TILE):
         token = start + tl.arange(0, TILE)
         x = tl.load(logits + b * b_stride + token.to(tl.int64) * v_stride, mask=token < V, other=float("-inf"))
         x = x.to(tl.float32)
-        new_top = tl.maximum(top, tl.max(x))
-        best = tl.where(new_top > top, best + (top - new_top) * inverse, best)
-        top = new_top
         kept = x > float("-inf")
         if CUT:
             key = ordered(x, BITS)
             kept &= (key > edge) | ((key == edge) & (token <= last))
-        score = (x - top) * inverse
+        new_tops = tl.maximum(tops, x)
+        bests += tl.where(new_tops > tops, (tops - new_tops) * inverse, 0.0)
+        tops = new_tops
+        score = (x - tops) * inverse
         if warm:
             score += gumbel(seed, position, start // 4, TILE // 4)
         score = tl.where(kept, score, float("-inf"))
-        highest = tl.max(score)
-        choice = tl.where(highest > best, start + tl.argmax(score, 0), choice)
-        best = tl.maximum(best, highest)
+        choices = tl.where(score > bests, token, choices)
+        bests = tl.maximum(bests, score)
+    top = tl.max(tops)
+    bests = tl.where(tops > float("-inf"), bests + (tops - top) * inverse, float("-inf"))
+    best = tl.max(bests)
+    choice = tl.min(tl.where(bests == best, choices, V - 1))
     at = b * PARTS + split
-    tl.store(tops + at, top)
-    tl.store(scores + at, best)
-    tl.store(tokens + at, choice)
+    tl.store(part_top + at, top)
+    tl.store(part_best + at, best)
+    tl.store(part_choice + at, choice)
 
 
 @triton.jit
