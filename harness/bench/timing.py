@@ -35,7 +35,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass
 class Timing:
-    """Microseconds per call of one implementation at one number of tokens; `refused` says why there are none."""
+    """Microseconds per call of one implementation at one number of tokens; `refused` says why there are none.
+
+    `called`: without a graph, many calls in a row, which the host bounds where it is slower than the device.
+    """
 
     spec: str
     tokens: int
@@ -45,6 +48,7 @@ class Timing:
     floor: float = 0.0
     bound_by: str = ""
     captured: bool = False
+    called: float = 0.0
     refused: str = ""
     tflops: float = 0.0
     intensity: float = 0.0
@@ -163,8 +167,12 @@ class _Runner:
         return self.last
 
     def time(self) -> float:
-        """Microseconds per call."""
+        """Microseconds per call, from the graph where there is one."""
         return _events(self.graph.replay if self.graph else self._all) / (self.repeats * len(self.calls))
+
+    def time_called(self) -> float:
+        """Microseconds per call without a graph."""
+        return _events(self._all) / (self.repeats * len(self.calls))
 
 
 def _runner(subject: Subject, batch: Batch) -> tuple[_Runner | None, str]:
@@ -194,17 +202,19 @@ def _time_batch(subjects: list[Subject], batch: Batch, tokens: int, rounds: int)
             torch.cuda.empty_cache()  # it may have filled the memory
         runners.append(runner)
         timings.append(Timing(subject.spec, tokens, refused=refused))
-    taken: list[list[float]] = [[] for _ in subjects]
+    taken: list[list[tuple[float, float]]] = [[] for _ in subjects]
     for turn in range(rounds + 1):
         for times, runner in zip(taken, runners, strict=True):
             if runner is not None:
                 us = runner.time()
+                called = runner.time_called() if runner.graph else us
                 if turn:  # the first round warms up
-                    times.append(us)
+                    times.append((us, called))
     for timing, runner, times in zip(timings, runners, taken, strict=True):
         if runner is not None:
-            timing.median, timing.low, timing.high = statistics.median(times), min(times), max(times)
-            timing.captured = runner.graph is not None
+            replayed, called = zip(*times, strict=True)
+            timing.median, timing.low, timing.high = statistics.median(replayed), min(replayed), max(replayed)
+            timing.captured, timing.called = runner.graph is not None, statistics.median(called)
     return timings
 
 

@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_harness.impls.dispatchers._launch import Prepared
 from moe_harness.impls.dispatchers.allgather_reducescatter import AllgatherReducescatter
 from moe_harness.impls.dispatchers.common import Dispatched, Dispatcher
+from moe_harness.impls.launching import Prepared
 
 MAX_TOKENS = 128  # what is worth writing in this way where no bound is given
 ALIGNMENT = 128

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_harness.impls.launching import empty, launch
 from moe_harness.impls.triton._common import after_previous, early_start, interpreting, narrow, on
 from moe_harness.impls.triton.alignment import local_expert
 
@@ -39,13 +40,14 @@ def _combine(
 def combine(y: Tensor, weights: Tensor, ids: Tensor, experts: int, expert_map: Tensor | None) -> Tensor:
     """[T, H] from y [T * k, H] (slot order), weights and ids [T, k]."""
     (tokens, top_k), hidden = ids.shape, y.shape[1]
-    out = y.new_empty(tokens, hidden)
+    out = empty(y, tokens, hidden)
     emap = ids if expert_map is None else expert_map.contiguous()
     # Small batches are cut into narrow pieces so that every multiprocessor gets some; wide ones amortise the ids.
     block = min(triton.next_power_of_2(hidden), 1024 if tokens >= 512 else 512)
     early = early_start(y.device)
     with on(y.device):
-        _combine[(tokens, triton.cdiv(hidden, block))](
+        launch(
+            _combine, (tokens, triton.cdiv(hidden, block)),
             y, weights, ids, emap, out, hidden, experts, emap.numel(), *ids.stride(), *weights.stride(),
             HAS_MAP=expert_map is not None, K=top_k, BN=block, UNROLL=min(4, triton.next_power_of_2(top_k)),
             WIDEN=interpreting(), PDL=early, launch_pdl=early, num_warps=max(1, min(8, block // 256)),

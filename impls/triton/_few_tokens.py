@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_harness.impls.launching import empty, launch
 from moe_harness.impls.triton._combine import combine
 from moe_harness.impls.triton._common import (
     after_previous,
@@ -93,20 +94,22 @@ def few_tokens(
     """[T, H] for x [T, H], gate_up [E, 2I, H], down [E, H, I], weights and ids [T, k], any strides."""
     (tokens, top_k), (experts, hidden, width) = ids.shape, down.shape
     slots = tokens * top_k
-    act, y = x.new_empty(slots, width), x.new_empty(slots, hidden)
+    act, y = empty(x, slots, width), empty(x, slots, hidden)
     emap = ids if expert_map is None else expert_map.contiguous()
     w_up, tma_up = tile_source(gate_up, [1, walk.up_n, walk.up_k], True)
     w_down, tma_down = tile_source(down, [1, walk.down_n, walk.down_k], True)
     early = early_start(x.device)
     shared = {"HAS_MAP": expert_map is not None, "WIDEN": interpreting(), "PDL": early}
     with on(x.device):
-        _few_gate_up[(triton.cdiv(width, walk.up_n), slots)](
+        launch(
+            _few_gate_up, (triton.cdiv(width, walk.up_n), slots),
             x, w_up, act, ids, emap, slots, hidden, width, top_k, experts, emap.numel(),
             *ids.stride(), *x.stride(), *gate_up.stride(), **shared,
             BN=walk.up_n, BK=walk.up_k, EVEN_K=hidden % walk.up_k == 0, TMA=tma_up, GELU=activation == "gelu_tanh",
             num_warps=walk.up_warps, num_stages=walk.up_stages,
         )  # fmt: skip
-        _few_down[(triton.cdiv(hidden, walk.down_n), slots)](
+        launch(
+            _few_down, (triton.cdiv(hidden, walk.down_n), slots),
             act, w_down, y, ids, emap, slots, hidden, width, top_k, experts, emap.numel(),
             *ids.stride(), *down.stride(), **shared,
             BN=walk.down_n, BK=walk.down_k, EVEN_K=width % walk.down_k == 0, TMA=tma_down, launch_pdl=early,

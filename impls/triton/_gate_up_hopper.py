@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from moe_harness.impls.launching import launch
 from moe_harness.impls.triton._common import descriptor_strides, on, programs_at_once
 from moe_harness.impls.triton._hopper import (
     COLUMNS,
@@ -194,7 +195,8 @@ def gate_up_hopper(
     )  # fmt: skip
     experts = len(weight)
     with on(x.device):
-        _gate_up_hopper[(programs_at_once(x.device),)](
+        launch(
+            _gate_up_hopper, (programs_at_once(x.device),),
             x, source, act, counts, slots, x.stride(0), act.stride(0), E=experts, H=x.shape[1], WIDTH=act.shape[1],
             top_k=top_k, BLOCK_E=max(32, triton.next_power_of_2(experts)), GROUP=group, GELU=gelu, launch_pdl=True,
             num_warps=4,

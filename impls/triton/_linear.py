@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_harness.impls.launching import empty, launch
 from moe_harness.impls.triton._common import (
     after_previous,
     early_start,
@@ -112,7 +113,7 @@ def linear(
     `expected` is the number of rows the grid is sized for; more are handled.  Rows past sum(counts) are not written.
     """
     num_experts, columns = weight.shape[0], weight.shape[1]
-    y = a.new_empty(a.shape[0], columns)
+    y = empty(a, a.shape[0], columns)
     if tiling.copier and slots is not None and bias is None and on_hopper(a.device):
         from moe_harness.impls.triton._hopper import suits
         from moe_harness.impls.triton._linear_hopper import linear_hopper
@@ -122,11 +123,12 @@ def linear(
             return y
     source, tma = tile_source(weight, [1, tiling.n, tiling.k], tiling.tma)
     a_source, tma_a = tile_source(a, [tiling.m, tiling.k], tiling.tma)
-    a_half, _ = tile_source(a, [tiling.m // 2, tiling.k], tiling.tma)
+    a_half = tile_source(a, [tiling.m // 2, tiling.k], tiling.tma)[0] if tiling.tail else a_source
     bias_strides = (0, 0) if bias is None else bias.stride()
     early = slots is not None and early_start(a.device)
     with on(a.device):
-        _linear[(grid_size(tiling, expected, num_experts, columns, a.device, slots is not None),)](
+        launch(
+            _linear, (grid_size(tiling, expected, num_experts, columns, a.device, slots is not None),),
             a_source, a_half, source, a if bias is None else bias, y, counts, counts if slots is None else slots,
             num_experts, a.shape[1], columns,
             *a.stride(), *weight.stride(), *bias_strides, counts.stride(-1), y.stride(0),

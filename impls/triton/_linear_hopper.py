@@ -12,6 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from moe_harness.impls.launching import launch
 from moe_harness.impls.triton._common import descriptor_strides, on, programs_at_once
 from moe_harness.impls.triton._hopper import (
     COLUMNS,
@@ -154,7 +155,8 @@ def linear_hopper(a: Tensor, weight: Tensor, y: Tensor, counts: Tensor, slots: T
     )
     experts = len(weight)
     with on(a.device):
-        _linear_hopper[(programs_at_once(a.device),)](
+        launch(
+            _linear_hopper, (programs_at_once(a.device),),
             rows, source, y, counts, slots, y.stride(0), E=experts, K=a.shape[1], N=weight.shape[1],
             BLOCK_E=max(32, triton.next_power_of_2(experts)), GROUP=group, launch_pdl=True, num_warps=4,
         )  # fmt: skip

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_harness.impls.launching import empty, launch
 from moe_harness.impls.triton._common import after_previous, early_start, let_next_start, on
 
 __all__ = ["align"]
@@ -137,8 +138,7 @@ def align(topk_ids: Tensor, num_experts: int, expert_map: Tensor | None = None) 
     """
     tokens, top_k = topk_ids.shape
     total = tokens * top_k
-    counts = torch.empty(3, num_experts, dtype=torch.int32, device=topk_ids.device)
-    slots = torch.empty(total, dtype=torch.int32, device=topk_ids.device)
+    counts, slots = empty(topk_ids, 3, num_experts, dtype=torch.int32), empty(topk_ids, total, dtype=torch.int32)
     emap = topk_ids if expert_map is None else expert_map.contiguous()
     row, column = topk_ids.stride()
     if row == top_k * column:  # rows without gaps are one long row: no division, wide loads
@@ -150,18 +150,19 @@ def align(topk_ids: Tensor, num_experts: int, expert_map: Tensor | None = None) 
         if total <= ONE_LAUNCH:
             block = max(16, triton.next_power_of_2(total))
             warps = min(16, max(1, block // 256))
-            _align_small[(num_experts,)](
-                topk_ids, emap, slots, counts, *shared, HAS_MAP=has_map, BLOCK=block, PDL=early, num_warps=warps
-            )
+            launch(
+                _align_small, (num_experts,), topk_ids, emap, slots, counts, *shared,
+                HAS_MAP=has_map, BLOCK=block, PDL=early, num_warps=warps,
+            )  # fmt: skip
             return counts, slots
         part = 64 if total <= 32768 else 128
         parts, block_e = triton.cdiv(total, part), max(COLUMNS, triton.next_power_of_2(num_experts))
-        table = torch.empty(parts, block_e, dtype=torch.int32, device=topk_ids.device)
+        table = empty(topk_ids, parts, block_e, dtype=torch.int32)
         flags = {"HAS_MAP": has_map, "BLOCK_E": block_e, "PART": part, "PDL": early, "num_warps": 1}
-        _count_parts[(parts,)](topk_ids, emap, table, *shared, **flags)
-        _sum_parts[(block_e // COLUMNS,)](
-            table, counts, num_experts, parts, BLOCK_E=block_e, COLUMNS=COLUMNS,
+        launch(_count_parts, (parts,), topk_ids, emap, table, *shared, **flags)
+        launch(
+            _sum_parts, (block_e // COLUMNS,), table, counts, num_experts, parts, BLOCK_E=block_e, COLUMNS=COLUMNS,
             ROWS=min(1024, triton.next_power_of_2(parts)), PDL=early, launch_pdl=early, num_warps=8,
         )  # fmt: skip
-        _place_parts[(parts,)](topk_ids, emap, table, slots, counts, *shared, **flags, launch_pdl=early)
+        launch(_place_parts, (parts,), topk_ids, emap, table, slots, counts, *shared, **flags, launch_pdl=early)
     return counts, slots

@@ -14,6 +14,7 @@ engine accepts (last dimension contiguous, 16-byte aligned) are read through it,
 import torch
 from torch import Tensor
 
+from moe_harness.impls.launching import Repeated
 from moe_harness.impls.triton import configs
 from moe_harness.impls.triton._combine import combine
 from moe_harness.impls.triton._common import require
@@ -85,6 +86,18 @@ def experts(
         TypeError: other dtypes, or weights in another dtype than hidden_states.
         NotImplementedError: tensors on the CPU without TRITON_INTERPRET=1.
     """
+    if expert_map is not None:
+        expert_map = expert_map.contiguous()
+    tensors = (hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, expert_map)
+    return _experts(tensors, activation)
+
+
+@Repeated
+def _experts(
+    hidden_states: Tensor, gate_up_proj: Tensor, down_proj: Tensor, topk_weights: Tensor, topk_ids: Tensor,
+    expert_map: Tensor | None, activation: str,
+) -> Tensor:  # fmt: skip
+    """`experts` with every argument by position."""
     _check(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, activation)
     if topk_ids.numel() == 0 or gate_up_proj.numel() == 0:
         return torch.zeros(hidden_states.shape, dtype=hidden_states.dtype, device=hidden_states.device)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_harness.impls.launching import empty, launch
 from moe_harness.impls.triton._common import (
     after_previous,
     early_start,
@@ -179,7 +180,7 @@ def gate_up(
     Rows start 16-byte aligned, so that the second product may read tiles of them through the copy engine.
     """
     num_experts, width = weight.shape[0], weight.shape[1] // 2
-    act = x.new_empty(len(slots), triton.cdiv(width, 8) * 8)[:, :width]
+    act = empty(x, len(slots), triton.cdiv(width, 8) * 8)[:, :width]
     if tiling.copier and on_hopper(x.device):
         from moe_harness.impls.triton._gate_up_hopper import fits, gate_up_hopper
 
@@ -195,7 +196,8 @@ def gate_up(
         source, tma = tile_source(weight, [1, tiling.n, tiling.k], tiling.tma)
     early = early_start(x.device)
     with on(x.device):
-        _gate_up[(grid_size(tiling, expected, num_experts, width, x.device),)](
+        launch(
+            _gate_up, (grid_size(tiling, expected, num_experts, width, x.device),),
             x, source, act, counts, slots, num_experts, x.shape[1], width, top_k,
             *x.stride(), *weight.stride(), act.stride(0),
             BLOCK_E=triton.next_power_of_2(num_experts), BM=tiling.m, EXTRA=tiling.extra, BN=tiling.n, BK=tiling.k,

@@ -9,6 +9,7 @@ and bias are fp32; nothing is rounded before the output.  Strides of every opera
 import torch
 from torch import Tensor
 
+from moe_harness.impls.launching import Repeated
 from moe_harness.impls.triton import configs
 from moe_harness.impls.triton._common import require
 from moe_harness.impls.triton._linear import linear
@@ -44,6 +45,12 @@ def grouped_linear(x: Tensor, weight: Tensor, group_sizes: Tensor, *, bias: Tens
     Raises:
         ValueError, TypeError, NotImplementedError: shapes, dtypes, devices that do not fit.
     """
+    return _grouped_linear((x, weight, group_sizes, bias))
+
+
+@Repeated
+def _grouped_linear(x: Tensor, weight: Tensor, group_sizes: Tensor, bias: Tensor | None) -> Tensor:
+    """`grouped_linear` with every argument by position."""
     _check(x, weight, group_sizes, bias)
     num_experts, columns, depth = weight.shape
     if x.shape[0] == 0 or weight.numel() == 0:

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_harness.impls.launching import Repeated, empty, launch
 from moe_harness.impls.triton._common import exact_exp, exact_sigmoid, interpreting, on, product, require
 
 __all__ = ["router"]  # what is registered; router_from_hidden starts from the hidden states
@@ -159,18 +160,31 @@ def router(
         ValueError: unknown scoring, top_k or groups that do not fit E.
         TypeError, NotImplementedError: dtype or device the kernel does not run on.
     """
+    return _route(
+        (router_logits, correction_bias), top_k, scoring, renormalize, num_expert_group, topk_group,
+        routed_scaling_factor,
+    )  # fmt: skip
+
+
+@Repeated
+def _route(
+    router_logits: Tensor, correction_bias: Tensor | None, top_k: int, scoring: str, renormalize: bool,
+    num_expert_group: int | None, topk_group: int | None, routed_scaling_factor: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`router` with every argument by position."""
     tokens, experts = router_logits.shape
     _check(experts, top_k, scoring, num_expert_group, topk_group)
     require(router_logits)
-    weights = torch.empty(tokens, top_k, dtype=torch.float32, device=router_logits.device)
-    ids = torch.empty(tokens, top_k, dtype=torch.int64, device=router_logits.device)
+    weights = empty(router_logits, tokens, top_k, dtype=torch.float32)
+    ids = empty(router_logits, tokens, top_k, dtype=torch.int64)
     if tokens == 0:
         return weights, ids
     block_e = max(16, triton.next_power_of_2(experts))
     rows, warps = _rows(tokens, block_e)
     groups = num_expert_group or 0
     with on(router_logits.device):
-        _router[(triton.cdiv(tokens, rows),)](
+        launch(
+            _router, (triton.cdiv(tokens, rows),),
             router_logits, router_logits if correction_bias is None else correction_bias, weights, ids,
             tokens, experts, routed_scaling_factor, *router_logits.stride(),
             0 if correction_bias is None else correction_bias.stride(0), top_k,
@@ -195,19 +209,26 @@ def router_from_hidden(hidden_states: Tensor, gate_weight: Tensor, **options: An
 
     The logits are kept in fp32, which may choose another expert than logits rounded to the model's dtype.
     """
+    return router(_logits((hidden_states, gate_weight)), **options)
+
+
+@Repeated
+def _logits(hidden_states: Tensor, gate_weight: Tensor) -> Tensor:
+    """fp32 [T, E] of hidden_states [T, H] and gate_weight [E, H]."""
     require(hidden_states, gate_weight)
     (tokens, depth), experts = hidden_states.shape, gate_weight.shape[0]
-    logits = torch.empty(tokens, experts, dtype=torch.float32, device=hidden_states.device)
+    logits = empty(hidden_states, tokens, experts, dtype=torch.float32)
     rows = 16 if tokens <= 2048 else 64
     columns = 16 if tokens <= 1024 else 64
     if tokens:
         with on(hidden_states.device):
-            _gate_logits[(triton.cdiv(tokens, rows), triton.cdiv(experts, columns))](
+            launch(
+                _gate_logits, (triton.cdiv(tokens, rows), triton.cdiv(experts, columns)),
                 hidden_states, gate_weight, logits, tokens, experts, depth,
                 *hidden_states.stride(), *gate_weight.stride(),
                 BM=rows, BN=columns, BK=32 if hidden_states.element_size() == 4 else 128, WIDEN=interpreting(),
             )  # fmt: skip
-    return router(logits, **options)
+    return logits
 
 
 router.deterministic = True

@@ -7,11 +7,11 @@ their strides cannot be folded, that operand is copied (a `reshape`).  Rows long
 registers of one program, and are left to the plain expression in fp32: `fits` is the rule.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_harness.impls.launching import Repeated, empty, launch
 from moe_harness.impls.triton._common import exact_sigmoid, interpreting, narrow, on, require
 
 __all__ = ["shared_expert_gate"]  # what is registered
@@ -75,16 +75,23 @@ def shared_expert_gate(hidden_states: Tensor, gate_weight: Tensor, shared_output
     if not fits(hidden, width):
         gate = (hidden_states.float() @ gate_weight.float().T).sigmoid()
         return (gate * shared_output.float()).to(hidden_states.dtype).contiguous()
-    out = torch.empty(shared_output.shape, dtype=hidden_states.dtype, device=hidden_states.device)
-    count = out.numel() // width
+    rows = (hidden_states.reshape(-1, hidden), gate_weight, shared_output.reshape(-1, width))
+    return _gated_rows(rows).view(shared_output.shape)
+
+
+@Repeated
+def _gated_rows(x: Tensor, gate_weight: Tensor, y: Tensor) -> Tensor:
+    """[S, D] for x [S, H] and y [S, D]."""
+    (count, hidden), width = x.shape, y.shape[1]
+    out = empty(x, count, width)
     if count == 0:
         return out
-    x, y = hidden_states.reshape(count, hidden), shared_output.reshape(count, width)
     block_h, block_d = triton.next_power_of_2(hidden), triton.next_power_of_2(width)
     rows = 4 if interpreting() else 1
     warps = max(1, min(16, max(block_h, block_d) // 512))  # 16 elements per thread: two 16-byte loads of bf16 in flight
     with on(x.device):
-        _gate_rows[(triton.cdiv(count, rows),)](
+        launch(
+            _gate_rows, (triton.cdiv(count, rows),),
             x, gate_weight, y, out, count, hidden, width, *x.stride(), gate_weight.stride(1), *y.stride(),
             BM=rows, BH=block_h, BD=block_d, WIDEN=interpreting(), num_warps=warps,
         )  # fmt: skip

@@ -9,7 +9,7 @@ from moe_harness.harness.ranks.loading import load
 from moe_harness.suites.dispatcher.subjects import told
 
 FILE = "suites/dispatcher/interpreted.py"
-_Prepared = load("dispatcher", "moe_harness.impls.dispatchers._launch:Prepared")
+_Prepared = load("dispatcher", "moe_harness.impls.launching:Prepared")
 
 
 @pytest.mark.parametrize("name", ["Symmetric", "Bounded"])
@@ -30,19 +30,27 @@ def test_refused_on_every_rank_without_gpus() -> None:
 class _Kernel:
     """What Triton's kernels look like from outside: the first start compiles, the compiled one is started directly."""
 
+    arg_names = ("rows", "tokens", "peers", "width", "RANK", "RANKS")
+    function, packed_metadata = "function", "metadata"
+
     def __init__(self) -> None:
         self.compiled: list[tuple[object, ...]] = []
         self.direct: list[tuple[object, ...]] = []
 
     def __getitem__(self, grid: object):
-        def first(*arguments: object, **constants: object) -> dict[object, object]:
+        def first(*arguments: object, **constants: object) -> "_Kernel":
             self.compiled.append((*arguments, *constants.values()))
-            return {grid: lambda *later: self.direct.append(later)}
+            return self
 
         return first
 
+    def run(self, *arguments: object) -> None:
+        assert arguments[:9] == (4, 1, 1, "stream", "function", "metadata", None, None, None)
+        self.direct.append(arguments[9:])
 
-def test_a_prepared_kernel_gets_the_same_arguments_in_the_same_order() -> None:
+
+def test_a_prepared_kernel_gets_the_same_arguments_in_the_same_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_harness.impls.launching._current_stream", lambda: "stream")
     kernel = _Kernel()
     start = _Prepared(kernel, 4, ("peers", 7), {"RANK": 0, "RANKS": 2})
     for rows in ("a", "b", "c"):

@@ -114,6 +114,7 @@ def test_on_a_gpu_the_wrong_one_is_refused_and_the_right_one_timed(tmp_path: Pat
         assert timing.floor >= report.launch > 0
         if timing.spec == "torch:loop":
             assert 0 < timing.low <= timing.median <= timing.high
+            assert timing.called == timing.median, "what cannot be captured is timed as it is called"
         else:
             assert "is wrong" in timing.refused and timing.median == 0
     torch.rand(1, device="cuda")
