@@ -1,7 +1,8 @@
 """Starting Triton kernels again for the same shapes without Triton's search for the compiled kernel.
 
 That search looks at every argument and costs several times what the start itself does: four launches of the experts
-took 530 to 650 us of the host on an H200, which needs 120 to 340 us for the work.  Two ways around it:
+took 340 to 610 us of the host beside an H100 that needs 170 to 500 us for the work; they take 35 to 60.  Two ways
+around it:
 
 - `Repeated` calls a function of tensors; the first call with tensors of some signature records what the function
   launches, later ones start the same kernels on their own tensors.  The function allocates with `empty` and launches
@@ -13,12 +14,14 @@ A compiled kernel depends on dtypes, on which addresses are multiples of 16, and
 any stream, and be captured in a CUDA graph.  Launch hooks of Triton see the first call only.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from math import prod
 from operator import itemgetter
 from threading import Lock
+from types import BuiltinFunctionType
 from typing import Any
 
 import torch
@@ -28,7 +31,7 @@ from torch import Tensor
 __all__ = ["Prepared", "Repeated", "empty", "launch"]
 
 ALIGNMENT = 256  # bytes between the tensors of a workspace
-KEPT = 1024  # plans of one function; a plan holds some kilobytes
+KEPT = 1024  # plans of one function, and addresses of one descriptor; a plan holds some kilobytes
 COMPILED = ("cuda",)  # kinds of device that Triton compiles for
 
 _recording: ContextVar["_Recording | None"] = ContextVar("recording", default=None)
@@ -51,15 +54,45 @@ def empty(like: Tensor, *size: int, dtype: torch.dtype | None = None) -> Tensor:
     return made
 
 
-def starter(compiled: Any, grid: tuple[int, ...]) -> Callable[..., None]:
-    """`start(stream, *arguments)` for a kernel that Triton compiled; pointers may be given as integers."""
-    x, y, z = (*grid, 1, 1)[:3]
-    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+@dataclass(frozen=True)
+class Launcher:
+    """How Triton starts a compiled kernel: function(*grid, stream, *middle, *arguments of the kernel).
 
-    def start(stream: int, *arguments: Any) -> None:
-        run(x, y, z, stream, function, metadata, None, None, None, *arguments)
+    Pointers may be given as integers.  Triton 3.6 wraps its function in Python that makes every tensor descriptor anew
+    and looks for scratch memory, 6 us a launch; `makers`, one for each descriptor, give what the function itself takes
+    in the place of one.  With other versions there are none: descriptors are given as they are.
+    """
 
-    return start
+    function: Callable[..., None]
+    grid: tuple[int, int, int]
+    middle: tuple[Any, ...]
+    makers: tuple[Callable[["_Tiles"], list[Any]], ...] = ()
+
+    @classmethod
+    def of(cls, compiled: Any, grid: tuple[int, ...]) -> "Launcher":
+        x, y, z = (*grid, 1, 1)[:3]
+        run, handle, metadata = compiled.run, compiled.function, compiled.packed_metadata
+        bare = _bare(run)
+        if bare is None:
+            return cls(run, (x, y, z), (handle, metadata, None, None, None))
+        flags = run.launch_cooperative_grid, run.launch_pdl
+        return cls(bare[0], (x, y, z), (handle, *flags, None, None, metadata, None, None, None), bare[1])
+
+
+def _bare(run: Any) -> tuple[Callable[..., None], tuple[Callable[["_Tiles"], list[Any]], ...]] | None:
+    """The function inside a launcher of Triton 3.6 that needs no scratch memory, and the makers of its descriptors."""
+    if not triton.__version__.startswith("3.6.") or type(run).__name__ != "CudaLauncher":
+        return None
+    if run.global_scratch_size or run.profile_scratch_size:
+        return None
+    if isinstance(run.launch, BuiltinFunctionType):
+        return run.launch, ()
+    wrapped = inspect.getclosurevars(run.launch)
+    function, metas = wrapped.nonlocals.get("launcher"), wrapped.nonlocals.get("tensordesc_meta")
+    make = wrapped.globals.get("make_tensordesc_arg")
+    if not isinstance(function, BuiltinFunctionType) or make is None or not metas or None in metas:
+        return None
+    return function, tuple(lambda tiles, meta=meta: make(tiles, meta) for meta in metas)  # type: ignore[misc]
 
 
 def ordered(kernel: Any, arguments: Sequence[Any], constants: Mapping[str, Any]) -> list[Any]:
@@ -68,13 +101,13 @@ def ordered(kernel: Any, arguments: Sequence[Any], constants: Mapping[str, Any])
     return [named[name] for name in kernel.arg_names]
 
 
-def _current_stream() -> int:
-    """The current stream of the current device, as launchers take it."""
-    return triton.runtime.driver.active.get_current_stream(torch.cuda.current_device())
+def _current_stream(device: int) -> int:
+    """The current stream of a device, as launchers take it."""
+    return triton.runtime.driver.active.get_current_stream(device)
 
 
-def _is_current(device: torch.device) -> bool:
-    return device.index == torch.cuda.current_device()
+def _current_device() -> int:
+    return torch.cuda.current_device()
 
 
 class Prepared:
@@ -86,22 +119,23 @@ class Prepared:
         constants: its constexpr arguments, behind all others.
 
     Every call has to give changing arguments that Triton would compile alike: the same dtypes, addresses that are
-    multiples of 16, and integers named in `do_not_specialize`.
+    multiples of 16, and integers named in `do_not_specialize`.  None of them may be a tensor descriptor.
     """
 
     def __init__(self, kernel: Any, programs: int, fixed: Sequence[Any], constants: Mapping[str, Any]):
         self.kernel, self.grid, self.fixed, self.constants = kernel, (programs, 1, 1), tuple(fixed), dict(constants)
-        self.start: Callable[..., None] | None = None
-        self.behind: tuple[Any, ...] = ()
+        self.behind: list[Any] = []
+        self.launcher: Launcher | None = None
 
     def __call__(self, *changing: Any) -> None:
-        if self.start is not None:
-            self.start(_current_stream(), *changing, *self.behind)
+        if self.launcher is not None:
+            start = self.launcher
+            start.function(*start.grid, _current_stream(_current_device()), *start.middle, *changing, *self.behind)
             return
         compiled = self.kernel[self.grid](*changing, *self.fixed, **self.constants)
         if compiled is not None:  # the interpreter compiles nothing
-            self.behind = tuple(ordered(self.kernel, (*changing, *self.fixed), self.constants)[len(changing) :])
-            self.start = starter(compiled, self.grid)
+            self.behind = ordered(self.kernel, (*changing, *self.fixed), self.constants)[len(changing) :]
+            self.launcher = Launcher.of(compiled, self.grid)
 
 
 class _At:
@@ -127,6 +161,22 @@ class _Tiles:
         self.round_f32_to_tf32 = getattr(like, "round_f32_to_tf32", False)
 
 
+class _Descriptor:
+    """The part of a tensor descriptor that depends on the address of its memory, made once for each address."""
+
+    def __init__(self, like: Any, memory: int, make: Callable[[_Tiles], Any]):
+        self.like, self.memory, self.make = _Tiles(like), memory, make
+        self.known: dict[int, Any] = {}
+
+    def at(self, address: int) -> Any:
+        found = self.known.get(address)
+        if found is None:
+            if len(self.known) >= KEPT:
+                self.known.clear()
+            found = self.known[address] = self.make(_Tiles(self.like, address))
+        return found
+
+
 @dataclass
 class _Recording:
     """What one call of a function allocated and launched; holds all of it, so that addresses stay apart."""
@@ -142,56 +192,71 @@ class _Recording:
 
 
 class _Plan:
-    """The launches of one signature, their arguments as places in a row of values that each call fills anew.
+    """The launches of one signature.
 
-    The row: addresses of the inputs, of the outputs, of the parts of one workspace; descriptors; values that stay.
+    What they take stands in one row that each call fills anew: the stream; addresses of the inputs, of the outputs and
+    of the parts of one workspace; descriptors; values that stay.  A launch is a function and where in the row its
+    arguments are.
     """
 
     def __init__(self, recording: _Recording, outputs: Sequence[Tensor]):
+        self.device = recording.inputs[0].device
         self.outputs = [(tuple(out.shape), out.dtype) for out in outputs]
         parts = [made for made in recording.made if all(made is not out for out in outputs)]
         self.offsets, self.size = _packed(parts)
-        memory = [*recording.inputs, *outputs, *parts]
-        places: dict[int, int] = {}
-        for number, tensor in enumerate(memory):
-            places.setdefault(tensor.data_ptr(), number)
-        self.tiles: list[tuple[_Tiles, int]] = []
-        values: list[Any] = []
-        rows: list[list[tuple[str, int]]] = []
-        for kernel, _, _, arguments in recording.launches:
-            rows.append([self._place(kernel, argument, places, values) for argument in arguments])
-        first = {"memory": 0, "tiles": len(memory), "value": len(memory) + len(self.tiles)}
-        self.values = tuple(values)
+        self.places: dict[int, int] = {}
+        for number, tensor in enumerate([*recording.inputs, *outputs, *parts]):
+            self.places.setdefault(tensor.data_ptr(), number)
+        self.descriptors: list[_Descriptor] = []
+        self.values: list[Any] = []
+        rows = [(Launcher.of(compiled, grid), kernel, args) for kernel, compiled, grid, args in recording.launches]
+        chosen = [self._chosen(start, kernel, args) for start, kernel, args in rows]
+        count = len(recording.inputs) + len(outputs) + len(parts)
+        first = {"stream": 0, "memory": 1, "descriptor": 1 + count, "value": 1 + count + len(self.descriptors)}
         self.launches = [
-            (starter(compiled, grid), _picker([first[kind] + number for kind, number in row]))
-            for (_, compiled, grid, _), row in zip(recording.launches, rows, strict=True)
+            (start.function, itemgetter(*(first[kind] + number for kind, number in places)))
+            for (start, _, _), places in zip(rows, chosen, strict=True)
         ]
 
-    def _place(self, kernel: Any, argument: Any, places: dict[int, int], values: list[Any]) -> tuple[str, int]:
-        """Where an argument stands: among the memory, the descriptors or the values."""
-        base = getattr(argument, "base", argument)
-        if not isinstance(base, Tensor):
-            values.append(argument)
-            return "value", len(values) - 1
-        if base.data_ptr() not in places:
-            raise RuntimeError(
-                f"{kernel.__name__} was given memory that is neither an input nor made by launching.empty, "
-                "so the call cannot be repeated with other tensors"
-            )
-        if base is argument:
-            return "memory", places[base.data_ptr()]
-        self.tiles.append((_Tiles(argument), places[base.data_ptr()]))
-        return "tiles", len(self.tiles) - 1
+    def _chosen(self, start: Launcher, kernel: Any, arguments: list[Any]) -> list[tuple[str, int]]:
+        """Where in the row the arguments of a launch are: the kind, and the number among those of that kind."""
+        chosen = [self._value(size) for size in start.grid]
+        chosen += [("stream", 0), *[self._value(value) for value in start.middle]]
+        makers = iter(start.makers)
+        for argument in arguments:
+            base = getattr(argument, "base", argument)
+            if not isinstance(base, Tensor):
+                chosen.append(self._value(argument))
+                continue
+            if base.data_ptr() not in self.places:
+                raise RuntimeError(
+                    f"{kernel.__name__} was given memory that is neither an input nor made by launching.empty, "
+                    "so the call cannot be repeated with other tensors"
+                )
+            memory = self.places[base.data_ptr()]
+            chosen += [("memory", memory)] if base is argument else self._tiles(argument, memory, next(makers, None))
+        return chosen
 
-    def __call__(self, inputs: list[Tensor], addresses: list[int]) -> list[Tensor]:
-        """New outputs, from `inputs` that lie at `addresses`."""
-        device = inputs[0].device
-        if _is_current(device):
-            return self._run(device, addresses)
-        with torch.cuda.device(device):
-            return self._run(device, addresses)
+    def _value(self, value: Any) -> tuple[str, int]:
+        self.values.append(value)
+        return "value", len(self.values) - 1
 
-    def _run(self, device: torch.device, addresses: list[int]) -> list[Tensor]:
+    def _tiles(self, argument: Any, memory: int, maker: Callable[[_Tiles], list[Any]] | None) -> list[tuple[str, int]]:
+        """A descriptor; what its maker gives behind the first value does not depend on the address."""
+        make = (lambda tiles: maker(tiles)[0]) if maker else (lambda tiles: tiles)
+        self.descriptors.append(_Descriptor(argument, memory, make))
+        stays = maker(_Tiles(argument, argument.base.data_ptr()))[1:] if maker else []
+        return [("descriptor", len(self.descriptors) - 1), *[self._value(value) for value in stays]]
+
+    def __call__(self, addresses: list[int]) -> list[Tensor]:
+        """New outputs, from inputs at `addresses`."""
+        if self.device.index == _current_device():
+            return self._run(addresses)
+        with torch.cuda.device(self.device):
+            return self._run(addresses)
+
+    def _run(self, addresses: list[int]) -> list[Tensor]:
+        device = self.device
         outputs = [torch.empty(size, dtype=dtype, device=device) for size, dtype in self.outputs]
         memory = addresses + [out.data_ptr() for out in outputs]
         if self.size:
@@ -199,17 +264,11 @@ class _Plan:
             workspace = torch.empty(self.size // 2, dtype=torch.bfloat16, device=device)
             start = workspace.data_ptr()
             memory += [start + offset for offset in self.offsets]
-        tiles = [_Tiles(like, memory[number]) for like, number in self.tiles]
-        row = (*memory, *tiles, *self.values)
-        stream = _current_stream()
-        for start_kernel, chosen in self.launches:
-            start_kernel(stream, *chosen(row))
+        descriptors = [descriptor.at(memory[descriptor.memory]) for descriptor in self.descriptors]
+        row = (_current_stream(device.index), *memory, *descriptors, *self.values)
+        for function, arguments in self.launches:
+            function(*arguments(row))
         return outputs
-
-
-def _picker(places: Sequence[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-    """A function that takes the values at `places` out of a row."""
-    return itemgetter(*places) if len(places) > 1 else lambda row: tuple(row[place] for place in places)
 
 
 def _packed(parts: Sequence[Tensor]) -> tuple[list[int], int]:
@@ -238,32 +297,34 @@ class Repeated:
         self.lock = Lock()  # of those who add a plan
 
     def __call__(self, tensors: tuple[Tensor | None, ...], *options: Any) -> Any:
-        given = [t for t in tensors if t is not None]
-        if given[0].device.type not in COMPILED:
-            return self.function(*tensors, *options)
-        addresses = [t.data_ptr() for t in given]
-        key = (
-            *[None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors],
-            *[(address % 16 == 0, addresses.index(address)) for address in addresses],
-            options,
-        )
-        plan = self.plans.get(key)
+        key: list[Any] = [options]
+        addresses: list[int] = []
+        for tensor in tensors:
+            if tensor is None:
+                key.append(None)
+                continue
+            address = tensor.data_ptr()
+            addresses.append(address)
+            layout = (tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device(), address % 16 == 0)
+            key.append((layout, addresses.index(address)))
+        plan = self.plans.get(tuple(key))
         if plan is None:
-            return self._first(key, tensors, given, options)
-        outputs = plan(given, addresses)
+            return self._first(tuple(key), tensors, options)
+        outputs = plan(addresses)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
-    def _first(
-        self, key: Any, tensors: tuple[Tensor | None, ...], given: list[Tensor], options: tuple[Any, ...]
-    ) -> Any:
-        recording = _Recording(given)
+    def _first(self, key: tuple[Any, ...], tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> Any:
+        inputs = [tensor for tensor in tensors if tensor is not None]
+        if inputs[0].device.type not in COMPILED:
+            return self.function(*tensors, *options)
+        recording = _Recording(inputs)
         token = _recording.set(recording)
         try:
             result = self.function(*tensors, *options)
         finally:
             _recording.reset(token)
         outputs = result if isinstance(result, tuple) else (result,)
-        made = all(any(out is m for m in recording.made) for out in outputs)
+        made = all(any(out is known for known in recording.made) for out in outputs)
         if made and all(compiled is not None for _, compiled, _, _ in recording.launches):
             plan = _Plan(recording, outputs)
             with self.lock:

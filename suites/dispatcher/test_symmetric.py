@@ -50,7 +50,8 @@ class _Kernel:
 
 
 def test_a_prepared_kernel_gets_the_same_arguments_in_the_same_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moe_harness.impls.launching._current_stream", lambda: "stream")
+    monkeypatch.setattr("moe_harness.impls.launching._current_device", lambda: 0)
+    monkeypatch.setattr("moe_harness.impls.launching._current_stream", lambda device: "stream")
     kernel = _Kernel()
     start = _Prepared(kernel, 4, ("peers", 7), {"RANK": 0, "RANKS": 2})
     for rows in ("a", "b", "c"):

@@ -62,8 +62,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Played]]:
 
         monkeypatch.setattr(launching._Recording, "keep", played)
         monkeypatch.setattr(launching, "COMPILED", ("cpu",))
-        monkeypatch.setattr(launching, "_is_current", lambda device: True)
-        monkeypatch.setattr(launching, "_current_stream", lambda: 11)
+        monkeypatch.setattr(launching, "_current_device", lambda: None)  # the index of "cpu"
+        monkeypatch.setattr(launching, "_current_stream", lambda device: 11)
     yield seen
     for repeated in REPEATED.values():
         repeated.plans.clear()
@@ -193,7 +193,8 @@ def test_old_plans_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
         logits, bias = draw("router", tokens)
         tensors = (logits[:tokens], bias)
         assert equal(run("router", tensors), run("router", tensors, repeated=False))
-    assert [next(iter(key))[0][0] for key in REPEATED["router"].plans] == [3, 1]
+    shapes = [key[1][0][0] for key in REPEATED["router"].plans]
+    assert shapes == [(3, SIZES["E"]), (1, SIZES["E"])]
 
 
 def test_no_tokens_are_repeated_as_nothing() -> None:
