@@ -155,6 +155,15 @@ def test_nearest_entry_has_the_rows_per_expert() -> None:
             assert nearest[1] == entry
 
 
+def test_tables_of_cards_of_one_capability_serve_each_other() -> None:
+    own, all_hopper = configs.tuned_files("NVIDIA_H100_80GB_HBM3"), configs.tuned_files("NVIDIA_H100_80GB_HBM3", (9, 0))
+    assert own and all_hopper[: len(own)] == own, "a card's own tables should come first"
+    mixtral = configs.Shape(8, 4096, 14336, 2)
+    assert mixtral not in [known for known, _ in own] and mixtral in [known for known, _ in all_hopper]
+    assert len(configs.tuned_files("NVIDIA_GH200", (9, 0))) == len(list(configs.TUNED.glob("*.json")))
+    assert not configs.tuned_files("NVIDIA_A100", (8, 0))
+
+
 def test_shapes_far_from_all_files_use_the_generic_rules() -> None:
     shape = configs.Shape(3, 17, 5, 2)
     distances = [shape.distance(known) for known, _ in configs.tuned_files("NVIDIA_H200")]
