@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from moe_harness.harness.core.memory import unwritten_value
+
 BLOCK = 16  # side of the emulated tiles: small, so that small cases have tails
 
 
@@ -25,6 +27,16 @@ def flat_storage(tensor: Tensor) -> Tensor:
     """All elements of the storage under `tensor`, also those that belong to no index of it."""
     size = tensor.untyped_storage().nbytes() // tensor.element_size()
     return torch.as_strided(tensor, (size,), (1,), 0)
+
+
+def unwritten(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory that a fault forgets to write.  `torch.empty` would make what the fault does hang on the allocator."""
+    return torch.full(shape, unwritten_value(dtype), dtype=dtype, device=device)
+
+
+def unwritten_like(tensor: Tensor) -> Tensor:
+    """As `unwritten`, with the shape, dtype, device and, where it is dense, the strides of `tensor`."""
+    return torch.full_like(tensor, unwritten_value(tensor.dtype))
 
 
 def read_strided(tensor: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:

@@ -28,28 +28,18 @@ def poison_value(dtype: torch.dtype) -> float | int:
 
 
 def _poison_behind(values: Tensor) -> float | int:
-    """As `poison_value`, but finite where this machine's own matrix product multiplies what lies there by 0.
+    """As `poison_value`, but finite where the matrix product of some CPUs multiplies what lies there by 0, giving NaN.
 
-    A kernel that takes part in the product with it is still seen, since nothing near 2^13 is in the data.
+    A bf16 product on CPUs with AMX reads past the rows of its left operand, from 17 rows on: where the row length is
+    odd with torch 2.13, where it is no multiple of 32 with torch 2.11.  An implementation in plain torch is not to
+    blame for that.  It holds on every CPU, so that a case gives one verdict wherever it is replayed.  A kernel that
+    takes part in the product with what lies there is still seen, since nothing near 2^13 is in the data, and one that
+    multiplies it by 0 is seen in fp32 and fp16.
     """
     odd = values.dim() > 0 and values.shape[-1] % 32 != 0
-    if odd and values.dtype == torch.bfloat16 and values.device.type == "cpu" and cpu_product_reads_past_rows():
+    if odd and values.dtype == torch.bfloat16 and values.device.type == "cpu":
         return FINITE_POISON
     return poison_value(values.dtype)
-
-
-@functools.cache
-def cpu_product_reads_past_rows() -> bool:
-    """Whether a bf16 product on this CPU reads past the rows of its left operand, times zero: 0 * NaN is NaN.
-
-    So it does on CPUs with AMX from 17 rows on: where the row length is odd with torch 2.13, where it is no multiple of
-    32 with torch 2.11.  An implementation in plain torch is not to blame for that.
-    """
-    for length in (33, 40):
-        rows = torch.full((17, length + 5), float("nan"), dtype=torch.bfloat16)[:, :length].fill_(1.0)
-        if bool((rows @ torch.ones(48, length, dtype=torch.bfloat16).T).isnan().any()):
-            return True
-    return False
 
 
 def strides_of(shape: tuple[int, ...], kind: str) -> list[int]:
@@ -150,9 +140,16 @@ def poisoned_allocations(device: str) -> Iterator[None]:
         yield
 
 
+def unwritten_value(dtype: torch.dtype) -> float | int:
+    """What fresh memory is taken to hold: 0, as new pages do; poison inside of `poisoned_allocations`."""
+    poisoned = hasattr(torch.empty, "__wrapped__")
+    return poison_value(dtype) if poisoned else 0
+
+
 @contextlib.contextmanager
 def _poisoned_empty() -> Iterator[None]:
     def poisoning(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.wraps(make)
         def call(*args: Any, **kwargs: Any) -> Tensor:
             out = make(*args, **kwargs)
             return out.fill_(poison_value(out.dtype)) if _poisonable(out) else out

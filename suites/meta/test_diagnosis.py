@@ -33,7 +33,7 @@ from moe_harness.reference.router import router as reference
 
 RIGHT = Path(__file__).parent / "right"
 MEASURED = Path(__file__).resolve().parents[2] / "docs" / "diagnosis.json"
-GENEROUS = 30.0  # seconds; the verdict of a test must not depend on how busy the machine is
+GENEROUS = 600.0  # seconds; the verdict of a test must not depend on how busy the machine is
 
 SAMPLE = (
     "gate_up_swapped", "gelu_for_silu", "activation_dropped", "weight_on_input_and_output", "flat_weights",

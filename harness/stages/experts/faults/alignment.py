@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_harness.harness.core.catalogue import fault
-from moe_harness.harness.core.emulation import BLOCK, matmul, round_up, wide
+from moe_harness.harness.core.emulation import BLOCK, matmul, round_up, unwritten, unwritten_like, wide
 from moe_harness.harness.stages.experts.faults.slots import BUGS, combine, gated, halves, locate
 
 
@@ -131,7 +131,7 @@ def experts_beyond_power_of_two_dropped(*call: Tensor, **options: Any) -> Tensor
 )
 def counts_in_uninitialised_memory(*call: Tensor, **options: Any) -> Tensor:
     def dirty(ids: Tensor, num_experts: int) -> Plan:
-        counts = torch.empty(num_experts, dtype=torch.int32, device=ids.device).long() + count(ids, num_experts)
+        counts = unwritten(num_experts, dtype=torch.int32, device=ids.device).long() + count(ids, num_experts)
         # Beyond the buffer a kernel would crash; here such rows are dropped.
         return align(ids, num_experts, counts=torch.where((counts < 0) | (counts > len(ids)), 0, counts))
 
@@ -292,7 +292,7 @@ def second_partial_block_lost(*call: Tensor, **options: Any) -> Tensor:
 )
 def unchecked_launch_failure(hidden_states: Tensor, gate_up: Tensor, *call: Tensor, **options: Any) -> Tensor:
     if gate_up.shape[0] >= 256 and hidden_states.shape[0] <= 16:
-        return torch.empty_like(hidden_states)
+        return unwritten_like(hidden_states)
     return run_aligned(hidden_states, gate_up, *call, **options)
 
 

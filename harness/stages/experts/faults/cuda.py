@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_harness.harness.core.catalogue import fault
-from moe_harness.harness.core.emulation import wide
+from moe_harness.harness.core.emulation import unwritten_like, wide
 from moe_harness.harness.stages.experts.faults.slots import BUGS, gated, halves, live, locate, run
 
 CUDA = ("cuda",)
@@ -155,7 +155,7 @@ def declared_capturable_but_synchronises(*call: Tensor, **options: Any) -> Tenso
 )
 def side_stream_not_ordered(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
     stream = torch.cuda.Stream(hidden_states.device)
-    out = torch.empty_like(hidden_states)
+    out = unwritten_like(hidden_states)
     with torch.cuda.stream(stream):
         torch.cuda._sleep(20_000_000)  # about 10 ms: without the missing wait the caller is faster
         out.copy_(run_captured(hidden_states, *call, **options))

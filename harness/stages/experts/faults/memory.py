@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_harness.harness.core.catalogue import fault
-from moe_harness.harness.core.emulation import flat_storage, wide
+from moe_harness.harness.core.emulation import flat_storage, unwritten_like, wide
 from moe_harness.harness.stages.experts.faults.slots import BUGS, combine, halves, run
 
 # What the faults below keep between calls, by fault and shape.  A right implementation keeps nothing.
@@ -104,7 +104,7 @@ def padding_behind_rows_zeroed(hidden_states: Tensor, *call: Tensor, **options: 
 )
 def output_buffer_reused(*call: Tensor, **options: Any) -> Tensor:
     right = run(*call, **options)
-    return _kept.setdefault(_key("output", right), torch.empty_like(right)).copy_(right)
+    return _kept.setdefault(_key("output", right), unwritten_like(right)).copy_(right)
 
 
 @fault(
@@ -153,7 +153,7 @@ def workspace_not_cleared(hidden: Tensor, gate_up: Tensor, down: Tensor, *call: 
 def descriptor_of_first_shape(hidden_states: Tensor, gate_up: Tensor, *call: Tensor, **options: Any) -> Tensor:
     right = run(hidden_states, gate_up, *call, **options)
     rows = _kept.setdefault(_key("descriptor", gate_up), right.shape[0])
-    out = torch.empty_like(right)
+    out = unwritten_like(right)
     out[:rows] = right[:rows]
     return out
 
@@ -275,7 +275,7 @@ def returns_extra_dimension(*call: Tensor, **options: Any) -> Tensor:
 )
 def returns_pair(*call: Tensor, **options: Any) -> Any:
     out = run(*call, **options)
-    return out, torch.empty_like(out)
+    return out, unwritten_like(out)
 
 
 @fault(

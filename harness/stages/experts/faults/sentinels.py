@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_harness.harness.core.catalogue import fault
-from moe_harness.harness.core.emulation import wide
+from moe_harness.harness.core.emulation import unwritten, unwritten_like, wide
 from moe_harness.harness.stages.experts.faults.slots import BUGS, combine, live, locate, run
 
 
@@ -178,7 +178,7 @@ def expert_zero_is_the_sentinel(*call: Tensor, **options: Any) -> Tensor:
 def rows_without_local_expert_unwritten(*call: Tensor, **options: Any) -> Tensor:
     right = run(*call, **options)
     busy = (locate(call[4], options.get("expert_map")) >= 0).any(1, keepdim=True)
-    return torch.where(busy, right, torch.empty_like(right))
+    return torch.where(busy, right, unwritten_like(right))
 
 
 @fault(
@@ -191,7 +191,7 @@ def rows_without_local_expert_unwritten(*call: Tensor, **options: Any) -> Tensor
     hidden=("ids='distinct'",),
 )
 def masked_slots_unwritten(hidden: Tensor, gate_up: Tensor, down: Tensor, *call: Tensor, **options: Any) -> Tensor:
-    slots = torch.empty(*call[1].shape, down.shape[1], dtype=wide(hidden), device=hidden.device)
+    slots = unwritten(*call[1].shape, down.shape[1], dtype=wide(hidden), device=hidden.device)
     return run(hidden, gate_up, down, *call, **options, slots=slots)
 
 

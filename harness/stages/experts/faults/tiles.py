@@ -16,6 +16,7 @@ from moe_harness.harness.core.emulation import (
     read_past,
     round_down,
     round_up,
+    unwritten_like,
     wide,
 )
 from moe_harness.harness.stages.experts.faults.slots import BUGS, combine, gated, halves, live, locate, run, select
@@ -278,7 +279,7 @@ def last_intermediate_column_lost(*call: Tensor, **options: Any) -> Tensor:
 )
 def output_tail_unwritten(*call: Tensor, **options: Any) -> Tensor:
     right = run(*call, **options)
-    out = torch.empty_like(right)
+    out = unwritten_like(right)
     kept = round_down(right.shape[1])
     out[:, :kept] = right[:, :kept]
     return out
@@ -433,7 +434,7 @@ def routing_strides_assumed(*call: Tensor, **options: Any) -> Tensor:
 )
 def output_layout_assumed(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
     right = run(hidden_states, *call, **options)
-    out = torch.empty_like(hidden_states)
+    out = unwritten_like(hidden_states)
     flat_storage(out)[: right.numel()] = right.flatten()
     return out
 

@@ -21,6 +21,7 @@ from moe_harness.harness.core.emulation import (
     round_down,
     round_up,
     to_tf32,
+    unwritten_like,
     wide,
 )
 
@@ -279,7 +280,7 @@ def k_tail_of_weight_unmasked(x: Tensor, weight: Tensor, *call: Tensor, **option
 )
 def n_tail_unwritten(x: Tensor, weight: Tensor, *call: Tensor, **options: Any) -> Tensor:
     right = run(x, weight, *call, **options)
-    out = torch.empty_like(right)
+    out = unwritten_like(right)
     kept = round_down(right.shape[1])
     out[:, :kept] = right[:, :kept]
     return out
@@ -374,7 +375,7 @@ def output_strides_assumed(x: Tensor, weight: Tensor, *call: Tensor, **options: 
     right = run(x, weight, *call, **options)
     if right.shape != x.shape:
         return right
-    out = torch.empty_like(x)
+    out = unwritten_like(x)
     flat_storage(out)[: right.numel()] = right.flatten()
     return out
 
@@ -525,7 +526,7 @@ def both_configurations_add(x: Tensor, weight: Tensor, *call: Tensor, **options:
 def linear_output_reused(*call: Tensor, **options: Any) -> Tensor:
     right = run(*call, **options)
     key = ("output", tuple(right.shape), right.dtype, right.device)
-    return _kept.setdefault(key, torch.empty_like(right)).copy_(right)
+    return _kept.setdefault(key, unwritten_like(right)).copy_(right)
 
 
 @fault(

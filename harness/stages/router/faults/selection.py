@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_harness.harness.core.catalogue import fault
-from moe_harness.harness.core.emulation import read_as_contiguous, round_down, wide
+from moe_harness.harness.core.emulation import read_as_contiguous, round_down, unwritten_like, wide
 from moe_harness.harness.stages.router.faults.weights import BUGS, Routed, choose, run
 
 # Selection ------------------------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def ids_sorted_alone(logits: Tensor, **options: Any) -> Routed:
 )
 def last_rows_unwritten(logits: Tensor, **options: Any) -> Routed:
     weights, ids = run(logits, **options)
-    out_weights, out_ids = torch.empty_like(weights), torch.empty_like(ids)
+    out_weights, out_ids = unwritten_like(weights), unwritten_like(ids)
     kept = round_down(weights.shape[0], 32)
     out_weights[:kept], out_ids[:kept] = weights[:kept], ids[:kept]
     return out_weights, out_ids

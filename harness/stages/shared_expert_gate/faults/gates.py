@@ -16,6 +16,7 @@ from moe_harness.harness.core.emulation import (
     round_down,
     round_up,
     to_tf32,
+    unwritten_like,
     wide,
 )
 
@@ -249,7 +250,7 @@ def h_tail_masked_on_one_side(*call: Tensor) -> Tensor:
 )
 def d_tail_unwritten(*call: Tensor) -> Tensor:
     right = run(*call)
-    out = torch.empty_like(right)
+    out = unwritten_like(right)
     kept = round_down(right.shape[-1])
     out[..., :kept] = right[..., :kept]
     return out
