@@ -27,20 +27,24 @@ def laws(trial: Trial, case: Case) -> Record:
 def _linear_law(trial: Trial, call: Call) -> Record:
     """The sum of the terms against zero, with the variance of the sum."""
     stage, declared = trial.stage, trial.subject.declared.rounds
-    sums: list[Tensor] = []  # of the results, of their variances, of what is shared between elements
+    sums: list[Tensor] = []  # of the results, of their variances, of what is shared between elements, of their drifts
     for term in terms(call.case.stage, call.case.variant, call):
         result = trial.invoke(term.call)
         bound = stage.expect(term.call, declared)
         parts = [term.coefficient * term.rows(result.double())]
         parts += [term.coefficient**2 * term.rows(v) for v in (bound.variance, bound.shared)]
+        if bound.drift is not None:  # the terms need not be computed one way, so each lies anywhere in its own
+            low_and_high = sorted((0, 1), reverse=term.coefficient < 0)
+            parts += [term.coefficient * term.rows(bound.drift[end]) for end in low_and_high]
         of_term = term.rows(bound.sources.reshape(*bound.value.shape[:-1], 2))
         if not sums:
             sums, sources = parts, of_term
         else:
             sums = [total + part for total, part in zip(sums, parts, strict=True)]
             sources = torch.minimum(sources, of_term)
-    residual, variance, shared = sums
-    nothing = Bound(torch.zeros_like(residual), variance, shared, sources.reshape(-1, 2).clamp(min=1))
+    residual, variance, shared, *drift = sums
+    own = sources.reshape(-1, 2).clamp(min=1)
+    nothing = Bound(torch.zeros_like(residual), variance, shared, own, torch.stack(drift) if drift else None)
     return against_bound(_Rows, call, nothing, residual)
 
 

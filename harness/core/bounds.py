@@ -3,13 +3,14 @@ r"""The one home of bounds: unit roundoffs, ulps, and the variance of rounding e
 A result is judged by z = (out - value) / sigma, elementwise: value in fp64, sigma^2 the variance that rounding at the
 permitted places gives.  Rounding x to a dtype has variance ulp(x)^2 / 12; a sum of n products in an accumulator of unit
 roundoff u has variance (1 + n/4) u^2 sum (w x)^2, which a sequential sum in random order stays under (its partial sums
-grow as sqrt(n), so n/6 is what it needs).
+grow as sqrt(n), so n/6 is what it needs).  A rounding that truncates (tf32 on tensor cores) has a mean besides, which
+is carried through as a mean: `Bound.drift`.
 
 Rounding errors are bounded and independent, hence strictly sub-Gaussian: P(|z| > t) <= 2 exp(-t^2 / 2).  Both limits
 below follow from that and from the false alarms wanted, FALSE_ALARMS in a whole run; there is no other tolerance.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import log, sqrt
 from typing import Any
@@ -19,15 +20,17 @@ from torch import Tensor
 
 from moe_harness.harness.core.contracts import ROUNDINGS
 from moe_harness.reference import moe_block as block
-from moe_harness.reference.experts import ExpertSteps, expert_steps, local_ids, routed_rows
+from moe_harness.reference.experts import ExpertSteps, activate, expert_steps, local_ids, routed_rows
 from moe_harness.reference.grouped_linear import row_experts
+from moe_harness.reference.router import combine_weights, expert_scores
 
 Rounds = frozenset[str]  # roundings that a result may hold
 Declared = tuple[str, ...] | None  # those an implementation declares; None: all of them
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ACCUMULATOR = 2.0**-24  # unit roundoff of fp32, the least the contract allows
-TF32 = 2.0**-10  # Hopper's tensor cores truncate fp32 operands to 10 bits: errors up to this, and all of one sign
+TF32 = 2.0**-10  # distance between neighbours of tf32 at 1
+TF32_DROPPED = 0x1FFF  # bits of an fp32 number that tf32 has not
 FALSE_ALARMS = 1e-9
 EXACT_FIT = 2.0**-20  # of the largest value: what a least-squares fit of exact data may leave
 SAME_IN_FP64 = 2.0**-20  # sigmas between two orders of one sum in fp64; fp64 rounds 2^29 times finer than any sigma
@@ -74,12 +77,28 @@ def accumulation(terms: int) -> float:
     return (1 + terms / 4) * ACCUMULATOR**2
 
 
-def product_variance(terms: int, rounds: Rounds, dtype: torch.dtype) -> float:
-    """As `accumulation`; fp32 operands are cut to tf32 first where that is declared.
+def in_tf32(rounds: Rounds, dtype: torch.dtype) -> bool:
+    """Whether products of this dtype may read their operands as tf32."""
+    return "tf32" in rounds and dtype == torch.float32
 
-    The cut's variance is TF32^2 / 12 an operand, and its mean shrinks every product by TF32, the whole sum with them.
-    """
-    return accumulation(terms) + (7 / 6 * TF32**2 if "tf32" in rounds and dtype == torch.float32 else 0.0)
+
+def cut(x: Tensor) -> Tensor:
+    """fp64 values of the fp32 numbers `x`, cut toward zero to tf32, as Hopper's tensor cores read them."""
+    return (x.float().view(torch.int32) & ~TF32_DROPPED).view(torch.float32).double()
+
+
+def grid(x: Tensor) -> Tensor:
+    """Variance of rounding x to tf32, to nearest: what a cut adds beside its drift."""
+    return binade(x, torch.float32).square_().mul_(TF32**2 / 12)
+
+
+def product_variance(rows: Tensor, weight: Tensor, rounds: Rounds, dtype: torch.dtype) -> Tensor:
+    """Variance of rows @ weight.T, [rows, N], for operands [rows, K] and [N, K] in fp64."""
+    squares, of_weight = rows.square(), weight.square()
+    variance = squares @ of_weight.T * accumulation(rows.shape[-1])
+    if in_tf32(rounds, dtype):
+        variance += grid(rows) @ of_weight.T + squares @ grid(weight).T
+    return variance
 
 
 def permitted(declared: Declared) -> Rounds:
@@ -94,18 +113,53 @@ class Bound:
     `shared` is the part of the variance whose sources scale a whole row alike (the rounding of a routing weight).
     `sources` [rows, 2] is how many independent sources the elements of a row have in common: of the rest (inf where
     each element has its own), and of the shared part.  Both bound the degrees of freedom of rms statistics.
+
+    `drift` [2, *shape], lowest and highest: where between them the mean of a result lies is the implementation's
+    choice, and no error.  Operands cut toward zero shrink every product; three products in a row move a result by
+    their sum, since the shrinks have one sign, and that is up to ten of the sigmas which rounding them gives.
     """
 
     value: Tensor
     variance: Tensor
     shared: Tensor
     sources: Tensor
+    drift: Tensor | None = None
 
-    def z(self, output: Tensor) -> Tensor:
-        """(output - value) / sigma in fp64; where value and output are both infinite of one sign, 0."""
+    def error(self, output: Tensor) -> Tensor:
+        """output - value in fp64, less what the drift allows; where both are infinite of one sign, 0."""
         error = output.double() - self.value
         error = torch.where(output.double() == self.value, torch.zeros_like(error), error)
-        return error / self.variance.sqrt()
+        return error if self.drift is None else error - error.clamp(*self.drift)
+
+    def z(self, output: Tensor) -> Tensor:
+        """`error` in sigmas."""
+        return self.error(output) / self.variance.sqrt()
+
+    def flat(self) -> "Bound":
+        """Leading dimensions flattened, a vector as one row."""
+        width = self.value.shape[-1]
+        value, variance, shared = (t.detach().reshape(-1, width) for t in (self.value, self.variance, self.shared))
+        drift = None if self.drift is None else self.drift.reshape(2, -1, width)
+        return Bound(value, variance, shared, self.sources, drift)
+
+    def part(self, rows: Tensor) -> "Bound":
+        """That of these rows (int64 row numbers), flat."""
+        whole = self.flat()
+        drift = None if whole.drift is None else whole.drift[:, rows]
+        return Bound(whole.value[rows], whole.variance[rows], whole.shared[rows], whole.sources[rows], drift)
+
+    def open_where(self, rows: Tensor) -> "Bound":
+        """As it is, but without a limit in these rows [rows], bool.  Raises ValueError without a drift."""
+        if self.drift is None:
+            raise ValueError("only a bound with a drift can be opened")
+        ends = torch.tensor([-torch.inf, torch.inf], dtype=torch.float64, device=rows.device)
+        return replace(self, drift=torch.where(rows[:, None], ends[:, None, None], self.drift))
+
+
+def drift_to(value: Tensor, extreme: Tensor) -> Tensor:
+    """Drift of a result whose mean lies between `value` and `extreme`; none where one of them is not finite."""
+    moved = (extreme - value).nan_to_num(0.0, 0.0, 0.0)
+    return torch.stack([moved.clamp(max=0), moved.clamp(min=0)])
 
 
 def finish(value: Tensor, variance: Tensor, dtype: torch.dtype) -> Tensor:
@@ -134,7 +188,7 @@ def rms_limit(dof: float, shared_dof: float = 1, shared_share: float = 0.0) -> f
     )
 
 
-def independent(sources: Tensor, width: int) -> Tensor:
+def independent(sources: Tensor, width: int | Tensor) -> Tensor:
     """Degrees of freedom of the mean square of `width` elements whose errors are mixed from so many common sources.
 
     Two such elements correlate by about 1 / sqrt(sources) with a random sign, so the variance of their mean square is
@@ -151,6 +205,12 @@ def _sources(variance: Tensor, shared: Tensor, concentrated: Tensor) -> Tensor:
     """
     found = (variance - shared).mean(-1).square() / concentrated
     return found.clamp(min=1).nan_to_num(nan=torch.inf, posinf=torch.inf)
+
+
+def _count(rows: Tensor) -> Tensor:
+    """How many values of equal size would be as concentrated as those of a row, [rows]; a cut of each is a source."""
+    squares = rows.square()
+    return (squares.sum(-1).square() / squares.square().sum(-1)).clamp(min=1).nan_to_num(nan=1.0)
 
 
 def _rounded_down(dof: float) -> int:
@@ -173,10 +233,9 @@ def activation_derivative(gate: Tensor, activation: str) -> Tensor:
 
 
 def _hidden_variance(
-    steps: ExpertSteps, square_products: Tensor, terms: int, activation: str, rounds: Rounds, dtype: torch.dtype
+    steps: ExpertSteps, variance: Tensor, activation: str, rounds: Rounds, dtype: torch.dtype
 ) -> Tensor:
-    """Variance of act(g) * u, given sum (w x)^2 of both halves."""
-    variance = square_products * product_variance(terms, rounds, dtype)
+    """Variance of act(g) * u, given that of [g; u]."""
     if "gate_up" in rounds:
         variance = variance + store(torch.cat([steps.gate, steps.up], dim=-1), dtype)
     of_gate, of_up = variance.chunk(2, dim=-1)
@@ -195,33 +254,39 @@ def expert_steps_and_variance(
 
     `weighted`: the routing weight may be applied to the hidden values instead, which rounds them a second time.
     """
-    gate_up, down = gate_up.to(torch.float64, copy=True), down.to(torch.float64, copy=True)
+    gate_up, down = gate_up.double(), down.double()
     steps = expert_steps(rows, gate_up, down, activation)
-    products = rows.square() @ gate_up.square_().T  # the copies are not needed any more
-    hidden = _hidden_variance(steps, products, rows.shape[-1], activation, rounds, dtype)
+    hidden = _hidden_variance(steps, product_variance(rows, gate_up, rounds, dtype), activation, rounds, dtype)
     if weighted and "weighted" in rounds:
         hidden += store(steps.hidden, dtype)
-    squares = down.square_()
+    squares = down.square()
     concentrated = (hidden * squares.mean(0)).square().sum(-1)
-    hidden += product_variance(down.shape[-1], rounds, dtype) * steps.hidden.square()
-    variance = hidden @ squares.T
+    variance = hidden @ squares.T + product_variance(steps.hidden, down, rounds, dtype)
     if "expert_output" in rounds:
         variance += store(steps.output, dtype)
     return steps, variance, concentrated
 
 
+def cut_output(rows: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
+    """An expert's output [n, H] where the operands of both products are cut to tf32."""
+    gate, up = (cut(rows) @ cut(gate_up).T).chunk(2, dim=-1)
+    return cut(activate(gate, activation) * up) @ cut(down).T
+
+
 def experts(
     hidden_states: Tensor, gate_up_proj: Tensor, down_proj: Tensor, topk_weights: Tensor, topk_ids: Tensor, *,
     activation: str, expert_map: Tensor | None, declared: Declared, weight_variance: Tensor | None = None,
+    cut_weights: Tensor | None = None,
 ) -> Bound:  # fmt: skip
-    """Bound of the stage `experts`.  `weight_variance` [T, k] is that of routing weights which are themselves computed.
+    """Bound of the stage `experts`.  `weight_variance` [T, k] is that of routing weights which are themselves computed,
+    `cut_weights` [T, k] what they are where the operands of the router's product are cut to tf32.
 
     A duplicate of an expert in a row shares its error with the first, so a token's slots on one expert are taken
     together, with the sum of their weights.
     """
     dtype, rounds = hidden_states.dtype, permitted(declared)
     x, weights = hidden_states.double(), topk_weights.double()
-    value, variance, shared, squares = (torch.zeros(x.shape, dtype=torch.float64, device=x.device) for _ in range(4))
+    value, variance, shared, squares, extreme = (torch.zeros_like(x, dtype=torch.float64) for _ in range(5))
     ids = local_ids(topk_ids, expert_map)
     slots_of, concentrated = (torch.zeros(len(x), dtype=torch.float64, device=x.device) for _ in range(2))
     inexact_weights = "routing_weight" in rounds and topk_weights.dtype != dtype
@@ -241,6 +306,11 @@ def experts(
             of_weight = x.new_zeros(len(unique), 1).index_add_(0, inverse, weight_variance[tokens, slots, None].sqrt())
             shared.index_add_(0, unique, of_weight.square() * steps.output.square())
         value.index_add_(0, unique, weighted)
+        if in_tf32(rounds, dtype):
+            if cut_weights is not None:
+                weight = x.new_zeros(len(unique), 1).index_add_(0, inverse, cut_weights[tokens, slots, None])
+            of_cut = cut_output(x[unique], gate_up_proj[expert], down_proj[expert], activation)
+            extreme.index_add_(0, unique, weight * of_cut)
         variance.index_add_(0, unique, of_row)
         squares.index_add_(0, unique, weighted.square())
         slots_of.index_add_(0, unique, copies[:, 0])
@@ -248,35 +318,43 @@ def experts(
     partial = torch.maximum(value.abs(), squares.sqrt())
     sums = (slots_of - 1).clamp(min=0)[:, None] * store(partial, dtype if "partial_sum" in rounds else torch.float32)
     variance = finish(value, variance + sums + shared, dtype)
-    sources = torch.stack([_sources(variance, shared, concentrated), slots_of.clamp(min=1)], dim=-1)
-    return Bound(value, variance, shared, sources)
+    own, drift = _sources(variance, shared, concentrated), None
+    if in_tf32(rounds, dtype):
+        own, drift = independent(own, _count(x)), drift_to(value, extreme)
+    return Bound(value, variance, shared, torch.stack([own, slots_of.clamp(min=1)], dim=-1), drift)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, group_sizes: Tensor, *, bias: Tensor | None, declared: Declared) -> Bound:
     """Bound of the stage `grouped_linear`: one product per row, at most one more rounding before the bias."""
     rounds = permitted(declared)
     rows = x.double()
-    value, squares = (torch.zeros(len(rows), weight.shape[1], dtype=torch.float64, device=x.device) for _ in range(2))
+    value, variance, extreme = (
+        torch.zeros(len(x), weight.shape[1], dtype=torch.float64, device=x.device) for _ in "123"
+    )
     experts_of = row_experts(group_sizes)
     for expert in experts_of.unique().tolist():
         of_expert = (experts_of == expert).nonzero()[:, 0]
         w = weight[expert].double()
         value[of_expert] = rows[of_expert] @ w.T
-        squares[of_expert] = rows[of_expert].square() @ w.square().T
-    variance = squares * product_variance(x.shape[-1], rounds, x.dtype)
+        variance[of_expert] = product_variance(rows[of_expert], w, rounds, x.dtype)
+        extreme[of_expert] = cut(rows[of_expert]) @ cut(w).T
+    drift = drift_to(value, extreme) if in_tf32(rounds, x.dtype) else None
     if bias is not None:
         variance = variance + store(value, x.dtype)
         value = value + bias.double()[experts_of]
     variance = finish(value, variance, x.dtype)
     sources = torch.full((len(rows), 2), torch.inf, dtype=torch.float64, device=x.device)
-    return Bound(value, variance, torch.zeros_like(variance), sources)
+    if drift is not None:
+        sources[:, 0] = _count(rows)
+    return Bound(value, variance, torch.zeros_like(variance), sources, drift)
 
 
-def gate_variance(logit: Tensor, squares: Tensor, terms: int, rounds: Rounds, dtype: torch.dtype) -> Tensor:
-    """Variance of sigmoid(logit): the product's, a store of the logit, exp in fp32, a store of the gate."""
+def gate_variance(x: Tensor, weight: Tensor, rounds: Rounds, dtype: torch.dtype) -> Tensor:
+    """Variance of sigmoid(x @ weight.T): the product's, a store of the logit, exp in fp32, a store of the gate."""
+    logit = x @ weight.T
     gate = logit.sigmoid()
     slope = gate * (1 - gate)
-    variance = slope.square() * (squares * product_variance(terms, rounds, dtype) + store(logit, dtype))
+    variance = slope.square() * (product_variance(x, weight, rounds, dtype) + store(logit, dtype))
     # exp(-logit) carries the rounding of its argument: |logit| roundoffs, which the slope keeps bounded
     return variance + (4 * ACCUMULATOR * gate * (1 + logit.abs() * (1 - gate))).square() + store(gate, dtype)
 
@@ -287,13 +365,13 @@ def shared_expert_gate(
     """Bound of the stage `shared_expert_gate`; the gate's error is common to a row."""
     dtype, rounds = hidden_states.dtype, permitted(declared)
     x, w, y = hidden_states.double(), gate_weight.double(), shared_output.double()
-    logit, squares = x @ w.T, x.square() @ w.square().T
-    value = logit.sigmoid() * y
-    shared = y.square() * gate_variance(logit, squares, x.shape[-1], rounds, dtype)
+    value = (x @ w.T).sigmoid() * y
+    shared = y.square() * gate_variance(x, w, rounds, dtype)
     variance = finish(value, shared + store(value, torch.float32), dtype)
     sources = torch.ones(value.shape[:-1].numel(), 2, dtype=torch.float64, device=x.device)
     sources[:, 0] = torch.inf
-    return Bound(value, variance, shared, sources)
+    drift = drift_to(value, (cut(x) @ cut(w).T).sigmoid() * y) if in_tf32(rounds, dtype) else None
+    return Bound(value, variance, shared, sources, drift)
 
 
 def score_error(logits: Tensor, scoring: str) -> Tensor:
@@ -346,29 +424,52 @@ def moe_block(
         {name: w.double() for name, w in weights.items() if not name.startswith("experts.")},
     )
     logits = block.router_logits(x, wide, config)
-    of_logits = (x.square() @ wide["gate.weight"].square().T) * product_variance(x.shape[-1], rounds, dtype)
+    of_logits = product_variance(x, wide["gate.weight"], rounds, dtype)
     of_logits = of_logits + store(logits, torch.float32 if block.family(config).router_in_fp32 else dtype)
     topk_weights, ids = block.routing(logits, wide, config)
-    own, common = _routing_variance(logits, of_logits, ids, topk_weights, block.routing_rule(config))
-    act = block.activation(config)
+    rule, act = block.routing_rule(config), block.activation(config)
+    own, common = _routing_variance(logits, of_logits, ids, topk_weights, rule)
+    cut_weights = _routing_weights(cut(x) @ cut(wide["gate.weight"]).T, ids, rule) if in_tf32(rounds, dtype) else None
     routed = experts(hidden_states, weights["experts.gate_up_proj"], weights["experts.down_proj"], topk_weights, ids,
-                     activation=act, expert_map=None, declared=declared, weight_variance=2 * own)  # fmt: skip
+                     activation=act, expert_map=None, declared=declared, weight_variance=2 * own,
+                     cut_weights=cut_weights)  # fmt: skip
     of_norm = 2 * common * routed.value.square()
-    value, variance, shared = routed.value, routed.variance + of_norm, routed.shared + of_norm
+    value, variance, shared, drift = routed.value, routed.variance + of_norm, routed.shared + of_norm, routed.drift
     concentrated = (routed.variance - routed.shared).mean(-1).square() / routed.sources[:, 0]
     extra = _shared_expert(x, wide, act, rounds, dtype)
     if extra is not None:
         value, variance, shared = value + extra[0], variance + extra[1], shared + extra[2]
         variance, concentrated = finish(value, variance, dtype), concentrated + extra[3]
+        drift = None if drift is None else drift + drift_to(extra[0], _cut_shared_expert(x, wide, act))
     sources = torch.stack([_sources(variance, shared, concentrated), routed.sources[:, 1]], dim=-1)
-    return Bound(value, variance, shared, sources)
+    return Bound(value, variance, shared, sources, drift)
+
+
+def _routing_weights(logits: Tensor, ids: Tensor, rule: block.RoutingRule) -> Tensor:
+    """Weights [T, k] of the experts `ids`, whichever the logits would choose."""
+    scores, scale = expert_scores(logits, rule.scoring), rule.routed_scaling_factor
+    return combine_weights(scores, ids, renormalize=rule.renormalize, routed_scaling_factor=scale)
+
+
+def _shared_prefix(weights: dict[str, Tensor]) -> str | None:
+    return next((p for p in ("shared_expert", "shared_experts") if f"{p}.down_proj.weight" in weights), None)
+
+
+def _cut_shared_expert(x: Tensor, wide: dict[str, Tensor], act: str) -> Tensor:
+    """The shared expert's term where the operands of its products are cut to tf32."""
+    prefix = _shared_prefix(wide)
+    gate, up, down = (wide[f"{prefix}.{name}"] for name in block.SHARED_EXPERT)
+    output = cut_output(x, torch.cat([gate, up]), down, act)
+    if prefix == "shared_experts":
+        return output
+    return (cut(x) @ cut(wide["shared_expert_gate.weight"]).T).sigmoid() * output
 
 
 def _shared_expert(
     x: Tensor, wide: dict[str, Tensor], act: str, rounds: Rounds, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     """(value, variance, the part of it common to a row, how the rest is concentrated) of the shared expert's term."""
-    prefix = next((p for p in ("shared_expert", "shared_experts") if f"{p}.down_proj.weight" in wide), None)
+    prefix = _shared_prefix(wide)
     if prefix is None:
         return None
     gate, up, down = (wide[f"{prefix}.{name}"] for name in block.SHARED_EXPERT)
@@ -378,9 +479,8 @@ def _shared_expert(
     if prefix == "shared_experts":
         return steps.output, variance, torch.zeros_like(variance), concentrated
     weight = wide["shared_expert_gate.weight"]
-    logit, squares = x @ weight.T, x.square() @ weight.square().T
-    scale = logit.sigmoid()
+    scale = (x @ weight.T).sigmoid()
     value = scale * steps.output
-    common = steps.output.square() * gate_variance(logit, squares, x.shape[-1], rounds, dtype)
+    common = steps.output.square() * gate_variance(x, weight, rounds, dtype)
     variance = scale.square() * variance + common + store(value, dtype)
     return value, variance, common, scale[:, 0] ** 4 * concentrated

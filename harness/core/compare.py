@@ -22,8 +22,8 @@ TILE = (16, 64)
 
 def against_bound(stage: Places, call: Call, bound: Bound, result: Tensor) -> Record:
     """Judge `result` elementwise and by its rms.  Elements whose value is NaN or infinite are judged by kind alone."""
-    value, out = matrix(bound.value), matrix(result)
-    flat = Bound(value, matrix(bound.variance), matrix(bound.shared), bound.sources)
+    flat, out = bound.flat(), matrix(result)
+    value = flat.value
     record = Record(elements=value.numel())
     if not value.numel():
         return record

@@ -60,7 +60,6 @@ def _few_experts(call: Call, made: Call, rows: Tensor) -> Call:
 
 
 def _truth(truth: Any, rows: Tensor) -> Any:
-    if not isinstance(truth, Bound):
-        return None if truth is None else matrix(truth)[rows]
-    value, variance, shared = (matrix(tensor)[rows] for tensor in (truth.value, truth.variance, truth.shared))
-    return Bound(value, variance, shared, truth.sources[rows])
+    if isinstance(truth, Bound):
+        return truth.part(rows)
+    return None if truth is None else matrix(truth)[rows]

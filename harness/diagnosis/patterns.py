@@ -63,7 +63,7 @@ def read(call: Call, bound: bounds.Bound, out: Tensor) -> list[str]:
     """All that is seen in a result."""
     value, got = (t.detach().double().reshape(-1, out.shape[-1]) for t in (bound.value, out))
     sigma = bound.variance.reshape(value.shape).sqrt()
-    error = (got - value).abs().nan_to_num(torch.inf)
+    error = bound.flat().error(got).abs().nan_to_num(torch.inf)
     wrong = (error > bounds.max_limit() * sigma) & (value.isfinite() | got.isfinite())
     if not bool(wrong.any()):
         return []
