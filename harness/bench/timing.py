@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 
-from moe_harness.harness.bench.data import BATCHES, Batch, Draw, Layer, problem
+from moe_harness.harness.bench.data import Batch, Draw, Layer, problem
 from moe_harness.harness.core.contracts import REJECTIONS, Subject, load
 from moe_harness.harness.core.cuda_graphs import captured
+from moe_harness.harness.core.folders import needed_part, stage_part, stages_with
 from moe_harness.harness.core.memory import poison_value
 
 TARGET_US = 2000.0  # a graph holds calls worth about this much
@@ -260,8 +261,8 @@ def bench(
         UsageError, CannotJudge: an implementation that cannot be found or imported.
         RuntimeError: no CUDA device.
     """
-    if stage not in BATCHES:
-        raise ValueError(f"stage is {stage!r}, but should be one of {', '.join(BATCHES)}")
+    if stage not in stages_with("bench"):
+        raise ValueError(f"stage is {stage!r}, but should be one of {', '.join(stages_with('bench'))}")
     if not torch.cuda.is_available():
         raise RuntimeError("there is no CUDA device to time on")
     subjects = [load(stage, spec) for spec in specs]
@@ -284,11 +285,11 @@ def _time_all(
     report: Report, subjects: list[Subject], layer: Layer, tokens: list[int], kind: torch.dtype, draw: Draw,
     rounds: int, progress: Callable[[str], None],
 ) -> None:  # fmt: skip
-    weights = layer.weights(kind, draw) if report.stage in ("experts", "grouped_linear") else []
+    weights = layer.weights(kind, draw) if getattr(stage_part(report.stage, "bench"), "NEEDS_WEIGHTS", False) else []
     with torch.no_grad():
         for count in tokens:
             progress(f"{report.stage}, {layer.model.name}: {count} tokens")
-            batch = BATCHES[report.stage](layer, count, kind, weights, draw)
+            batch = needed_part(report.stage, "bench").batch(layer, count, kind, weights, draw)
             for timing in _time_batch(subjects, batch, count, rounds):
                 _add_floor(timing, batch, report)
                 report.timings.append(timing)

@@ -1,36 +1,37 @@
 """Relations between results that hold without a reference."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from moe_harness.harness.core.bounds import ACCUMULATOR, Bound, permitted, score_error
+from moe_harness.harness.core.bounds import Bound
 from moe_harness.harness.core.call import Call
 from moe_harness.harness.core.case import Case
-from moe_harness.harness.core.compare import against_bound
+from moe_harness.harness.core.compare import Rows, against_bound
 from moe_harness.harness.core.findings import Record
 from moe_harness.harness.core.invocation import Trial
-from moe_harness.harness.core.laws import terms
-from moe_harness.harness.stages.router import laws as router_laws
+from moe_harness.harness.core.laws import Term, terms
 
 
 def laws(trial: Trial, case: Case) -> Record:
     """The law that the case's variant names."""
     call = trial.build(case)
-    record = _router_law(trial, call) if case.stage == "router" else _linear_law(trial, call)
-    told = "" if case.stage == "router" else "what should cancel does not: "
+    judge = getattr(trial.stage.part("laws"), "judge", _judge_sum)
+    record = judge(trial, call, terms(case.stage, case.variant, call))
     for finding in record.findings:
-        finding.message = f"the law {case.variant} does not hold: {told}{finding.message}"
+        finding.message = f"the law {case.variant} does not hold: {finding.message}"
         finding.where["law"] = case.variant
     return record
 
 
-def _linear_law(trial: Trial, call: Call) -> Record:
+def _judge_sum(trial: Trial, call: Call, of_law: list[Term]) -> Record:
     """The sum of the terms against zero, with the variance of the sum."""
     stage, declared = trial.stage, trial.subject.declared.rounds
     sums: list[Tensor] = []  # of the results, of their variances, of what is shared between elements, of their drifts
-    for term in terms(call.case.stage, call.case.variant, call):
-        result = trial.invoke(term.call)
-        bound = stage.expect(term.call, declared)
+    for term in of_law:
+        result = _output(trial.invoke(term.call), term)
+        bound = _output(stage.expect(term.call, declared), term)
         parts = [term.coefficient * term.rows(result.double())]
         parts += [term.coefficient**2 * term.rows(v) for v in (bound.variance, bound.shared)]
         if bound.drift is not None:  # the terms need not be computed one way, so each lies anywhere in its own
@@ -45,42 +46,12 @@ def _linear_law(trial: Trial, call: Call) -> Record:
     residual, variance, shared, *drift = sums
     own = sources.reshape(-1, 2).clamp(min=1)
     nothing = Bound(torch.zeros_like(residual), variance, shared, own, torch.stack(drift) if drift else None)
-    return against_bound(_Rows, call, nothing, residual)
-
-
-class _Rows:
-    """Names the rows of a relation, which need not be those of any one call."""
-
-    @staticmethod
-    def place_of(call: Call, row: int, column: int) -> dict[str, int]:
-        return {"row": row, "column": column}
-
-    @staticmethod
-    def row_groups(call: Call) -> dict[str, Tensor]:
-        return {}
-
-
-def _router_law(trial: Trial, call: Call) -> Record:
-    law = getattr(router_laws, call.case.variant)(call)
-    first, second = trial.invoke(law.first), trial.invoke(law.second)
-    record = trial.judge(law.first, first)
-    record.merge(trial.judge(law.second, second), "the changed call: ")
-    if record.findings:
-        return record
-    same, difference = router_laws.disagreement(tuple(r[law.rows] for r in first), law.back(second))
-    keywords = law.first.keywords
-    of_scores = max(
-        float(score_error(c.args["router_logits"], keywords["scoring"]).max()) for c in (law.first, law.second)
-    )
-    dtypes = [first[0].dtype]
-    if "routing_weight" in permitted(trial.subject.declared.rounds):
-        dtypes.append(call.args["router_logits"].dtype)
-    unit = max(torch.finfo(dtype).eps for dtype in dtypes)
-    limit = 4 * of_scores + 2 * (keywords["top_k"] + 4) * ACCUMULATOR + unit
-    used = torch.where(same, difference / limit, 0.0)
-    record.worst = max(record.worst, float(used.max()))
-    if record.worst > 1:
-        row = int(used.argmax())
-        record.fail(f"the weights of row {row} differ by {float(difference[row]):.3g} of their size, limit {limit:.3g}",
-                    headroom=float(used.max()), where={"token": row})  # fmt: skip
+    record = against_bound(Rows(), call, nothing, residual)
+    for finding in record.findings:
+        finding.message = f"what should cancel does not: {finding.message}"
     return record
+
+
+def _output(yielded: Any, term: Term) -> Any:
+    """The output, or the bound of it, that the term is about."""
+    return yielded[term.output] if isinstance(yielded, tuple) else yielded

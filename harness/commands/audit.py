@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moe_harness.harness.commands import options
+from moe_harness.harness.core.folders import needed_part, stages_with
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,11 +66,10 @@ def show(result: dict[str, Any], console: "Console") -> None:
 
 
 def _names(shapes: list[dict[str, Any]]) -> list[str]:
-    """Every wrong output of any shape, in the order of the shape with most of them."""
-    from moe_harness.harness.core.wrong_outputs import EXPERTS, GROUPED_LINEAR
-
+    """Every wrong output of any shape, in the order that their stage gives them."""
+    known = [name for stage in stages_with("wrong") for name in needed_part(stage, "wrong").NAMES]
     seen = {name for entry in shapes for name in entry["accepted"] + entry["rejected"]}
-    return [name for name in dict.fromkeys(EXPERTS + GROUPED_LINEAR) if name in seen]
+    return [name for name in dict.fromkeys(known) if name in seen]
 
 
 def _verdict(entry: dict[str, Any], name: str) -> str:

@@ -9,9 +9,10 @@ import typer
 
 from moe_harness.harness.commands import options
 from moe_harness.harness.core.errors import EXIT_CANNOT_JUDGE, EXIT_PASS, CannotJudge, UsageError
+from moe_harness.harness.core.folders import stages_with
 
 TOKENS = "1,8,32,64,128,256,512,1024,4096,16384"
-STAGES = ("experts", "router", "grouped_linear", "shared_expert_gate")
+STAGES = stages_with("bench")
 DTYPES = ("bf16", "fp16", "fp32")
 
 

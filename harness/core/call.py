@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_harness.harness.core.case import Case
+from moe_harness.harness.core.contracts import Declarations
 from moe_harness.harness.core.memory import Arena
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -24,6 +25,11 @@ class Call:
     keywords: dict[str, Any]
     arena: Arena = field(default_factory=Arena)
     truth: Any = None  # what a right result is, where that is known already; void once the operands change
+    declared: Declarations | None = None  # what the implementation that gets it says of itself
+
+    def operand(self, name: str) -> Any:
+        """The argument of that name, positional or keyword."""
+        return self.args[name] if name in self.args else self.keywords[name]
 
 
 class Builder:

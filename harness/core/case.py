@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
 from moe_harness.harness.core.errors import UsageError, unknown
+from moe_harness.harness.core.folders import needed_part, stages_with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +60,8 @@ def _text(value: object) -> str:
 
 
 def case_types() -> dict[str, type[Case]]:
-    from moe_harness.harness.stages.experts import cases as experts
-    from moe_harness.harness.stages.grouped_linear import cases as grouped_linear
-    from moe_harness.harness.stages.moe_block import cases as moe_block
-    from moe_harness.harness.stages.router import cases as router
-    from moe_harness.harness.stages.shared_expert_gate import cases as shared_expert_gate
-
-    modules = (router, experts, grouped_linear, shared_expert_gate, moe_block)
-    return {module.CaseType.stage: module.CaseType for module in modules}
+    """The type of the cases of each stage."""
+    return {stage: needed_part(stage, "cases").CaseType for stage in stages_with("cases")}
 
 
 def parse(stage: str, text: str) -> Case:

@@ -17,11 +17,11 @@ import functools
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from moe_harness.harness.core.contracts import RANK_STAGES, SIGNATURES, STAGES
+from moe_harness.harness.core.folders import modules_of
 
 RANKED = (*RANK_STAGES, "layouts")  # judged over many ranks; see harness.core.ranked_faults
 STAGES_WITH_FAULTS = (*STAGES, *RANKED)
@@ -135,9 +135,7 @@ def known() -> tuple[Fault, ...]:
 
 def modules() -> tuple[str, ...]:
     """The modules that hold faults: `stages/<stage>/faults/*.py`, those of a stage in the order of their names."""
-    stages = Path(__file__).parent.parent / "stages"
-    files = [file for stage in STAGES_WITH_FAULTS for file in sorted((stages / stage / "faults").glob("[!_]*.py"))]
-    return tuple(f"moe_harness.harness.stages.{file.parent.parent.name}.faults.{file.stem}" for file in files)
+    return tuple(module for stage in STAGES_WITH_FAULTS for module in modules_of(stage, "faults"))
 
 
 def all_faults(stage: str | None = None) -> tuple[Fault, ...]:

@@ -20,6 +20,23 @@ from moe_harness.harness.core.rows import matrix
 TILE = (16, 64)
 
 
+class Rows:
+    """Names the rows of what is no stage's first output: a relation, a cache."""
+
+    def place_of(self, call: Call, row: int, column: int) -> dict[str, Any]:
+        return {"row": row, "column": column}
+
+    def row_groups(self, call: Call) -> dict[str, Tensor]:
+        return {}
+
+
+def judged(stage: Places, call: Call, truth: Bound | Tensor, result: Tensor) -> Record:
+    """Judge one output against what it may be: a bound, or the only right value."""
+    if isinstance(truth, Tensor):
+        return exactly(stage, call, truth, result)
+    return against_bound(stage, call, truth, result)
+
+
 def against_bound(stage: Places, call: Call, bound: Bound, result: Tensor) -> Record:
     """Judge `result` elementwise and by its rms.  Elements whose value is NaN or infinite are judged by kind alone."""
     flat, out = bound.flat(), matrix(result)
@@ -47,7 +64,7 @@ def against_bound(stage: Places, call: Call, bound: Bound, result: Tensor) -> Re
 
 def exactly(stage: Places, call: Call, value: Tensor, result: Tensor) -> Record:
     """Judge `result` bitwise (a zero of either sign is a zero)."""
-    value, out = matrix(value), matrix(result.double())
+    value, out = matrix(value).double(), matrix(result.double())
     record = Record(elements=value.numel())
     wrong = out != value
     if bool(wrong.any()):

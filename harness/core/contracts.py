@@ -14,13 +14,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moe_harness.harness.core.environment import how_to_install
 from moe_harness.harness.core.errors import CannotJudge, HarnessError, UsageError, unknown
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from moe_harness.harness.core.folders import extra_folders, needed_part, stages_with
 
 DTYPES = ("fp32", "fp16", "bf16")
 DEVICES = ("cpu", "cuda")
@@ -33,35 +31,10 @@ REJECTIONS = (NotImplementedError, ValueError, TypeError)
 DTYPE_ALIASES = {"float32": "fp32", "float": "fp32", "float16": "fp16", "half": "fp16", "bfloat16": "bf16"}
 
 
-def _router(
-    router_logits: "Tensor", *, top_k: int, scoring: str = "softmax", renormalize: bool = True,
-    correction_bias: "Tensor | None" = None, num_expert_group: int | None = None, topk_group: int | None = None,
-    routed_scaling_factor: float = 1.0,
-) -> "tuple[Tensor, Tensor]": ...  # fmt: skip
-
-
-def _experts(
-    hidden_states: "Tensor", gate_up_proj: "Tensor", down_proj: "Tensor", topk_weights: "Tensor", topk_ids: "Tensor",
-    *, activation: str = "silu", expert_map: "Tensor | None" = None,
-) -> "Tensor": ...  # fmt: skip
-
-
-def _grouped_linear(
-    x: "Tensor", weight: "Tensor", group_sizes: "Tensor", *, bias: "Tensor | None" = None
-) -> "Tensor": ...
-
-
-def _shared_expert_gate(hidden_states: "Tensor", gate_weight: "Tensor", shared_output: "Tensor") -> "Tensor": ...
-
-
-def _moe_block(hidden_states: "Tensor", weights: "dict[str, Tensor]", config: dict[str, Any]) -> "Tensor": ...
-
-
+STAGES = stages_with("contract")
 SIGNATURES: dict[str, inspect.Signature] = {
-    stub.__name__.removeprefix("_"): inspect.signature(stub)
-    for stub in (_router, _experts, _grouped_linear, _shared_expert_gate, _moe_block)
+    stage: inspect.signature(getattr(needed_part(stage, "contract"), stage)) for stage in STAGES
 }
-STAGES = tuple(SIGNATURES)
 RANK_STAGES = ("dispatcher", "parallel_linear")  # classes, one object per rank; see harness.ranks
 
 
@@ -157,13 +130,18 @@ def load(stage: str, spec: str) -> Subject:
 
 
 def registered(stage: str) -> dict[str, str]:
-    """Registered names of a stage and the module each lives in, read from `__all__` without importing anything."""
+    """Registered names of a stage and where each lives, read from `__all__` without importing anything.
+
+    That is a module of moe_harness.impls, or the file of a folder that MOE_HARNESS_PATH adds.
+    """
     found: dict[str, str] = {}
-    for file in sorted(_impls_folder().glob(f"*/{stage}.py")):
-        family = file.parent.name
-        for variant in _exported(file):
-            name = family if variant == stage else f"{family}:{variant}"
-            found[name] = f"moe_harness.impls.{family}.{stage}"
+    ours = _impls_folder()
+    for folder in (ours, *extra_folders("impls")):
+        for file in sorted(folder.glob(f"*/{stage}.py")):
+            family = file.parent.name
+            for variant in _exported(file):
+                name = family if variant == stage else f"{family}:{variant}"
+                found.setdefault(name, f"moe_harness.impls.{family}.{stage}" if folder == ours else str(file))
     return found
 
 
@@ -185,7 +163,9 @@ def find(stage: str, spec: str) -> Any:
     names = registered(stage)
     if spec in names:
         family, _, variant = spec.partition(":")
-        return getattr(_import(spec, names[spec]), variant or stage)
+        home = names[spec]
+        module = _import_file(spec, Path(home)) if home.endswith(".py") else _import(spec, home)
+        return getattr(module, variant or stage)
     target, colon, attribute = spec.rpartition(":")
     if not colon:
         if spec.endswith(".py"):

@@ -1,5 +1,7 @@
 """What several stages' faults are built from: reads past the end of a row, tiles, reduced precision."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -86,3 +88,13 @@ def matmul_rounding_sums(rows: Tensor, weight: Tensor, dtype: torch.dtype, block
         part = matmul(rows[:, start : start + block], weight[:, start : start + block])
         total = (total.to(part.dtype) + part).to(dtype)
     return total.to(wide(rows))
+
+
+def product_in(dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
+    """A product in fp64 whose sums are rounded to `dtype`."""
+
+    def matmul(rows: Tensor, weight: Tensor) -> Tensor:
+        total = rows.double() @ weight.double().T
+        return total.to(dtype).to(wide(rows))
+
+    return matmul

@@ -8,16 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_harness.harness.core.bounds import Bound
 from moe_harness.harness.core.call import Call
 from moe_harness.harness.core.case import Case
-from moe_harness.harness.core.compare import against_bound, exactly
 from moe_harness.harness.core.contracts import REJECTIONS, Subject
 from moe_harness.harness.core.environment import what_is_missing
 from moe_harness.harness.core.errors import CannotJudge
 from moe_harness.harness.core.findings import Record
-from moe_harness.harness.core.rows import count, of_result, part
-from moe_harness.harness.core.stage import stage_module
+from moe_harness.harness.core.rows import of_result
+from moe_harness.harness.core.stage import Output, find_stage
 
 PART = 1 << 16  # rows that are judged at once: of 2^31 elements the fp64 reference alone would fill a GPU's memory
 
@@ -53,18 +51,28 @@ class Trial:
 
     def __init__(self, subject: Subject, device: str):
         self.subject, self.device = subject, device
-        self.stage = stage_module(subject.stage)
+        self.stage = find_stage(subject.stage)
         self._ready: dict[Case, Call] = {}
 
     def build(self, case: Case) -> Call:
         """A call of its own for every time it is asked for."""
-        return self._ready.pop(case, None) or self.stage.build(case, self.device)
+        return self._ready.pop(case, None) or self._built(case)
+
+    def _built(self, case: Case) -> Call:
+        call = self.stage.build(case, self.device)
+        call.declared = self.subject.declared
+        return call
+
+    def again(self, call: Call) -> Call:
+        """The call to make once more: itself, or a new one where it writes into its operands."""
+        written = any(output.inside for output in self.stage.outputs(call))
+        return self._built(call.case) if written else call
 
     def prepare(self, case: Case) -> Call:
         """The call that `build` hands out next for the case, with what a right result is."""
-        call = self.stage.build(case, self.device)
-        if count(call) <= PART:
-            call.truth = right_result(call, self.subject.declared.rounds)
+        call = self._built(case)
+        if self.stage.count(call) <= PART:
+            call.truth = self.stage.truth(call, self.subject.declared.rounds)
         self._ready = {case: call}
         return call
 
@@ -75,14 +83,18 @@ class Trial:
             Rejected: NotImplementedError, ValueError or TypeError (any exception at all on an optional case).
             Broken: another exception, an input that was written to, or a result of another form.
         """
+        outputs = self.stage.outputs(call)
+        inside = [output.inside for output in outputs if output.inside]
+        if inside and call.truth is None:  # afterwards the operands no longer say what was asked
+            call.truth = self.stage.truth(call, self.subject.declared.rounds)
         before = {name: dict(value) for name, value in call.args.items() if isinstance(value, dict)}
         result = self.launch(call)
         _check_entries(before, call.args)
-        modified = call.arena.violations()
+        modified = call.arena.violations(inside)
         if modified:
             operand, what = modified[0]
             raise Broken(f"the input {operand} {what}, but no input may be written, nor anything around it")
-        return self._checked(call, result)
+        return self._checked(call, outputs, result)
 
     def launch(self, call: Call, *, wait: bool = True) -> Any:
         """Call it; `wait` for the device, or leave that to the caller.  Raises as `invoke`."""
@@ -124,42 +136,36 @@ class Trial:
 
     def judge(self, call: Call, result: Any) -> Record:
         """The result against what a right one may be, many rows in parts."""
-        total = count(call)
+        declared, total = self.subject.declared.rounds, self.stage.count(call)
         if total <= PART:
-            return self._judge(call, result)
+            return self.stage.judge(call, result, declared)
         record = Record()
         for rows in torch.arange(total, device=self.device).split(PART):
             note = f"among rows {int(rows[0])} to {int(rows[-1])}: "
-            record.merge(self._judge(part(call, rows), of_result(result, rows)), note)
+            record.merge(self.stage.judge(self.stage.cut(call, rows), of_result(result, rows), declared), note)
             if record.findings:
                 break
         return record
 
-    def _judge(self, call: Call, result: Any) -> Record:
-        truth = right_result(call, self.subject.declared.rounds) if call.truth is None else call.truth
-        if truth is None:
-            return self.stage.compare(call, result, self.subject.declared.rounds)
-        if isinstance(truth, Tensor):
-            return exactly(self.stage, call, truth, result)
-        return against_bound(self.stage, call, truth, result)
-
-    def _checked(self, call: Call, result: Any) -> Any:
-        wanted = self.stage.outputs(call)
-        results = result if isinstance(result, tuple | list) else (result,)
-        if len(results) != len(wanted) or (len(wanted) == 1 and result is not results[0]):
+    def _checked(self, call: Call, outputs: list[Output], result: Any) -> Any:
+        """The result with what was written in place behind it; what is returned is as the contract says."""
+        wanted = [output for output in outputs if output.inside is None]
+        found = result if isinstance(result, tuple | list) else () if result is None and not wanted else (result,)
+        if len(found) != len(wanted) or (len(wanted) == 1 and result is not found[0]):
             raise Broken(f"returned {_kind(result)}, but should return {_wanted(wanted)}")
-        for (name, shape, dtype), value in zip(wanted, results, strict=True):
-            self._check_form(call, name, shape, dtype, value)
-        return tuple(results) if len(wanted) > 1 else result
+        for output, value in zip(wanted, found, strict=True):
+            self._check_form(call, output, value)
+        written = [call.operand(output.inside).clone() for output in outputs if output.inside is not None]
+        return (*found, *written) if len(outputs) > 1 else (*found, *written)[0]
 
-    def _check_form(self, call: Call, name: str, shape: tuple, dtype: Any, value: Any) -> None:
+    def _check_form(self, call: Call, output: Output, value: Any) -> None:
+        name, shape = output.name, output.shape
         if not isinstance(value, Tensor):
             raise Broken(f"{name} is {_kind(value)}, but should be a tensor of shape {list(shape)}")
         if tuple(value.shape) != tuple(shape):
             raise Broken(f"{name} has the shape {list(value.shape)}, but should have {list(shape)}")
-        allowed = dtype if isinstance(dtype, tuple) else (dtype,)
-        if value.dtype not in allowed:
-            names = " or ".join(str(d).removeprefix("torch.") for d in allowed)
+        if value.dtype not in output.dtypes:
+            names = " or ".join(str(d).removeprefix("torch.") for d in output.dtypes)
             raise Broken(f"{name} has the dtype {str(value.dtype).removeprefix('torch.')}, but should have {names}")
         if value.device.type != self.device:
             raise Broken(f"{name} is on {value.device.type}, but should be on {self.device}, as the inputs are")
@@ -168,14 +174,6 @@ class Trial:
         owner = call.arena.aliased_by(value)
         if owner is not None:
             raise Broken(f"{name} shares its memory with the input {owner}, but should be a new tensor")
-
-
-def right_result(call: Call, declared: tuple[str, ...] | None) -> Bound | Tensor | None:
-    """Bound, or the only right value of exact data; None where the stage has a judgement of its own."""
-    stage = stage_module(call.case.stage)
-    if hasattr(stage, "compare"):  # the router's choice is a set
-        return None
-    return stage.exact_value(call) if call.case.data == "exact" else stage.expect(call, declared)
 
 
 def _check_entries(before: dict[str, dict], after: dict[str, Any]) -> None:
@@ -221,7 +219,9 @@ def _kind(value: Any) -> str:
     return f"{type(value).__name__}"
 
 
-def _wanted(wanted: list[tuple]) -> str:
+def _wanted(wanted: list[Output]) -> str:
+    if not wanted:
+        return "None: what it computes is written into its arguments"
     if len(wanted) == 1:
-        return f"one tensor of shape {list(wanted[0][1])}"
-    return "a tuple (" + ", ".join(name for name, _, _ in wanted) + ")"
+        return f"one tensor of shape {list(wanted[0].shape)}"
+    return "a tuple (" + ", ".join(output.name for output in wanted) + ")"

@@ -6,22 +6,26 @@ judged as any result is, with the variance of the sum.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_harness.harness.core.call import Call
+from moe_harness.harness.core.folders import needed_part
 
 
 @dataclass
 class Term:
-    """One result in a relation.  `rows` picks and orders rows of the result; linear in it, exact."""
+    """One result in a relation.  `rows` picks and orders rows of the result; linear in it, exact.
+
+    A module of laws may judge them in a way of its own (`judge(trial, call, terms)`); then `rows` may do anything.
+    """
 
     call: Call
     coefficient: float = 1.0
-    rows: Callable[[Tensor], Tensor] = field(default=lambda result: result)
+    rows: Callable[[Any], Any] = field(default=lambda result: result)
+    output: int = 0  # which of several outputs it is about
 
 
 def changed(call: Call, **operands: Any) -> Call:
@@ -42,4 +46,4 @@ def shuffled(count: int, seed: int) -> Tensor:
 
 def terms(stage: str, law: str, call: Call) -> list[Term]:
     """The terms of a law of `stage` on a call."""
-    return getattr(import_module(f"moe_harness.harness.stages.{stage}.laws"), law)(call)
+    return getattr(needed_part(stage, "laws"), law)(call)

@@ -8,7 +8,7 @@ is seen by comparing the buffers' bits with a snapshot.
 import contextlib
 import ctypes
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,19 @@ class _Operand:
     view: Tensor
     snapshot: Tensor
 
+    def owned(self) -> Tensor:
+        """Bool, which elements of the buffer belong to the operand."""
+        owned = torch.zeros_like(self.buffer, dtype=torch.bool)
+        owned.as_strided(self.view.shape, self.view.stride(), self.view.storage_offset()).fill_(True)
+        return owned
+
+    def accept_written(self) -> None:
+        """Compare with the present elements from now on; what lies around them is still compared with what it was."""
+        if self.snapshot.numel() != self.buffer.numel():  # a checksum: it cannot tell one from the other
+            self.snapshot = _snapshot(self.buffer)
+        else:
+            self.snapshot = torch.where(self.owned(), _bits(self.buffer), self.snapshot)
+
 
 class Arena:
     """Holds the buffers of one call's operands and tells what happened to them."""
@@ -94,8 +107,14 @@ class Arena:
         for operand in self._operands:
             operand.snapshot = _snapshot(operand.buffer)
 
-    def violations(self) -> list[tuple[str, str]]:
-        """(operand, what happened) for each operand whose buffer is no longer bit for bit as it was."""
+    def violations(self, written: Collection[str] = ()) -> list[tuple[str, str]]:
+        """(operand, what happened) for each operand whose buffer is no longer bit for bit as it was.
+
+        The elements of operands in `written` may change, nothing around them may.
+        """
+        for operand in self._operands:
+            if operand.name in written:
+                operand.accept_written()
         return [(o.name, _describe(o)) for o in self._operands if not torch.equal(_snapshot(o.buffer), o.snapshot)]
 
     def aliased_by(self, output: Tensor) -> str | None:
@@ -122,8 +141,7 @@ def _describe(operand: _Operand) -> str:
     if operand.snapshot.numel() != operand.buffer.numel():
         return "was modified"
     changed = _bits(operand.buffer) != operand.snapshot
-    owned = torch.zeros_like(operand.buffer, dtype=torch.bool)
-    owned.as_strided(operand.view.shape, operand.view.stride(), operand.view.storage_offset()).fill_(True)
+    owned = operand.owned()
     inside = int((changed & owned).sum())
     if inside:
         return f"was modified in {inside} of {operand.view.numel()} elements"

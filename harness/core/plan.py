@@ -1,9 +1,9 @@
 """The plan of a run: which checks judge which cases of a stage."""
 
-from importlib import import_module
 from typing import NamedTuple
 
 from moe_harness.harness.core.case import Case
+from moe_harness.harness.core.folders import needed_part
 from moe_harness.harness.core.request import Request
 
 ON_CUDA_ONLY = {"graph_replay", "side_stream", "large_offsets"}
@@ -22,5 +22,5 @@ class Planned(NamedTuple):
 
 def plan(stage: str, request: Request) -> list[Planned]:
     """Every (check, case) of a run, in the order of judgement; equal ones appear once."""
-    by_check = import_module(f"moe_harness.harness.stages.{stage}.cases").plan(request)
+    by_check = needed_part(stage, "cases").plan(request)
     return list(dict.fromkeys(Planned(check, case) for check, cases in by_check.items() for case in cases))

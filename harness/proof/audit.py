@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_harness.harness.core import wrong_outputs
 from moe_harness.harness.core.call import DTYPES
 from moe_harness.harness.core.errors import UsageError, unknown
+from moe_harness.harness.stages.experts import wrong as experts_wrong
+from moe_harness.harness.stages.grouped_linear import wrong as linear_wrong
 from moe_harness.reference.experts import activate, routed_rows
 from moe_harness.reference.grouped_linear import row_experts
 
@@ -242,12 +243,12 @@ def _experts(audit: Audit, shape: dict[str, Any]) -> Data:
     plain, ids = scores.topk(top_k)
     normal = plain / plain.sum(-1, keepdim=True)
     weights, flipped = (normal, plain) if audit.renormalize else (plain, normal)
-    layer = wrong_outputs.Layer(
+    layer = experts_wrong.Layer(
         hidden.double(), gate_up, down, weights.double(), ids, audit.activation, flipped.double()
     )
     call = (hidden, gate_up, down, weights, ids, audit.activation)
     eager, fused, fp32 = (_layer(*call, inside, sums) for inside, sums in _roundings(hidden.dtype))
-    return Data(wrong_outputs.experts(layer), fused.to(hidden.dtype), eager, fp32)
+    return Data(experts_wrong.experts(layer), fused.to(hidden.dtype), eager, fp32)
 
 
 def _roundings(dtype: torch.dtype) -> tuple[tuple[torch.dtype, torch.dtype], ...]:
@@ -277,7 +278,7 @@ def _grouped_linear(audit: Audit, shape: dict[str, Any]) -> Data:
     owners = row_experts(sizes)
     eager = torch.cat([x[owners == e] @ weight[e].T for e in range(experts)])
     fp32 = torch.cat([x[owners == e].float() @ weight[e].float().T for e in range(experts)])
-    return Data(wrong_outputs.linear(x, weight, sizes, bias=None), fp32.to(x.dtype), eager, fp32)
+    return Data(linear_wrong.linear(x, weight, sizes, bias=None), fp32.to(x.dtype), eager, fp32)
 
 
 def _normal(audit: Audit, scales: dict[str, float]) -> Callable[..., Tensor]:

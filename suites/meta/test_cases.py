@@ -15,9 +15,9 @@ from moe_harness.harness.core.findings import MAX_Z
 from moe_harness.harness.core.pairwise import pairwise
 from moe_harness.harness.core.plan import ON_CUDA_ONLY, plan
 from moe_harness.harness.core.request import Request
-from moe_harness.harness.core.stage import stage_module
+from moe_harness.harness.core.stage import find_stage
 from moe_harness.harness.stages.experts import exact
-from moe_harness.harness.stages.experts import stage as experts
+from moe_harness.harness.stages.experts.stage import STAGE as experts
 from moe_harness.reference.experts import expert_steps, local_ids, routed_rows
 
 
@@ -105,7 +105,7 @@ def test_cancelling_data_cancel():
     cases = [p.case for p in plan("shared_expert_gate", Request()) if p.case.data == "cancelling"]
     assert cases
     for case in cases:
-        call = stage_module("shared_expert_gate").build(case, "cpu")
+        call = find_stage("shared_expert_gate").build(case, "cpu")
         products = call.args["hidden_states"].double() * call.args["gate_weight"].double()
         assert bool((products.sum(-1).abs() < 0.1 * products.abs().sum(-1)).all())
 

@@ -25,9 +25,9 @@ from moe_harness.harness.core.case import case_types
 from moe_harness.harness.core.catalogue import Fault, all_faults, get
 from moe_harness.harness.core.compare import against_bound
 from moe_harness.harness.core.contracts import REJECTIONS, SIGNATURES
+from moe_harness.harness.core.folders import needed_part
 from moe_harness.harness.core.memory import poisoned_allocations
-from moe_harness.harness.core.stage import stage_module
-from moe_harness.harness.diagnosis.disguise import RIGHT_STEPS
+from moe_harness.harness.core.stage import find_stage
 from moe_harness.reference.experts import experts
 from moe_harness.reference.grouped_linear import grouped_linear
 from moe_harness.reference.moe_block import moe_block
@@ -266,7 +266,7 @@ NOTHING: tuple[str, ...] = ()  # rounds nothing but its result; None allows ever
 
 def differs(stage: str, out: Any, call: Call, permitted: tuple[str, ...] | None) -> bool:
     """Would the judge reject `out` of an implementation that may round what is permitted?"""
-    module, names = stage_module(stage), SIGNATURES[stage].parameters
+    module, names = find_stage(stage), SIGNATURES[stage].parameters
     judged = Judged(case_types()[stage](), dict(zip(names, call.args, strict=False)), dict(call.options))
     if stage == "router":
         return bool(module.compare(judged, out, permitted).findings)
@@ -439,7 +439,7 @@ def test_process_fault_does_not_return(fault: Fault) -> None:
     assert child.exitcode != RETURNED
 
 
-BUILDING_BLOCKS = [(s, f"moe_harness.harness.stages.{module}", "run") for s, module in RIGHT_STEPS.items()]
+BUILDING_BLOCKS = [(stage, needed_part(stage, "disguise").RUN.__name__, "run") for stage in SIGNATURES]
 BUILDING_BLOCKS += [("experts", "moe_harness.harness.stages.experts.faults.alignment", "run_aligned")]
 BUILDING_BLOCKS += [("experts", "moe_harness.harness.stages.experts.faults.cuda", "run_captured")]
 

@@ -27,8 +27,8 @@ from moe_harness.harness.run.session import Options, judge
 from moe_harness.harness.stages.experts.cases import ExpertsCase
 from moe_harness.harness.stages.experts.faults import slots as parts
 from moe_harness.harness.stages.grouped_linear.cases import GroupedLinearCase
-from moe_harness.harness.stages.router import stage as router
 from moe_harness.harness.stages.router.cases import RouterCase
+from moe_harness.harness.stages.router.stage import STAGE as router
 from moe_harness.reference.router import router as reference
 
 RIGHT = Path(__file__).parent / "right"

@@ -2,40 +2,36 @@
 
 from collections.abc import Iterator
 from itertools import islice
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from moe_harness.harness.core import rows
 from moe_harness.harness.core.case import Case
 from moe_harness.harness.core.contracts import STAGES, Declarations, Subject, load
 from moe_harness.harness.core.invocation import Trial
 from moe_harness.harness.core.plan import ON_CUDA_ONLY, Planned, plan
 from moe_harness.harness.core.request import Request
-from moe_harness.harness.core.stage import stage_module
-from moe_harness.harness.core.wrong_outputs import (
-    EXPERTS,
-    GROUPED_LINEAR,
-    MOE_BLOCK,
-    ROUTER,
-    SHARED_EXPERT_GATE,
-    wrong_outputs,
-)
+from moe_harness.harness.core.stage import find_stage
+from moe_harness.harness.core.wrong_outputs import ALL, Excuse
 from moe_harness.harness.process.worker import judge_id
 from moe_harness.harness.report.ledger import power_summary
 from moe_harness.harness.run import data_power
 from moe_harness.harness.run.result_builder import Account, Listener
 from moe_harness.harness.run.session import Options, judge
-from moe_harness.harness.stages.experts import stage as experts_stage
 from moe_harness.harness.stages.experts.cases import ExpertsCase
+from moe_harness.harness.stages.experts.stage import STAGE as experts_stage
 from moe_harness.harness.stages.grouped_linear.cases import GroupedLinearCase
 
 MAIN_CHECK = {"router": "routing"}  # of the others it is "numeric"
 LARGEST = 3e6  # products T * k * H * I of a case that is worth its time here
 # Of every 100 planned data sets, how many may by chance be without power: a recipe that fails oftener has to be mended.
 REPLACED_PER_CENT = 5
+EXCUSES = [
+    pytest.param(stage, excuse, id=f"{stage}-{excuse.wrong}")
+    for stage in STAGES
+    for excuse in find_stage(stage).excuses()
+]
 
 
 def planned(stage: str, *checks: str) -> Iterator[Planned]:
@@ -149,45 +145,32 @@ def test_a_run_counts_what_it_replaced() -> None:
     assert result["verdict"] == "pass" and found["proved"] > 20 and found["replaced"]
 
 
-@pytest.mark.parametrize(
-    ("stage", "names"),
-    [
-        ("experts", EXPERTS),
-        ("router", ROUTER),
-        ("grouped_linear", GROUPED_LINEAR),
-        ("shared_expert_gate", SHARED_EXPERT_GATE),
-        ("moe_block", MOE_BLOCK),
-    ],
-)
-def test_every_wrong_output_applies_somewhere(stage: str, names: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_wrong_output_applies_somewhere(stage: str) -> None:
+    names = find_stage(stage).part("wrong").NAMES
     seen: set[str] = set()
     for item in planned(stage, MAIN_CHECK.get(stage, "numeric")):
-        seen |= set(wrong_outputs(stage_module(stage).build(item.case, "cpu")))
+        seen |= set(find_stage(stage).wrong_outputs(find_stage(stage).build(item.case, "cpu")))
         if seen == set(names):
             break
     assert seen == set(names)
 
 
-@pytest.mark.parametrize("entry", data_power.EXCUSED, ids=lambda entry: f"{entry[0]}-{entry[1]}")
-def test_every_excuse_holds_for_planned_data_and_not_for_all_of_them(entry: tuple) -> None:
-    stage, name, holds, why = entry
+@pytest.mark.parametrize(("stage", "entry"), EXCUSES)
+def test_every_excuse_holds_for_planned_data_and_not_for_all_of_them(stage: str, entry: Excuse) -> None:
+    name, holds, why = entry
     cases = [item.case for item in plan(stage, Request())]
     excused = [case for case in cases if holds(case)]
     assert why and excused and len(excused) < len(cases)
-    if name not in (data_power.ALL, "other_activation"):
-        assert any(name in wrong_outputs(stage_module(stage).build(case, "cpu")) for case in excused)
+    if name not in (ALL, "other_activation"):
+        assert any(name in find_stage(stage).wrong_outputs(find_stage(stage).build(case, "cpu")) for case in excused)
 
 
 def test_one_row_is_enough_to_know_the_groups() -> None:
     """The sample keeps each row's expert, and its neighbour to be confused with."""
     case = GroupedLinearCase(S=70, E=128, sizes="sparse", bias=True)
-    call = stage_module("grouped_linear").build(case, "cpu")
-    call.truth = stage_module("grouped_linear").expect(call, None)
-    part = rows.part(call, torch.tensor([69]))
-    assert torch.equal(wrong_outputs(part)["doubled"] / 2, call.truth.value[69:70])
+    call = find_stage("grouped_linear").build(case, "cpu")
+    call.truth = find_stage("grouped_linear").expect(call, None)
+    part = find_stage("grouped_linear").cut(call, torch.tensor([69]))
+    assert torch.equal(find_stage("grouped_linear").wrong_outputs(part)["doubled"] / 2, call.truth.value[69:70])
     assert len(part.args["weight"]) == 2
-
-
-def test_unknown_stage_is_told() -> None:
-    with pytest.raises(ValueError, match="grouped_linear"):
-        wrong_outputs(SimpleNamespace(case=SimpleNamespace(stage="dispatcher")))  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import torch
 from moe_harness.harness.core import bounds
 from moe_harness.harness.core.plan import plan
 from moe_harness.harness.core.request import Request
-from moe_harness.harness.core.stage import stage_module
+from moe_harness.harness.core.stage import find_stage
 from moe_harness.reference.experts import activate
 from moe_harness.reference.moe_block import RoutingRule
 from moe_harness.reference.router import combine_weights, expert_scores
@@ -26,7 +26,7 @@ def numeric_cases():
 @pytest.mark.parametrize("planned", list(numeric_cases()), ids=lambda planned: planned.id)
 def test_the_value_of_a_bound_is_the_references(planned):
     """The bound walks the same steps with variances beside them; a mistake in either would otherwise go unseen."""
-    module = stage_module(planned.case.stage)
+    module = find_stage(planned.case.stage)
     call = module.build(planned.case, "cpu")
     reference = getattr(import_module(f"moe_harness.reference.{planned.case.stage}"), planned.case.stage)
     args = {name: widened(value) for name, value in call.args.items()}
@@ -84,7 +84,7 @@ def test_limits_follow_from_the_false_alarms_wanted():
     "name", ["expert_output", "gate_up", "activation", "weighted", "partial_sum", "routing_weight"]
 )
 def test_every_rounding_adds_to_the_variance(name):
-    module = stage_module("experts")
+    module = find_stage("experts")
     case = next(p.case for p in plan("experts", Request()) if p.check == "numeric" and p.case.dtype == "bf16")
     call = module.build(case, "cpu")
     without, with_it = module.expect(call, ()), module.expect(call, (name,))

@@ -9,6 +9,7 @@ from moe_harness.harness.core import invocation, rows
 from moe_harness.harness.core.case import Case
 from moe_harness.harness.core.contracts import load
 from moe_harness.harness.core.invocation import Trial
+from moe_harness.harness.core.stage import find_stage
 from moe_harness.harness.run import data_power
 from moe_harness.harness.stages.experts.cases import ExpertsCase
 from moe_harness.harness.stages.grouped_linear.cases import GroupedLinearCase
@@ -60,7 +61,7 @@ def test_rows_of_a_call_keep_their_experts() -> None:
     """Of a grouped linear the groups follow the chosen rows."""
     call = Trial(load("grouped_linear", "torch:loop"), "cpu").build(GroupedLinearCase(S=70, K=32, N=16, E=5))
     chosen = torch.tensor([0, 33, 69])
-    made = rows.part(call, chosen)
+    made = find_stage("grouped_linear").cut(call, chosen)
     assert int(made.args["group_sizes"].sum()) == 3
     assert torch.equal(made.args["x"], call.args["x"][chosen])
 

@@ -21,8 +21,8 @@ from moe_harness.harness.core.invocation import Trial
 from moe_harness.harness.core.plan import ON_CUDA_ONLY, plan
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.process.worker import judge_id
-from moe_harness.harness.stages.experts import stage
 from moe_harness.harness.stages.experts.cases import ExpertsCase
+from moe_harness.harness.stages.experts.stage import STAGE
 from moe_harness.reference.experts import experts as reference
 
 SHAPES = (
@@ -45,10 +45,10 @@ def median_seconds(call: Callable[[], Any], repetitions: int = 5) -> float:
 
 def bound_over_reference(case: ExpertsCase) -> dict[str, Any]:
     """The time of value and bound together, over that of the fp64 reference alone."""
-    call = stage.build(case, "cpu")
+    call = STAGE.build(case, "cpu")
     hidden, *others = call.args.values()
     alone = median_seconds(lambda: reference(hidden.double(), *others, **call.keywords))
-    both = median_seconds(lambda: stage.expect(call, None))
+    both = median_seconds(lambda: STAGE.expect(call, None))
     return {"case": case.id(), "reference_ms": round(alone * 1e3, 1), "ratio": round(both / alone, 2)}
 
 

@@ -12,9 +12,10 @@ import torch
 
 from moe_harness.fixtures.configs import shape
 from moe_harness.harness.bench import timing as bench
-from moe_harness.harness.bench.data import BATCHES, Batch, Draw, Layer, problem
+from moe_harness.harness.bench.data import Batch, Draw, Layer, problem
 from moe_harness.harness.core.catalogue import get
 from moe_harness.harness.core.contracts import Subject, load
+from moe_harness.harness.core.folders import needed_part, stages_with
 from moe_harness.harness.stages.experts.faults.cuda import run_captured
 
 SMALL = {"hidden_size": 48, "intermediate_size": 32}
@@ -30,7 +31,7 @@ FAULTS = {
 
 def batch_of(stage: str, layer: Layer = LAYER, tokens: int = 21) -> Batch:
     draw = Draw(0, "cpu")
-    return BATCHES[stage](layer, tokens, torch.bfloat16, layer.weights(torch.bfloat16, draw), draw)
+    return needed_part(stage, "bench").batch(layer, tokens, torch.bfloat16, layer.weights(torch.bfloat16, draw), draw)
 
 
 def told(subject: Subject, batch: Batch) -> str:
@@ -38,7 +39,7 @@ def told(subject: Subject, batch: Batch) -> str:
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 40])
-@pytest.mark.parametrize("stage", BATCHES)
+@pytest.mark.parametrize("stage", stages_with("bench"))
 def test_right_results_are_timed(stage: str, tokens: int) -> None:
     assert told(load(stage, "torch:loop"), batch_of(stage, tokens=tokens)) == ""
 

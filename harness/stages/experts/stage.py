@@ -7,68 +7,78 @@ from torch import Tensor
 
 from moe_harness.harness.core import bounds
 from moe_harness.harness.core.call import INTS, Builder, Call
+from moe_harness.harness.core.stage import Declared, Output, Stage
 from moe_harness.harness.stages.experts import exact
 from moe_harness.harness.stages.experts.cases import ExpertsCase
+from moe_harness.reference.experts import local_ids
 
 GATE_SCALE = 2.0  # |gate| around 1 to 4: much smaller, and silu, gelu and a swapped pair cannot be told apart
 
 
-def build(case: ExpertsCase, device: str) -> Call:
-    """The call of a case.  Masked slots carry NaN weights or large ones: neither may show."""
-    draw = Builder(case, device)
-    expert_map, local = _expert_map(case)
-    topk_ids = _masked(case, _routing(case, draw), draw)
-    topk_weights = _weights(case, draw)
-    if case.data == "exact":
-        hidden, gate_up, down, topk_weights = exact.draw(case, draw, topk_ids, topk_weights, expert_map, local)
-    else:
-        hidden, gate_up, down = _normal(case, draw, local)
-        _make_special(case, hidden, gate_up, down, topk_ids, topk_weights)
-    hidden_slots = (topk_ids < 0) & (draw.uniform(*topk_ids.shape) < 0.5)
-    topk_weights = topk_weights.masked_fill(topk_ids < 0, 3.0).masked_fill(hidden_slots, float("nan"))
-    ints = INTS[case.ints]
-    args = {
-        "hidden_states": draw.place("hidden_states", hidden),
-        "gate_up_proj": draw.place("gate_up_proj", gate_up),
-        "down_proj": draw.place("down_proj", down),
-        "topk_weights": draw.place("topk_weights", topk_weights, torch.float32 if case.weights == "fp32" else None),
-        "topk_ids": draw.place("topk_ids", topk_ids, ints),
-    }
-    placed_map = None if expert_map is None else draw.place("expert_map", expert_map, ints)
-    return Call(case, args, {"activation": case.activation, "expert_map": placed_map}, draw.arena)
+class Experts(Stage):
+    """The routed experts."""
+
+    batched = ("hidden_states", "topk_weights", "topk_ids")
+
+    def build(self, case: ExpertsCase, device: str) -> Call:
+        """The call of a case.  Masked slots carry NaN weights or large ones: neither may show."""
+        draw = Builder(case, device)
+        expert_map, local = _expert_map(case)
+        topk_ids = _masked(case, _routing(case, draw), draw)
+        topk_weights = _weights(case, draw)
+        if case.data == "exact":
+            hidden, gate_up, down, topk_weights = exact.draw(case, draw, topk_ids, topk_weights, expert_map, local)
+        else:
+            hidden, gate_up, down = _normal(case, draw, local)
+            _make_special(case, hidden, gate_up, down, topk_ids, topk_weights)
+        hidden_slots = (topk_ids < 0) & (draw.uniform(*topk_ids.shape) < 0.5)
+        topk_weights = topk_weights.masked_fill(topk_ids < 0, 3.0).masked_fill(hidden_slots, float("nan"))
+        ints = INTS[case.ints]
+        args = {
+            "hidden_states": draw.place("hidden_states", hidden),
+            "gate_up_proj": draw.place("gate_up_proj", gate_up),
+            "down_proj": draw.place("down_proj", down),
+            "topk_weights": draw.place("topk_weights", topk_weights, torch.float32 if case.weights == "fp32" else None),
+            "topk_ids": draw.place("topk_ids", topk_ids, ints),
+        }
+        placed_map = None if expert_map is None else draw.place("expert_map", expert_map, ints)
+        return Call(case, args, {"activation": case.activation, "expert_map": placed_map}, draw.arena)
+
+    def outputs(self, call: Call) -> list[Output]:
+        hidden = call.args["hidden_states"]
+        return [Output("the result", tuple(hidden.shape), hidden.dtype)]
+
+    def expect(self, call: Call, declared: Declared) -> bounds.Bound:
+        """What a right result may be, within the permitted roundings."""
+        return bounds.experts(*call.args.values(), **call.keywords, declared=declared)
+
+    def exact_value(self, call: Call) -> Tensor:
+        """The only right result of an exact case, [T, H] in fp64."""
+        return exact.value(*call.args.values(), **call.keywords)
+
+    def place_of(self, call: Call, row: int, column: int) -> dict[str, Any]:
+        """Where an element of the result is, in words a kernel's author uses."""
+        ids = call.args["topk_ids"][row].tolist()
+        where: dict[str, Any] = {"token": row, "column": column, "expert": ids}
+        if call.keywords["expert_map"] is not None:
+            where["local_expert"] = [int(call.keywords["expert_map"][i]) if i >= 0 else -1 for i in ids]
+        return where
+
+    def row_groups(self, call: Call) -> dict[str, Tensor]:
+        """Rows that belong together, by name: those of each expert (of the 16 with most rows, where there are many)."""
+        ids = call.args["topk_ids"]
+        counts = torch.bincount(ids[ids >= 0].long().flatten())
+        chosen = counts.topk(min(16, len(counts))).indices.tolist() if len(counts) else []
+        return {f"expert {e}": (ids == e).any(-1) for e in chosen}
+
+    def telling_rows(self, call: Call) -> Tensor:
+        """Rows with a live slot."""
+        live = (local_ids(call.args["topk_ids"], call.keywords["expert_map"]) >= 0).any(-1)
+        rows = super().telling_rows(call)
+        return rows[live[rows]]
 
 
-def expect(call: Call, declared: tuple[str, ...] | None) -> bounds.Bound:
-    """What a right result may be, within the permitted roundings."""
-    return bounds.experts(*call.args.values(), **call.keywords, declared=declared)
-
-
-def exact_value(call: Call) -> Tensor:
-    """The only right result of an exact case, [T, H] in fp64."""
-    return exact.value(*call.args.values(), **call.keywords)
-
-
-def outputs(call: Call) -> list[tuple[str, tuple[int, ...], Any]]:
-    """(name, shape, dtype) of each result."""
-    hidden = call.args["hidden_states"]
-    return [("the result", tuple(hidden.shape), hidden.dtype)]
-
-
-def place_of(call: Call, row: int, column: int) -> dict[str, Any]:
-    """Where an element of the result is, in words a kernel's author uses."""
-    ids = call.args["topk_ids"][row].tolist()
-    where: dict[str, Any] = {"token": row, "column": column, "expert": ids}
-    if call.keywords["expert_map"] is not None:
-        where["local_expert"] = [int(call.keywords["expert_map"][i]) if i >= 0 else -1 for i in ids]
-    return where
-
-
-def row_groups(call: Call) -> dict[str, Tensor]:
-    """Rows that belong together, by name: those of each expert (of the 16 with most rows, where there are many)."""
-    ids = call.args["topk_ids"]
-    counts = torch.bincount(ids[ids >= 0].long().flatten())
-    chosen = counts.topk(min(16, len(counts))).indices.tolist() if len(counts) else []
-    return {f"expert {e}": (ids == e).any(-1) for e in chosen}
+STAGE = Experts()
 
 
 def _expert_map(case: ExpertsCase) -> tuple[Tensor | None, Tensor]:

@@ -7,52 +7,67 @@ from torch import Tensor
 
 from moe_harness.harness.core import bounds
 from moe_harness.harness.core.call import INTS, Builder, Call
+from moe_harness.harness.core.stage import Declared, Output, Stage
 from moe_harness.harness.stages.grouped_linear.cases import GroupedLinearCase
 from moe_harness.reference.grouped_linear import grouped_linear, row_experts
 
 EXACT_TERMS = 5  # products of at most 3 * 16, bias 8: sums stay under 256
 
 
-def build(case: GroupedLinearCase, device: str) -> Call:
-    draw = Builder(case, device)
-    sizes = _sizes(case, draw)
-    if case.data == "exact":
-        x, weight, bias = _exact(case, draw)
-    else:
-        x = draw.large_normal(case.S, case.K)
-        weight = draw.large_normal(case.E, case.N, case.K, scale=case.K**-0.5)
-        bias = draw.large_normal(case.E, case.N)
-        _make_special(case, x, weight, sizes)
-    args = {
-        "x": draw.place("x", x),
-        "weight": draw.place("weight", weight),
-        "group_sizes": draw.place("group_sizes", sizes, INTS[case.ints]),
-    }
-    return Call(case, args, {"bias": draw.place("bias", bias) if case.bias else None}, draw.arena)
+class GroupedLinear(Stage):
+    """One product for each group of rows."""
+
+    batched = ("x",)
+
+    def build(self, case: GroupedLinearCase, device: str) -> Call:
+        draw = Builder(case, device)
+        sizes = _sizes(case, draw)
+        if case.data == "exact":
+            x, weight, bias = _exact(case, draw)
+        else:
+            x = draw.large_normal(case.S, case.K)
+            weight = draw.large_normal(case.E, case.N, case.K, scale=case.K**-0.5)
+            bias = draw.large_normal(case.E, case.N)
+            _make_special(case, x, weight, sizes)
+        args = {
+            "x": draw.place("x", x),
+            "weight": draw.place("weight", weight),
+            "group_sizes": draw.place("group_sizes", sizes, INTS[case.ints]),
+        }
+        return Call(case, args, {"bias": draw.place("bias", bias) if case.bias else None}, draw.arena)
+
+    def outputs(self, call: Call) -> list[Output]:
+        x, weight, _ = call.args.values()
+        return [Output("the result", (x.shape[0], weight.shape[1]), x.dtype)]
+
+    def expect(self, call: Call, declared: Declared) -> bounds.Bound:
+        return bounds.grouped_linear(*call.args.values(), **call.keywords, declared=declared)
+
+    def exact_value(self, call: Call) -> Tensor:
+        """The only right result of an exact case, [S, N] in fp64."""
+        x, weight, sizes = call.args.values()
+        return grouped_linear(x.double(), weight, sizes, **call.keywords)
+
+    def place_of(self, call: Call, row: int, column: int) -> dict[str, Any]:
+        return {"row": row, "column": column, "expert": int(row_experts(call.args["group_sizes"])[row])}
+
+    def row_groups(self, call: Call) -> dict[str, Tensor]:
+        experts = row_experts(call.args["group_sizes"])
+        return {f"expert {e}": experts == e for e in experts.unique().tolist()[:16]}
+
+    def cut(self, call: Call, rows: Tensor) -> Call:
+        """The sizes of the groups follow; only the experts of these rows and their neighbours stay."""
+        made = super().cut(call, rows)
+        weight, bias = call.args["weight"], call.keywords["bias"]
+        owners = row_experts(call.args["group_sizes"])[rows]
+        kept = torch.cat([owners, (owners + 1) % max(1, len(weight))]).unique()
+        sizes = torch.bincount(torch.searchsorted(kept, owners), minlength=len(kept))
+        made.args |= {"weight": weight[kept], "group_sizes": sizes}
+        made.keywords = {"bias": None if bias is None else bias[kept]}
+        return made
 
 
-def expect(call: Call, declared: tuple[str, ...] | None) -> bounds.Bound:
-    return bounds.grouped_linear(*call.args.values(), **call.keywords, declared=declared)
-
-
-def exact_value(call: Call) -> Tensor:
-    """The only right result of an exact case, [S, N] in fp64."""
-    x, weight, sizes = call.args.values()
-    return grouped_linear(x.double(), weight, sizes, **call.keywords)
-
-
-def outputs(call: Call) -> list[tuple[str, tuple[int, ...], Any]]:
-    x, weight, _ = call.args.values()
-    return [("the result", (x.shape[0], weight.shape[1]), x.dtype)]
-
-
-def place_of(call: Call, row: int, column: int) -> dict[str, Any]:
-    return {"row": row, "column": column, "expert": int(row_experts(call.args["group_sizes"])[row])}
-
-
-def row_groups(call: Call) -> dict[str, Tensor]:
-    experts = row_experts(call.args["group_sizes"])
-    return {f"expert {e}": experts == e for e in experts.unique().tolist()[:16]}
+STAGE = GroupedLinear()
 
 
 def _sizes(case: GroupedLinearCase, draw: Builder) -> Tensor:

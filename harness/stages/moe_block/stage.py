@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moe_harness.harness.core import bounds
 from moe_harness.harness.core.call import DTYPES, Builder, Call
+from moe_harness.harness.core.stage import Declared, Output, Stage
 from moe_harness.harness.stages.moe_block.cases import MoeBlockCase
 from moe_harness.reference import moe_block as reference
 from moe_harness.reference import router
@@ -21,41 +22,45 @@ SHARED = {"qwen2_moe": "shared_expert", "qwen3_next": "shared_expert", "qwen3_om
           "deepseek_v2": "shared_experts", "deepseek_v3": "shared_experts"}  # fmt: skip
 
 
-def build(case: MoeBlockCase, device: str) -> Call:
-    draw = Builder(case, device)
-    config = _config(case)
-    weights = _weights(case, draw)
-    hidden = _decided_tokens(case, draw, weights, config)
-    if case.data in ("token_nan", "token_inf"):
-        hidden[case.T // 2, case.H // 3] = float(case.data.removeprefix("token_"))
-    args: dict[str, Any] = {"hidden_states": draw.place("hidden_states", hidden)}
-    fp32 = ("gate.e_score_correction_bias",)
-    args["weights"] = {n: draw.place(n, w, torch.float32 if n in fp32 else None) for n, w in weights.items()}
-    return Call(case, args | {"config": config}, {}, draw.arena)
+class MoeBlock(Stage):
+    """One sparse layer of a model family."""
+
+    batched = ("hidden_states",)
+
+    def build(self, case: MoeBlockCase, device: str) -> Call:
+        draw = Builder(case, device)
+        config = _config(case)
+        weights = _weights(case, draw)
+        hidden = _decided_tokens(case, draw, weights, config)
+        if case.data in ("token_nan", "token_inf"):
+            hidden[case.T // 2, case.H // 3] = float(case.data.removeprefix("token_"))
+        args: dict[str, Any] = {"hidden_states": draw.place("hidden_states", hidden)}
+        fp32 = ("gate.e_score_correction_bias",)
+        args["weights"] = {n: draw.place(n, w, torch.float32 if n in fp32 else None) for n, w in weights.items()}
+        return Call(case, args | {"config": config}, {}, draw.arena)
+
+    def outputs(self, call: Call) -> list[Output]:
+        hidden = call.args["hidden_states"]
+        return [Output("the result", tuple(hidden.shape), hidden.dtype)]
+
+    def expect(self, call: Call, declared: Declared) -> bounds.Bound:
+        """What a right result may be; where a router in tf32 may choose other experts, anything."""
+        hidden, weights, config = call.args.values()
+        bound, rounds = bounds.moe_block(hidden, weights, config, declared=declared), bounds.permitted(declared)
+        if not bounds.in_tf32(rounds, hidden.dtype):
+            return bound
+        gate = {n: w.double() for n, w in weights.items() if n.startswith("gate.")}
+        return bound.open_where(_margin(hidden.double(), gate, config, hidden.dtype, rounds) <= MARGIN)
+
+    def place_of(self, call: Call, row: int, column: int) -> dict[str, Any]:
+        return {"token": row, "column": column, "expert": _chosen(call)[row].tolist()}
+
+    def row_groups(self, call: Call) -> dict[str, Tensor]:
+        ids = _chosen(call)
+        return {f"expert {e}": (ids == e).any(-1) for e in ids.unique().tolist()[:16]}
 
 
-def expect(call: Call, declared: tuple[str, ...] | None) -> bounds.Bound:
-    """What a right result may be; where a router in tf32 may choose other experts, anything."""
-    hidden, weights, config = call.args.values()
-    bound, rounds = bounds.moe_block(hidden, weights, config, declared=declared), bounds.permitted(declared)
-    if not bounds.in_tf32(rounds, hidden.dtype):
-        return bound
-    gate = {n: w.double() for n, w in weights.items() if n.startswith("gate.")}
-    return bound.open_where(_margin(hidden.double(), gate, config, hidden.dtype, rounds) <= MARGIN)
-
-
-def outputs(call: Call) -> list[tuple[str, tuple[int, ...], Any]]:
-    hidden = call.args["hidden_states"]
-    return [("the result", tuple(hidden.shape), hidden.dtype)]
-
-
-def place_of(call: Call, row: int, column: int) -> dict[str, Any]:
-    return {"token": row, "column": column, "expert": _chosen(call)[row].tolist()}
-
-
-def row_groups(call: Call) -> dict[str, Tensor]:
-    ids = _chosen(call)
-    return {f"expert {e}": (ids == e).any(-1) for e in ids.unique().tolist()[:16]}
+STAGE = MoeBlock()
 
 
 def _chosen(call: Call) -> Tensor:

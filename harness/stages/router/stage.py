@@ -15,6 +15,8 @@ from torch import Tensor
 from moe_harness.harness.core import bounds
 from moe_harness.harness.core.call import Builder, Call
 from moe_harness.harness.core.findings import Finding, Record
+from moe_harness.harness.core.stage import Declared, Output, Stage
+from moe_harness.harness.core.wrong_outputs import Wrong
 from moe_harness.harness.stages.router.cases import RouterCase
 from moe_harness.reference import router as reference
 
@@ -22,41 +24,66 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 TINY = 2.0**-126  # an fp32 score below may be flushed to zero; experts there are tied
 
 
-def build(case: RouterCase, device: str) -> Call:
-    draw = Builder(case, device)
-    logits = _logits(case, draw)
-    keywords: dict[str, Any] = {
-        "top_k": case.k, "scoring": case.scoring, "renormalize": case.renorm, "correction_bias": None,
-        "num_expert_group": None, "topk_group": None, "routed_scaling_factor": case.scale,
-    }  # fmt: skip
-    args = {"router_logits": draw.place("router_logits", logits)}
-    if case.bias != "none":
-        keywords["correction_bias"] = draw.place("correction_bias", _bias(case, draw), torch.float32)
-    if case.groups != "none":
-        keywords["num_expert_group"], keywords["topk_group"] = map(int, case.groups.split("x"))
-    return Call(case, args, keywords, draw.arena)
+class Router(Stage):
+    """The choice of experts and their weights."""
 
+    batched = ("router_logits",)
 
-def outputs(call: Call) -> list[tuple[str, tuple[int, ...], Any]]:
-    shape = (call.args["router_logits"].shape[0], call.keywords["top_k"])
-    return [("topk_weights", shape, FLOATS), ("topk_ids", shape, (torch.int32, torch.int64))]
+    def build(self, case: RouterCase, device: str) -> Call:
+        draw = Builder(case, device)
+        logits = _logits(case, draw)
+        keywords: dict[str, Any] = {
+            "top_k": case.k, "scoring": case.scoring, "renormalize": case.renorm, "correction_bias": None,
+            "num_expert_group": None, "topk_group": None, "routed_scaling_factor": case.scale,
+        }  # fmt: skip
+        args = {"router_logits": draw.place("router_logits", logits)}
+        if case.bias != "none":
+            keywords["correction_bias"] = draw.place("correction_bias", _bias(case, draw), torch.float32)
+        if case.groups != "none":
+            keywords["num_expert_group"], keywords["topk_group"] = map(int, case.groups.split("x"))
+        return Call(case, args, keywords, draw.arena)
 
+    def outputs(self, call: Call) -> list[Output]:
+        shape = (call.args["router_logits"].shape[0], call.keywords["top_k"])
+        return [Output("topk_weights", shape, FLOATS), Output("topk_ids", shape, (torch.int32, torch.int64))]
 
-def compare(call: Call, result: tuple[Tensor, Tensor], declared: tuple[str, ...] | None) -> Record:
-    """Judge (topk_weights, topk_ids)."""
-    weights, ids = (tensor.detach() for tensor in result)
-    record = Record(elements=ids.numel())
-    if not ids.numel():
+    def truth(self, call: Call, declared: Declared) -> None:
+        """None: a choice is judged as a set."""
+
+    def judge(self, call: Call, result: tuple[Tensor, Tensor], declared: Declared) -> Record:
+        """Judge (topk_weights, topk_ids)."""
+        weights, ids = (tensor.detach() for tensor in result)
+        record = Record(elements=ids.numel())
+        if not ids.numel():
+            return record
+        _judge_form(call, ids, record)
+        if not record.findings:
+            truth = Selection(call)
+            _judge_choice(call, truth, ids.long(), record)
+            _judge_weights(call, truth, weights, ids.long(), bounds.permitted(declared), record)
         return record
-    _judge_form(call, ids, record)
-    if not record.findings:
-        truth = Selection(call)
-        _judge_choice(call, truth, ids.long(), record)
-        _judge_weights(call, truth, weights, ids.long(), bounds.permitted(declared), record)
-    return record
+
+    def place_of(self, call: Call, row: int, column: int) -> dict[str, Any]:
+        return {"token": row, "slot": column}
+
+    def passing(self, call: Call, wrong: Wrong, declared: Declared) -> list[str]:
+        """Every wrong choice is one more block of rows with the same logits."""
+        if not wrong:
+            return []
+        weights, ids = (torch.cat(parts) for parts in zip(*wrong.values(), strict=True))
+        logits = call.args["router_logits"]
+        many = Call(call.case, {"router_logits": logits.repeat(len(wrong), 1)}, call.keywords)
+        bad = wrong_rows(many, weights.float(), ids).view(len(wrong), -1).any(-1)
+        return [name for name, rejected in zip(wrong, bad.tolist(), strict=True) if not rejected]
+
+    def as_result(self, call: Call, wrong: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return wrong[0].float(), wrong[1]
 
 
-def wrong_rows(call: Call, weights: Tensor, ids: Tensor, declared: tuple[str, ...] | None = None) -> Tensor:
+STAGE = Router()
+
+
+def wrong_rows(call: Call, weights: Tensor, ids: Tensor, declared: Declared = None) -> Tensor:
     """[T] of bool: the rows for which `compare` would find fault with distinct ids in range and their weights."""
     truth, wrong = Selection(call), torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     rows = truth.defined.nonzero()[:, 0]
@@ -254,14 +281,6 @@ def _weight_patterns(truth: Selection, call: Call, weights: Tensor, ids: Tensor,
         if apart > 1e-4 * float(value[rows].abs().max()) and bool(close.all()):
             told.append(f"the weights are {name}")
     return told
-
-
-def place_of(call: Call, row: int, column: int) -> dict[str, Any]:
-    return {"token": row, "slot": column}
-
-
-def row_groups(call: Call) -> dict[str, Tensor]:
-    return {}
 
 
 def _where(row: int, slot: int | None, ids: Tensor) -> dict[str, Any]:

@@ -7,51 +7,55 @@ from torch import Tensor
 
 from moe_harness.harness.core import bounds
 from moe_harness.harness.core.call import Builder, Call
+from moe_harness.harness.core.stage import Declared, Output, Stage
 from moe_harness.harness.stages.shared_expert_gate.cases import GateCase
 
 SATURATED = 110.0  # sigmoid(110) is 1 and sigmoid(-110) is 0 in fp32; exp(110) overflows there
 
 
-def build(case: GateCase, device: str) -> Call:
-    draw = Builder(case, device)
-    lead = [int(size) for size in case.lead.split("x")] if case.lead else []
-    if case.data == "exact":
-        hidden, weight, shared = _exact(case, lead, draw)
-    else:
-        hidden = draw.large_normal(*lead, case.H)
-        weight = draw.normal(1, case.H, scale=1.5 * case.H**-0.5)
-        shared = draw.large_normal(*lead, case.D)
-        _make_special(case, hidden, weight, shared)
-    args = {
-        "hidden_states": draw.place("hidden_states", hidden),
-        "gate_weight": draw.place("gate_weight", weight),
-        "shared_output": draw.place("shared_output", shared),
-    }
-    return Call(case, args, {}, draw.arena)
+class SharedExpertGate(Stage):
+    """The gate of the shared expert."""
+
+    batched = ("hidden_states", "shared_output")
+
+    def build(self, case: GateCase, device: str) -> Call:
+        draw = Builder(case, device)
+        lead = [int(size) for size in case.lead.split("x")] if case.lead else []
+        if case.data == "exact":
+            hidden, weight, shared = _exact(case, lead, draw)
+        else:
+            hidden = draw.large_normal(*lead, case.H)
+            weight = draw.normal(1, case.H, scale=1.5 * case.H**-0.5)
+            shared = draw.large_normal(*lead, case.D)
+            _make_special(case, hidden, weight, shared)
+        args = {
+            "hidden_states": draw.place("hidden_states", hidden),
+            "gate_weight": draw.place("gate_weight", weight),
+            "shared_output": draw.place("shared_output", shared),
+        }
+        return Call(case, args, {}, draw.arena)
+
+    def outputs(self, call: Call) -> list[Output]:
+        hidden, _, shared = call.args.values()
+        return [Output("the result", tuple(shared.shape), hidden.dtype)]
+
+    def expect(self, call: Call, declared: Declared) -> bounds.Bound:
+        return bounds.shared_expert_gate(*call.args.values(), declared=declared)
+
+    def exact_value(self, call: Call) -> Tensor:
+        """In fp64: logits are 0 or beyond saturation, so gates are 1/2, 1 or 0."""
+        hidden, weight, shared = (tensor.double() for tensor in call.args.values())
+        logit = hidden @ weight.T
+        return torch.where(logit == 0, 0.5, (logit > 0).double()) * shared
+
+    def place_of(self, call: Call, row: int, column: int) -> dict[str, Any]:
+        return {"row": row, "column": column}
+
+    def row_groups(self, call: Call) -> dict[str, Tensor]:
+        return {}
 
 
-def expect(call: Call, declared: tuple[str, ...] | None) -> bounds.Bound:
-    return bounds.shared_expert_gate(*call.args.values(), declared=declared)
-
-
-def exact_value(call: Call) -> Tensor:
-    """The only right result of an exact case, in fp64: logits are 0 or beyond saturation, so gates are 1/2, 1 or 0."""
-    hidden, weight, shared = (tensor.double() for tensor in call.args.values())
-    logit = hidden @ weight.T
-    return torch.where(logit == 0, 0.5, (logit > 0).double()) * shared
-
-
-def outputs(call: Call) -> list[tuple[str, tuple[int, ...], Any]]:
-    hidden, _, shared = call.args.values()
-    return [("the result", tuple(shared.shape), hidden.dtype)]
-
-
-def place_of(call: Call, row: int, column: int) -> dict[str, Any]:
-    return {"row": row, "column": column}
-
-
-def row_groups(call: Call) -> dict[str, Tensor]:
-    return {}
+STAGE = SharedExpertGate()
 
 
 def _exact(case: GateCase, lead: list[int], draw: Builder) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,1 @@
+"""A stage that this project does not have: what it takes to add one."""
