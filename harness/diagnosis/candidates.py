@@ -59,8 +59,8 @@ def _result(stage: Any, fault: Fault, call: Call) -> Any:
     wanted = stage.outputs(call)
     parts = result if isinstance(result, tuple) else (result,)
     fits = len(parts) == len(wanted) and all(
-        isinstance(part, Tensor) and tuple(part.shape) == tuple(shape)
-        for part, (_, shape, _) in zip(parts, wanted, strict=True)
+        isinstance(part, Tensor) and tuple(part.shape) == output.shape
+        for part, output in zip(parts, wanted, strict=True)
     )
     return result if fits and not call.arena.violations() else None
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from moe_harness.harness.core import bounds
 from moe_harness.harness.core.call import Call
 from moe_harness.harness.core.rows import matrix
+from moe_harness.harness.core.stage import Stage
 
 Distance = tuple[Tensor, Tensor]  # z of elements; where one is NaN or infinite and the other is something else
 LARGE = 1 << 15  # elements beyond which a part of the rows is looked at
@@ -84,8 +85,8 @@ class Fit:
 class Values:
     """A right result of a stage that returns one tensor."""
 
-    def __init__(self, stage: Any, call: Call):
-        self.dtype = stage.outputs(call)[0][2]
+    def __init__(self, stage: Stage, call: Call):
+        self.dtype = stage.outputs(call)[0].dtypes[0]
         bound = stage.expect(call, None)
         self.value = matrix(bound.value)
         finite = self.value.isfinite()
@@ -124,9 +125,9 @@ class Values:
         if not got.numel():
             return Fit()
         sigma = self._variance(candidate, others).sqrt()
-        off, right_off = _z(candidate, got, sigma), _z(self.value, got, sigma)
+        off, right_off = z_of(candidate, got, sigma), z_of(self.value, got, sigma)
         sources = {"own": self.own, "common": self.common, "shared": self.shared}
-        return _fit(off, right_off, _z(self.value, candidate, sigma), elements=got.numel(), **sources)
+        return fit_of(off, right_off, z_of(self.value, candidate, sigma), elements=got.numel(), **sources)
 
     def _focused(self, result: Tensor) -> Tensor:
         rows = matrix(result)
@@ -141,86 +142,25 @@ class Values:
         return variance
 
 
-class Routing:
-    """A right result of the stage router: weights laid out by expert, so that the order of the slots says nothing."""
-
-    def __init__(self, stage: Any, call: Call):
-        self.truth = stage.Selection(call)
-        self.logits, self.keywords = call.args["router_logits"], call.keywords
-        self.experts = self.logits.shape[-1]
-        score = bounds.score_error(self.logits, self.keywords["scoring"]).amax(-1, keepdim=True)
-        self.relative = 2 * (score + (self.keywords["top_k"] + 4) * bounds.ACCUMULATOR)
-        self.right = stage.reference.router(self.logits.double(), **_in_fp64(self.keywords))
-
-    def fit(self, candidate: Any, got: Any, others: tuple[Any, ...] = ()) -> Fit:
-        """As `Values.fit`; a worst-case bound takes the place of the largest sigma that the limit allows."""
-        if not got[1].numel():
-            return Fit()
-        one, two = self._laid_out(candidate), self._laid_out(got)
-        sigma, unsettled = self._sigma(one, two, candidate, got), self._unsettled(one, others)
-        for other in others:
-            sigma = sigma + (self._laid_out(other)[0] - one[0]).abs().nan_to_num(0.0, 0.0, 0.0)
-        z, mismatch = self._distance(one, two, sigma)
-        z, mismatch = z.masked_fill(unsettled, 0.0), mismatch & ~unsettled
-        truth, count = self._laid_out(self.right), got[1].numel()
-        right_off, difference = self._distance(truth, two, sigma), self._distance(truth, one, sigma)
-        return _fit((z, mismatch), right_off, difference, elements=count, own=count, common=1.0)
-
-    def _laid_out(self, result: Any) -> tuple[Tensor, Tensor]:
-        """(weights, counts) [T, E + 1]; ids out of range meet in the last column.
-
-        In rows holding NaN any distinct ids are right: there only the number of ids that are not is kept.
-        """
-        weights, ids = result[0].detach().double(), result[1].detach().long()
-        column = torch.where((ids < 0) | (ids >= self.experts), self.experts, ids)
-        laid = weights.new_zeros(len(ids), self.experts + 1).scatter_add(1, column, weights)
-        count = weights.new_zeros(len(ids), self.experts + 1).scatter_add(1, column, torch.ones_like(weights))
-        unspecified = ~self.truth.defined[:, None]
-        bad = count[:, -1:] + (count[:, :-1] - 1).clamp(min=0).sum(1, keepdim=True)
-        only = torch.zeros_like(count)
-        only[:, -1:] = bad
-        return torch.where(unspecified, 0.0, laid), torch.where(unspecified, only, count)
-
-    def _sigma(self, one: tuple, two: tuple, candidate: Any, got: Any) -> Tensor:
-        size = torch.maximum(one[0].abs(), two[0].abs()).nan_to_num(0.0, 0.0, 0.0)
-        coarser = max((candidate[0].dtype, got[0].dtype), key=lambda dtype: torch.finfo(dtype).eps)
-        limit = self.relative.nan_to_num(0.0, 0.0, 0.0) * size + bounds.ulp(size, coarser) * 0.501 + 2.0**-126
-        return limit / bounds.max_limit()
-
-    def _distance(self, one: tuple, two: tuple, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        z, mismatch = _z(one[0], two[0], sigma)
-        other = (one[1] != two[1]).any(1, keepdim=True)
-        tied = other & self._tied(one[1], two[1])
-        sets = (one[1] != two[1]) & ~tied
-        return z.masked_fill(tied, 0.0), (mismatch & ~tied) | sets
-
-    def _tied(self, one: Tensor, two: Tensor) -> Tensor:
-        """Rows in which both chose other experts of equal selection scores, [T, 1]."""
-        selection, slack = self.truth.selection, self.truth.slack
-        changed = (one - two)[:, :-1]
-        balance = (changed * selection.nan_to_num(0.0, 0.0, 0.0)).sum(1, keepdim=True).abs()
-        room = 2 * (changed.abs() * slack.nan_to_num(0.0, 0.0, 0.0)).sum(1, keepdim=True)
-        spread = torch.where(changed != 0, selection, torch.nan).nan_to_num(0.0)
-        high = torch.where(changed != 0, selection, -inf).amax(1, keepdim=True)
-        low = torch.where(changed != 0, selection, inf).amin(1, keepdim=True)
-        distinct = (two[:, :-1] <= 1).all(1, keepdim=True) & (one[:, :-1] <= 1).all(1, keepdim=True)
-        inside = (one[:, -1:] == 0) & (two[:, -1:] == 0) & spread.isfinite().all(1, keepdim=True)
-        return distinct & inside & (balance <= room) & (high - low <= room)
-
-    def _unsettled(self, one: tuple, others: tuple[Any, ...]) -> Tensor:
-        """Rows in which the candidate itself chooses other experts after a few roundings."""
-        changed = torch.zeros(len(one[1]), 1, dtype=torch.bool, device=one[1].device)
-        for other in others:
-            changed |= (self._laid_out(other)[1] != one[1]).any(1, keepdim=True)
-        return changed
+class Undiagnosable(Exception):
+    """A stage whose results this module cannot compare with those of faults."""
 
 
-def truth_of(stage: Any, call: Call) -> Values | Routing:
-    """What a right result of the call may be."""
-    return Routing(stage, call) if hasattr(stage, "Selection") else Values(stage, call)
+def likelihood_of(stage: Stage, call: Call) -> Any:
+    """What a right result of the call may be: a `Values`, or the `Likelihood` of the stage's own `likelihood.py`.
+
+    Raises:
+        Undiagnosable: the stage has several outputs, and no module of that name.
+    """
+    module = stage.part("likelihood")
+    if module is not None:
+        return module.Likelihood(stage, call)
+    if len(stage.outputs(call)) != 1:
+        raise Undiagnosable(f"{stage.name} has several outputs and no likelihood.py")
+    return Values(stage, call)
 
 
-def _fit(off: Distance, right_off: Distance, difference: Distance, **sources: float) -> Fit:
+def fit_of(off: Distance, right_off: Distance, difference: Distance, **sources: float) -> Fit:
     """From (z, mismatch) of the result around the candidate and around the right value, and of both candidates."""
     (z, mismatch), (right, right_mismatch) = off, right_off
     shown = (difference[0].abs() > SHOWN) | difference[1]
@@ -237,13 +177,9 @@ def _fit(off: Distance, right_off: Distance, difference: Distance, **sources: fl
     )
 
 
-def _z(value: Tensor, got: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+def z_of(value: Tensor, got: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """((got - value) / sigma where both are finite, where one is NaN or infinite and the other is something else)."""
     same = (value == got) | (value.isnan() & got.isnan())
     comparable = value.isfinite() & got.isfinite()
     z = torch.where(comparable & ~same, (got - value) / sigma, 0.0)
     return z, ~comparable & ~same
-
-
-def _in_fp64(keywords: dict[str, Any]) -> dict[str, Any]:
-    return {k: v.double() if isinstance(v, Tensor) else v for k, v in keywords.items()}

@@ -16,7 +16,7 @@ from moe_harness.harness.core.memory import poisoned_allocations
 from moe_harness.harness.diagnosis import probed
 from moe_harness.harness.diagnosis.candidates import likely_first, results, suspects, wobbled
 from moe_harness.harness.diagnosis.datasets import Scene, probes, relatives, sequences
-from moe_harness.harness.diagnosis.likelihood import Fit, truth_of
+from moe_harness.harness.diagnosis.likelihood import Fit, Undiagnosable, likelihood_of
 
 SECONDS = 5.0
 SMALL = 0.02  # error over value, rms: bf16 sums of a thousand terms, one by one, err by that
@@ -37,7 +37,7 @@ def explain(trial: Trial, case: Case, seconds: float = SECONDS) -> list[dict[str
     """
     try:
         return _Inquiry(trial, case, seconds).causes()
-    except (Rejected, Broken, MemoryError):  # what broke the call is its own diagnosis
+    except (Rejected, Broken, MemoryError, Undiagnosable):  # what broke the call is its own diagnosis
         return []
 
 
@@ -167,7 +167,7 @@ class _Inquiry:
         return found
 
     def _truths(self, calls: Sequence[Call]) -> list[Any]:
-        return [truth_of(self.trial.stage, call) for call in calls]
+        return [likelihood_of(self.trial.stage, call) for call in calls]
 
     def _fit(self, stand: Stand, candidate: Sequence[Any], wavering: Sequence[tuple] | None = None) -> Fit:
         wavering = wavering or [()] * len(stand.calls)

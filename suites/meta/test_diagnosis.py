@@ -19,7 +19,7 @@ from moe_harness.harness.core.plan import plan
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.diagnosis import explain, looks
 from moe_harness.harness.diagnosis.disguise import hidden
-from moe_harness.harness.diagnosis.likelihood import truth_of
+from moe_harness.harness.diagnosis.likelihood import likelihood_of
 from moe_harness.harness.diagnosis.measure import STAGES, measure, measured, summary, trial_of
 from moe_harness.harness.diagnosis.patterns import ratios, tiles
 from moe_harness.harness.process.pool import prepare
@@ -205,7 +205,7 @@ def test_a_choice_from_a_row_of_nan_may_be_any_but_no_choice_twice() -> None:
     weights, ids = reference(call.args["router_logits"], **call.keywords)
     others, twice = ids.clone(), ids.clone()
     others[2], twice[2] = torch.tensor([7, 0, 4]), torch.tensor([7, 0, 0])
-    routing = truth_of(router, call)
+    routing = likelihood_of(router, call)
     assert routing.fit((weights, ids), (weights, others)).equal()
     assert not routing.fit((weights, ids), (weights, twice)).equal()
 
