@@ -213,9 +213,9 @@ def _time_batch(subjects: list[Subject], batch: Batch, tokens: int, rounds: int)
                     times.append((us, called))
     for timing, runner, times in zip(timings, runners, taken, strict=True):
         if runner is not None:
-            replayed, called = zip(*times, strict=True)
+            replayed, in_calls = zip(*times, strict=True)
             timing.median, timing.low, timing.high = statistics.median(replayed), min(replayed), max(replayed)
-            timing.captured, timing.called = runner.graph is not None, statistics.median(called)
+            timing.captured, timing.called = runner.graph is not None, statistics.median(in_calls)
     return timings
 
 

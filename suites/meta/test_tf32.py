@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_harness.harness.core.bounds import max_limit
 from moe_harness.harness.core.compare import against_bound
-from moe_harness.harness.core.stage import stage_module
+from moe_harness.harness.core.stage import find_stage
 from moe_harness.harness.stages.experts.cases import ExpertsCase
 from moe_harness.harness.stages.experts.faults import slots as experts
 from moe_harness.harness.stages.grouped_linear.cases import GroupedLinearCase
@@ -83,7 +83,7 @@ LARGE = [case for case in SHAPES if case.T * case.H > 4000]  # enough elements t
 
 def headroom(case: ExpertsCase, products: tuple[Product, Product], declared: tuple[str, ...] = DECLARED) -> float:
     """Largest statistic over its limit; more than 1 is a failure."""
-    stage = stage_module("experts")
+    stage = find_stage("experts")
     call = stage.build(case, "cpu")
     out = experts.run(*call.args.values(), **call.keywords, first=products[0], second=products[1])
     return against_bound(stage, call, stage.expect(call, declared), out).worst
@@ -108,7 +108,7 @@ def test_tf32_fails_where_it_is_not_declared(how: str) -> None:
 
 def test_a_bias_of_one_sign_is_no_error_up_to_where_it_leads() -> None:
     """The drift of truncated products is several sigmas: as a variance it would have hidden errors of that size."""
-    stage = stage_module("experts")
+    stage = find_stage("experts")
     call = stage.build(SHAPES[5], "cpu")
     bound = stage.expect(call, DECLARED)
     low, high = bound.drift
@@ -124,7 +124,7 @@ def test_a_bias_of_one_sign_is_no_error_up_to_where_it_leads() -> None:
 @pytest.mark.parametrize("convert", [cut, near])
 @pytest.mark.parametrize("case", [GroupedLinearCase(S=70, K=129, N=200, E=3), GroupedLinearCase(S=9, K=1, N=8, E=2)])
 def test_grouped_linear_passes(case: GroupedLinearCase, convert: Cut) -> None:
-    stage = stage_module("grouped_linear")
+    stage = find_stage("grouped_linear")
     call = stage.build(case, "cpu")
     x, weight, sizes = call.args.values()
     owners = row_experts(sizes)
@@ -135,7 +135,7 @@ def test_grouped_linear_passes(case: GroupedLinearCase, convert: Cut) -> None:
 
 @pytest.mark.parametrize("convert", [cut, near])
 def test_the_gate_passes(convert: Cut) -> None:
-    stage = stage_module("shared_expert_gate")
+    stage = find_stage("shared_expert_gate")
     call = stage.build(GateCase(lead="70", H=256, D=96), "cpu")
     hidden, weight, shared = call.args.values()
     out = product(convert, convert)(hidden, weight).sigmoid() * shared
@@ -146,7 +146,7 @@ def test_the_gate_passes(convert: Cut) -> None:
 @pytest.mark.parametrize("convert", [cut, near])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_block_passes_its_router_too(family: str, convert: Cut) -> None:
-    stage = stage_module("moe_block")
+    stage = find_stage("moe_block")
     call = stage.build(MoeBlockCase(family=family, T=33, H=192, I=64, shared=80, E=16, k=4), "cpu")
     out = block_by(product(convert, convert), *call.args.values())
     assert against_bound(stage, call, stage.expect(call, DECLARED), out).worst < 0.8

@@ -26,7 +26,7 @@ class Likelihood:
         self.right = reference.router(self.logits.double(), **_in_fp64(self.keywords))
 
     def fit(self, candidate: Any, got: Any, others: tuple[Any, ...] = ()) -> Fit:
-        """As `diagnosis.likelihood.Values.fit`; a worst-case bound takes the place of the largest sigma that the limit allows."""
+        """As `Values.fit`; a worst-case bound takes the place of the largest sigma that the limit allows."""
         if not got[1].numel():
             return Fit()
         one, two = self._laid_out(candidate), self._laid_out(got)
