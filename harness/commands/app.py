@@ -9,7 +9,9 @@ import typer
 from moe_harness.harness.commands.audit import audit
 from moe_harness.harness.commands.bench import bench
 from moe_harness.harness.commands.check import check
+from moe_harness.harness.commands.explain import explain
 from moe_harness.harness.commands.faults import faults
+from moe_harness.harness.commands.init import init
 from moe_harness.harness.commands.list import list_
 from moe_harness.harness.commands.options import tell
 from moe_harness.harness.commands.replay import replay
@@ -23,7 +25,8 @@ app = typer.Typer(
     help="Judge Mixture-of-Experts kernels: is it right, on which inputs is it wrong, and why?",
 )
 COMMANDS: dict[str, Callable[..., None]] = {
-    "check": check, "list": list_, "replay": replay, "faults": faults, "audit": audit, "bench": bench, "tune": tune,
+    "check": check, "init": init, "explain": explain, "list": list_, "replay": replay, "faults": faults,
+    "audit": audit, "bench": bench, "tune": tune,
 }  # fmt: skip
 for name, command in COMMANDS.items():
     app.command(name)(command)

@@ -1,0 +1,109 @@
+"""`moe-harness explain NAME`: what a check asks, what a fault does, what a stage's contract is."""
+
+import inspect
+import textwrap
+import tomllib
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moe_harness.harness.commands import options
+from moe_harness.harness.core import contracts
+from moe_harness.harness.core.errors import unknown
+
+SOURCE_LINES = 12  # of a fault's code
+
+Lines = Iterator[tuple[str, str]]  # (label, text)
+
+
+def explain(
+    name: Annotated[str, typer.Argument(help="A check, a fault or cause, a rounding, or a stage.")],
+) -> None:
+    """Explain a check, a fault of the catalogue, a rounding or a stage: equation, bound, source, example."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from moe_harness.harness.report.terminal import labelled
+
+    explanations = tomllib.loads(Path(__file__).with_name("explanations.toml").read_text(encoding="utf-8"))
+    described: dict[str, Callable[[], Lines]] = {
+        **{stage: partial(_stage, stage) for stage in options.ALL_STAGES},
+        **{name: partial(_rounding, name, told) for name, told in explanations["roundings"].items()},
+        **{name: partial(_check, name, told) for name, told in explanations["checks"].items()},
+    }
+    if name not in described:
+        described |= {fault.name: partial(_fault, fault) for fault in _faults()}
+    if name not in described:
+        raise unknown("check, fault, rounding or stage", name, list(described))
+    console = Console()
+    console.print(Text(name, style="bold"))
+    console.print(labelled(list(described[name]())))
+
+
+def _check(name: str, told: dict[str, str]) -> Lines:
+    yield "asks", told["question"]
+    yield from ((label, told[label]) for label in ("equation", "bound", "source"))
+    for stage in options.ALL_STAGES:
+        if (example := _example(stage, name)) is not None:
+            known = list(contracts.registered(stage))
+            yield (
+                "example",
+                f"moe-harness replay {example} --impl {'torch:loop' if 'torch:loop' in known else known[0]}",
+            )
+            return
+
+
+def _example(stage: str, check: str) -> str | None:
+    from moe_harness.harness.core.plan import plan
+    from moe_harness.harness.core.request import Request
+
+    if stage in contracts.RANK_STAGES:
+        from moe_harness.harness.ranks.cases import CHECKS, case_id, dispatcher_cases
+
+        if stage == "dispatcher" and check in CHECKS[stage]:
+            return next(case_id(name, case) for name, case in dispatcher_cases([2]) if name == check)
+        return None
+    return next((planned.id for planned in plan(stage, Request()) if planned.check == check), None)
+
+
+def _rounding(name: str, told: dict[str, str]) -> Lines:
+    yield "stored", told["question"]
+    yield "bound", "its variance, ulp^2 / 12 of each value stored, is part of sigma where it is permitted"
+    yield "declared", f"fused.rounds = ({name!r}, ...); with nothing declared all but tf32 are permitted"
+
+
+def _stage(name: str) -> Lines:
+    from moe_harness.harness.commands.list import signature
+
+    yield "contract", signature(name)
+    yield "checks", ", ".join(options.known_checks(name, _request()))
+    yield "registered", ", ".join(contracts.registered(name)) or "nothing"
+    yield "to begin", f"moe-harness init {name}"
+
+
+def _request() -> Any:
+    from moe_harness.harness.core.request import Request
+
+    return Request()
+
+
+def _faults() -> Iterable[Any]:
+    from moe_harness.harness.core.catalogue import all_faults
+
+    return all_faults()
+
+
+def _fault(fault: Any) -> Lines:
+    yield "is", f"a known fault of {fault.stage} ({fault.family})"
+    yield "consequence", fault.consequence
+    yield "shows", fault.condition
+    if fault.hidden:
+        yield "hidden", "where " + ", or ".join(fault.hidden)
+    yield "source", fault.source or "none published; a mistake of its kind"
+    code = textwrap.dedent(inspect.getsource(inspect.unwrap(fault.function))).strip().splitlines()
+    code = code[next((at for at, line in enumerate(code) if line.startswith(("def ", "class "))), 0) :]
+    yield "code", "\n".join(code[:SOURCE_LINES] + (["..."] if len(code) > SOURCE_LINES else []))
+    yield "example", f"moe-harness faults --fault {fault.name}"

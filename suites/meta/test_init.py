@@ -1,0 +1,98 @@
+"""`moe-harness init` and `explain`: the files run and pass, the adapters fit, every name has its words."""
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from moe_harness.harness.commands import explain, options
+from moe_harness.harness.commands.init import CLASSES, TEMPLATES, templates
+from moe_harness.harness.core.catalogue import all_faults
+from moe_harness.harness.core.contracts import DECLARED_ROUNDINGS, RANK_STAGES
+
+SOME = {"router": "contract,special", "experts": "contract,sentinels", "moe_block": "contract"}
+
+
+def run(folder, *arguments, **variables):
+    env = os.environ | {"PYTHONPATH": os.getcwd(), **variables}
+    command = [sys.executable, "-m", "moe_harness", *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.parametrize(("stage", "library"), templates())
+def test_a_template_passes_as_it_is(stage, library, tmp_path):
+    made = run(tmp_path, "init", stage, "--library", library)
+    assert made.returncode == 0 and (tmp_path / f"my_{stage}.py").exists(), made.stderr
+    assert f"my_{stage}.py:" in made.stdout
+    arguments = ["--dtype", "fp32", "--impl", f"my_{stage}.py:{CLASSES.get(stage, stage)}"]
+    arguments += ["--ranks", "2"] if stage in RANK_STAGES else ["--check", SOME.get(stage, "contract,layouts")]
+    done = run(tmp_path, "check", "--stage", stage, *arguments, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    again = run(tmp_path, "init", stage)
+    assert again.returncode == 2 and "exists" in again.stderr
+
+
+KERNELS = """
+
+def your_kernel_ehi(x, gate_up, down, *rest, **options):
+    assert gate_up.shape[1] == x.shape[1] and down.shape[2] == x.shape[1]
+    return experts(x, gate_up.mT, down.mT, *rest, **options)
+
+
+def your_kernel_interleaved(x, gate_up, down, *rest, **options):
+    return experts(x, torch.cat([gate_up[:, ::2], gate_up[:, 1::2]], 1), down, *rest, **options)
+
+
+experts_ehi.rounds = experts_interleaved.rounds = ()
+"""
+
+
+def test_the_adapters_in_the_comments_fit_kernels_of_other_layouts(tmp_path):
+    text, _, adapters = (TEMPLATES / "experts_torch.py").read_text().partition("# ---- Weights in another layout?")
+    lines = [line.removeprefix("#").removeprefix(" ") for line in adapters.splitlines()[1:]]
+    (tmp_path / "kernel.py").write_text("\n".join([text, *lines, KERNELS]))
+    specs = "kernel.py:experts_ehi,kernel.py:experts_interleaved"
+    done = run(tmp_path, "check", "-s", "experts", "-i", specs, "--check", "contract,layouts", "--dtype", "fp32")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_no_template_for_a_library_says_which_there_are(tmp_path):
+    done = run(tmp_path, "init", "moe_block", "--library", "triton")
+    assert done.returncode == 2 and "torch" in done.stderr
+
+
+def test_every_check_rounding_and_stage_is_explained():
+    told = tomllib.loads(Path(explain.__file__).with_name("explanations.toml").read_text())
+    checks = {check for stage in options.ALL_STAGES for check in options.known_checks(stage, explain._request())}
+    assert checks <= set(told["checks"]) and set(told["roundings"]) == set(DECLARED_ROUNDINGS)
+    assert all({"question", "equation", "bound", "source"} == set(entry) for entry in told["checks"].values())
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("numeric", ("sigma", "8.92", "moe-harness replay", "--impl")),
+        ("gate_up_swapped", ("GSM8K", "experts", "def gate_up_swapped", "moe-harness faults --fault gate_up_swapped")),
+        ("partial_sum", ("sum over slots", "rounds")),
+        ("experts", ("experts(hidden_states,", "moe-harness init experts")),
+    ],
+)
+def test_a_name_is_explained(name, words, tmp_path):
+    done = run(tmp_path, "explain", name)
+    text = " ".join(done.stdout.split())
+    assert done.returncode == 0 and all(word in text for word in words), done.stdout + done.stderr
+
+
+def test_an_unknown_name_has_near_ones(tmp_path):
+    done = run(tmp_path, "explain", "gate_up_swaped")
+    assert done.returncode == 2 and "gate_up_swapped" in done.stderr
+
+
+def test_every_fault_has_its_lines():
+    for fault in all_faults():
+        labels = dict(explain._fault(fault))
+        assert {"is", "consequence", "shows", "source", "code", "example"} <= set(labels)
+        assert all(labels.values())
