@@ -253,7 +253,7 @@ class Pool:
 
 def _add_cause(failure: dict[str, Any], told: dict[str, Any] | None) -> None:
     if told is not None:
-        failure["diagnosis"] = told["diagnosis"]
+        failure["diagnosis"], failure["known"] = told["diagnosis"], told.get("known", 0)
         failure["looks_like"] = list(dict.fromkeys([*failure["looks_like"], *told["looks_like"]]))
 
 

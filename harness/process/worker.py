@@ -95,11 +95,13 @@ def _is_device_lost(device: str) -> bool:
 
 def explain_id(trial: Trial, case_id: str, seconds: float) -> dict[str, Any]:
     """Known faults that explain what a failing case yields, best first, and what its error looks like."""
+    from moe_harness.harness.core.catalogue import all_faults
     from moe_harness.harness.diagnosis import explain, looks
 
     case = parse_id(case_id)[2]
     try:
-        return {"diagnosis": explain(trial, case, seconds), "looks_like": looks(trial, case)}
+        known = len(all_faults(trial.subject.stage))
+        return {"diagnosis": explain(trial, case, seconds), "looks_like": looks(trial, case), "known": known}
     except (Rejected, Broken):  # it does other things than when it was judged: a failure of its state, told elsewhere
         return {"diagnosis": [], "looks_like": []}
 

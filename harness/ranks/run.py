@@ -62,9 +62,9 @@ class RankRun:
             self.account.interrupt()
         return self.result()
 
-    def result(self) -> Result:
+    def result(self, *, final: bool = True) -> Result:
         """What is known by now; a planned case that was not judged keeps it from passing."""
-        result = self.account.result()
+        result = self.account.result(final=final)
         for check, cases_left in (+self.left).items():
             result["coverage"]["skipped"].append({"what": check, "reason": "not judged", "cases": cases_left})
         if +self.left and result["verdict"] == "pass":
@@ -73,7 +73,7 @@ class RankRun:
 
     def _keep_unfinished(self) -> None:
         """Hand over what is known, marked as cut short: it stands if nothing comes after it."""
-        self.keep({**self.result(), "interrupted": True})
+        self.keep({**self.result(final=False), "interrupted": True})
 
     def _planned_ids(self) -> list[str]:
         profile, seed = self.request.profile, self.request.seed

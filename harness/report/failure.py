@@ -44,7 +44,19 @@ def place(where: dict[str, Any] | None) -> str | None:
 
 def causes(failure: dict[str, Any]) -> str | None:
     """The faults that explain the output, best first, each with its evidence."""
-    return "; ".join(f"{entry['fault']}: {entry['evidence']}" for entry in failure.get("diagnosis") or []) or None
+    told = "; ".join(f"{entry['fault']}: {entry['evidence']}" for entry in failure.get("diagnosis") or [])
+    return told or (f"none of the {failure['known']} known" if failure.get("known") else None)
+
+
+def cluster_lines(cluster: dict[str, Any]) -> tuple[str, str]:
+    """(what fails, where it fails) of a cluster, with the counts that tell how sure the condition is."""
+    failed, inside, outside = (cluster[key] for key in ("failed", "passed", "passed_without"))
+    what = cluster["cause"] or "; ".join(cluster["kinds"])
+    if cluster["condition"] is None:
+        return what, f"{failed} cases; no values of up to three axes tell them from the {inside + outside} that pass"
+    if cluster["condition"] == "always":
+        return what, f"{failed} of {failed + inside} cases, whatever the axes"
+    return what, f"{failed} of {failed + inside} cases with {cluster['condition']}, 0 of {outside} without"
 
 
 def details(failure: dict[str, Any]) -> list[tuple[str, str]]:

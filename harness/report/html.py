@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_harness.harness.report import figures
-from moe_harness.harness.report.failure import SHOWN_PER_CHECK, by_check, details, number, signature
+from moe_harness.harness.report.failure import SHOWN_PER_CHECK, by_check, cluster_lines, details, number, signature
 from moe_harness.harness.report.ledger import cell, facts, power_summary
 from moe_harness.harness.report.results import Result, completed, verdict_of, worst_verdict
 from moe_harness.harness.report.terminal import verdict_reason
@@ -57,6 +57,7 @@ def run(result: dict[str, Any]) -> dict[str, Any]:
         "interrupted": result["interrupted"],
         "facts": facts(result),
         "checks": [check | {"status": cell(check)[0]} for check in result["checks"]],
+        "clusters": [(*cluster_lines(each), each["replay"]) for each in result["clusters"]],
         "failures": failures(result["failures"]),
         "coverage": result["coverage"],
         "power": power_summary(result["coverage"]["power"]),

@@ -57,9 +57,26 @@ class Failure(TypedDict, total=False):
     where: dict[str, Any]
     looks_like: list[str]
     diagnosis: list[Diagnosis]
+    known: int  # faults that were compared with the output, where a cause was asked for
     replay: str
     heatmap: Heatmap | None
     impl: str
+
+
+class FailureCluster(TypedDict):
+    """Failures of one condition; `passed` are passing cases that it holds for too, `passed_without` the other ones.
+
+    `cause` is a known fault or None, `kinds` what the failures say, `condition` None where none tells them apart.
+    """
+
+    cause: str | None
+    kinds: list[str]
+    condition: str | None
+    failed: int
+    passed: int
+    passed_without: int
+    case: str
+    replay: str
 
 
 class Unsupported(TypedDict):
@@ -113,6 +130,7 @@ class Result(TypedDict, total=False):
     error: str | None
     interrupted: bool
     checks: list[Check]
+    clusters: list[FailureCluster]
     failures: list[Failure]
     coverage: Coverage
     statistics: dict[str, Any]  # {"z_histogram": {"edges", "counts", "limit"}, "elements"}; from 0 on it is one of |z|
@@ -126,7 +144,7 @@ def completed(result: Result) -> dict[str, Any]:
     full |= result
     for key, kind in {"versions": dict, "declared": dict, "statistics": dict}.items():
         full[key] = full.get(key) or kind()
-    for key in ("checks", "failures", "observations", "dtypes"):
+    for key in ("checks", "clusters", "failures", "observations", "dtypes"):
         full[key] = full.get(key) or []
     full["coverage"] = empty | {key: value for key, value in (full.get("coverage") or {}).items() if value is not None}
     return full
@@ -181,6 +199,7 @@ def to_json(results: Sequence[Result]) -> dict[str, Any]:
         "impl": [result["impl"] for result in full],
         "interrupted": any(result["interrupted"] for result in full),
         "checks": sum_checks(full),
+        "clusters": [each | {"impl": result["impl"]} for result in full for each in result["clusters"]],
         "failures": [failure | {"impl": result["impl"]} for result in full for failure in result["failures"]],
         "coverage": sum_coverage([result["coverage"] for result in full]),
         "runs": [result | {"schema": SCHEMA, "verdict": verdict_of(result)} for result in results],

@@ -12,7 +12,15 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from moe_harness.harness.report.failure import LABEL_WIDTH, by_check, details, left_out, number, representatives
+from moe_harness.harness.report.failure import (
+    LABEL_WIDTH,
+    by_check,
+    cluster_lines,
+    details,
+    left_out,
+    number,
+    representatives,
+)
 from moe_harness.harness.report.ledger import axis_summary, cell, facts, power_summary
 from moe_harness.harness.report.results import Result, completed, verdict_of
 
@@ -58,6 +66,7 @@ def report(result: dict[str, Any], before: Sequence[dict[str, Any]] = ()) -> Ite
     What is the same for one reported `before` it is not repeated.
     """
     yield Rule(Text(result["impl"], style="bold"), align="left", style="dim")
+    yield from clusters(result["clusters"])
     yield from failures(result["failures"])
     if result["checks"]:
         yield checks_table(result["checks"])
@@ -101,6 +110,16 @@ def failures(found: Sequence[dict[str, Any]]) -> Iterator[Any]:
             yield from failure_block(failure)
         if (sentence := left_out(check, group, shown)) is not None:
             yield Text(sentence + "\n", style="yellow")
+
+
+def clusters(found: Sequence[dict[str, Any]]) -> Iterator[Any]:
+    """What the failures come down to, each with its smallest case: read first."""
+    for number_, each in enumerate(found, 1):
+        what, where = cluster_lines(each)
+        yield Text.assemble((f"{number_}. ", "bold"), (what, STYLES["fail"]), f": {where}")
+        yield Unwrapped(f"   {each['replay']}")
+    if found:
+        yield Text("")
 
 
 def checks_table(checks: Sequence[Any]) -> Table:

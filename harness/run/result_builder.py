@@ -11,8 +11,9 @@ from typing import Any
 from moe_harness.harness.core.case import Case, parse_id
 from moe_harness.harness.core.findings import HISTOGRAM_EDGES, MAX_Z
 from moe_harness.harness.core.request import Request
+from moe_harness.harness.diagnosis.clusters import Cluster, Outcome, cluster, kind_of, most_common
 from moe_harness.harness.report import Result
-from moe_harness.harness.report.results import Check, Coverage, Failure, Power
+from moe_harness.harness.report.results import Check, Coverage, Failure, FailureCluster, Power
 
 HEATMAPS_PER_CHECK = 5
 CORE_CHECKS = ("contract", "exact", "numeric", "routing", "dense", "live", "shard")
@@ -76,6 +77,8 @@ class Account:
         self.reasons: dict[str, str] = {}
         self.skipped: dict[tuple[str, str], int] = Counter()
         self.executed: list[Case] = []
+        self.outcomes: list[Outcome] = []
+        self._clustered: tuple[int, list[Cluster]] | None = None
         self.histogram = [0] * len(HISTOGRAM_EDGES)
         self.elements = 0
         self.heard: dict[tuple[str, str], Counter] = defaultdict(Counter)
@@ -132,9 +135,11 @@ class Account:
         self.histogram = [a + b for a, b in zip(self.histogram, answer["histogram"] or self.histogram, strict=True)]
         for name, text in answer["observations"].items():
             self.heard[check, name][text] += 1
+        findings = answer["findings"][:1]  # one failure per case; the others are mostly its consequences
         if answer["status"] == "died":
-            self.fail(judged, {"message": answer["reason"], "headroom": float("inf")})
-        for finding in answer["findings"][:1]:  # one failure per case; the others are mostly its consequences
+            findings = [{"message": answer["reason"], "headroom": float("inf")}]
+        self.outcomes.append(Outcome(check, case, judged, kind_of(findings[0]) if findings else None))
+        for finding in findings:
             self.fail(judged, finding)
 
     def _judged_as(self, answer: dict[str, Any]) -> str:
@@ -171,8 +176,8 @@ class Account:
 
     # --------------------------------------------------------------------------------------------------------- result
 
-    def result(self) -> Result:
-        """What is known by now."""
+    def result(self, *, final: bool = True) -> Result:
+        """What is known by now; only the final one has its failures put together."""
         self.failures.sort(key=self.place)
         seen: Counter = Counter()
         for failure in self.failures:
@@ -188,12 +193,33 @@ class Account:
             "declared": {k: v for k, v in self.loaded["declared"].items() if k != "explicit"}, "error": self.error,
             "interrupted": self.interrupted,
             "checks": [tally.as_check(name) for name, tally in self.tallies.items() if tally.counts],
-            "failures": self.failures, "coverage": self._coverage(),
+            "clusters": self.clusters() if final else [], "failures": self.failures, "coverage": self._coverage(),
             "statistics": {"z_histogram": {"edges": [*HISTOGRAM_EDGES, None], "counts": self.histogram,
                                            "limit": MAX_Z},
                            "elements": self.elements},
             "observations": self._observations(),
         }  # fmt: skip
+
+    def clustered(self) -> list[Cluster]:
+        """The failing cases by condition; asked for twice in a run, and the search takes up to a second."""
+        if self._clustered is None or self._clustered[0] != len(self.outcomes):
+            self._clustered = len(self.outcomes), cluster(self.outcomes)
+        return self._clustered[1]
+
+    def clusters(self) -> list[FailureCluster]:
+        """What the run ends in: a few clusters, each with cause, condition, counts and its smallest case."""
+        by_case = {failure["case"]: failure for failure in reversed(self.failures)}
+        told: list[FailureCluster] = []
+        for each in self.clustered():
+            failures = [by_case[outcome.id] for outcome in each.failing if outcome.id in by_case]
+            causes = [failure["diagnosis"][0]["fault"] for failure in failures if failure["diagnosis"]]
+            told.append({
+                "cause": most_common(causes), "kinds": list(each.kinds),
+                "condition": None if each.condition is None else str(each.condition),
+                "failed": len(each.failing), "passed": each.passing, "passed_without": each.others,
+                "case": each.smallest.id, "replay": self.replay_line([each.smallest.id]),
+            })  # fmt: skip
+        return told
 
     def _verdict(self) -> str:
         if self.failures:

@@ -183,11 +183,14 @@ class Run:
             self.pool.explain_alone(failure["case"], failure)
 
     def _explain(self, pool: Pool) -> None:
-        """Ask for the cause of the first failures, one of each check; what raised or died has told its own."""
+        """Ask for the cause of each cluster's smallest case and of each check's first; what raised has told its own."""
         self.account.failures.sort(key=self.account.place)
-        first = {failure["check"]: failure for failure in reversed(self.account.failures) if failure["where"]}
-        for failure in sorted(first.values(), key=self.account.place)[:EXPLAINED]:
-            if not failure["diagnosis"]:
+        placed = [failure for failure in self.account.failures if failure["where"]]
+        smallest = [each.smallest.id for each in self.account.clustered()]
+        first = {failure["check"]: failure for failure in reversed(placed)}
+        chosen = [failure for failure in placed if failure["case"] in smallest][:EXPLAINED]
+        for failure in [*chosen, *sorted(first.values(), key=self.account.place)[:EXPLAINED]]:
+            if "known" not in failure:
                 pool.explain(failure["case"], failure)
 
     def _describe(self, pool: Pool) -> None:

@@ -1,0 +1,308 @@
+"""Failures put together: each cluster with its condition, the smallest set of axis values that tells it from passing.
+
+A condition is a conjunction of up to three terms over the fields of the cases (`bias=negative`, `T >= 33`, `E no power
+of two`).  It holds for every failing case of its cluster and for no passing one, or for a few: what a check could not
+see passes although the fault is there, so up to `BLIND` of the cases may, and their number is told.
+
+Only cases of checks that saw the fault are counted, and no call without rows, which every fault gets right.  Nothing
+here needs torch: a case is compared as data, each set of cases is one integer whose bits are the cases.
+"""
+
+import operator
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from itertools import combinations
+from typing import Any
+
+from moe_harness.harness.core.case import Case
+
+NOT_AXES = ("seed", "optional", "variant")
+MOST_TERMS = 3
+MOST_CLUSTERS = 5  # of one kind of failure; what is left is told as one, without a condition
+MOST_WITH_THREE = 60  # terms of which triples are tried: 34,000 take 20 ms
+BLIND = 0.05
+# What a term costs a reader; the cheapest conjunction is the condition.
+EQUAL, LIMIT, UNEQUAL, PROPERTY, SET = 1.0, 1.1, 1.2, 1.4, 1.6
+MULTIPLES = (2, 4, 8, 16, 32, 64, 128)
+
+
+Holds = Callable[[dict[str, Any]], bool]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A case that was judged; `kind` is how it failed, None where it passed."""
+
+    check: str
+    case: Case
+    id: str
+    kind: str | None = None
+
+
+@dataclass(frozen=True)
+class Term:
+    """One part of a condition."""
+
+    text: str
+    holds: Holds
+    cost: float
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A conjunction; without terms it holds always."""
+
+    terms: tuple[Term, ...]
+
+    def holds(self, case: Case) -> bool:
+        axes = axes_of(case)
+        return all(term.holds(axes) for term in self.terms)
+
+    @property
+    def cost(self) -> float:
+        return sum(term.cost for term in self.terms)
+
+    def __str__(self) -> str:
+        return " and ".join(term.text for term in self.terms) or "always"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Failing cases with one condition, None where none was found; `passing` are those it holds for as well."""
+
+    kinds: tuple[str, ...]
+    condition: Condition | None
+    failing: tuple[Outcome, ...]
+    passing: int  # passing cases for which the condition holds too
+    others: int  # passing cases for which it does not
+
+    @property
+    def smallest(self) -> Outcome:
+        """The failing case with the fewest rows, of the earliest check."""
+        return min(self.failing, key=lambda outcome: (outcome.case.rows(), len(outcome.id)))
+
+
+def cluster(outcomes: Sequence[Outcome]) -> list[Cluster]:
+    """The failures among `outcomes`, by kind and condition, the largest cluster first."""
+    by_kind: dict[str, list[Outcome]] = defaultdict(list)
+    for outcome in outcomes:
+        if outcome.kind is not None:
+            by_kind[outcome.kind].append(outcome)
+    together = _whole([outcome for group in by_kind.values() for outcome in group], outcomes) if by_kind else None
+    found = [each for kind, group in by_kind.items() for each in _of_kind(kind, group, outcomes)]
+    if together is not None and all(each.condition is None or together.cost <= each.condition.cost for each in found):
+        failing = [outcome for group in by_kind.values() for outcome in group]
+        found = [_made(tuple(by_kind), together, failing, outcomes)]
+    return sorted(_merged(found, outcomes), key=lambda each: -len(each.failing))
+
+
+def _of_kind(kind: str, failing: list[Outcome], outcomes: Sequence[Outcome]) -> Iterator[Cluster]:
+    whole = _whole(failing, outcomes)
+    if whole is not None:
+        yield _made((kind,), whole, failing, outcomes)
+        return
+    left = failing
+    for _ in range(MOST_CLUSTERS):
+        part = _part(left, outcomes)
+        if part is None:
+            break
+        inside = [outcome for outcome in left if part.holds(outcome.case)]
+        yield _made((kind,), part, inside, outcomes)
+        left = [outcome for outcome in left if not part.holds(outcome.case)]
+        if not left:
+            return
+    yield _made((kind,), None, left, outcomes)
+
+
+def _merged(clusters: list[Cluster], outcomes: Sequence[Outcome]) -> Iterator[Cluster]:
+    """Clusters of one condition are one, whatever kinds of failure it has."""
+    same: dict[str, list[Cluster]] = defaultdict(list)
+    for each in clusters:
+        same[str(each.condition) if each.condition else f"none of {each.kinds}"].append(each)
+    for group in same.values():
+        kinds = tuple(dict.fromkeys(kind for each in group for kind in each.kinds))
+        failing = [outcome for each in group for outcome in each.failing]
+        yield _made(kinds, group[0].condition, failing, outcomes)
+
+
+def _made(
+    kinds: tuple[str, ...], condition: Condition | None, failing: list[Outcome], all_: Sequence[Outcome]
+) -> Cluster:
+    passing = _passing(failing, all_)
+    inside = sum(condition.holds(outcome.case) for outcome in passing) if condition else 0
+    return Cluster(kinds, condition, tuple(failing), inside, len(passing) - inside)
+
+
+def _passing(failing: Iterable[Outcome], outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Passing cases of the checks that saw the fault; without rows only where such a case fails too."""
+    failing = list(failing)
+    checks = {outcome.check for outcome in failing}
+    empty = any(not outcome.case.rows() for outcome in failing)
+    return [o for o in outcomes if o.kind is None and o.check in checks and (empty or o.case.rows())]
+
+
+# -------------------------------------------------------------------------------------------------------------- search
+
+
+def _whole(failing: list[Outcome], outcomes: Sequence[Outcome]) -> Condition | None:
+    """The cheapest condition that all failing cases meet and (nearly) no passing one."""
+    passing = _passing(failing, outcomes)
+    failed = [axes_of(outcome.case) for outcome in failing]
+    terms = [term for term in _terms(failing, passing) if all(map(term.holds, failed))]
+    masks = _cheapest(terms, passing)
+    everything = (1 << len(passing)) - 1
+    best: tuple[tuple[int, float], tuple[Term, ...]] = ((everything.bit_count(), 0.0), ())
+    allowed = int(BLIND * len(failing))
+    for size in range(1, MOST_TERMS + 1):
+        if best[0][0] <= allowed and (best[0][0] == 0 or size > 1):
+            break
+        if size == MOST_TERMS:
+            masks = sorted(masks, key=lambda entry: (entry[1].bit_count(), entry[0].cost))[:MOST_WITH_THREE]
+        for chosen in combinations(masks, size):
+            left = everything
+            for _, mask in chosen:
+                left &= mask
+            key = (left.bit_count(), sum(term.cost for term, _ in chosen))
+            if key < best[0]:
+                best = key, tuple(term for term, _ in chosen)
+    return Condition(best[1]) if best[0][0] <= allowed else None
+
+
+def _part(failing: list[Outcome], outcomes: Sequence[Outcome]) -> Condition | None:
+    """The condition that holds for most failing cases and (nearly) no passing one; one case alone is no condition."""
+    passing = _passing(failing, outcomes)
+    axes = [axes_of(outcome.case) for outcome in failing]
+    everything, all_failing = (1 << len(passing)) - 1, (1 << len(failing)) - 1
+    terms = [(term, _bits(term, axes), mask) for term, mask in _cheapest(_terms(failing, passing), passing, axes)]
+    terms = sorted(terms, key=lambda entry: -entry[1].bit_count())[: 2 * MOST_WITH_THREE]
+    best: tuple[tuple[float, float], tuple[Term, ...]] | None = None
+    for size in (1, 2):
+        for chosen in combinations(terms, size):
+            covered, left = all_failing, everything
+            for _, hit, mask in chosen:
+                covered &= hit
+                left &= mask
+            number = covered.bit_count()
+            if left.bit_count() > BLIND * number or number < min(2, len(failing)):
+                continue
+            key = (number - 0.5 * size - 2 * left.bit_count(), -sum(term.cost for term, _, _ in chosen))
+            if best is None or key > best[0]:
+                best = key, tuple(term for term, _, _ in chosen)
+    return Condition(best[1]) if best is not None else None
+
+
+def _cheapest(
+    terms: Iterable[Term], passing: Sequence[Outcome], failed: Sequence[dict[str, Any]] = ()
+) -> list[tuple[Term, int]]:
+    """Of terms that the same passing and failed cases meet, the cheapest; none that all passing ones meet."""
+    axes = [axes_of(outcome.case) for outcome in passing]
+    everything = (1 << len(passing)) - 1
+    kept: dict[tuple[int, int], tuple[Term, int]] = {}
+    for term in sorted(terms, key=lambda term: term.cost):
+        mask = _bits(term, axes)
+        if mask != everything or not passing:
+            kept.setdefault((mask, _bits(term, failed)), (term, mask))
+    return list(kept.values())
+
+
+def _bits(term: Term, axes: Sequence[dict[str, Any]]) -> int:
+    return sum(1 << place for place, values in enumerate(axes) if term.holds(values))
+
+
+# --------------------------------------------------------------------------------------------------------------- terms
+
+
+def axes_of(case: Case) -> dict[str, Any]:
+    """What conditions are made of: the fields of the case, its rows, and operand and kind of a layout."""
+    axes = {f.name: getattr(case, f.name) for f in fields(case) if f.name not in NOT_AXES}
+    operand, _, kind = axes.pop("layout").partition(":")
+    return {**axes, "layout of": operand or "none", "layout": kind or "contiguous", "rows": case.rows()}
+
+
+def _terms(failing: Sequence[Outcome], passing: Sequence[Outcome]) -> Iterator[Term]:
+    """Every term that some failing case meets."""
+    failed = [axes_of(outcome.case) for outcome in failing]
+    seen = [*failed, *(axes_of(outcome.case) for outcome in passing)]
+    for name in failed[0]:
+        values = {axes[name] for axes in failed}
+        everywhere = {axes[name] for axes in seen}
+        if len(everywhere) > 1:
+            yield from _of_axis(name, values, everywhere)
+    numeric = [name for name in failed[0] if name != "rows" and _is_number(failed[0][name])]
+    for one, other in combinations(numeric, 2):
+        yield from _relations(one, other)
+
+
+def _of_axis(name: str, values: set[Any], everywhere: set[Any]) -> Iterator[Term]:
+    for value in values:
+        yield Term(f"{name}={_text(value)}", _compared(name, operator.eq, value), EQUAL)
+    numbers = all(map(_is_number, everywhere))
+    if not numbers:
+        for value in everywhere - values:
+            yield Term(f"{name} not {_text(value)}", _compared(name, operator.ne, value), UNEQUAL)
+    if 1 < len(values) <= 3 and len(values) < len(everywhere):
+        told = ", ".join(sorted(map(_text, values)))
+        yield Term(f"{name} in ({told})", lambda axes: axes[name] in values, SET + 0.2 * len(values))
+    if numbers:
+        yield from _of_numbers(name, values)
+
+
+def _of_numbers(name: str, values: set[Any]) -> Iterator[Term]:
+    for value in values:
+        yield Term(f"{name} >= {value}", _compared(name, operator.ge, value), LIMIT)
+        yield Term(f"{name} <= {value}", _compared(name, operator.le, value), LIMIT)
+    if not all(isinstance(value, int) for value in values):
+        return
+    yield Term(f"{name} no power of two", lambda axes: bool(axes[name] & (axes[name] - 1)), PROPERTY)
+    yield Term(f"{name} a power of two", lambda axes: not axes[name] & (axes[name] - 1), PROPERTY)
+    for number in MULTIPLES:
+        yield Term(f"{name} a multiple of {number}", _divided(name, number, True), PROPERTY)
+        yield Term(f"{name} no multiple of {number}", _divided(name, number, False), PROPERTY)
+
+
+def _compared(name: str, compare: Callable[[Any, Any], bool], value: Any) -> Holds:
+    return lambda axes: compare(axes[name], value)
+
+
+def _divided(name: str, number: int, wanted: bool) -> Holds:
+    return lambda axes: (axes[name] % number == 0) is wanted
+
+
+def _relations(one: str, other: str) -> Iterator[Term]:
+    yield Term(f"{one} = {other}", lambda axes: axes[one] == axes[other], PROPERTY)
+    yield Term(f"{one} < {other}", lambda axes: axes[one] < axes[other], PROPERTY)
+    yield Term(f"{one} > {other}", lambda axes: axes[one] > axes[other], PROPERTY)
+    yield Term(f"{one} = 2 {other}", lambda axes: axes[one] == 2 * axes[other], PROPERTY)
+    yield Term(f"{other} = 2 {one}", lambda axes: axes[other] == 2 * axes[one], PROPERTY)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _text(value: Any) -> str:
+    return str(int(value)) if isinstance(value, bool) else str(value) or "none"
+
+
+# --------------------------------------------------------------------------------------------------------------- words
+
+NUMBER = re.compile(r"[-+]?\d[\d.]*(?:e[-+]?\d+)?|\bnan\b|\binf\b", re.IGNORECASE)
+LIST = re.compile(r"\[#(?:, #)*\]")
+PLACE = re.compile(r"^(?:the law \w+ does not hold: |among rows [\d to]+: |a call of another shape: )+")
+VALUE = "wrong values"
+
+
+def kind_of(finding: dict[str, Any]) -> str:
+    """How a case failed, in the words of its message without its numbers; all wrong elements are one kind."""
+    text = LIST.sub("[#]", NUMBER.sub("#", PLACE.sub("", finding["message"].splitlines()[0])))
+    if text.startswith(("element ", "topk_weights[#]", "the rms of ")) or " sigma" in text:
+        return VALUE
+    return text.split("; ")[0].split(" (")[0][:100]
+
+
+def most_common(names: Iterable[str]) -> str | None:
+    """The name that occurs most, the earlier of equal ones; None where there is none."""
+    counts = Counter(names)
+    return counts.most_common(1)[0][0] if counts else None

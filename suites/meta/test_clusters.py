@@ -1,0 +1,101 @@
+"""Failures put together by condition: planted rules over the real plans of the stages, and a real kernel's."""
+
+import random
+
+import pytest
+
+from moe_harness.harness.core.plan import plan
+from moe_harness.harness.core.request import Request
+from moe_harness.harness.diagnosis.clusters import VALUE, Outcome, cluster, kind_of
+from moe_harness.harness.report.failure import cluster_lines
+from moe_harness.harness.run.result_builder import Account, Listener
+
+RULES = {
+    "bias=negative and E no power of two": ("router", lambda c: c.bias == "negative" and bool(c.E & (c.E - 1))),
+    "k >= 9": ("router", lambda c: c.k > 8),
+    "scoring=sigmoid": ("router", lambda c: c.scoring == "sigmoid"),
+    "activation=gelu_tanh": ("experts", lambda c: c.activation == "gelu_tanh"),
+    "routing=duplicates": ("experts", lambda c: c.routing == "duplicates"),
+    "k = E": ("experts", lambda c: c.k == c.E),
+    "masked not none": ("experts", lambda c: c.masked != "none"),
+    "I no multiple of 16": ("experts", lambda c: c.I % 16 != 0),
+    "dtype=bf16 and T >= 33": ("experts", lambda c: c.dtype == "bf16" and c.T > 32),
+    "always": ("experts", lambda c: True),
+}
+
+
+def outcomes(stage, *rules, profile="quick", seed=0):
+    """What a run would see of a kernel that is wrong where one of the rules says so; wrong where it has rows."""
+    found = []
+    for planned in plan(stage, Request(profile=profile, seed=seed)):
+        kinds = [kind for kind, rule in rules if planned.case.rows() and rule(planned.case)]
+        found.append(Outcome(planned.check, planned.case, planned.id, kinds[0] if kinds else None))
+    return found
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_planted_rule_is_found_and_holds_on_cases_of_another_plan(name):
+    stage, rule = RULES[name]
+    (found,) = cluster(outcomes(stage, (VALUE, rule)))
+    assert found.condition is not None and found.passing == 0
+    unseen = [p.case for p in plan(stage, Request(profile="full", seed=7)) if p.case.rows()]
+    wrong = [case.id() for case in unseen if found.condition.holds(case) != rule(case)]
+    assert len(wrong) <= 0.02 * len(unseen), (str(found.condition), wrong[:5])
+
+
+def test_two_rules_are_two_clusters_the_larger_first():
+    wide, bf16 = (lambda c: c.k > 8), (lambda c: c.dtype == "bf16" and c.T > 32)
+    found = cluster(outcomes("router", ("a", wide), ("b", bf16)))
+    assert [each.kinds for each in found[:2]] in ([("a",), ("b",)], [("b",), ("a",)])
+    assert len(found[0].failing) >= len(found[1].failing)
+    assert {str(each.condition) for each in found[:2]} >= {"k >= 9"}
+    (one, other, *_) = cluster(outcomes("router", (VALUE, wide), (VALUE, bf16)))  # of one kind, told apart all the same
+    assert "k >= 9" in {str(one.condition), str(other.condition)}
+
+
+def test_failures_at_random_have_no_condition_and_none_is_made_up():
+    chance = random.Random(3)
+    found = cluster(outcomes("experts", (VALUE, lambda c: chance.random() < 0.1)))
+    without = [each for each in found if each.condition is None]
+    assert without and sum(len(each.failing) for each in without) >= 0.3 * sum(len(each.failing) for each in found)
+    assert all(each.passing <= 0.05 * len(each.failing) for each in found)
+
+
+def test_no_failure_is_no_cluster():
+    assert cluster(outcomes("experts")) == []
+
+
+def test_what_a_check_cannot_see_does_not_hide_the_condition():
+    blind = iter(range(10**6))
+    found = cluster(outcomes("experts", (VALUE, lambda c: c.k > 1 and next(blind) % 40 != 0)))
+    assert str(found[0].condition) == "k >= 2" and 0 < found[0].passing <= 0.05 * len(found[0].failing)
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        ("element [3, 45] is 1.87704, but should be -0.97 within 6e-07: 4.5e+06 sigma away", VALUE),
+        ("topk_weights[17, 1] (expert 6) is -0.49, but should be 0.49", VALUE),
+        (
+            "topk_ids[0] is [8, 8, 8], but its ids should be distinct",
+            "topk_ids[#] is [#], but its ids should be distinct",
+        ),
+        ("raised RuntimeError: size 17\n  at kernel.py:3", "raised RuntimeError: size #"),
+    ],
+)
+def test_kinds_are_messages_without_their_numbers(message, kind):
+    assert kind_of({"message": message}) == kind
+
+
+def test_the_result_tells_clusters_with_counts_and_a_replay_line():
+    account = Account("experts", "kernel.py:f", Request(), Listener())
+    for planned in plan("experts", Request()):
+        wrong = planned.case.k > 8
+        account.take({"id": planned.id, "status": "failed" if wrong else "passed", "reason": None, "elements": 1,
+                      "histogram": [], "observations": {}, "seconds": 0.0, "worst": 0.0,
+                      "findings": [{"message": "element [0, 0] is 1", "headroom": 2.0}] if wrong else []})  # fmt: skip
+    (found,) = account.result()["clusters"]
+    assert {"cause", "condition", "failed", "passed", "case", "replay"} <= set(found)
+    assert found["condition"] == "k >= 9" and found["passed"] == 0 and found["passed_without"] > 100
+    assert found["replay"] == f"moe-harness replay {found['case']} --impl kernel.py:f"
+    assert cluster_lines(found)[1].startswith(f"{found['failed']} of {found['failed']} cases with k >= 9, 0 of ")
