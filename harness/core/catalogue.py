@@ -1,27 +1,29 @@
 """The catalogue: what a fault is, how one is added, and how they are found.
 
-A fault is a plain function with the signature of its stage, so it is judged like any implementation, by the spec
-`harness.stages.experts.faults.slots:gate_up_swapped`.  Adding one is
+A fault is a plain function with the signature of its stage, in a module of the stage's folder `faults/`, so it is
+judged like any implementation.  Adding one is
 
-    @fault("experts", "layout", source="https://...", condition="always", consequence="What a user would see.",
-           shows={"T": 5})
+    @fault("layout", source="owner/repo/pull/1", condition="T > 16", shows={"T": 17}, hidden=("T=16",))
     def gate_up_swapped(*call: Tensor, **options: Any) -> Tensor:
+        '''What a user would see.'''
         return run(*call, **options, split=lambda rows: rows.chunk(2, -1)[::-1])
 
-`shows` holds the parameters of one small case on which the fault is visible, and `sign` what is seen there; each
-`hidden` entry of the form "name=value" changes that case into one where the fault gives the right answer.
+Its docstring is the consequence.  `condition` says in words when it shows, `shows` holds the parameters of one small
+case on which it does, and `sign` what is seen there; each `hidden` entry of the form "name=value" changes that case
+into one where the fault gives the right answer.
 """
 
 import difflib
 import functools
 import importlib
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 from moe_harness.harness.core.contracts import RANK_STAGES, SIGNATURES, STAGES
-from moe_harness.harness.core.folders import modules_of
+from moe_harness.harness.core.folders import PACKAGE, modules_of
 
 RANKED = (*RANK_STAGES, "layouts")  # judged over many ranks; see harness.core.ranked_faults
 STAGES_WITH_FAULTS = (*STAGES, *RANKED)
@@ -73,14 +75,12 @@ _FAULTS: dict[str, Fault] = {}
 
 
 def fault(
-    stage: str,
     family: str,
     *,
-    condition: str,
-    consequence: str,
     source: str | None = None,
+    condition: str = "always",
+    shows: Mapping[str, Any] | None = MappingProxyType({}),
     hidden: tuple[str, ...] = (),
-    shows: Mapping[str, Any] | None = None,
     sign: str = "value",
     devices: tuple[str, ...] = ("cpu", "cuda"),
     stateful: bool = False,
@@ -88,16 +88,18 @@ def fault(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Enter a function in the catalogue; `declares` become attributes of it (`deterministic=True`, ...).
 
+    Args:
+        source: where the bug was published, a URL or a path of GitHub.
+
     Raises:
-        ValueError: unknown `stage` or `sign`, or a name that is taken.
+        ValueError: unknown `sign`, a name that is taken, or no docstring.
     """
-    if stage not in SIGNATURES:
-        raise ValueError(f"stage is {stage!r}, but should be one of {', '.join(SIGNATURES)}")
     if sign not in SIGNS:
         raise ValueError(f"sign is {sign!r}, but should be one of {', '.join(SIGNS)}")
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        name, signature = function.__name__, SIGNATURES[stage]
+        stage = stage_of(function)
+        signature = SIGNATURES[stage]
 
         @functools.wraps(function)
         def call(*args: Any, **keywords: Any) -> Any:
@@ -109,12 +111,31 @@ def fault(
         for attribute, value in {"devices": devices, **declares}.items():
             setattr(call, attribute, value)
         example = None if shows is None else MappingProxyType(dict(shows))
-        enter(
-            Fault(name, stage, family, condition, consequence, call, source, hidden, example, sign, devices, stateful)
-        )
+        enter(Fault(
+            function.__name__, stage, family, condition, consequence_of(function), call, url(source), hidden, example,
+            sign, devices, stateful,
+        ))  # fmt: skip
         return call
 
     return decorate
+
+
+def stage_of(function: Callable[..., Any]) -> str:
+    """The stage in whose folder a fault is written."""
+    return function.__module__.removeprefix(f"{PACKAGE}.").split(".")[0]
+
+
+def consequence_of(function: Callable[..., Any]) -> str:
+    """The first paragraph of a fault's docstring on one line; ValueError where there is none."""
+    text = inspect.getdoc(function) if function.__doc__ else None
+    if not text:
+        raise ValueError(f"the fault {function.__name__} should have a docstring that says what a user would see")
+    return " ".join(text.split("\n\n")[0].split())
+
+
+def url(source: str | None) -> str | None:
+    """A full URL of what may be a path of GitHub."""
+    return source if source is None or "://" in source else f"https://github.com/{source}"
 
 
 def enter(found: Fault) -> None:

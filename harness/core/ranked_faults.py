@@ -1,7 +1,9 @@
 """Faults of the stages that run on many ranks: classes or functions, entered in the one catalogue.
 
-    @ranked("dispatcher", "EP", condition="always", consequence="...", shows="R=2,E=3,k=1,T=0+2")
+    @ranked("EP", shows="R=2,E=3,k=1,T=0+2")
     class owner_by_division(Copies):
+        '''What a user would see.'''
+
         def owners(self, ids): ...
 
 `shows` holds the fields of one case that reveals the fault, `seen_by` the name of the check that finds it there, and
@@ -11,23 +13,20 @@ each `hidden` case gives the right answer all the same.
 from collections.abc import Callable
 from typing import TypeVar
 
-from moe_harness.harness.core.catalogue import Fault, enter
+from moe_harness.harness.core.catalogue import Fault, consequence_of, enter, stage_of, url
 from moe_harness.harness.core.names import RANK_CHECKS
 
 FIRST_CHECK = {"dispatcher": "dense", "parallel_linear": "shard", "layouts": "reduction"}
 SIGNS = {"ranks": "process", "inputs": "inputs"}
-GITHUB = "https://github.com/"
 
 Kind = TypeVar("Kind", bound=Callable)
 
 
 def ranked(
-    stage: str,
     family: str,
     *,
-    condition: str,
-    consequence: str,
     shows: str,
+    condition: str = "always",
     check: str = "",
     seen_by: str = "",
     source: str | None = None,
@@ -43,17 +42,17 @@ def ranked(
     Raises:
         ValueError: unknown `seen_by`, or a name that is taken.
     """
-    first = FIRST_CHECK[stage]
-    seen_by = seen_by or first
-    if seen_by not in RANK_CHECKS:
+    if seen_by and seen_by not in RANK_CHECKS:
         raise ValueError(f"seen_by is {seen_by!r}, but should be one of {', '.join(RANK_CHECKS)}")
 
     def decorate(kind: Kind) -> Kind:
-        example = {"case": f"{stage}/{check or first}/{shows}", "seen_by": seen_by}
+        stage = stage_of(kind)
+        first = FIRST_CHECK[stage]
+        example = {"case": f"{stage}/{check or first}/{shows}", "seen_by": seen_by or first}
         cases = tuple(f"{stage}/{first}/{case}" for case in hidden)
-        url = None if source is None else GITHUB + source
         sign = SIGNS.get(seen_by, "value")
-        enter(Fault(kind.__name__, stage, family, condition, consequence, kind, url, cases, example, sign))
+        told = consequence_of(kind)
+        enter(Fault(kind.__name__, stage, family, condition, told, kind, url(source), cases, example, sign))
         return kind
 
     return decorate

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_harness.harness.core.catalogue import fault
 from moe_harness.harness.core.emulation import BLOCK, matmul, round_up, unwritten, unwritten_like, wide
-from moe_harness.harness.stages.experts.faults.slots import BUGS, combine, gated, halves, locate
+from moe_harness.harness.stages.experts.faults.slots import combine, gated, halves, locate
 
 
 class Plan(NamedTuple):
@@ -85,15 +85,12 @@ def run_aligned(
 
 
 @fault(
-    "experts",
-    "alignment",
-    source=BUGS + "ModelTC/LightLLM/pull/1369",
-    condition="E not a multiple of 4, E > 4",
-    consequence="Expert offsets wrap modulo E: the tail program overwrites the counts of the first experts.",
-    shows={"E": 6, "T": 9},
+    "alignment", source="ModelTC/LightLLM/pull/1369", condition="E not a multiple of 4, E > 4", shows={"E": 6, "T": 9},
     hidden=("E=8", "E=3"),
-)
+)  # fmt: skip
 def counts_wrap_modulo_experts(*call: Tensor, **options: Any) -> Tensor:
+    """Expert offsets wrap modulo E: the tail program overwrites the counts of the first experts."""
+
     def wrapped(ids: Tensor, num_experts: int) -> Plan:
         counts = count(ids, num_experts)
         if num_experts > 4:
@@ -104,15 +101,12 @@ def counts_wrap_modulo_experts(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault(
-    "experts",
-    "alignment",
-    source=BUGS + "NVIDIA/TileGym/pull/24",
-    condition="E not a power of two",
-    consequence="Experts beyond the last power of two are not counted.",
-    shows={"E": 6, "T": 9},
+    "alignment", source="NVIDIA/TileGym/pull/24", condition="E not a power of two", shows={"E": 6, "T": 9},
     hidden=("E=8",),
-)
+)  # fmt: skip
 def experts_beyond_power_of_two_dropped(*call: Tensor, **options: Any) -> Tensor:
+    """Experts beyond the last power of two are not counted."""
+
     def floored(ids: Tensor, num_experts: int) -> Plan:
         counts = count(ids, num_experts)
         counts[2 ** (num_experts.bit_length() - 1) :] = 0
@@ -121,15 +115,10 @@ def experts_beyond_power_of_two_dropped(*call: Tensor, **options: Any) -> Tensor
     return run_aligned(*call, **options, align=floored)
 
 
-@fault(
-    "experts",
-    "alignment",
-    source=BUGS + "sgl-project/sglang/issues/3339",
-    condition="dirty memory",
-    consequence="Counts are accumulated into uninitialised memory: rows land anywhere or out of bounds.",
-    shows={"poison": True},
-)
+@fault("alignment", source="sgl-project/sglang/issues/3339", condition="dirty memory", shows={"poison": True})
 def counts_in_uninitialised_memory(*call: Tensor, **options: Any) -> Tensor:
+    """Counts are accumulated into uninitialised memory: rows land anywhere or out of bounds."""
+
     def dirty(ids: Tensor, num_experts: int) -> Plan:
         counts = unwritten(num_experts, dtype=torch.int32, device=ids.device).long() + count(ids, num_experts)
         # Beyond the buffer a kernel would crash; here such rows are dropped.
@@ -139,28 +128,22 @@ def counts_in_uninitialised_memory(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault(
-    "experts",
-    "alignment",
-    source=BUGS + "ROCm/aiter/pull/5339",
-    condition="any padding; slot 0 of the batch",
-    consequence="Padding holds 0, a valid row: every expert writes its output into the first slot.",
-    shows={"T": 9},
+    "alignment", source="ROCm/aiter/pull/5339", condition="any padding; slot 0 of the batch", shows={"T": 9},
     hidden=("E=1",),
-)
+)  # fmt: skip
 def padding_is_row_zero(*call: Tensor, **options: Any) -> Tensor:
+    """Padding holds 0, a valid row: every expert writes its output into the first slot."""
     return run_aligned(*call, **options, align=lambda ids, num_experts: align(ids, num_experts, filler=0))
 
 
 @fault(
-    "experts",
-    "alignment",
-    source=BUGS + "vllm-project/vllm/pull/35161",
-    condition="unused blocks at the end of the plan; slot 0 not routed to expert 0",
-    consequence="Blocks beyond the used ones belong to expert 0 and overwrite the first slot.",
-    shows={"only": "odd"},
+    "alignment", source="vllm-project/vllm/pull/35161",
+    condition="unused blocks at the end of the plan; slot 0 not routed to expert 0", shows={"only": "odd"},
     hidden=("E=1, only=None",),
-)
+)  # fmt: skip
 def unused_blocks_belong_to_expert_zero(*call: Tensor, **options: Any) -> Tensor:
+    """Blocks beyond the used ones belong to expert 0 and overwrite the first slot."""
+
     def unbounded(ids: Tensor, num_experts: int) -> Plan:
         plan = align(ids, num_experts)
         unused = torch.arange(len(plan.sorted_rows), device=ids.device) >= plan.padded
@@ -175,15 +158,12 @@ def unused_blocks_belong_to_expert_zero(*call: Tensor, **options: Any) -> Tensor
 
 
 @fault(
-    "experts",
-    "alignment",
-    source=BUGS + "sgl-project/sglang/pull/12701",
-    condition="-1 ids and at most 64 rows",
-    consequence="The small-batch path counts -1 as expert 0, the large-batch path skips it.",
-    shows={"ids": "masked", "T": 9},
-    hidden=("ids='distinct'", "T=65"),
-)
+    "alignment", source="sgl-project/sglang/pull/12701", condition="-1 ids and at most 64 rows",
+    shows={"ids": "masked", "T": 9}, hidden=("ids='distinct'", "T=65"),
+)  # fmt: skip
 def small_batches_keep_sentinels(*call: Tensor, **options: Any) -> Tensor:
+    """The small-batch path counts -1 as expert 0, the large-batch path skips it."""
+
     def small(ids: Tensor, expert_map: Tensor | None) -> Tensor:
         ids = locate(ids, expert_map)
         return ids.clamp(min=0) if ids.numel() <= 64 else ids
@@ -192,15 +172,12 @@ def small_batches_keep_sentinels(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault(
-    "experts",
-    "alignment",
-    source=BUGS + "sgl-project/sglang/pull/32395",
-    condition="some -1 ids, E > 1",
-    consequence="Bucket 0 of the filtered rows is not skipped: every expert id is off by one.",
-    shows={"ids": "masked", "T": 9},
-    hidden=("ids='distinct'",),
-)
+    "alignment", source="sgl-project/sglang/pull/32395", condition="some -1 ids, E > 1",
+    shows={"ids": "masked", "T": 9}, hidden=("ids='distinct'",),
+)  # fmt: skip
 def filtered_rows_shift_experts(*call: Tensor, **options: Any) -> Tensor:
+    """Bucket 0 of the filtered rows is not skipped: every expert id is off by one."""
+
     def shifted(ids: Tensor, num_experts: int) -> Plan:
         plan = align(ids, num_experts)
         if not (ids < 0).any():
@@ -212,15 +189,12 @@ def filtered_rows_shift_experts(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault(
-    "experts",
-    "alignment",
-    source=BUGS + "vllm-project/vllm-xpu-kernels/issues/453",
-    condition="an expert with more than one row",
-    consequence="Only the first row of each expert is written to the plan.",
-    shows={"T": 9},
-    hidden=("T=1",),
-)
+    "alignment", source="vllm-project/vllm-xpu-kernels/issues/453", condition="an expert with more than one row",
+    shows={"T": 9}, hidden=("T=1",),
+)  # fmt: skip
 def only_first_row_of_each_expert(*call: Tensor, **options: Any) -> Tensor:
+    """Only the first row of each expert is written to the plan."""
+
     def first_only(ids: Tensor, num_experts: int) -> Plan:
         return align(ids, num_experts, counts=count(ids, num_experts).clamp(max=1))
 
@@ -228,15 +202,12 @@ def only_first_row_of_each_expert(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault(
-    "experts",
-    "alignment",
-    source=BUGS + "deepseek-ai/DeepGEMM/issues/15",
-    condition="an expert's rows not a multiple of 16",
-    consequence="Runs are not padded and a block takes the expert of its first row.",
-    shows={"T": 9},
-    hidden=("E=1",),
-)
+    "alignment", source="deepseek-ai/DeepGEMM/issues/15", condition="an expert's rows not a multiple of 16",
+    shows={"T": 9}, hidden=("E=1",),
+)  # fmt: skip
 def block_takes_expert_of_first_row(*call: Tensor, **options: Any) -> Tensor:
+    """Runs are not padded and a block takes the expert of its first row."""
+
     def unpadded(ids: Tensor, num_experts: int) -> Plan:
         order = ids.argsort(stable=True)
         order = order[ids[order] >= 0]
@@ -248,15 +219,12 @@ def block_takes_expert_of_first_row(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault(
-    "experts",
-    "alignment",
-    source=BUGS + "vllm-project/vllm/pull/51632",
-    condition="rows of the last expert, without expert_map",
-    consequence="The plan is sized for one expert less: the appended shared expert counts as invalid.",
-    shows={"T": 9},
-    hidden=("expert_map='half'",),
-)
+    "alignment", source="vllm-project/vllm/pull/51632", condition="rows of the last expert, without expert_map",
+    shows={"T": 9}, hidden=("expert_map='half'",),
+)  # fmt: skip
 def last_expert_taken_for_invalid(*call: Tensor, **options: Any) -> Tensor:
+    """The plan is sized for one expert less: the appended shared expert counts as invalid."""
+
     def fewer(ids: Tensor, expert_map: Tensor | None) -> Tensor:
         ids = locate(ids, expert_map)
         return ids.masked_fill(ids == call[1].shape[0] - 1, -1) if expert_map is None else ids
@@ -264,15 +232,10 @@ def last_expert_taken_for_invalid(*call: Tensor, **options: Any) -> Tensor:
     return run_aligned(*call, **options, locate=fewer)
 
 
-@fault(
-    "experts",
-    "alignment",
-    condition="an expert with more than 16 rows",
-    shows={"T": 40, "k": 3},
-    hidden=("T=1",),
-    consequence="The padded length is rounded down per expert: a second, partial block is lost.",
-)
+@fault("alignment", condition="an expert with more than 16 rows", shows={"T": 40, "k": 3}, hidden=("T=1",))
 def second_partial_block_lost(*call: Tensor, **options: Any) -> Tensor:
+    """The padded length is rounded down per expert: a second, partial block is lost."""
+
     def floored(ids: Tensor, num_experts: int) -> Plan:
         counts = count(ids, num_experts)
         whole = counts // BLOCK * BLOCK
@@ -282,29 +245,23 @@ def second_partial_block_lost(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault(
-    "experts",
-    "alignment",
-    source=BUGS + "vllm-project/vllm/pull/44167",
-    condition="E >= 256 and T <= 16, dirty memory",
-    consequence="The small-batch kernel fails to launch, nobody looks, and the output is never written.",
-    shows={"E": 256, "I": 8, "poison": True},
-    hidden=("E=255", "T=17"),
-)
+    "alignment", source="vllm-project/vllm/pull/44167", condition="E >= 256 and T <= 16, dirty memory",
+    shows={"E": 256, "I": 8, "poison": True}, hidden=("E=255", "T=17"),
+)  # fmt: skip
 def unchecked_launch_failure(hidden_states: Tensor, gate_up: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """The small-batch kernel fails to launch, nobody looks, and the output is never written."""
     if gate_up.shape[0] >= 256 and hidden_states.shape[0] <= 16:
         return unwritten_like(hidden_states)
     return run_aligned(hidden_states, gate_up, *call, **options)
 
 
 @fault(
-    "experts",
-    "alignment",
-    condition="one expert with more than 32767 rows",
-    shows={"T": 4097, "H": 16, "I": 8, "E": 8, "k": 8, "ids": "one_expert"},
-    hidden=("T=4",),
-    consequence="Counts are held in 16 bits and turn negative: the busiest expert is skipped.",
-)
+    "alignment", condition="one expert with more than 32767 rows",
+    shows={"T": 4097, "H": 16, "I": 8, "E": 8, "k": 8, "ids": "one_expert"}, hidden=("T=4",),
+)  # fmt: skip
 def counts_in_sixteen_bits(*call: Tensor, **options: Any) -> Tensor:
+    """Counts are held in 16 bits and turn negative: the busiest expert is skipped."""
+
     def narrow(ids: Tensor, num_experts: int) -> Plan:
         return align(ids, num_experts, counts=count(ids, num_experts).to(torch.int16).long())
 
@@ -312,15 +269,12 @@ def counts_in_sixteen_bits(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault(
-    "experts",
-    "alignment",
-    source=BUGS + "ROCm/aiter/pull/2447",
-    condition="several experts with partial blocks",
-    consequence="The plan is sized for T * k rows without the padding: the last experts have no room.",
-    shows={"T": 9},
+    "alignment", source="ROCm/aiter/pull/2447", condition="several experts with partial blocks", shows={"T": 9},
     hidden=("E=1",),
-)
+)  # fmt: skip
 def plan_without_room_for_padding(*call: Tensor, **options: Any) -> Tensor:
+    """The plan is sized for T * k rows without the padding: the last experts have no room."""
+
     def short(ids: Tensor, num_experts: int) -> Plan:
         plan = align(ids, num_experts)
         room = round_up(len(ids))

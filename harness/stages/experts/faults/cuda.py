@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_harness.harness.core.catalogue import fault
 from moe_harness.harness.core.emulation import unwritten_like, wide
-from moe_harness.harness.stages.experts.faults.slots import BUGS, gated, halves, live, locate, run
+from moe_harness.harness.stages.experts.faults.slots import gated, halves, live, locate, run
 
 CUDA = ("cuda",)
 _kept: dict[tuple[Any, ...], Tensor] = {}  # what the stateful faults keep between calls
@@ -41,16 +41,11 @@ def _capturing() -> bool:
 
 
 @fault(
-    "experts",
-    "graph",
-    condition="replay with changed inputs",
-    devices=CUDA,
-    graph_capturable=True,
-    source=BUGS + "flashinfer-ai/flashinfer/pull/4690",
-    stateful=True,
-    consequence="The captured kernels read copies made before the capture: every replay repeats the first answer.",
-)
+    "graph", source="flashinfer-ai/flashinfer/pull/4690", condition="replay with changed inputs", shows=None,
+    devices=CUDA, graph_capturable=True, stateful=True,
+)  # fmt: skip
 def graph_ignores_new_inputs(*call: Tensor, **options: Any) -> Tensor:
+    """The captured kernels read copies made before the capture: every replay repeats the first answer."""
     key = ("inputs", call[0].shape, call[1].shape, call[0].dtype)
     if not _capturing():
         _kept[key] = call[0].clone()
@@ -58,16 +53,11 @@ def graph_ignores_new_inputs(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault(
-    "experts",
-    "graph",
-    source=BUGS + "deepseek-ai/DeepGEMM/pull/451",
-    devices=CUDA,
-    graph_capturable=True,
-    condition="a second replay",
-    stateful=True,
-    consequence="The flags of the replay before look valid: each replay returns the result of the one before.",
-)
+    "graph", source="deepseek-ai/DeepGEMM/pull/451", condition="a second replay", shows=None, devices=CUDA,
+    graph_capturable=True, stateful=True,
+)  # fmt: skip
 def replay_returns_the_one_before(*call: Tensor, **options: Any) -> Tensor:
+    """The flags of the replay before look valid: each replay returns the result of the one before."""
     right = run_captured(*call, **options)
     if not _capturing():
         _kept[("before", right.shape, right.dtype)] = right.clone()
@@ -78,16 +68,9 @@ def replay_returns_the_one_before(*call: Tensor, **options: Any) -> Tensor:
     return out
 
 
-@fault(
-    "experts",
-    "graph",
-    condition="a second replay",
-    devices=CUDA,
-    graph_capturable=True,
-    stateful=True,
-    consequence="The counter that zeroes the output is captured at its first value: replays accumulate.",
-)
+@fault("graph", condition="a second replay", shows=None, devices=CUDA, graph_capturable=True, stateful=True)
 def replays_accumulate(*call: Tensor, **options: Any) -> Tensor:
+    """The counter that zeroes the output is captured at its first value: replays accumulate."""
     right = run_captured(*call, **options)
     if not _capturing():
         _kept[("sum", right.shape, right.dtype)] = torch.zeros_like(right)
@@ -97,16 +80,11 @@ def replays_accumulate(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault(
-    "experts",
-    "graph",
-    source=BUGS + "microsoft/onnxruntime/pull/32121",
-    devices=CUDA,
-    graph_capturable=True,
-    condition="replay after a call of another shape",
-    stateful=True,
-    consequence="Ids are computed from a buffer that was freed after the capture and belongs to somebody else.",
-)
+    "graph", source="microsoft/onnxruntime/pull/32121", condition="replay after a call of another shape", shows=None,
+    devices=CUDA, graph_capturable=True, stateful=True,
+)  # fmt: skip
 def graph_reads_freed_memory(*call: Tensor, **options: Any) -> Tensor:
+    """Ids are computed from a buffer that was freed after the capture and belongs to somebody else."""
     shape = call[4].shape
     if not _capturing():
         # Emulated safely: the buffer stays alive, and a call of another shape writes into it.
@@ -119,41 +97,28 @@ def graph_reads_freed_memory(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault(
-    "experts",
-    "graph",
-    source=BUGS + "sgl-project/sglang/issues/16972",
-    devices=CUDA,
+    "graph", source="sgl-project/sglang/issues/16972", condition="capture", shows=None, devices=CUDA,
     graph_capturable=True,
-    condition="capture",
-    consequence="Under capture a simpler path is chosen, which knows SiLU only and no sentinels.",
-)
+)  # fmt: skip
 def capture_takes_another_path(*call: Tensor, **options: Any) -> Tensor:
+    """Under capture a simpler path is chosen, which knows SiLU only and no sentinels."""
     if not _capturing():
         return run_captured(*call, **options)
     return run_captured(*call[:4], call[4].clamp(min=0), **{**options, "activation": "silu"})
 
 
-@fault(
-    "experts",
-    "graph",
-    condition="capture",
-    devices=CUDA,
-    graph_capturable=True,
-    consequence="It is declared capturable and synchronises with the host.",
-)
+@fault("graph", condition="capture", shows=None, devices=CUDA, graph_capturable=True)
 def declared_capturable_but_synchronises(*call: Tensor, **options: Any) -> Tensor:
+    """It is declared capturable and synchronises with the host."""
     return run(*call, **options)
 
 
 @fault(
-    "experts",
-    "streams",
-    source=BUGS + "EfficientMoE/MoE-Infinity/pull/197",
-    devices=CUDA,
-    condition="any; timing decides how much is seen",
-    consequence="The experts run on a stream that is ordered neither after the inputs nor before the output.",
-)
+    "streams", source="EfficientMoE/MoE-Infinity/pull/197", condition="any; timing decides how much is seen",
+    shows=None, devices=CUDA,
+)  # fmt: skip
 def side_stream_not_ordered(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """The experts run on a stream that is ordered neither after the inputs nor before the output."""
     stream = torch.cuda.Stream(hidden_states.device)
     out = unwritten_like(hidden_states)
     with torch.cuda.stream(stream):
@@ -163,14 +128,9 @@ def side_stream_not_ordered(hidden_states: Tensor, *call: Tensor, **options: Any
     return out
 
 
-@fault(
-    "experts",
-    "streams",
-    condition="called on a stream other than the default one",
-    devices=CUDA,
-    consequence="Work is enqueued on the default stream whatever the caller's stream is.",
-)
+@fault("streams", condition="called on a stream other than the default one", shows=None, devices=CUDA)
 def default_stream_always(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """Work is enqueued on the default stream whatever the caller's stream is."""
     default = torch.cuda.default_stream(hidden_states.device)
     if torch.cuda.current_stream(hidden_states.device) == default:
         return run_captured(hidden_states, *call, **options)
@@ -180,16 +140,12 @@ def default_stream_always(hidden_states: Tensor, *call: Tensor, **options: Any) 
 
 
 @fault(
-    "experts",
-    "bits",
-    source=BUGS + "vllm-project/vllm/pull/53440",
-    devices=CUDA,
-    deterministic=True,
-    condition="k > 2, two equal calls",
-    sign="repeat",
-    consequence="index_add_ with the same destination twice adds in the order of arrival.",
-)
+    "bits", source="vllm-project/vllm/pull/53440", condition="k > 2, two equal calls", shows=None, devices=CUDA,
+    deterministic=True, sign="repeat",
+)  # fmt: skip
 def index_add_in_order_of_arrival(*call: Tensor, **options: Any) -> Tensor:
+    """index_add_ with the same destination twice adds in the order of arrival."""
+
     def atomics(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
         weighted = (live(topk_weights, ids, slots.dtype)[..., None] * slots).flatten(0, 1)
         tokens = torch.arange(len(ids), device=ids.device).repeat_interleave(ids.shape[1])
@@ -198,15 +154,10 @@ def index_add_in_order_of_arrival(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, combine=atomics)
 
 
-@fault(
-    "experts",
-    "offsets",
-    source=BUGS + "sgl-project/sglang/pull/4727",
-    devices=CUDA,
-    condition="T * k * H > 2^31",
-    consequence="The output offset of a slot is computed in 32 bits and wraps: far slots are written elsewhere.",
-)
+@fault("offsets", source="sgl-project/sglang/pull/4727", condition="T * k * H > 2^31", shows=None, devices=CUDA)
 def output_offset_in_32_bits(*call: Tensor, **options: Any) -> Tensor:
+    """The output offset of a slot is computed in 32 bits and wraps: far slots are written elsewhere."""
+
     def wrapped(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
         weights = live(topk_weights, ids, slots.dtype)
         far = torch.arange(ids.numel(), device=ids.device).view_as(ids) * slots.shape[-1] >= 2**31
@@ -216,15 +167,9 @@ def output_offset_in_32_bits(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, combine=wrapped)
 
 
-@fault(
-    "experts",
-    "offsets",
-    source=BUGS + "linkedin/Liger-Kernel/issues/1296",
-    devices=CUDA,
-    condition="E * 2I * H > 2^31",
-    consequence="expert * stride is computed in 32 bits: far experts read other experts' weights.",
-)
+@fault("offsets", source="linkedin/Liger-Kernel/issues/1296", condition="E * 2I * H > 2^31", shows=None, devices=CUDA)
 def weight_offset_in_32_bits(hidden_states: Tensor, gate_up: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """expert * stride is computed in 32 bits: far experts read other experts' weights."""
     stride = max(gate_up.shape[1] * gate_up.shape[2], 1)
 
     def wrapped(ids: Tensor, expert_map: Tensor | None) -> Tensor:
@@ -234,8 +179,7 @@ def weight_offset_in_32_bits(hidden_states: Tensor, gate_up: Tensor, *call: Tens
     return run(hidden_states, gate_up, *call, **options, locate=wrapped)
 
 
-@fault(
-    "experts", "contract", condition="always", devices=CUDA, sign="shape", consequence="The result is left on the CPU."
-)
+@fault("contract", shows=None, devices=CUDA, sign="shape")
 def returns_cpu_tensor(*call: Tensor, **options: Any) -> Tensor:
+    """The result is left on the CPU."""
     return run(*call, **options).cpu()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moe_harness.harness.core.catalogue import fault
 from moe_harness.harness.core.emulation import flat_storage, unwritten_like, wide
-from moe_harness.harness.stages.experts.faults.slots import BUGS, combine, halves, run
+from moe_harness.harness.stages.experts.faults.slots import combine, halves, run
 
 # What the faults below keep between calls, by fault and shape.  A right implementation keeps nothing.
 _kept: dict[tuple[Any, ...], Any] = {}
@@ -17,73 +17,42 @@ def _key(name: str, *tensors: Tensor) -> tuple[Any, ...]:
     return (name, *((tuple(t.shape), t.dtype, t.device) for t in tensors))
 
 
-@fault(
-    "experts",
-    "inputs",
-    source=BUGS + "vllm-project/vllm/pull/26497",
-    condition="always",
-    sign="inputs",
-    shows={},
-    consequence="The result is written over hidden_states, which the shared expert still has to read.",
-)
+@fault("inputs", source="vllm-project/vllm/pull/26497", sign="inputs")
 def result_over_input(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """The result is written over hidden_states, which the shared expert still has to read."""
     return hidden_states.copy_(run(hidden_states, *call, **options))
 
 
-@fault(
-    "experts",
-    "inputs",
-    condition="an id of -1",
-    sign="inputs",
-    shows={"ids": "masked"},
-    hidden=("ids='distinct'",),
-    consequence="The caller's ids are localised in place: the next layer or the statistics read other ids.",
-)
+@fault("inputs", condition="an id of -1", shows={"ids": "masked"}, sign="inputs", hidden=("ids='distinct'",))
 def ids_masked_in_place(*call: Tensor, **options: Any) -> Tensor:
+    """The caller's ids are localised in place: the next layer or the statistics read other ids."""
     out = run(*call, **options)
     call[4].clamp_(min=0)
     return out
 
 
-@fault(
-    "experts",
-    "inputs",
-    condition="weights that do not sum to 1",
-    sign="inputs",
-    shows={},
-    consequence="The caller's routing weights are normalised in place after use.",
-)
+@fault("inputs", condition="weights that do not sum to 1", sign="inputs")
 def weights_normalised_in_place(*call: Tensor, **options: Any) -> Tensor:
+    """The caller's routing weights are normalised in place after use."""
     out = run(*call, **options)
     call[3].div_(call[3].sum(1, keepdim=True))
     return out
 
 
-@fault(
-    "experts",
-    "inputs",
-    condition="I > 1",
-    sign="inputs",
-    shows={},
-    consequence="Weights are shuffled in place into the kernel's layout: every other user of them is broken.",
-)
+@fault("inputs", condition="I > 1", sign="inputs")
 def weights_shuffled_in_place(hidden_states: Tensor, gate_up: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """Weights are shuffled in place into the kernel's layout: every other user of them is broken."""
     out = run(hidden_states, gate_up, *call, **options)
     gate_up.copy_(gate_up.flip(1))
     return out
 
 
 @fault(
-    "experts",
-    "guards",
-    source=BUGS + "ROCm/aiter/pull/2547",
-    condition="rows of hidden_states padded",
-    sign="guards",
-    shows={"layout": "padded_rows"},
-    hidden=("layout='contiguous'",),
-    consequence="Padding behind the rows is zeroed: memory that belongs to somebody else.",
-)
+    "guards", source="ROCm/aiter/pull/2547", condition="rows of hidden_states padded", shows={"layout": "padded_rows"},
+    sign="guards", hidden=("layout='contiguous'",),
+)  # fmt: skip
 def padding_behind_rows_zeroed(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """Padding behind the rows is zeroed: memory that belongs to somebody else."""
     out = run(hidden_states, *call, **options)
     rows, columns = hidden_states.shape
     gap = hidden_states.stride(0) - columns if rows > 1 and hidden_states.stride(1) == 1 else 0
@@ -93,45 +62,28 @@ def padding_behind_rows_zeroed(hidden_states: Tensor, *call: Tensor, **options: 
     return out
 
 
-@fault(
-    "experts",
-    "state",
-    condition="a second call with the same shapes",
-    sign="earlier",
-    stateful=True,
-    shows={"calls": 2},
-    consequence="One output buffer per shape is handed out again and again: earlier results change.",
-)
+@fault("state", condition="a second call with the same shapes", shows={"calls": 2}, sign="earlier", stateful=True)
 def output_buffer_reused(*call: Tensor, **options: Any) -> Tensor:
+    """One output buffer per shape is handed out again and again: earlier results change."""
     right = run(*call, **options)
     return _kept.setdefault(_key("output", right), unwritten_like(right)).copy_(right)
 
 
-@fault(
-    "experts",
-    "state",
-    condition="every slot masked",
-    sign="earlier",
-    shows={"ids": "all_masked"},
-    hidden=("ids='distinct'",),
-    consequence="With nothing to do the input itself is handed back: wrong, and a view of the input.",
-)
+@fault("state", condition="every slot masked", shows={"ids": "all_masked"}, sign="earlier", hidden=("ids='distinct'",))
 def input_returned_if_idle(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """With nothing to do the input itself is handed back: wrong, and a view of the input."""
     if bool((call[3] < 0).all()):
         return hidden_states.view_as(hidden_states)
     return run(hidden_states, *call, **options)
 
 
 @fault(
-    "experts",
-    "state",
-    condition="an earlier call of the same shape, then masked slots",
-    stateful=True,
-    shows={"ids": "masked", "before": "unmasked"},
-    hidden=("before=None",),
-    consequence="The workspace is not cleared: masked slots add what the last call left there.",
-)
+    "state", condition="an earlier call of the same shape, then masked slots",
+    shows={"ids": "masked", "before": "unmasked"}, stateful=True, hidden=("before=None",),
+)  # fmt: skip
 def workspace_not_cleared(hidden: Tensor, gate_up: Tensor, down: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """The workspace is not cleared: masked slots add what the last call left there."""
+
     def summed(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
         return (topk_weights.to(slots.dtype).nan_to_num(0.0)[..., None] * slots).sum(1)
 
@@ -141,16 +93,11 @@ def workspace_not_cleared(hidden: Tensor, gate_up: Tensor, down: Tensor, *call: 
 
 
 @fault(
-    "experts",
-    "state",
-    source=BUGS + "flashinfer-ai/flashinfer/issues/1856",
-    condition="a second call with more tokens",
-    stateful=True,
-    shows={"before": "fewer_tokens", "poison": True},
-    hidden=("before=None",),
-    consequence="The descriptor of the first problem is reused: rows beyond its size are not written.",
-)
+    "state", source="flashinfer-ai/flashinfer/issues/1856", condition="a second call with more tokens",
+    shows={"before": "fewer_tokens", "poison": True}, stateful=True, hidden=("before=None",),
+)  # fmt: skip
 def descriptor_of_first_shape(hidden_states: Tensor, gate_up: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """The descriptor of the first problem is reused: rows beyond its size are not written."""
     right = run(hidden_states, gate_up, *call, **options)
     rows = _kept.setdefault(_key("descriptor", gate_up), right.shape[0])
     out = unwritten_like(right)
@@ -159,61 +106,40 @@ def descriptor_of_first_shape(hidden_states: Tensor, gate_up: Tensor, *call: Ten
 
 
 @fault(
-    "experts",
-    "state",
-    condition="a second call with the same shapes and other ids",
-    stateful=True,
-    shows={"before": "other_ids"},
-    hidden=("before=None",),
-    consequence="The sorting plan is cached by shape: the second batch goes to the first one's experts.",
-)
+    "state", condition="a second call with the same shapes and other ids", shows={"before": "other_ids"},
+    stateful=True, hidden=("before=None",),
+)  # fmt: skip
 def plan_cached_by_shape(*call: Tensor, **options: Any) -> Tensor:
+    """The sorting plan is cached by shape: the second batch goes to the first one's experts."""
     *rest, topk_ids = call
     return run(*rest, _kept.setdefault(_key("plan", *call), topk_ids.clone()), **options)
 
 
 @fault(
-    "experts",
-    "state",
-    source=BUGS + "NVIDIA-NeMo/Automodel/pull/2722",
-    condition="other weights, same shape",
-    stateful=True,
-    shows={"before": "other_weights"},
-    hidden=("before=None",),
-    consequence="Weights are copied at first use and the copy is never updated by a load.",
-)
+    "state", source="NVIDIA-NeMo/Automodel/pull/2722", condition="other weights, same shape",
+    shows={"before": "other_weights"}, stateful=True, hidden=("before=None",),
+)  # fmt: skip
 def weights_of_first_load(hidden: Tensor, gate_up: Tensor, down: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """Weights are copied at first use and the copy is never updated by a load."""
     first = _kept.setdefault(_key("load", gate_up, down), (gate_up.clone(), down.clone()))
     return run(hidden, *first, *call, **options)
 
 
 @fault(
-    "experts",
-    "state",
-    source=BUGS + "NovaSky-AI/SkyRL/issues/1680",
-    condition="other weights, same shape",
-    stateful=True,
-    shows={"before": "other_weights"},
-    hidden=("before=None",),
-    consequence="A second load writes [gate; up] into memory that the kernel reads as [up; gate].",
-)
+    "state", source="NovaSky-AI/SkyRL/issues/1680", condition="other weights, same shape",
+    shows={"before": "other_weights"}, stateful=True, hidden=("before=None",),
+)  # fmt: skip
 def second_load_in_kernel_layout(hidden_states: Tensor, gate_up: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """A second load writes [gate; up] into memory that the kernel reads as [up; gate]."""
     first = _kept.setdefault(_key("layout", gate_up), gate_up.clone())
     if torch.equal(first.nan_to_num(), gate_up.nan_to_num()):
         return run(hidden_states, gate_up, *call, **options)
     return run(hidden_states, gate_up, *call, **options, split=lambda rows: halves(rows)[::-1])
 
 
-@fault(
-    "experts",
-    "tuning",
-    source=BUGS + "triton-lang/triton/issues/6547",
-    condition="the first call of a shape",
-    stateful=True,
-    shows={},
-    consequence="Tuning runs the accumulating kernel three times on the real output.",
-)
+@fault("tuning", source="triton-lang/triton/issues/6547", condition="the first call of a shape", stateful=True)
 def tuning_accumulates(*call: Tensor, **options: Any) -> Tensor:
+    """Tuning runs the accumulating kernel three times on the real output."""
     key = _key("tuned", *call[:2])
     times = 1 if key in _kept else 3
     _kept[key] = True
@@ -221,16 +147,12 @@ def tuning_accumulates(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault(
-    "experts",
-    "tuning",
-    source=BUGS + "triton-lang/triton/issues/7181",
-    condition="the second call of a shape",
-    stateful=True,
-    shows={"before": "other_ids"},
-    hidden=("before=None",),
-    consequence="The split-K accumulator is zeroed while tuning and never again: calls add up.",
-)
+    "tuning", source="triton-lang/triton/issues/7181", condition="the second call of a shape",
+    shows={"before": "other_ids"}, stateful=True, hidden=("before=None",),
+)  # fmt: skip
 def accumulator_never_reset(*call: Tensor, **options: Any) -> Tensor:
+    """The split-K accumulator is zeroed while tuning and never again: calls add up."""
+
     def added(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
         total = combine(slots, topk_weights, ids)
         kept = _kept.setdefault(_key("accumulator", total), torch.zeros_like(total))
@@ -239,101 +161,59 @@ def accumulator_never_reset(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, combine=added)
 
 
-@fault(
-    "experts",
-    "contract",
-    condition="16-bit inputs",
-    sign="dtype",
-    shows={"dtype": "bfloat16"},
-    hidden=("dtype='float32'",),
-    consequence="The fp32 sums are returned without the cast to the input dtype.",
-)
+@fault("contract", condition="16-bit inputs", shows={"dtype": "bfloat16"}, sign="dtype", hidden=("dtype='float32'",))
 def returns_fp32(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """The fp32 sums are returned without the cast to the input dtype."""
     return run(hidden_states.to(wide(hidden_states)), *call, **options)
 
 
-@fault(
-    "experts",
-    "contract",
-    source=BUGS + "sgl-project/sglang/pull/26188",
-    condition="always",
-    sign="shape",
-    shows={},
-    consequence="The result has one dimension too many on a fallback path.",
-)
+@fault("contract", source="sgl-project/sglang/pull/26188", sign="shape")
 def returns_extra_dimension(*call: Tensor, **options: Any) -> Tensor:
+    """The result has one dimension too many on a fallback path."""
     return run(*call, **options)[None]
 
 
-@fault(
-    "experts",
-    "contract",
-    condition="always",
-    sign="shape",
-    shows={},
-    consequence="The workspace is returned beside the output.",
-)
+@fault("contract", sign="shape")
 def returns_pair(*call: Tensor, **options: Any) -> Any:
+    """The workspace is returned beside the output."""
     out = run(*call, **options)
     return out, unwritten_like(out)
 
 
-@fault(
-    "experts",
-    "contract",
-    condition="T odd",
-    sign="raises",
-    shows={"T": 5},
-    hidden=("T=6",),
-    consequence="An assertion about packing ends the call for odd batches instead of a rejection.",
-)
+@fault("contract", condition="T odd", shows={"T": 5}, sign="raises", hidden=("T=6",))
 def asserts_even_tokens(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """An assertion about packing ends the call for odd batches instead of a rejection."""
     assert hidden_states.shape[0] % 2 == 0, "tokens are packed in pairs"
     return run(hidden_states, *call, **options)
 
 
 @fault(
-    "experts",
-    "contract",
-    source=BUGS + "pytorch/pytorch/pull/192497",
-    condition="T = 0",
-    sign="raises",
-    shows={"T": 0},
-    hidden=("T=1",),
-    consequence="A batch without tokens fails in the stride validation.",
+    "contract", source="pytorch/pytorch/pull/192497", condition="T = 0", shows={"T": 0}, sign="raises", hidden=("T=1",)
 )
 def raises_without_tokens(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """A batch without tokens fails in the stride validation."""
     if not hidden_states.shape[0]:
         raise RuntimeError("strides of the first operand must be multiples of 16 bytes")
     return run(hidden_states, *call, **options)
 
 
 @fault(
-    "experts",
-    "contract",
-    condition="fp16 inputs, which it declares",
-    sign="raises",
-    shows={"dtype": "float16"},
-    hidden=("dtype='float32'",),
-    dtypes=("fp32", "fp16", "bf16"),
-    consequence="A dtype that is declared dies inside the kernel.",
-)
+    "contract", condition="fp16 inputs, which it declares", shows={"dtype": "float16"}, sign="raises",
+    hidden=("dtype='float32'",), dtypes=("fp32", "fp16", "bf16"),
+)  # fmt: skip
 def declares_a_dtype_it_lacks(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """A dtype that is declared dies inside the kernel."""
     if hidden_states.dtype == torch.float16:
         raise RuntimeError('"fused_moe" not implemented for Half')
     return run(hidden_states, *call, **options)
 
 
 @fault(
-    "experts",
-    "guards",
-    condition="hidden_states is a slice at the start of a wider buffer",
-    sign="guards",
-    shows={"layout": "padded_rows"},
-    hidden=("layout='contiguous'",),
-    consequence="The kernel stores one element behind its last row.",
-)
+    "guards", condition="hidden_states is a slice at the start of a wider buffer", shows={"layout": "padded_rows"},
+    sign="guards", hidden=("layout='contiguous'",),
+)  # fmt: skip
 def one_element_behind_the_last_row(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """The kernel stores one element behind its last row."""
     out = run(hidden_states, *call, **options)
     if hidden_states.numel():
         steps = zip(hidden_states.shape, hidden_states.stride(), strict=True)

@@ -7,18 +7,15 @@ from torch import Tensor
 
 from moe_harness.harness.core.catalogue import fault
 from moe_harness.harness.core.emulation import BLOCK, matmul, matmul_rounding_sums, to_tf32, wide
-from moe_harness.harness.stages.experts.faults.slots import BUGS, combine, gated, live, locate, run
+from moe_harness.harness.stages.experts.faults.slots import combine, gated, live, locate, run
 
 
 @fault(
-    "experts",
-    "precision",
-    condition="bf16 inputs, long sums",
-    shows={"dtype": "bfloat16", "H": 512},
-    hidden=("dtype='float32'",),
-    consequence="The first projection keeps its running sum in bf16: three digits are left after a long K.",
+    "precision", condition="bf16 inputs, long sums", shows={"dtype": "bfloat16", "H": 512}, hidden=("dtype='float32'",)
 )
 def bf16_accumulator(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """The first projection keeps its running sum in bf16: three digits are left after a long K."""
+
     def first(rows: Tensor, weight: Tensor) -> Tensor:
         if rows.dtype != torch.bfloat16:
             return matmul(rows, weight)
@@ -28,14 +25,12 @@ def bf16_accumulator(hidden_states: Tensor, *call: Tensor, **options: Any) -> Te
 
 
 @fault(
-    "experts",
-    "precision",
-    condition="fp16 inputs",
+    "precision", condition="fp16 inputs", shows={"dtype": "float16", "H": 512},
     hidden=("dtype='float32'", "dtype='bfloat16'"),
-    shows={"dtype": "float16", "H": 512},
-    consequence="Both projections sum in fp16 for fp16 inputs, as the fast instruction does.",
-)
+)  # fmt: skip
 def fp16_accumulator(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """Both projections sum in fp16 for fp16 inputs, as the fast instruction does."""
+
     def half_sums(rows: Tensor, weight: Tensor) -> Tensor:
         if hidden_states.dtype != torch.float16:
             return matmul(rows, weight)
@@ -44,15 +39,10 @@ def fp16_accumulator(hidden_states: Tensor, *call: Tensor, **options: Any) -> Te
     return run(hidden_states, *call, **options, first=half_sums, second=half_sums)
 
 
-@fault(
-    "experts",
-    "precision",
-    condition="fp32 inputs",
-    shows={},
-    hidden=("dtype='bfloat16'",),
-    consequence="Operands of fp32 are rounded to tf32 without saying so: 1e-3 instead of 1e-7.",
-)
+@fault("precision", condition="fp32 inputs", hidden=("dtype='bfloat16'",))
 def undeclared_tf32(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """Operands of fp32 are rounded to tf32 without saying so: 1e-3 instead of 1e-7."""
+
     def tensor_cores(rows: Tensor, weight: Tensor) -> Tensor:
         if hidden_states.dtype != torch.float32:
             return matmul(rows, weight)
@@ -61,27 +51,17 @@ def undeclared_tf32(hidden_states: Tensor, *call: Tensor, **options: Any) -> Ten
     return run(hidden_states, *call, **options, first=tensor_cores, second=tensor_cores)
 
 
-@fault(
-    "experts",
-    "precision",
-    condition="fp32 inputs",
-    shows={},
-    hidden=("dtype='bfloat16'",),
-    consequence="fp32 inputs are converted to bf16 since that is what the kernel was written for.",
-)
+@fault("precision", condition="fp32 inputs", hidden=("dtype='bfloat16'",))
 def fp32_computed_in_bf16(hidden: Tensor, gate_up: Tensor, down: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """fp32 inputs are converted to bf16 since that is what the kernel was written for."""
     narrow = [t.bfloat16() if t.dtype == torch.float32 else t for t in (hidden, gate_up, down)]
     return run(*narrow, *call, **options).to(hidden.dtype)
 
 
-@fault(
-    "experts",
-    "precision",
-    condition="always",
-    shows={"dtype": "bfloat16"},
-    consequence="The activation is stored in fp8 between the projections of a model that is not quantised.",
-)
+@fault("precision", shows={"dtype": "bfloat16"})
 def activation_through_fp8(*call: Tensor, **options: Any) -> Tensor:
+    """The activation is stored in fp8 between the projections of a model that is not quantised."""
+
     def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
         hidden = gated(gate, up, activation)
         return hidden.to(torch.float8_e4m3fn).to(hidden.dtype)
@@ -90,14 +70,12 @@ def activation_through_fp8(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault(
-    "experts",
-    "precision",
-    condition="an activation above 65504, or fp32 inputs",
-    shows={"dtype": "bfloat16", "gain": 400.0},
+    "precision", condition="an activation above 65504, or fp32 inputs", shows={"dtype": "bfloat16", "gain": 400.0},
     hidden=("gain=1.0",),
-    consequence="The intermediate buffer is fp16 whatever the model is: large activations become infinite.",
-)
+)  # fmt: skip
 def activation_stored_in_fp16(*call: Tensor, **options: Any) -> Tensor:
+    """The intermediate buffer is fp16 whatever the model is: large activations become infinite."""
+
     def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
         hidden = gated(gate, up, activation)
         return hidden.half().to(hidden.dtype)
@@ -106,15 +84,12 @@ def activation_stored_in_fp16(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault(
-    "experts",
-    "precision",
-    source=BUGS + "NVIDIA/Megatron-LM/pull/6458",
-    condition="fp32 or fp16 inputs, k > 1",
-    shows={"k": 4},
+    "precision", source="NVIDIA/Megatron-LM/pull/6458", condition="fp32 or fp16 inputs, k > 1", shows={"k": 4},
     hidden=("bf16 inputs, where partial sums may be rounded to bf16",),
-    consequence="The slots are summed in bf16, which only a bf16 model may do.",
-)
+)  # fmt: skip
 def combined_in_bf16(*call: Tensor, **options: Any) -> Tensor:
+    """The slots are summed in bf16, which only a bf16 model may do."""
+
     def running(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
         weighted = (live(topk_weights, ids, slots.dtype)[..., None] * slots).bfloat16()
         total = torch.zeros_like(weighted[:, 0])
@@ -125,28 +100,18 @@ def combined_in_bf16(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, combine=running)
 
 
-@fault(
-    "experts",
-    "precision",
-    condition="fp32 or fp16 inputs",
-    shows={},
-    hidden=("dtype='bfloat16'",),
-    consequence="Routing weights are cast to bf16 whatever the model's dtype is.",
-)
+@fault("precision", condition="fp32 or fp16 inputs", hidden=("dtype='bfloat16'",))
 def weights_cast_to_bf16(*call: Tensor, **options: Any) -> Tensor:
+    """Routing weights are cast to bf16 whatever the model's dtype is."""
     return run(*call, **options, combine=lambda slots, weights, ids: combine(slots, weights.bfloat16(), ids))
 
 
 @fault(
-    "experts",
-    "precision",
-    source=BUGS + "microsoft/Tutel/issues/196",
-    condition="fp16 and H odd",
-    shows={"dtype": "float16", "H": 33},
+    "precision", source="microsoft/Tutel/issues/196", condition="fp16 and H odd", shows={"dtype": "float16", "H": 33},
     hidden=("dtype='float32'", "H=32"),
-    consequence="fp16 values are handled in pairs without a tail: the last odd column is lost.",
-)
+)  # fmt: skip
 def fp16_pairs_without_tail(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """fp16 values are handled in pairs without a tail: the last odd column is lost."""
     out = run(hidden_states, *call, **options)
     if out.dtype == torch.float16 and out.shape[1] % 2:
         out[:, -1] = 0
@@ -154,18 +119,12 @@ def fp16_pairs_without_tail(hidden_states: Tensor, *call: Tensor, **options: Any
 
 
 @fault(
-    "experts",
-    "bits",
-    source=BUGS + "vllm-project/vllm/issues/56887",
-    condition="two equal calls, k > 2",
-    sign="repeat",
-    stateful=True,
-    deterministic=True,
-    shows={"dtype": "bfloat16", "k": 6, "T": 33},
-    hidden=("k=1",),
-    consequence="Partial sums meet in 16-bit atomics in the order of arrival: greedy text changes from run to run.",
-)
+    "bits", source="vllm-project/vllm/issues/56887", condition="two equal calls, k > 2",
+    shows={"dtype": "bfloat16", "k": 6, "T": 33}, sign="repeat", stateful=True, deterministic=True, hidden=("k=1",),
+)  # fmt: skip
 def sixteen_bit_atomics(*call: Tensor, **options: Any) -> Tensor:
+    """Partial sums meet in 16-bit atomics in the order of arrival: greedy text changes from run to run."""
+
     def arrival(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
         kind = call[0].dtype
         weighted = live(topk_weights, ids, slots.dtype)[..., None] * slots
@@ -182,17 +141,12 @@ _calls = {"sixteen_bit_atomics": 0}  # stands for the scheduler, which starts th
 
 
 @fault(
-    "experts",
-    "bits",
-    source=BUGS + "vllm-project/vllm/pull/36488",
-    condition="the same row in another batch size",
-    sign="batch",
-    batch_invariant=True,
-    shows={"T": 33, "H": 64},
-    hidden=("at most 16 tokens",),
-    consequence="The number of K splits follows the batch: a row's bits depend on who else is served.",
-)
+    "bits", source="vllm-project/vllm/pull/36488", condition="the same row in another batch size",
+    shows={"T": 33, "H": 64}, sign="batch", batch_invariant=True, hidden=("at most 16 tokens",),
+)  # fmt: skip
 def splits_follow_the_batch(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """The number of K splits follows the batch: a row's bits depend on who else is served."""
+
     def split_sums(rows: Tensor, weight: Tensor) -> Tensor:
         if hidden_states.shape[0] <= BLOCK:
             return matmul(rows, weight)
@@ -202,15 +156,11 @@ def splits_follow_the_batch(hidden_states: Tensor, *call: Tensor, **options: Any
 
 
 @fault(
-    "experts",
-    "bits",
-    source=BUGS + "sgl-project/sglang/pull/35766",
-    condition="padding tokens in the batch",
-    shows={"ids": "masked_rows", "T": 9},
-    hidden=("ids='distinct'",),
-    consequence="Rows that are padding take part with a real expert's mean and shift the others.",
-)
+    "bits", source="sgl-project/sglang/pull/35766", condition="padding tokens in the batch",
+    shows={"ids": "masked_rows", "T": 9}, hidden=("ids='distinct'",),
+)  # fmt: skip
 def padding_rows_shift_the_others(*call: Tensor, **options: Any) -> Tensor:
+    """Rows that are padding take part with a real expert's mean and shift the others."""
     out = run(*call, **options)
     padding = (locate(call[4], options.get("expert_map")) < 0).all(1)
     if padding.any() and not padding.all():

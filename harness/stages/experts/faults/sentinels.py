@@ -7,19 +7,16 @@ from torch import Tensor
 
 from moe_harness.harness.core.catalogue import fault
 from moe_harness.harness.core.emulation import unwritten, unwritten_like, wide
-from moe_harness.harness.stages.experts.faults.slots import BUGS, combine, live, locate, run
+from moe_harness.harness.stages.experts.faults.slots import combine, live, locate, run
 
 
 @fault(
-    "experts",
-    "sentinels",
-    source=BUGS + "ROCm/aiter/issues/4636",
-    condition="an id of -1 without expert_map",
-    consequence="-1 is used as an index and wraps to the last expert.",
-    shows={"ids": "masked"},
+    "sentinels", source="ROCm/aiter/issues/4636", condition="an id of -1 without expert_map", shows={"ids": "masked"},
     hidden=("ids='distinct'", "expert_map='half'"),
-)
+)  # fmt: skip
 def minus_one_wraps_to_last_expert(hidden: Tensor, gate_up: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """-1 is used as an index and wraps to the last expert."""
+
     def wrapped(ids: Tensor, expert_map: Tensor | None) -> Tensor:
         return ids.long() % gate_up.shape[0] if expert_map is None else locate(ids, expert_map)
 
@@ -27,15 +24,12 @@ def minus_one_wraps_to_last_expert(hidden: Tensor, gate_up: Tensor, *call: Tenso
 
 
 @fault(
-    "experts",
-    "sentinels",
-    source=BUGS + "vllm-project/vllm/pull/46408",
-    condition="an id of -1 and expert_map",
-    consequence="expert_map[-1] is its last entry: masked slots run a real expert.",
-    shows={"ids": "masked", "expert_map": "reversed"},
-    hidden=("ids='distinct'", "expert_map=None"),
-)
+    "sentinels", source="vllm-project/vllm/pull/46408", condition="an id of -1 and expert_map",
+    shows={"ids": "masked", "expert_map": "reversed"}, hidden=("ids='distinct'", "expert_map=None"),
+)  # fmt: skip
 def minus_one_wraps_in_expert_map(*call: Tensor, **options: Any) -> Tensor:
+    """expert_map[-1] is its last entry: masked slots run a real expert."""
+
     def wrapped(ids: Tensor, expert_map: Tensor | None) -> Tensor:
         return ids.long() if expert_map is None else expert_map.long()[ids.long()]
 
@@ -43,28 +37,21 @@ def minus_one_wraps_in_expert_map(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault(
-    "experts",
-    "sentinels",
-    condition="an id of -1",
-    shows={"ids": "masked"},
+    "sentinels", source="sgl-project/sglang/pull/36404", condition="an id of -1", shows={"ids": "masked"},
     hidden=("ids='distinct'",),
-    source=BUGS + "sgl-project/sglang/pull/36404",
-    consequence="Padding is filled with 0, which is a valid id: masked slots run expert 0.",
-)
+)  # fmt: skip
 def masked_slots_run_expert_zero(*call: Tensor, **options: Any) -> Tensor:
+    """Padding is filled with 0, which is a valid id: masked slots run expert 0."""
     return run(*call, **options, locate=lambda ids, expert_map: locate(ids.clamp(min=0), expert_map))
 
 
 @fault(
-    "experts",
-    "sentinels",
-    source=BUGS + "tile-ai/TileOPs/pull/640",
-    condition="expert_map given",
-    consequence="expert_map is accepted and never used: global ids are taken for local ones.",
-    shows={"expert_map": "half"},
+    "sentinels", source="tile-ai/TileOPs/pull/640", condition="expert_map given", shows={"expert_map": "half"},
     hidden=("expert_map=None",),
-)
+)  # fmt: skip
 def expert_map_ignored(hidden: Tensor, gate_up: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """expert_map is accepted and never used: global ids are taken for local ones."""
+
     def unmapped(ids: Tensor, _: Tensor | None) -> Tensor:
         # Ids beyond the local weights would be read out of bounds; they wrap instead.
         return torch.where(ids < 0, -1, ids.long() % gate_up.shape[0])
@@ -73,28 +60,21 @@ def expert_map_ignored(hidden: Tensor, gate_up: Tensor, *call: Tensor, **options
 
 
 @fault(
-    "experts",
-    "sentinels",
-    source=BUGS + "sgl-project/sglang/pull/20516",
-    condition="expert_map that is not the identity on local ids",
-    consequence="The map over global ids is applied to local ones a second time.",
-    shows={"expert_map": "reversed"},
-    hidden=("expert_map=None", "expert_map='identity'"),
-)
+    "sentinels", source="sgl-project/sglang/pull/20516", condition="expert_map that is not the identity on local ids",
+    shows={"expert_map": "reversed"}, hidden=("expert_map=None", "expert_map='identity'"),
+)  # fmt: skip
 def expert_map_applied_twice(*call: Tensor, **options: Any) -> Tensor:
+    """The map over global ids is applied to local ones a second time."""
     return run(*call, **options, locate=lambda ids, expert_map: locate(locate(ids, expert_map), expert_map))
 
 
 @fault(
-    "experts",
-    "sentinels",
-    source=BUGS + "NVIDIA/TensorRT-LLM/pull/13888",
-    condition="expert_map that is not one ascending run",
-    consequence="The local id is computed from the first owned expert instead of read from the map.",
-    shows={"expert_map": "strided"},
-    hidden=("expert_map='half'", "expert_map=None"),
-)
+    "sentinels", source="NVIDIA/TensorRT-LLM/pull/13888", condition="expert_map that is not one ascending run",
+    shows={"expert_map": "strided"}, hidden=("expert_map='half'", "expert_map=None"),
+)  # fmt: skip
 def local_ids_from_offset(hidden: Tensor, gate_up: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """The local id is computed from the first owned expert instead of read from the map."""
+
     def offset(ids: Tensor, expert_map: Tensor | None) -> Tensor:
         if expert_map is None or not (expert_map >= 0).any():
             return locate(ids, expert_map)
@@ -105,15 +85,12 @@ def local_ids_from_offset(hidden: Tensor, gate_up: Tensor, *call: Tensor, **opti
 
 
 @fault(
-    "experts",
-    "sentinels",
-    source=BUGS + "THUDM/slime/pull/1799",
-    condition="expert_map of a rank above 0",
-    consequence="Every rank believes to own the first experts: global ids below E_local are run as they are.",
-    shows={"expert_map": "half"},
-    hidden=("expert_map=None", "expert_map='identity'"),
-)
+    "sentinels", source="THUDM/slime/pull/1799", condition="expert_map of a rank above 0",
+    shows={"expert_map": "half"}, hidden=("expert_map=None", "expert_map='identity'"),
+)  # fmt: skip
 def every_rank_owns_the_first_experts(hidden: Tensor, gate_up: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """Every rank believes to own the first experts: global ids below E_local are run as they are."""
+
     def first_rank(ids: Tensor, expert_map: Tensor | None) -> Tensor:
         return locate(ids, None) if expert_map is None else torch.where(ids < gate_up.shape[0], ids.long(), -1)
 
@@ -121,14 +98,12 @@ def every_rank_owns_the_first_experts(hidden: Tensor, gate_up: Tensor, *call: Te
 
 
 @fault(
-    "experts",
-    "sentinels",
-    condition="an expert that lives elsewhere",
-    shows={"expert_map": "half"},
+    "sentinels", condition="an expert that lives elsewhere", shows={"expert_map": "half"},
     hidden=("expert_map=None", "expert_map='identity'"),
-    consequence="-1 in the map is clamped: experts of other ranks run as local expert 0.",
-)
+)  # fmt: skip
 def foreign_experts_run_as_zero(*call: Tensor, **options: Any) -> Tensor:
+    """-1 in the map is clamped: experts of other ranks run as local expert 0."""
+
     def clamped(ids: Tensor, expert_map: Tensor | None) -> Tensor:
         return torch.where(ids < 0, -1, locate(ids, expert_map).clamp(min=0))
 
@@ -136,29 +111,22 @@ def foreign_experts_run_as_zero(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault(
-    "experts",
-    "sentinels",
-    condition="NaN or infinite weight on a masked slot",
-    shows={"ids": "masked", "weights": "nan_masked"},
+    "sentinels", condition="NaN or infinite weight on a masked slot", shows={"ids": "masked", "weights": "nan_masked"},
     hidden=("weights='random'",),
-    consequence="Masked slots are multiplied by 0 instead of replaced: 0 * NaN is NaN.",
-)
+)  # fmt: skip
 def masked_weight_multiplied_by_zero(*call: Tensor, **options: Any) -> Tensor:
+    """Masked slots are multiplied by 0 instead of replaced: 0 * NaN is NaN."""
+
     def multiplied(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
         return ((topk_weights * (ids >= 0)).to(slots.dtype)[..., None] * slots).sum(1)
 
     return run(*call, **options, combine=multiplied)
 
 
-@fault(
-    "experts",
-    "sentinels",
-    condition="a slot of local expert 0",
-    shows={"only": "even"},
-    hidden=("only='odd'",),
-    consequence="Slots count where the id is above 0: expert 0 is treated as the sentinel.",
-)
+@fault("sentinels", condition="a slot of local expert 0", shows={"only": "even"}, hidden=("only='odd'",))
 def expert_zero_is_the_sentinel(*call: Tensor, **options: Any) -> Tensor:
+    """Slots count where the id is above 0: expert 0 is treated as the sentinel."""
+
     def positive(ids: Tensor, expert_map: Tensor | None) -> Tensor:
         ids = locate(ids, expert_map)
         return ids.masked_fill(ids == 0, -1)
@@ -167,43 +135,34 @@ def expert_zero_is_the_sentinel(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault(
-    "experts",
-    "sentinels",
-    source=BUGS + "vllm-project/vllm-ascend/pull/9992",
-    condition="a token without any local expert, dirty memory",
-    consequence="The output comes from torch.empty and rows without a local expert are never written.",
-    shows={"ids": "masked_rows", "poison": True},
+    "sentinels", source="vllm-project/vllm-ascend/pull/9992",
+    condition="a token without any local expert, dirty memory", shows={"ids": "masked_rows", "poison": True},
     hidden=("ids='distinct'",),
-)
+)  # fmt: skip
 def rows_without_local_expert_unwritten(*call: Tensor, **options: Any) -> Tensor:
+    """The output comes from torch.empty and rows without a local expert are never written."""
     right = run(*call, **options)
     busy = (locate(call[4], options.get("expert_map")) >= 0).any(1, keepdim=True)
     return torch.where(busy, right, unwritten_like(right))
 
 
 @fault(
-    "experts",
-    "sentinels",
-    source=BUGS + "PrimeIntellect-ai/prime-rl/pull/2035",
-    condition="a masked slot, dirty memory",
-    consequence="Slots of other ranks stay uninitialised and are summed with weight 0: garbage or NaN.",
-    shows={"ids": "masked", "poison": True},
-    hidden=("ids='distinct'",),
-)
+    "sentinels", source="PrimeIntellect-ai/prime-rl/pull/2035", condition="a masked slot, dirty memory",
+    shows={"ids": "masked", "poison": True}, hidden=("ids='distinct'",),
+)  # fmt: skip
 def masked_slots_unwritten(hidden: Tensor, gate_up: Tensor, down: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """Slots of other ranks stay uninitialised and are summed with weight 0: garbage or NaN."""
     slots = unwritten(*call[1].shape, down.shape[1], dtype=wide(hidden), device=hidden.device)
     return run(hidden, gate_up, down, *call, **options, slots=slots)
 
 
 @fault(
-    "experts",
-    "sentinels",
-    condition="a masked slot in a row with others",
-    shows={"ids": "masked"},
+    "sentinels", condition="a masked slot in a row with others", shows={"ids": "masked"},
     hidden=("ids='distinct'", "ids='masked_rows'"),
-    consequence="A row with any -1 is taken for padding and skipped altogether.",
-)
+)  # fmt: skip
 def partly_masked_rows_skipped(*call: Tensor, **options: Any) -> Tensor:
+    """A row with any -1 is taken for padding and skipped altogether."""
+
     def whole_rows(ids: Tensor, expert_map: Tensor | None) -> Tensor:
         masked = (ids < 0).any(1, keepdim=True)
         return locate(ids, expert_map).masked_fill(masked, -1)
@@ -212,29 +171,21 @@ def partly_masked_rows_skipped(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault(
-    "experts",
-    "sentinels",
-    condition="a masked slot before a live one",
-    shows={"ids": "masked_first"},
-    hidden=("ids='distinct'",),
-    consequence="The loop over slots stops at the first -1, believing that padding is at the end.",
+    "sentinels", condition="a masked slot before a live one", shows={"ids": "masked_first"}, hidden=("ids='distinct'",)
 )
 def slots_after_a_mask_dropped(*call: Tensor, **options: Any) -> Tensor:
+    """The loop over slots stops at the first -1, believing that padding is at the end."""
+
     def until_mask(ids: Tensor, expert_map: Tensor | None) -> Tensor:
         return locate(ids, expert_map).masked_fill((ids < 0).cumsum(1) > 0, -1)
 
     return run(*call, **options, locate=until_mask)
 
 
-@fault(
-    "experts",
-    "sentinels",
-    condition="a masked slot",
-    shows={"ids": "masked"},
-    hidden=("ids='distinct'",),
-    consequence="The weights of masked slots are handed to the live ones by normalising over the live.",
-)
+@fault("sentinels", condition="a masked slot", shows={"ids": "masked"}, hidden=("ids='distinct'",))
 def live_weights_renormalised(*call: Tensor, **options: Any) -> Tensor:
+    """The weights of masked slots are handed to the live ones by normalising over the live."""
+
     def renormalised(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
         before = topk_weights.to(slots.dtype).nan_to_num(0.0).sum(1, keepdim=True)
         weights = live(topk_weights, ids, slots.dtype)

@@ -19,20 +19,15 @@ from moe_harness.harness.core.emulation import (
     unwritten_like,
     wide,
 )
-from moe_harness.harness.stages.experts.faults.slots import BUGS, combine, gated, halves, live, locate, run, select
+from moe_harness.harness.stages.experts.faults.slots import combine, gated, halves, live, locate, run, select
 
 # Rows and shapes ------------------------------------------------------------------------------------------------
 
 
-@fault(
-    "experts",
-    "rows",
-    condition="the last token, E > 1",
-    shows={},
-    hidden=("E=1",),
-    consequence="One slot of one token runs the next expert: an off-by-one at the end of the batch.",
-)
+@fault("rows", condition="the last token, E > 1", hidden=("E=1",))
 def one_slot_to_next_expert(hidden_states: Tensor, gate_up_proj: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """One slot of one token runs the next expert: an off-by-one at the end of the batch."""
+
     def shifted(ids: Tensor, expert_map: Tensor | None) -> Tensor:
         ids = locate(ids, expert_map).clone()
         last = ids[-1:, :1]
@@ -42,15 +37,10 @@ def one_slot_to_next_expert(hidden_states: Tensor, gate_up_proj: Tensor, *call: 
     return run(hidden_states, gate_up_proj, *call, **options, locate=shifted)
 
 
-@fault(
-    "experts",
-    "rows",
-    condition="two or more tokens with another order by expert",
-    shows={"T": 7},
-    hidden=("T=1",),
-    consequence="Rows sorted by expert are put back with the permutation instead of its inverse.",
-)
+@fault("rows", condition="two or more tokens with another order by expert", shows={"T": 7}, hidden=("T=1",))
 def permutation_for_its_inverse(*call: Tensor, **options: Any) -> Tensor:
+    """Rows sorted by expert are put back with the permutation instead of its inverse."""
+
     def scattered(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
         order = ids.flatten().argsort(stable=True)
         weighted = (live(topk_weights, ids, slots.dtype)[..., None] * slots).flatten(0, 1)
@@ -60,14 +50,11 @@ def permutation_for_its_inverse(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault(
-    "experts",
-    "rows",
-    condition="an expert without tokens before one that has some",
-    shows={"only": "odd"},
-    hidden=("E=1, k=1",),
-    consequence="Weights are indexed by the rank among the busy experts instead of by the expert.",
+    "rows", condition="an expert without tokens before one that has some", shows={"only": "odd"}, hidden=("E=1, k=1",)
 )
 def idle_experts_not_counted(*call: Tensor, **options: Any) -> Tensor:
+    """Weights are indexed by the rank among the busy experts instead of by the expert."""
+
     def ranked(ids: Tensor, expert_map: Tensor | None) -> Tensor:
         ids = locate(ids, expert_map)
         busy = ids[ids >= 0].unique()
@@ -88,41 +75,31 @@ def _without_rows(options: dict[str, Any], keep: Callable[[int], int]) -> dict[s
 
 
 @fault(
-    "experts",
-    "tiles",
-    source=BUGS + "intel/intel-xpu-backend-for-triton/pull/7776",
-    condition="an expert with more than 8 rows",
-    consequence="The grid comes from a looked-up block of 16 rows while the kernel runs with 8: rows are missed.",
-    shows={"T": 40},
-    hidden=("T=5",),
-)
+    "tiles", source="intel/intel-xpu-backend-for-triton/pull/7776", condition="an expert with more than 8 rows",
+    shows={"T": 40}, hidden=("T=5",),
+)  # fmt: skip
 def grid_from_another_config(*call: Tensor, **options: Any) -> Tensor:
+    """The grid comes from a looked-up block of 16 rows while the kernel runs with 8: rows are missed."""
     return run(*call, **_without_rows(options, lambda rows: -(-rows // 16) * 8))
 
 
 @fault(
-    "experts",
-    "tiles",
-    condition="an expert with more than twice its fair share of rows",
-    shows={"T": 40, "ids": "one_expert", "k": 1},
-    hidden=("T=1",),
-    consequence="A capacity sized for balanced routing drops the rows beyond it.",
-)
+    "tiles", condition="an expert with more than twice its fair share of rows",
+    shows={"T": 40, "ids": "one_expert", "k": 1}, hidden=("T=1",),
+)  # fmt: skip
 def rows_beyond_capacity_dropped(hidden_states: Tensor, gate_up_proj: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """A capacity sized for balanced routing drops the rows beyond it."""
     capacity = max(16, 2 * call[-1].numel() // gate_up_proj.shape[0])
     return run(hidden_states, gate_up_proj, *call, **_without_rows(options, lambda rows: min(rows, capacity)))
 
 
 @fault(
-    "experts",
-    "tiles",
-    source=BUGS + "ml-explore/mlx-lm/pull/1585",
-    condition="T*k > 32768 and not a multiple of 64",
-    consequence="The last partial tile of the large-batch path is computed at a wrong offset.",
-    shows={"T": 4097, "H": 16, "I": 8, "k": 8, "E": 9},
-    hidden=("T=4096", "T=5"),
-)
+    "tiles", source="ml-explore/mlx-lm/pull/1585", condition="T*k > 32768 and not a multiple of 64",
+    shows={"T": 4097, "H": 16, "I": 8, "k": 8, "E": 9}, hidden=("T=4096", "T=5"),
+)  # fmt: skip
 def tail_beyond_32768_rows(*call: Tensor, **options: Any) -> Tensor:
+    """The last partial tile of the large-batch path is computed at a wrong offset."""
+
     def tail(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
         rows = ids.numel()
         if rows > 32768 and rows % 64:
@@ -132,31 +109,18 @@ def tail_beyond_32768_rows(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, combine=tail)
 
 
-@fault(
-    "experts",
-    "tiles",
-    condition="T > 64 and not a multiple of 64",
-    shows={"T": 65},
-    hidden=("T=64", "T=128"),
-    consequence="The kernel for large batches forgets the last, partial block of tokens.",
-)
+@fault("tiles", condition="T > 64 and not a multiple of 64", shows={"T": 65}, hidden=("T=64", "T=128"))
 def large_batch_tail_zero(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """The kernel for large batches forgets the last, partial block of tokens."""
     out = run(hidden_states, *call, **options)
     if out.shape[0] > 64:
         out[round_down(out.shape[0], 64) :] = 0
     return out
 
 
-@fault(
-    "experts",
-    "tuning",
-    source=BUGS + "ROCm/aiter/issues/3933",
-    condition="T in 3..4",
-    consequence="The table of tuned kernels maps one bucket of tokens to a broken variant.",
-    shows={"T": 3},
-    hidden=("T=2", "T=5"),
-)
+@fault("tuning", source="ROCm/aiter/issues/3933", condition="T in 3..4", shows={"T": 3}, hidden=("T=2", "T=5"))
 def broken_bucket_of_four_tokens(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """The table of tuned kernels maps one bucket of tokens to a broken variant."""
     if hidden_states.shape[0] in (3, 4):
         return run(hidden_states, *call, **options, first=_without_last_k_block)
     return run(hidden_states, *call, **options)
@@ -169,30 +133,20 @@ def _without_last_k_block(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 @fault(
-    "experts",
-    "tuning",
-    source=BUGS + "ROCm/aiter/issues/5049",
-    condition="(E, k) = (128, 8)",
-    consequence="The kernel tuned for one released model is wrong, and right for every other shape.",
-    shows={"E": 128, "k": 8, "I": 8},
+    "tuning", source="ROCm/aiter/issues/5049", condition="(E, k) = (128, 8)", shows={"E": 128, "k": 8, "I": 8},
     hidden=("k=7", "E=127"),
-)
+)  # fmt: skip
 def broken_only_at_128_8(hidden_states: Tensor, gate_up_proj: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """The kernel tuned for one released model is wrong, and right for every other shape."""
     experts = gate_up_proj.shape[0] if options.get("expert_map") is None else len(options["expert_map"])
     broken = (experts, call[-1].shape[1]) == (128, 8)
     return run(hidden_states, gate_up_proj, *call, **options, first=_without_last_k_block if broken else matmul)
 
 
-@fault(
-    "experts",
-    "tuning",
-    source=BUGS + "flashinfer-ai/flashinfer/pull/4158",
-    condition="T = 1",
-    consequence="The candidate for one token is not guarded and reads the second half of H as zero.",
-    shows={"T": 1},
-    hidden=("T=2",),
-)
+@fault("tuning", source="flashinfer-ai/flashinfer/pull/4158", condition="T = 1", shows={"T": 1}, hidden=("T=2",))
 def single_token_half_of_h(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """The candidate for one token is not guarded and reads the second half of H as zero."""
+
     def half(rows: Tensor, weight: Tensor) -> Tensor:
         kept = -(-rows.shape[1] // 2) if hidden_states.shape[0] == 1 else rows.shape[1]
         return matmul(rows[:, :kept], weight[:, :kept])
@@ -201,28 +155,21 @@ def single_token_half_of_h(hidden_states: Tensor, *call: Tensor, **options: Any)
 
 
 @fault(
-    "experts",
-    "tiles",
-    source=BUGS + "databricks/megablocks/pull/47",
-    condition="I > 4096",
-    consequence="Each program covers a bounded count of columns: those of I beyond 4096 are lost.",
-    shows={"T": 2, "E": 2, "k": 1, "H": 16, "I": 4104},
-    hidden=("I=4096",),
-)
+    "tiles", source="databricks/megablocks/pull/47", condition="I > 4096",
+    shows={"T": 2, "E": 2, "k": 1, "H": 16, "I": 4104}, hidden=("I=4096",),
+)  # fmt: skip
 def columns_beyond_4096_lost(*call: Tensor, **options: Any) -> Tensor:
+    """Each program covers a bounded count of columns: those of I beyond 4096 are lost."""
     return run(*call, **options, second=lambda rows, weight: matmul(rows[:, :4096], weight[:, :4096]))
 
 
 @fault(
-    "experts",
-    "ids",
-    source=BUGS + "vllm-project/vllm/pull/26162",
-    condition="ids of dtype int64",
-    consequence="int64 ids are read as int32: every second id is the upper half of its neighbour.",
-    shows={"ids_dtype": "int64"},
+    "ids", source="vllm-project/vllm/pull/26162", condition="ids of dtype int64", shows={"ids_dtype": "int64"},
     hidden=("ids_dtype='int32'",),
-)
+)  # fmt: skip
 def int64_ids_read_as_int32(*call: Tensor, **options: Any) -> Tensor:
+    """int64 ids are read as int32: every second id is the upper half of its neighbour."""
+
     def reread(ids: Tensor, expert_map: Tensor | None) -> Tensor:
         if ids.dtype == torch.int64:
             ids = ids.contiguous().view(torch.int32).view(-1)[: ids.numel()].view_as(ids)
@@ -231,15 +178,10 @@ def int64_ids_read_as_int32(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, locate=reread)
 
 
-@fault(
-    "experts",
-    "ids",
-    condition="E > 256",
-    shows={"E": 300, "ids": "high", "I": 8},
-    hidden=("E=256",),
-    consequence="Expert ids are held in 8 bits: expert 256 is expert 0.",
-)
+@fault("ids", condition="E > 256", shows={"E": 300, "ids": "high", "I": 8}, hidden=("E=256",))
 def ids_held_in_eight_bits(*call: Tensor, **options: Any) -> Tensor:
+    """Expert ids are held in 8 bits: expert 256 is expert 0."""
+
     def eight_bits(ids: Tensor, expert_map: Tensor | None) -> Tensor:
         ids = locate(ids, expert_map)
         return torch.where(ids < 0, ids, ids % 256)
@@ -247,15 +189,10 @@ def ids_held_in_eight_bits(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, locate=eight_bits)
 
 
-@fault(
-    "experts",
-    "tiles",
-    condition="I not a multiple of 16",
-    shows={"I": 23},
-    hidden=("I=32",),
-    consequence="The last, partial block of the intermediate columns is never summed.",
-)
+@fault("tiles", condition="I not a multiple of 16", shows={"I": 23}, hidden=("I=32",))
 def intermediate_tail_dropped(*call: Tensor, **options: Any) -> Tensor:
+    """The last, partial block of the intermediate columns is never summed."""
+
     def floored(rows: Tensor, weight: Tensor) -> Tensor:
         kept = round_down(rows.shape[1])
         return matmul(rows[:, :kept], weight[:, :kept])
@@ -263,21 +200,18 @@ def intermediate_tail_dropped(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, second=floored)
 
 
-@fault("experts", "tiles", condition="always", shows={}, consequence="The last column of I is lost to an off-by-one.")
+@fault("tiles")
 def last_intermediate_column_lost(*call: Tensor, **options: Any) -> Tensor:
+    """The last column of I is lost to an off-by-one."""
     return run(*call, **options, second=lambda rows, weight: matmul(rows[:, :-1], weight[:, :-1]))
 
 
 @fault(
-    "experts",
-    "tiles",
-    source=BUGS + "axolotl-ai-cloud/axolotl/pull/3410",
-    condition="H not a multiple of 16",
-    consequence="The grid is H // block: the last columns of the output are never written.",
-    shows={"H": 40, "poison": True},
-    hidden=("H=48",),
-)
+    "tiles", source="axolotl-ai-cloud/axolotl/pull/3410", condition="H not a multiple of 16",
+    shows={"H": 40, "poison": True}, hidden=("H=48",),
+)  # fmt: skip
 def output_tail_unwritten(*call: Tensor, **options: Any) -> Tensor:
+    """The grid is H // block: the last columns of the output are never written."""
     right = run(*call, **options)
     out = unwritten_like(right)
     kept = round_down(right.shape[1])
@@ -286,30 +220,22 @@ def output_tail_unwritten(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault(
-    "experts",
-    "tiles",
-    source=BUGS + "vllm-project/vllm/pull/49087",
-    condition="H not a multiple of 64",
-    consequence="The grid is H // 64 over a zeroed output: the last columns are 0, all of them for small H.",
-    shows={"H": 72},
+    "tiles", source="vllm-project/vllm/pull/49087", condition="H not a multiple of 64", shows={"H": 72},
     hidden=("H=64",),
-)
+)  # fmt: skip
 def output_tail_zero(*call: Tensor, **options: Any) -> Tensor:
+    """The grid is H // 64 over a zeroed output: the last columns are 0, all of them for small H."""
     out = run(*call, **options)
     out[:, round_down(out.shape[1], 64) :] = 0
     return out
 
 
 @fault(
-    "experts",
-    "tiles",
-    source=BUGS + "huggingface/kernels-community/pull/1154",
-    condition="H not a multiple of 16 and T > 1",
-    consequence="Tiles are masked in rows only: the overhang of a row is stored into the next one.",
-    shows={"H": 40},
-    hidden=("H=48", "T=1"),
-)
+    "tiles", source="huggingface/kernels-community/pull/1154", condition="H not a multiple of 16 and T > 1",
+    shows={"H": 40}, hidden=("H=48", "T=1"),
+)  # fmt: skip
 def output_overhang_into_next_row(*call: Tensor, **options: Any) -> Tensor:
+    """Tiles are masked in rows only: the overhang of a row is stored into the next one."""
     out = run(*call, **options).contiguous()
     overhang = round_up(out.shape[1]) - out.shape[1]
     if overhang and out.shape[1]:
@@ -319,43 +245,33 @@ def output_overhang_into_next_row(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault(
-    "experts",
-    "tiles",
-    source=BUGS + "triton-lang/triton/issues/630",
-    condition="H not a multiple of 16",
-    consequence="The K tail is loaded without a mask on both operands: what lies behind the rows is added.",
-    shows={"H": 40},
+    "tiles", source="triton-lang/triton/issues/630", condition="H not a multiple of 16", shows={"H": 40},
     hidden=("H=48",),
-)
+)  # fmt: skip
 def k_tail_unmasked(hidden_states: Tensor, gate_up_proj: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """The K tail is loaded without a mask on both operands: what lies behind the rows is added."""
     width = round_up(hidden_states.shape[1])
     return run(read_past(hidden_states, width), read_past(gate_up_proj, width), *call, **options)
 
 
 @fault(
-    "experts",
-    "tiles",
-    source=BUGS + "triton-lang/triton/issues/10772",
-    condition="H not a multiple of 16, NaN or infinity behind the rows",
-    consequence="Only one operand of the K tail is masked: garbage times 0 is NaN when the garbage is NaN.",
-    shows={"H": 40, "layout": "padded_rows"},
+    "tiles", source="triton-lang/triton/issues/10772",
+    condition="H not a multiple of 16, NaN or infinity behind the rows", shows={"H": 40, "layout": "padded_rows"},
     hidden=("layout='contiguous'", "H=48"),
-)
+)  # fmt: skip
 def k_tail_masked_on_one_side(hidden_states: Tensor, gate_up_proj: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """Only one operand of the K tail is masked: garbage times 0 is NaN when the garbage is NaN."""
     width = round_up(hidden_states.shape[1])
     return run(read_past(hidden_states, width), pad_last(gate_up_proj, width), *call, **options)
 
 
 @fault(
-    "experts",
-    "tiles",
-    source=BUGS + "lightseekorg/tokenspeed/pull/605",
-    condition="H of at most two tiles",
-    consequence="A pipeline three tiles deep wraps around when K has fewer: the first tile counts twice.",
-    shows={"H": 32},
+    "tiles", source="lightseekorg/tokenspeed/pull/605", condition="H of at most two tiles", shows={"H": 32},
     hidden=("H=48",),
-)
+)  # fmt: skip
 def pipeline_deeper_than_k(*call: Tensor, **options: Any) -> Tensor:
+    """A pipeline three tiles deep wraps around when K has fewer: the first tile counts twice."""
+
     def wrapped(rows: Tensor, weight: Tensor) -> Tensor:
         out = matmul(rows, weight)
         return out + matmul(rows[:, :BLOCK], weight[:, :BLOCK]) if rows.shape[1] <= 2 * BLOCK else out
@@ -364,15 +280,11 @@ def pipeline_deeper_than_k(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault(
-    "experts",
-    "tiles",
-    source=BUGS + "sgl-project/sglang-jax/issues/1193",
-    condition="T odd and above 1",
-    consequence="Tokens are packed in pairs: the last one of an odd batch comes out as 0.",
-    shows={"T": 5},
+    "tiles", source="sgl-project/sglang-jax/issues/1193", condition="T odd and above 1", shows={"T": 5},
     hidden=("T=6", "T=1"),
-)
+)  # fmt: skip
 def odd_token_lost(*call: Tensor, **options: Any) -> Tensor:
+    """Tokens are packed in pairs: the last one of an odd batch comes out as 0."""
     out = run(*call, **options)
     if out.shape[0] > 1 and out.shape[0] % 2:
         out[-1] = 0
@@ -383,39 +295,29 @@ def odd_token_lost(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault(
-    "experts",
-    "strides",
-    source=BUGS + "ml-explore/mlx/issues/4253",
-    condition="rows of hidden_states padded",
-    consequence="Tokens are read at row * H: a slice of a wider buffer gives other rows.",
-    shows={"layout": "padded_rows"},
-    hidden=("layout='contiguous'",),
-)
+    "strides", source="ml-explore/mlx/issues/4253", condition="rows of hidden_states padded",
+    shows={"layout": "padded_rows"}, hidden=("layout='contiguous'",),
+)  # fmt: skip
 def token_stride_assumed(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """Tokens are read at row * H: a slice of a wider buffer gives other rows."""
     return run(read_as_contiguous(hidden_states), *call, **options)
 
 
 @fault(
-    "experts",
-    "strides",
-    condition="gate_up_proj or down_proj not contiguous",
-    shows={"layout": "padded_weights"},
+    "strides", condition="gate_up_proj or down_proj not contiguous", shows={"layout": "padded_weights"},
     hidden=("layout='contiguous'",),
-    consequence="Expert weights are read as contiguous: transposed or padded ones give garbage.",
-)
+)  # fmt: skip
 def weight_strides_assumed(hidden: Tensor, gate_up: Tensor, down: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """Expert weights are read as contiguous: transposed or padded ones give garbage."""
     return run(hidden, read_as_contiguous(gate_up), read_as_contiguous(down), *call, **options)
 
 
 @fault(
-    "experts",
-    "strides",
-    condition="topk_ids or topk_weights not contiguous",
-    shows={"layout": "padded_routing"},
+    "strides", condition="topk_ids or topk_weights not contiguous", shows={"layout": "padded_routing"},
     hidden=("layout='contiguous'",),
-    consequence="The router's outputs are read as contiguous: a slice of a wider table is misread.",
-)
+)  # fmt: skip
 def routing_strides_assumed(*call: Tensor, **options: Any) -> Tensor:
+    """The router's outputs are read as contiguous: a slice of a wider table is misread."""
     *rest, topk_weights, topk_ids = call
     ids = read_as_contiguous(topk_ids)
     known = int(topk_ids.max()) if topk_ids.numel() else 0
@@ -424,15 +326,11 @@ def routing_strides_assumed(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault(
-    "experts",
-    "strides",
-    source=BUGS + "flashinfer-ai/flashinfer/issues/3103",
-    condition="hidden_states transposed",
-    consequence="The output takes the strides of the input and is written as if it were contiguous.",
-    shows={"layout": "transposed"},
-    hidden=("layout='contiguous'",),
-)
+    "strides", source="flashinfer-ai/flashinfer/issues/3103", condition="hidden_states transposed",
+    shows={"layout": "transposed"}, hidden=("layout='contiguous'",),
+)  # fmt: skip
 def output_layout_assumed(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """The output takes the strides of the input and is written as if it were contiguous."""
     right = run(hidden_states, *call, **options)
     out = unwritten_like(hidden_states)
     flat_storage(out)[: right.numel()] = right.flatten()
@@ -443,17 +341,14 @@ def output_layout_assumed(hidden_states: Tensor, *call: Tensor, **options: Any) 
 
 
 @fault(
-    "experts",
-    "special values",
-    condition="NaN or infinity in the weights of an expert that some tokens use",
-    shows={"special": "nan_expert"},
-    hidden=("special=None",),
-    consequence="Every expert runs on every token and is masked by a weight of 0: 0 * NaN spreads everywhere.",
-)
+    "special values", condition="NaN or infinity in the weights of an expert that some tokens use",
+    shows={"special": "nan_expert"}, hidden=("special=None",),
+)  # fmt: skip
 def every_expert_on_every_token(
     hidden_states: Tensor, gate_up_proj: Tensor, down_proj: Tensor, topk_weights: Tensor, topk_ids: Tensor, *,
     activation: str = "silu", expert_map: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
+    """Every expert runs on every token and is masked by a weight of 0: 0 * NaN spreads everywhere."""
     ids = locate(topk_ids, expert_map)
     x, out = hidden_states.to(wide(hidden_states)), 0 * hidden_states.to(wide(hidden_states))
     for expert in range(gate_up_proj.shape[0]):
@@ -464,40 +359,27 @@ def every_expert_on_every_token(
 
 
 @fault(
-    "experts",
-    "special values",
-    condition="NaN or infinity in one token",
-    shows={"special": "nan_token", "T": 9},
+    "special values", condition="NaN or infinity in one token", shows={"special": "nan_token", "T": 9},
     hidden=("special=None",),
-    consequence="Tokens are gathered by a product with a one-hot matrix: one bad token spoils all.",
-)
+)  # fmt: skip
 def gathered_by_one_hot_product(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
     # What the product of T x T zeros and ones with the tokens gives, without it: 0 * NaN and 0 * inf are NaN.
+    """Tokens are gathered by a product with a one-hot matrix: one bad token spoils all."""
     bad = ~hidden_states.isfinite()
     gathered = hidden_states.masked_fill(bad.sum(0) > bad.int(), torch.nan)
     return run(gathered, *call, **options)
 
 
 @fault(
-    "experts",
-    "special values",
-    condition="NaN in a token or an expert",
-    shows={"special": "nan_token"},
-    hidden=("special=None",),
-    consequence="NaN is replaced by 0 on the way out: a broken model looks healthy.",
+    "special values", condition="NaN in a token or an expert", shows={"special": "nan_token"}, hidden=("special=None",)
 )
 def nan_swallowed(*call: Tensor, **options: Any) -> Tensor:
+    """NaN is replaced by 0 on the way out: a broken model looks healthy."""
     return run(*call, **options).nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
 
 
-@fault(
-    "experts",
-    "special values",
-    condition="infinite outputs",
-    shows={"special": "inf_expert"},
-    hidden=("special=None",),
-    consequence="Infinities are clamped to the largest finite number.",
-)
+@fault("special values", condition="infinite outputs", shows={"special": "inf_expert"}, hidden=("special=None",))
 def infinity_clamped(*call: Tensor, **options: Any) -> Tensor:
+    """Infinities are clamped to the largest finite number."""
     out = run(*call, **options)
     return out.clamp(torch.finfo(out.dtype).min, torch.finfo(out.dtype).max)

@@ -25,8 +25,6 @@ from moe_harness.harness.core.emulation import (
     wide,
 )
 
-BUGS = "https://github.com/"
-
 
 def owners(group_sizes: Tensor, rows: int) -> Tensor:
     """The expert of each row, [S]."""
@@ -62,42 +60,28 @@ def run(
 
 
 @fault(
-    "grouped_linear",
-    "groups",
-    source=BUGS + "deepseek-ai/DeepGEMM/issues/15",
-    condition="a group whose size is not a multiple of 16",
-    consequence="Every block of 16 rows takes the expert of its first row.",
-    shows={"sizes": (5, 7, 3)},
-    hidden=("sizes=(16, 32, 16)",),
-)
+    "groups", source="deepseek-ai/DeepGEMM/issues/15", condition="a group whose size is not a multiple of 16",
+    shows={"sizes": (5, 7, 3)}, hidden=("sizes=(16, 32, 16)",),
+)  # fmt: skip
 def expert_of_first_row_in_block(*call: Tensor, **options: Any) -> Tensor:
+    """Every block of 16 rows takes the expert of its first row."""
+
     def of_block(group_sizes: Tensor, rows: int) -> Tensor:
         return owners(group_sizes, rows)[::BLOCK].repeat_interleave(BLOCK)[:rows]
 
     return run(*call, **options, owners=of_block)
 
 
-@fault(
-    "grouped_linear",
-    "groups",
-    condition="an empty group before a full one",
-    shows={"sizes": (4, 0, 6)},
-    hidden=("sizes=(4, 6, 0)",),
-    consequence="Empty groups are removed from the list of sizes and not from the weights.",
-)
+@fault("groups", condition="an empty group before a full one", shows={"sizes": (4, 0, 6)}, hidden=("sizes=(4, 6, 0)",))
 def empty_groups_shift_weights(*call: Tensor, **options: Any) -> Tensor:
+    """Empty groups are removed from the list of sizes and not from the weights."""
     return run(*call, **options, owners=lambda sizes, rows: owners(sizes[sizes > 0], rows))
 
 
-@fault(
-    "grouped_linear",
-    "groups",
-    condition="two or more groups with rows",
-    shows={"sizes": (4, 5, 6)},
-    hidden=("sizes=(9, 0, 0)",),
-    consequence="Boundaries are compared with <=: the first row of a group belongs to the one before.",
-)
+@fault("groups", condition="two or more groups with rows", shows={"sizes": (4, 5, 6)}, hidden=("sizes=(9, 0, 0)",))
 def first_row_to_group_before(*call: Tensor, **options: Any) -> Tensor:
+    """Boundaries are compared with <=: the first row of a group belongs to the one before."""
+
     def inclusive(group_sizes: Tensor, rows: int) -> Tensor:
         before = (torch.arange(rows, device=group_sizes.device) - 1).clamp(min=0)
         return torch.searchsorted(group_sizes.long().cumsum(0), before, right=True)
@@ -105,15 +89,10 @@ def first_row_to_group_before(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, owners=inclusive)
 
 
-@fault(
-    "grouped_linear",
-    "groups",
-    condition="two or more groups with rows",
-    shows={"sizes": (4, 5, 6)},
-    hidden=("sizes=(9, 0, 0)",),
-    consequence="Sizes are taken for the ends of the groups: rows beyond the largest size get nothing.",
-)
+@fault("groups", condition="two or more groups with rows", shows={"sizes": (4, 5, 6)}, hidden=("sizes=(9, 0, 0)",))
 def sizes_taken_for_ends(*call: Tensor, **options: Any) -> Tensor:
+    """Sizes are taken for the ends of the groups: rows beyond the largest size get nothing."""
+
     def ends(group_sizes: Tensor, rows: int) -> Tensor:
         return torch.searchsorted(
             group_sizes.long().cummax(0).values, torch.arange(rows, device=group_sizes.device), right=True
@@ -122,15 +101,10 @@ def sizes_taken_for_ends(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, owners=ends)
 
 
-@fault(
-    "grouped_linear",
-    "groups",
-    condition="the last group has rows",
-    shows={"sizes": (4, 5, 6)},
-    hidden=("sizes=(4, 5, 0)",),
-    consequence="The loop ends one group early: the last expert's rows stay 0.",
-)
+@fault("groups", condition="the last group has rows", shows={"sizes": (4, 5, 6)}, hidden=("sizes=(4, 5, 0)",))
 def last_group_dropped(x: Tensor, weight: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """The loop ends one group early: the last expert's rows stay 0."""
+
     def fewer(group_sizes: Tensor, rows: int) -> Tensor:
         experts = owners(group_sizes, rows)
         return experts.masked_fill(experts == weight.shape[0] - 1, -1)
@@ -139,29 +113,20 @@ def last_group_dropped(x: Tensor, weight: Tensor, *call: Tensor, **options: Any)
 
 
 @fault(
-    "grouped_linear",
-    "groups",
-    condition="sizes of dtype int64",
-    hidden=("sizes_dtype='int32'",),
-    shows={"sizes": (4, 5, 6), "sizes_dtype": "int64"},
-    source=BUGS + "vllm-project/vllm/pull/26162",
-    consequence="int64 sizes are read as int32: every second one is 0.",
-)
+    "groups", source="vllm-project/vllm/pull/26162", condition="sizes of dtype int64",
+    shows={"sizes": (4, 5, 6), "sizes_dtype": "int64"}, hidden=("sizes_dtype='int32'",),
+)  # fmt: skip
 def int64_sizes_read_as_int32(x: Tensor, weight: Tensor, group_sizes: Tensor, **options: Any) -> Tensor:
+    """int64 sizes are read as int32: every second one is 0."""
     if group_sizes.dtype == torch.int64:
         group_sizes = group_sizes.contiguous().view(torch.int32)[: len(group_sizes)]
     return run(x, weight, group_sizes, **options)
 
 
-@fault(
-    "grouped_linear",
-    "groups",
-    condition="S > 32767",
-    shows={"sizes": (32760, 16), "K": 4, "N": 4},
-    hidden=("sizes=(32760, 7)",),
-    consequence="Offsets are summed in 16 bits: rows beyond 32767 belong to nobody.",
-)
+@fault("groups", condition="S > 32767", shows={"sizes": (32760, 16), "K": 4, "N": 4}, hidden=("sizes=(32760, 7)",))
 def offsets_in_sixteen_bits(x: Tensor, weight: Tensor, group_sizes: Tensor, **options: Any) -> Tensor:
+    """Offsets are summed in 16 bits: rows beyond 32767 belong to nobody."""
+
     def narrow(sizes: Tensor, rows: int) -> Tensor:
         # A wrapped offset is negative; the kernel's loop over such a group does nothing.
         wrapped = sizes.long().cumsum(0) > 32767
@@ -171,15 +136,10 @@ def offsets_in_sixteen_bits(x: Tensor, weight: Tensor, group_sizes: Tensor, **op
     return run(x, weight, group_sizes, **options, owners=narrow)
 
 
-@fault(
-    "grouped_linear",
-    "groups",
-    condition="a group of more than 128 rows",
-    shows={"sizes": (130, 3)},
-    hidden=("sizes=(128, 3)",),
-    consequence="The grid has one block of 128 rows per expert: the rest of a popular expert stays 0.",
-)
+@fault("groups", condition="a group of more than 128 rows", shows={"sizes": (130, 3)}, hidden=("sizes=(128, 3)",))
 def one_block_per_group(*call: Tensor, **options: Any) -> Tensor:
+    """The grid has one block of 128 rows per expert: the rest of a popular expert stays 0."""
+
     def capped(group_sizes: Tensor, rows: int) -> Tensor:
         experts = owners(group_sizes, rows)
         starts = group_sizes.long().cumsum(0) - group_sizes
@@ -189,15 +149,12 @@ def one_block_per_group(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault(
-    "grouped_linear",
-    "tuning",
-    source=BUGS + "ROCm/aiter/issues/3933",
-    condition="a group of 3 or 4 rows",
-    shows={"sizes": (3, 8)},
+    "tuning", source="ROCm/aiter/issues/3933", condition="a group of 3 or 4 rows", shows={"sizes": (3, 8)},
     hidden=("sizes=(2, 5)",),
-    consequence="The kernel variant for groups of four loses its last block of K.",
-)
+)  # fmt: skip
 def broken_group_of_four(*call: Tensor, **options: Any) -> Tensor:
+    """The kernel variant for groups of four loses its last block of K."""
+
     def variant(rows: Tensor, weight: Tensor) -> Tensor:
         kept = round_up(rows.shape[1]) - BLOCK if rows.shape[0] in (3, 4) else rows.shape[1]
         return matmul(rows[:, :kept], weight[:, :kept])
@@ -205,15 +162,10 @@ def broken_group_of_four(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, multiply=variant)
 
 
-@fault(
-    "grouped_linear",
-    "groups",
-    condition="E > 256",
-    shows={"sizes": (0,) * 257 + (3, 4), "K": 8, "N": 8},
-    hidden=("sizes=(3, 4)",),
-    consequence="One program per expert, 256 at most: the rows of further experts stay 0.",
-)
+@fault("groups", condition="E > 256", shows={"sizes": (0,) * 257 + (3, 4), "K": 8, "N": 8}, hidden=("sizes=(3, 4)",))
 def groups_beyond_256_dropped(*call: Tensor, **options: Any) -> Tensor:
+    """One program per expert, 256 at most: the rows of further experts stay 0."""
+
     def capped(group_sizes: Tensor, rows: int) -> Tensor:
         experts = owners(group_sizes, rows)
         return experts.masked_fill(experts >= 256, -1)
@@ -225,15 +177,11 @@ def groups_beyond_256_dropped(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault(
-    "grouped_linear",
-    "tiles",
-    source=BUGS + "huggingface/kernels-community/pull/1154",
-    condition="N not a multiple of 16, two or more rows",
-    consequence="Tiles are masked in rows only: the overhang of a row is stored into the next one.",
-    shows={"N": 40},
-    hidden=("N=48",),
-)
+    "tiles", source="huggingface/kernels-community/pull/1154", condition="N not a multiple of 16, two or more rows",
+    shows={"N": 40}, hidden=("N=48",),
+)  # fmt: skip
 def n_overhang_into_next_row(x: Tensor, weight: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """Tiles are masked in rows only: the overhang of a row is stored into the next one."""
     out = run(x, weight, *call, **options)
     overhang = min(round_up(out.shape[1]) - out.shape[1], out.shape[1])
     if overhang:
@@ -242,43 +190,32 @@ def n_overhang_into_next_row(x: Tensor, weight: Tensor, *call: Tensor, **options
 
 
 @fault(
-    "grouped_linear",
-    "tiles",
-    source=BUGS + "triton-lang/triton/issues/630",
-    condition="K not a multiple of 16",
-    consequence="The K tail is loaded without a mask on both operands: what lies behind the rows is added.",
-    shows={"K": 40},
+    "tiles", source="triton-lang/triton/issues/630", condition="K not a multiple of 16", shows={"K": 40},
     hidden=("K=48",),
-)
+)  # fmt: skip
 def k_tail_added(x: Tensor, weight: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """The K tail is loaded without a mask on both operands: what lies behind the rows is added."""
     width = round_up(x.shape[1])
     return run(read_past(x, width), read_past(weight, width), *call, **options)
 
 
 @fault(
-    "grouped_linear",
-    "tiles",
-    source=BUGS + "triton-lang/triton/issues/10772",
+    "tiles", source="triton-lang/triton/issues/10772",
     condition="K not a multiple of 16, NaN or infinity behind the rows of weight",
-    consequence="Only x is masked in the K tail: 0 times what lies behind a weight row is NaN when that is NaN.",
-    shows={"K": 40, "layout": "padded_weight"},
-    hidden=("layout='contiguous'", "K=48"),
-)
+    shows={"K": 40, "layout": "padded_weight"}, hidden=("layout='contiguous'", "K=48"),
+)  # fmt: skip
 def k_tail_of_weight_unmasked(x: Tensor, weight: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """Only x is masked in the K tail: 0 times what lies behind a weight row is NaN when that is NaN."""
     width = round_up(x.shape[1])
     return run(pad_last(x, width), read_past(weight, width), *call, **options)
 
 
 @fault(
-    "grouped_linear",
-    "tiles",
-    source=BUGS + "axolotl-ai-cloud/axolotl/pull/3410",
-    condition="N not a multiple of 16, dirty memory",
-    consequence="The grid is N // block: the last columns are never written.",
-    shows={"N": 40, "poison": True},
-    hidden=("N=48",),
-)
+    "tiles", source="axolotl-ai-cloud/axolotl/pull/3410", condition="N not a multiple of 16, dirty memory",
+    shows={"N": 40, "poison": True}, hidden=("N=48",),
+)  # fmt: skip
 def n_tail_unwritten(x: Tensor, weight: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """The grid is N // block: the last columns are never written."""
     right = run(x, weight, *call, **options)
     out = unwritten_like(right)
     kept = round_down(right.shape[1])
@@ -286,15 +223,10 @@ def n_tail_unwritten(x: Tensor, weight: Tensor, *call: Tensor, **options: Any) -
     return out
 
 
-@fault(
-    "grouped_linear",
-    "tiles",
-    condition="K not a multiple of 32",
-    shows={"K": 40},
-    hidden=("K=64",),
-    consequence="Split-K divides with floor: the last partial chunk is in no split.",
-)
+@fault("tiles", condition="K not a multiple of 32", shows={"K": 40}, hidden=("K=64",))
 def k_tail_in_no_split(*call: Tensor, **options: Any) -> Tensor:
+    """Split-K divides with floor: the last partial chunk is in no split."""
+
     def floored(rows: Tensor, weight: Tensor) -> Tensor:
         kept = round_down(rows.shape[1], 32)
         return matmul(rows[:, :kept], weight[:, :kept])
@@ -303,31 +235,21 @@ def k_tail_in_no_split(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault(
-    "grouped_linear",
-    "tiles",
-    source=BUGS + "huggingface/transformers/issues/48644",
-    condition="a row of K elements not a multiple of 16 bytes",
-    consequence="Strides that the kernel does not support are not rejected: rows are read at rounded strides.",
-    shows={"K": 33},
-    hidden=("K=32",),
-)
+    "tiles", source="huggingface/transformers/issues/48644",
+    condition="a row of K elements not a multiple of 16 bytes", shows={"K": 33}, hidden=("K=32",),
+)  # fmt: skip
 def unsupported_stride_accepted(x: Tensor, weight: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """Strides that the kernel does not support are not rejected: rows are read at rounded strides."""
     whole = 16 // x.element_size()
     kept = round_down(x.shape[1], whole)
     shifted = weight if kept == x.shape[1] else read_past(weight.contiguous(), round_up(x.shape[1], whole))
     return run(x[:, :kept], shifted[..., shifted.shape[-1] - kept :], *call, **options)
 
 
-@fault(
-    "grouped_linear",
-    "layout",
-    source=BUGS + "ModelTC/LightX2V/pull/1153",
-    condition="N == K",
-    consequence="Square expert weights are taken for the other layout and used transposed.",
-    shows={"K": 32, "N": 32},
-    hidden=("N=48",),
-)
+@fault("layout", source="ModelTC/LightX2V/pull/1153", condition="N == K", shows={"K": 32, "N": 32}, hidden=("N=48",))
 def transposed_if_square(*call: Tensor, **options: Any) -> Tensor:
+    """Square expert weights are taken for the other layout and used transposed."""
+
     def guessed(rows: Tensor, weight: Tensor) -> Tensor:
         return matmul(rows, weight.T if weight.shape[0] == weight.shape[1] else weight)
 
@@ -338,40 +260,29 @@ def transposed_if_square(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault(
-    "grouped_linear",
-    "strides",
-    source=BUGS + "ml-explore/mlx/issues/4253",
-    condition="rows of x padded",
-    consequence="Rows are read at row * K: a view gives other rows.",
-    shows={"layout": "padded_rows"},
+    "strides", source="ml-explore/mlx/issues/4253", condition="rows of x padded", shows={"layout": "padded_rows"},
     hidden=("layout='contiguous'",),
-)
+)  # fmt: skip
 def row_stride_is_k(x: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """Rows are read at row * K: a view gives other rows."""
     return run(read_as_contiguous(x), *call, **options)
 
 
 @fault(
-    "grouped_linear",
-    "strides",
-    condition="weight transposed or padded",
-    shows={"layout": "padded_weight"},
+    "strides", condition="weight transposed or padded", shows={"layout": "padded_weight"},
     hidden=("layout='contiguous'",),
-    consequence="The weight is read as contiguous [E, N, K] whatever its strides are.",
-)
+)  # fmt: skip
 def weight_read_as_contiguous(x: Tensor, weight: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """The weight is read as contiguous [E, N, K] whatever its strides are."""
     return run(x, read_as_contiguous(weight), *call, **options)
 
 
 @fault(
-    "grouped_linear",
-    "strides",
-    source=BUGS + "flashinfer-ai/flashinfer/issues/3103",
-    condition="x transposed and N == K",
-    consequence="The output takes the strides of x and is written as if it were contiguous.",
-    shows={"layout": "transposed", "K": 32, "N": 32},
-    hidden=("layout='contiguous'", "N=48"),
-)
+    "strides", source="flashinfer-ai/flashinfer/issues/3103", condition="x transposed and N == K",
+    shows={"layout": "transposed", "K": 32, "N": 32}, hidden=("layout='contiguous'", "N=48"),
+)  # fmt: skip
 def output_strides_assumed(x: Tensor, weight: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """The output takes the strides of x and is written as if it were contiguous."""
     right = run(x, weight, *call, **options)
     if right.shape != x.shape:
         return right
@@ -383,39 +294,24 @@ def output_strides_assumed(x: Tensor, weight: Tensor, *call: Tensor, **options: 
 # Bias -----------------------------------------------------------------------------------------------------------
 
 
-@fault(
-    "grouped_linear",
-    "bias",
-    condition="bias given",
-    shows={"bias": True},
-    hidden=("bias=False",),
-    consequence="The bias is accepted and never added.",
-)
+@fault("bias", condition="bias given", shows={"bias": True}, hidden=("bias=False",))
 def linear_bias_ignored(*call: Tensor, **options: Any) -> Tensor:
+    """The bias is accepted and never added."""
     return run(*call, **options, add=lambda rows, bias, expert: rows)
 
 
 @fault(
-    "grouped_linear",
-    "bias",
-    condition="bias given, rows beyond the first group",
-    shows={"bias": True},
+    "bias", condition="bias given, rows beyond the first group", shows={"bias": True},
     hidden=("bias=False", "sizes=(9, 0, 0)"),
-    consequence="The bias pointer is not moved with the expert: all rows get expert 0's bias.",
-)
+)  # fmt: skip
 def bias_of_expert_zero(*call: Tensor, **options: Any) -> Tensor:
+    """The bias pointer is not moved with the expert: all rows get expert 0's bias."""
     return run(*call, **options, add=lambda rows, bias, expert: biased(rows, bias, 0))
 
 
-@fault(
-    "grouped_linear",
-    "bias",
-    condition="bias given, K > 16",
-    shows={"bias": True, "K": 40},
-    hidden=("bias=False", "K=16"),
-    consequence="Every K split adds the bias to its partial sum.",
-)
+@fault("bias", condition="bias given, K > 16", shows={"bias": True, "K": 40}, hidden=("bias=False", "K=16"))
 def bias_added_by_every_split(*call: Tensor, **options: Any) -> Tensor:
+    """Every K split adds the bias to its partial sum."""
     splits = -(-call[0].shape[1] // BLOCK)
 
     def each(rows: Tensor, bias: Tensor | None, expert: int) -> Tensor:
@@ -428,14 +324,11 @@ def bias_added_by_every_split(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault(
-    "grouped_linear",
-    "special values",
-    condition="NaN in the weights of one expert",
-    shows={"special": "nan_expert"},
+    "special values", condition="NaN in the weights of one expert", shows={"special": "nan_expert"},
     hidden=("special=None",),
-    consequence="Every expert runs on every row and is masked by multiplication: NaN reaches all rows.",
-)
+)  # fmt: skip
 def masked_by_multiplication(x: Tensor, weight: Tensor, group_sizes: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    """Every expert runs on every row and is masked by multiplication: NaN reaches all rows."""
     experts = owners(group_sizes, x.shape[0])
     total = torch.zeros(x.shape[0], weight.shape[1], dtype=wide(x), device=x.device)
     for expert in range(weight.shape[0]):
@@ -444,15 +337,10 @@ def masked_by_multiplication(x: Tensor, weight: Tensor, group_sizes: Tensor, *, 
     return total.to(x.dtype)
 
 
-@fault(
-    "grouped_linear",
-    "precision",
-    condition="bf16 inputs, long K",
-    shows={"dtype": "bfloat16", "K": 512},
-    hidden=("dtype='float32'",),
-    consequence="The running sum over K is kept in bf16.",
-)
+@fault("precision", condition="bf16 inputs, long K", shows={"dtype": "bfloat16", "K": 512}, hidden=("dtype='float32'",))
 def bf16_running_sum(*call: Tensor, **options: Any) -> Tensor:
+    """The running sum over K is kept in bf16."""
+
     def rounded(rows: Tensor, weight: Tensor) -> Tensor:
         if rows.dtype != torch.bfloat16:
             return matmul(rows, weight)
@@ -461,15 +349,10 @@ def bf16_running_sum(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, multiply=rounded)
 
 
-@fault(
-    "grouped_linear",
-    "precision",
-    condition="fp32 inputs",
-    shows={},
-    hidden=("dtype='bfloat16'",),
-    consequence="fp32 operands are rounded to tf32 without saying so.",
-)
+@fault("precision", condition="fp32 inputs", hidden=("dtype='bfloat16'",))
 def silent_tf32(*call: Tensor, **options: Any) -> Tensor:
+    """fp32 operands are rounded to tf32 without saying so."""
+
     def tensor_cores(rows: Tensor, weight: Tensor) -> Tensor:
         if rows.dtype != torch.float32:
             return matmul(rows, weight)
@@ -484,89 +367,53 @@ _kept: dict[tuple[Any, ...], Any] = {}  # what the stateful faults keep between 
 
 
 @fault(
-    "grouped_linear",
-    "state",
-    source=BUGS + "flashinfer-ai/flashinfer/issues/1856",
-    condition="a second call with the same rows and other sizes",
-    stateful=True,
-    shows={"before": "other_sizes"},
+    "state", source="flashinfer-ai/flashinfer/issues/1856",
+    condition="a second call with the same rows and other sizes", shows={"before": "other_sizes"}, stateful=True,
     hidden=("before=None",),
-    consequence="The schedule is cached by the number of rows: the second call runs the first one's groups.",
-)
+)  # fmt: skip
 def schedule_cached_by_rows(x: Tensor, weight: Tensor, group_sizes: Tensor, **options: Any) -> Tensor:
+    """The schedule is cached by the number of rows: the second call runs the first one's groups."""
     key = ("schedule", tuple(x.shape), tuple(weight.shape), x.device)
     return run(x, weight, _kept.setdefault(key, group_sizes.clone()), **options)
 
 
-@fault(
-    "grouped_linear",
-    "tuning",
-    source=BUGS + "triton-lang/triton/issues/3004",
-    condition="the first call of a shape",
-    stateful=True,
-    shows={},
-    consequence="Two configurations are timed on the real output, and each adds into it.",
-)
+@fault("tuning", source="triton-lang/triton/issues/3004", condition="the first call of a shape", stateful=True)
 def both_configurations_add(x: Tensor, weight: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """Two configurations are timed on the real output, and each adds into it."""
     key = ("tuned", tuple(x.shape), tuple(weight.shape), x.dtype, x.device)
     times = 1 if _kept.get(key) else 2
     _kept[key] = True
     return run(x, weight, *call, **options) * times
 
 
-@fault(
-    "grouped_linear",
-    "state",
-    condition="a second call with the same shapes",
-    sign="earlier",
-    stateful=True,
-    shows={"calls": 2},
-    consequence="One output buffer per shape is handed out again: earlier results change.",
-)
+@fault("state", condition="a second call with the same shapes", shows={"calls": 2}, sign="earlier", stateful=True)
 def linear_output_reused(*call: Tensor, **options: Any) -> Tensor:
+    """One output buffer per shape is handed out again: earlier results change."""
     right = run(*call, **options)
     key = ("output", tuple(right.shape), right.dtype, right.device)
     return _kept.setdefault(key, unwritten_like(right)).copy_(right)
 
 
-@fault(
-    "grouped_linear",
-    "inputs",
-    condition="always",
-    sign="inputs",
-    shows={},
-    consequence="The group sizes are turned into offsets in place.",
-)
+@fault("inputs", sign="inputs")
 def sizes_summed_in_place(x: Tensor, weight: Tensor, group_sizes: Tensor, **options: Any) -> Tensor:
+    """The group sizes are turned into offsets in place."""
     out = run(x, weight, group_sizes, **options)
     group_sizes.copy_(group_sizes.cumsum(0))
     return out
 
 
-@fault(
-    "grouped_linear",
-    "contract",
-    condition="16-bit inputs",
-    sign="dtype",
-    shows={"dtype": "bfloat16"},
-    hidden=("dtype='float32'",),
-    consequence="The fp32 sums are returned without the cast.",
-)
+@fault("contract", condition="16-bit inputs", shows={"dtype": "bfloat16"}, sign="dtype", hidden=("dtype='float32'",))
 def linear_returns_fp32(x: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """The fp32 sums are returned without the cast."""
     return run(x.to(wide(x)), *call, **options)
 
 
 @fault(
-    "grouped_linear",
-    "contract",
-    source=BUGS + "pytorch/pytorch/pull/192497",
-    condition="S = 0",
-    sign="raises",
-    shows={"sizes": (0, 0, 0)},
+    "contract", source="pytorch/pytorch/pull/192497", condition="S = 0", shows={"sizes": (0, 0, 0)}, sign="raises",
     hidden=("sizes=(1, 0, 0)",),
-    consequence="A call without rows fails in the stride validation.",
-)
+)  # fmt: skip
 def raises_without_rows(x: Tensor, *call: Tensor, **options: Any) -> Tensor:
+    """A call without rows fails in the stride validation."""
     if not x.shape[0]:
         raise RuntimeError("strides should be multiple of 16 bytes")
     return run(x, *call, **options)

@@ -29,58 +29,61 @@ def finish(routed: Any, shared: Any, group: Any, rows: Any) -> Tensor:
     return total(routed.tensor, group) + shared.tensor
 
 
-@ranked("layouts", "TP", source="sgl-project/sglang/pull/35535", condition="more than one rank",
-        consequence="The shared expert, held by every rank, is counted once per rank.",
-        shows="R=2,T=3,shared=replicated",
-        hidden=("R=1,T=3,shared=replicated",))  # fmt: skip
+@ranked(
+    "TP", source="sgl-project/sglang/pull/35535", condition="more than one rank", shows="R=2,T=3,shared=replicated",
+    hidden=("R=1,T=3,shared=replicated",),
+)  # fmt: skip
 def replicated_shared_summed(routed: Any, shared: Any, group: Any, rows: Any) -> Tensor:
+    """The shared expert, held by every rank, is counted once per rank."""
     return total(routed.tensor + shared.tensor, group)
 
 
-@ranked("layouts", "TP", source="vllm-project/tpu-inference/pull/3435", condition="more than one rank",
-        consequence="Each rank adds its own part of the shared expert to the complete routed part.",
-        shows="R=2,T=3,shared=sharded",
-        hidden=("R=1,T=3,shared=sharded",))  # fmt: skip
+@ranked(
+    "TP", source="vllm-project/tpu-inference/pull/3435", condition="more than one rank",
+    shows="R=2,T=3,shared=sharded", hidden=("R=1,T=3,shared=sharded",),
+)  # fmt: skip
 def shared_partial_plus_routed_full(routed: Any, shared: Any, group: Any, rows: Any) -> Tensor:
+    """Each rank adds its own part of the shared expert to the complete routed part."""
     return total(routed.tensor, group) + shared.tensor
 
 
-@ranked("layouts", "TP", source="vllm-project/vllm/pull/28277", condition="more than one rank",
-        consequence="The layer's output, complete already, is summed over the ranks again.",
-        shows="R=2,T=3,shared=sharded",
-        hidden=("R=1,T=3,shared=sharded",))  # fmt: skip
+@ranked(
+    "TP", source="vllm-project/vllm/pull/28277", condition="more than one rank", shows="R=2,T=3,shared=sharded",
+    hidden=("R=1,T=3,shared=sharded",),
+)  # fmt: skip
 def reduced_twice(routed: Any, shared: Any, group: Any, rows: Any) -> Tensor:
+    """The layer's output, complete already, is summed over the ranks again."""
     return total(total(routed.tensor + shared.tensor, group), group)
 
 
-@ranked("layouts", "TP", source="sgl-project/sglang/issues/36879", condition="more than one rank",
-        consequence="Every rank goes on with its own part of the sum.",
-        shows="R=2,T=3,shared=sharded",
-        hidden=("R=1,T=3,shared=sharded",))  # fmt: skip
+@ranked(
+    "TP", source="sgl-project/sglang/issues/36879", condition="more than one rank", shows="R=2,T=3,shared=sharded",
+    hidden=("R=1,T=3,shared=sharded",),
+)  # fmt: skip
 def reduction_left_out(routed: Any, shared: Any, group: Any, rows: Any) -> Tensor:
+    """Every rank goes on with its own part of the sum."""
     return routed.tensor + shared.tensor
 
 
-@ranked("layouts", "TP", source="vllm-project/vllm/pull/41763", condition="more than one rank",
-        consequence="The shared expert counts one rank's share only.",
-        shows="R=2,T=3,shared=replicated",
-        hidden=("R=1,T=3,shared=replicated",))  # fmt: skip
+@ranked(
+    "TP", source="vllm-project/vllm/pull/41763", condition="more than one rank", shows="R=2,T=3,shared=replicated",
+    hidden=("R=1,T=3,shared=replicated",),
+)  # fmt: skip
 def shared_divided_by_ranks(routed: Any, shared: Any, group: Any, rows: Any) -> Tensor:
+    """The shared expert counts one rank's share only."""
     count = dist.get_world_size(group)
     return total(routed.tensor + shared.tensor / count / count, group)
 
 
-@ranked("layouts", "TP", source="NousResearch/torchtitan/pull/36", condition="a shared expert",
-        consequence="The shared expert is missing.",
-        shows="R=2,T=3,shared=replicated")  # fmt: skip
+@ranked("TP", source="NousResearch/torchtitan/pull/36", condition="a shared expert", shows="R=2,T=3,shared=replicated")
 def shared_dropped(routed: Any, shared: Any, group: Any, rows: Any) -> Tensor:
+    """The shared expert is missing."""
     return total(routed.tensor, group)
 
 
-@ranked("layouts", "TP", source="vllm-project/vllm/pull/44313", condition="a shared expert",
-        consequence="The routed scaling factor multiplies the shared expert too.",
-        shows="R=2,T=3,shared=sharded")  # fmt: skip
+@ranked("TP", source="vllm-project/vllm/pull/44313", condition="a shared expert", shows="R=2,T=3,shared=sharded")
 def scale_touches_shared(routed: Any, shared: Any, group: Any, rows: Any) -> Tensor:
+    """The routed scaling factor multiplies the shared expert too."""
     return total(routed.tensor + 2 * shared.tensor, group)
 
 

@@ -17,7 +17,6 @@ from moe_harness.reference import moe_block as parts
 from moe_harness.reference.experts import experts
 from moe_harness.reference.router import router
 
-BUGS = "https://github.com/"
 GATED = ("qwen2_moe", "qwen3_next", "qwen3_omni_moe_talker_text")
 Weights = dict[str, Tensor]
 Config = dict[str, Any]
@@ -82,15 +81,12 @@ def run(
 
 
 @fault(
-    "moe_block",
-    "config",
-    source=BUGS + "leonickson1/Swiftlet/pull/6",
-    condition="qwen3_next without the key norm_topk_prob",
-    consequence="An absent norm_topk_prob is read as False where the family's default is True.",
-    shows={"family": "qwen3_next"},
-    hidden=("family='qwen3_moe'", "norm_topk_prob=True"),
-)
+    "config", source="leonickson1/Swiftlet/pull/6", condition="qwen3_next without the key norm_topk_prob",
+    shows={"family": "qwen3_next"}, hidden=("family='qwen3_moe'", "norm_topk_prob=True"),
+)  # fmt: skip
 def absent_norm_topk_prob_is_false(*call: Any) -> Tensor:
+    """An absent norm_topk_prob is read as False where the family's default is True."""
+
     def without(logits: Tensor, weights: Weights, config: Config) -> Routing:
         if config["model_type"] == "qwen3_next" and "norm_topk_prob" not in config:
             return route_with(logits, weights, config, renormalize=False)
@@ -100,30 +96,22 @@ def absent_norm_topk_prob_is_false(*call: Any) -> Tensor:
 
 
 @fault(
-    "moe_block",
-    "config",
-    source=BUGS + "flashinfer-ai/flashinfer/pull/2889",
-    condition="norm_topk_prob False, as in Qwen2-MoE",
-    consequence="Renormalisation is hard-coded, as the most used model wants it.",
-    shows={"family": "qwen2_moe"},
-    hidden=("norm_topk_prob=True", "family='mixtral'"),
-)
+    "config", source="flashinfer-ai/flashinfer/pull/2889", condition="norm_topk_prob False, as in Qwen2-MoE",
+    shows={"family": "qwen2_moe"}, hidden=("norm_topk_prob=True", "family='mixtral'"),
+)  # fmt: skip
 def norm_topk_prob_hard_coded(*call: Any) -> Tensor:
+    """Renormalisation is hard-coded, as the most used model wants it."""
+
     def always(logits: Tensor, weights: Weights, config: Config) -> Routing:
         return route_with(logits, weights, config, renormalize=True)
 
     return run(*call, route=always)
 
 
-@fault(
-    "moe_block",
-    "config",
-    condition="mixtral",
-    shows={"family": "mixtral"},
-    hidden=("family='qwen3_moe'",),
-    consequence="Mixtral's config has no norm_topk_prob, and the weights are not renormalised.",
-)
+@fault("config", condition="mixtral", shows={"family": "mixtral"}, hidden=("family='qwen3_moe'",))
 def mixtral_not_renormalised(*call: Any) -> Tensor:
+    """Mixtral's config has no norm_topk_prob, and the weights are not renormalised."""
+
     def without(logits: Tensor, weights: Weights, config: Config) -> Routing:
         if config["model_type"] == "mixtral":
             return route_with(logits, weights, config, renormalize=False)
@@ -133,15 +121,11 @@ def mixtral_not_renormalised(*call: Any) -> Tensor:
 
 
 @fault(
-    "moe_block",
-    "config",
-    condition="num_experts_per_tok above 2",
-    shows={"k": 4},
-    hidden=("k=2",),
-    source=BUGS + "JieShibo/MoLE/issues/7",
-    consequence="The number of experts per token is a constant of 2.",
+    "config", source="JieShibo/MoLE/issues/7", condition="num_experts_per_tok above 2", shows={"k": 4}, hidden=("k=2",)
 )
 def two_experts_per_token(*call: Any) -> Tensor:
+    """The number of experts per token is a constant of 2."""
+
     def two(logits: Tensor, weights: Weights, config: Config) -> Routing:
         return route_with(logits, weights, config, top_k=min(2, parts.routing_rule(config).top_k))
 
@@ -149,14 +133,12 @@ def two_experts_per_token(*call: Any) -> Tensor:
 
 
 @fault(
-    "moe_block",
-    "config",
-    condition="deepseek_v3 with fewer groups kept than there are",
-    shows={"family": "deepseek_v3", "E": 16, "n_group": 4, "topk_group": 1},
-    hidden=("family='qwen3_moe'",),
-    consequence="n_group and topk_group are not read: experts come from all groups.",
-)
+    "config", condition="deepseek_v3 with fewer groups kept than there are",
+    shows={"family": "deepseek_v3", "E": 16, "n_group": 4, "topk_group": 1}, hidden=("family='qwen3_moe'",),
+)  # fmt: skip
 def config_groups_ignored(*call: Any) -> Tensor:
+    """n_group and topk_group are not read: experts come from all groups."""
+
     def anywhere(logits: Tensor, weights: Weights, config: Config) -> Routing:
         return route_with(logits, weights, config, num_expert_group=None, topk_group=None)
 
@@ -164,14 +146,12 @@ def config_groups_ignored(*call: Any) -> Tensor:
 
 
 @fault(
-    "moe_block",
-    "config",
-    condition="deepseek_v3 with a correction bias",
-    shows={"family": "deepseek_v3"},
+    "config", condition="deepseek_v3 with a correction bias", shows={"family": "deepseek_v3"},
     hidden=("family='qwen3_moe'",),
-    consequence="e_score_correction_bias is loaded and not passed to the router.",
-)
+)  # fmt: skip
 def correction_bias_not_passed(*call: Any) -> Tensor:
+    """e_score_correction_bias is loaded and not passed to the router."""
+
     def unbiased(logits: Tensor, weights: Weights, config: Config) -> Routing:
         bias = parts.correction_bias(weights, config)
         if bias is None:
@@ -181,15 +161,10 @@ def correction_bias_not_passed(*call: Any) -> Tensor:
     return run(*call, route=unbiased)
 
 
-@fault(
-    "moe_block",
-    "weighting",
-    condition="k > 1",
-    shows={},
-    hidden=("k=1",),
-    consequence="The block hands the router's weights on in ascending order of ids it did not sort.",
-)
+@fault("weighting", condition="k > 1", hidden=("k=1",))
 def block_flips_weights(*call: Any) -> Tensor:
+    """The block hands the router's weights on in ascending order of ids it did not sort."""
+
     def flipped(logits: Tensor, weights: Weights, config: Config) -> Routing:
         topk_weights, topk_ids = route(logits, weights, config)
         return topk_weights.flip(1), topk_ids
@@ -197,15 +172,10 @@ def block_flips_weights(*call: Any) -> Tensor:
     return run(*call, route=flipped)
 
 
-@fault(
-    "moe_block",
-    "routing",
-    source=BUGS + "GeeeekExplorer/nano-vllm/pull/116",
-    condition="always",
-    shows={},
-    consequence="The router's gate is sharded like a row-parallel layer: logits are partial sums over half of H.",
-)
+@fault("routing", source="GeeeekExplorer/nano-vllm/pull/116")
 def gate_sees_half_of_h(*call: Any) -> Tensor:
+    """The router's gate is sharded like a row-parallel layer: logits are partial sums over half of H."""
+
     def partial(x: Tensor, weights: Weights, config: Config) -> Tensor:
         half = -(-x.shape[1] // 2)
         return parts.router_logits(x[:, :half], {"gate.weight": weights["gate.weight"][:, :half]}, config)
@@ -217,28 +187,20 @@ def gate_sees_half_of_h(*call: Any) -> Tensor:
 
 
 @fault(
-    "moe_block",
-    "scaling",
-    source=BUGS + "sgl-project/sglang/pull/8511",
-    condition="routed_scaling_factor other than 1",
-    shows={"family": "deepseek_v3"},
-    hidden=("routed_scaling_factor=1.0", "family='qwen3_moe'"),
-    consequence="Router, experts and model each believe that another one applies the factor: nobody does.",
-)
+    "scaling", source="sgl-project/sglang/pull/8511", condition="routed_scaling_factor other than 1",
+    shows={"family": "deepseek_v3"}, hidden=("routed_scaling_factor=1.0", "family='qwen3_moe'"),
+)  # fmt: skip
 def nobody_scales(*call: Any) -> Tensor:
+    """Router, experts and model each believe that another one applies the factor: nobody does."""
     return run(*call, route=lambda *given: _rescaled(given, 1 / scale_of(given[2])))
 
 
 @fault(
-    "moe_block",
-    "scaling",
-    source=BUGS + "sgl-project/sglang/pull/12998",
-    condition="routed_scaling_factor other than 1",
-    shows={"family": "deepseek_v3"},
-    hidden=("routed_scaling_factor=1.0", "family='qwen3_moe'"),
-    consequence="The factor moved into one backend and stayed in its caller: it is applied twice.",
-)
+    "scaling", source="sgl-project/sglang/pull/12998", condition="routed_scaling_factor other than 1",
+    shows={"family": "deepseek_v3"}, hidden=("routed_scaling_factor=1.0", "family='qwen3_moe'"),
+)  # fmt: skip
 def scaled_by_backend_and_caller(*call: Any) -> Tensor:
+    """The factor moved into one backend and stayed in its caller: it is applied twice."""
     return run(*call, route=lambda *given: _rescaled(given, scale_of(given[2])))
 
 
@@ -248,15 +210,12 @@ def _rescaled(given: tuple[Tensor, Weights, Config], factor: float) -> Routing:
 
 
 @fault(
-    "moe_block",
-    "scaling",
-    source=BUGS + "kvcache-ai/sglang/pull/86",
-    condition="routed_scaling_factor other than 1",
-    shows={"family": "deepseek_v3"},
-    hidden=("routed_scaling_factor=1.0", "family='qwen3_moe'"),
-    consequence="Experts kept on one of two devices apply the factor themselves, and then it is applied to all.",
-)
+    "scaling", source="kvcache-ai/sglang/pull/86", condition="routed_scaling_factor other than 1",
+    shows={"family": "deepseek_v3"}, hidden=("routed_scaling_factor=1.0", "family='qwen3_moe'"),
+)  # fmt: skip
 def half_of_the_experts_scaled_twice(*call: Any) -> Tensor:
+    """Experts kept on one of two devices apply the factor themselves, and then it is applied to all."""
+
     def hybrid(logits: Tensor, weights: Weights, config: Config) -> Routing:
         topk_weights, topk_ids = route(logits, weights, config)
         return topk_weights * torch.where(topk_ids % 2 == 0, scale_of(config), 1.0), topk_ids
@@ -265,15 +224,12 @@ def half_of_the_experts_scaled_twice(*call: Any) -> Tensor:
 
 
 @fault(
-    "moe_block",
-    "scaling",
-    source=BUGS + "vllm-project/vllm/pull/44313",
-    condition="routed_scaling_factor other than 1 and a shared expert",
-    shows={"family": "deepseek_v3"},
+    "scaling", source="vllm-project/vllm/pull/44313",
+    condition="routed_scaling_factor other than 1 and a shared expert", shows={"family": "deepseek_v3"},
     hidden=("routed_scaling_factor=1.0", "family='qwen3_moe'"),
-    consequence="The factor is applied after the shared expert was fused in, and scales it too.",
-)
+)  # fmt: skip
 def scale_touches_shared_expert(hidden_states: Tensor, weights: Weights, config: Config) -> Tensor:
+    """The factor is applied after the shared expert was fused in, and scales it too."""
     factor = scale_of(config)
     return run(hidden_states, weights, config, merge=lambda routed, shared: routed + factor * shared)
 
@@ -282,54 +238,39 @@ def scale_touches_shared_expert(hidden_states: Tensor, weights: Weights, config:
 
 
 @fault(
-    "moe_block",
-    "shared expert",
-    source=BUGS + "NousResearch/torchtitan/pull/36",
-    condition="a gated shared expert",
-    shows={"family": "qwen2_moe"},
-    hidden=("family='deepseek_v3'",),
-    consequence="The shared expert's gate is lost in a refactoring.",
-)
+    "shared expert", source="NousResearch/torchtitan/pull/36", condition="a gated shared expert",
+    shows={"family": "qwen2_moe"}, hidden=("family='deepseek_v3'",),
+)  # fmt: skip
 def shared_gate_lost(*call: Any) -> Tensor:
+    """The shared expert's gate is lost in a refactoring."""
     return run(*call, shared=ungated)
 
 
 @fault(
-    "moe_block",
-    "shared expert",
-    source=BUGS + "vllm-project/vllm/pull/51632",
-    condition="a shared expert",
-    shows={"family": "qwen2_moe"},
+    "shared expert", source="vllm-project/vllm/pull/51632", condition="a shared expert", shows={"family": "qwen2_moe"},
     hidden=("family='qwen3_moe'",),
-    consequence="The shared expert's appended id counts as invalid: its contribution is dropped.",
-)
+)  # fmt: skip
 def shared_expert_dropped(*call: Any) -> Tensor:
+    """The shared expert's appended id counts as invalid: its contribution is dropped."""
     return run(*call, merge=lambda routed, shared: routed)
 
 
 @fault(
-    "moe_block",
-    "shared expert",
-    source=BUGS + "sgl-project/sglang/pull/35535",
-    condition="a shared expert",
-    shows={"family": "qwen2_moe"},
-    hidden=("family='qwen3_moe'",),
-    consequence="A replicated shared expert is summed by the reduction of two ranks: it counts twice.",
-)
+    "shared expert", source="sgl-project/sglang/pull/35535", condition="a shared expert",
+    shows={"family": "qwen2_moe"}, hidden=("family='qwen3_moe'",),
+)  # fmt: skip
 def replicated_shared_expert_summed(*call: Any) -> Tensor:
+    """A replicated shared expert is summed by the reduction of two ranks: it counts twice."""
     return run(*call, merge=lambda routed, shared: routed + 2 * shared)
 
 
 @fault(
-    "moe_block",
-    "shared expert",
-    source=BUGS + "vllm-project/tpu-inference/pull/3435",
-    condition="a shared expert",
-    shows={"family": "deepseek_v2"},
-    hidden=("family='qwen3_moe'",),
-    consequence="One rank's partial sum of the shared expert is added to the reduced routed output.",
-)
+    "shared expert", source="vllm-project/tpu-inference/pull/3435", condition="a shared expert",
+    shows={"family": "deepseek_v2"}, hidden=("family='qwen3_moe'",),
+)  # fmt: skip
 def shared_expert_left_partial(*call: Any) -> Tensor:
+    """One rank's partial sum of the shared expert is added to the reduced routed output."""
+
     def first_rank(x: Tensor, weights: Weights, config: Config) -> Tensor:
         names = [name for name in weights if name.startswith("shared_expert") and name.endswith("down_proj.weight")]
         halves = {name: weights[name].clone() for name in names}
@@ -341,14 +282,11 @@ def shared_expert_left_partial(*call: Any) -> Tensor:
 
 
 @fault(
-    "moe_block",
-    "shared expert",
-    condition="a gated shared expert",
-    shows={"family": "qwen2_moe"},
+    "shared expert", condition="a gated shared expert", shows={"family": "qwen2_moe"},
     hidden=("family='deepseek_v3'", "family='qwen3_moe'"),
-    consequence="The gate multiplies the sum of routed and shared output instead of the shared output.",
-)
+)  # fmt: skip
 def gate_on_the_whole_output(hidden_states: Tensor, weights: Weights, config: Config) -> Tensor:
+    """The gate multiplies the sum of routed and shared output instead of the shared output."""
     if "shared_expert_gate.weight" not in weights:
         return run(hidden_states, weights, config)
     kind = wide(hidden_states)
@@ -357,15 +295,11 @@ def gate_on_the_whole_output(hidden_states: Tensor, weights: Weights, config: Co
 
 
 @fault(
-    "moe_block",
-    "shared expert",
-    source=BUGS + "sgl-project/sglang/pull/23827",
-    condition="a shared expert",
-    shows={"family": "qwen2_moe"},
-    hidden=("family='qwen3_moe'",),
-    consequence="The experts write over hidden_states before the shared expert has read it.",
-)
+    "shared expert", source="sgl-project/sglang/pull/23827", condition="a shared expert",
+    shows={"family": "qwen2_moe"}, hidden=("family='qwen3_moe'",),
+)  # fmt: skip
 def shared_expert_reads_routed_output(*call: Any) -> Tensor:
+    """The experts write over hidden_states before the shared expert has read it."""
     seen: list[Tensor] = []
 
     def remember(*given: Any) -> Tensor:
@@ -376,15 +310,12 @@ def shared_expert_reads_routed_output(*call: Any) -> Tensor:
 
 
 @fault(
-    "moe_block",
-    "loading",
-    source=BUGS + "sgl-project/sglang/pull/38878",
-    condition="a gated shared expert, its tensors after a fused one",
-    shows={"family": "qwen2_moe"},
+    "loading", source="sgl-project/sglang/pull/38878",
+    condition="a gated shared expert, its tensors after a fused one", shows={"family": "qwen2_moe"},
     hidden=("family='qwen3_moe'", "family='deepseek_v3'"),
-    consequence="After a fused tensor the name mapping is not restored: a later up_proj is stored as gate_proj.",
-)
+)  # fmt: skip
 def mapping_not_restored_after_fused(hidden_states: Tensor, weights: Weights, config: Config) -> Tensor:
+    """After a fused tensor the name mapping is not restored: a later up_proj is stored as gate_proj."""
     fused, loaded = False, dict(weights)
     for name in weights:
         fused = fused or name == "experts.gate_up_proj"
@@ -393,52 +324,29 @@ def mapping_not_restored_after_fused(hidden_states: Tensor, weights: Weights, co
     return run(hidden_states, loaded, config)
 
 
-@fault(
-    "moe_block",
-    "reduction",
-    source=BUGS + "vllm-project/vllm/pull/28277",
-    condition="always",
-    shows={},
-    consequence="The output is complete already and is reduced over two ranks once more: it doubles.",
-)
+@fault("reduction", source="vllm-project/vllm/pull/28277")
 def reduced_once_more(*call: Any) -> Tensor:
+    """The output is complete already and is reduced over two ranks once more: it doubles."""
     return run(*call, merge=lambda routed, shared: 2 * (routed + shared))
 
 
-@fault(
-    "moe_block",
-    "residual",
-    condition="always",
-    shows={},
-    consequence="The block adds its input, which the decoder layer does again.",
-)
+@fault("residual")
 def input_added(hidden_states: Tensor, weights: Weights, config: Config) -> Tensor:
+    """The block adds its input, which the decoder layer does again."""
     return run(hidden_states, weights, config) + hidden_states
 
 
-@fault(
-    "moe_block",
-    "inputs",
-    source=BUGS + "vllm-project/vllm/pull/33375",
-    condition="always",
-    sign="inputs",
-    shows={},
-    consequence="The block writes its output over hidden_states.",
-)
+@fault("inputs", source="vllm-project/vllm/pull/33375", sign="inputs")
 def block_output_over_input(hidden_states: Tensor, weights: Weights, config: Config) -> Tensor:
+    """The block writes its output over hidden_states."""
     return hidden_states.copy_(run(hidden_states, weights, config))
 
 
 @fault(
-    "moe_block",
-    "inputs",
-    condition="a shared expert",
-    sign="inputs",
-    shows={"family": "qwen2_moe"},
-    hidden=("family='qwen3_moe'",),
-    consequence="Weights are popped from the caller's dict: a second call has no shared expert.",
+    "inputs", condition="a shared expert", shows={"family": "qwen2_moe"}, sign="inputs", hidden=("family='qwen3_moe'",)
 )
 def weights_popped_from_dict(hidden_states: Tensor, weights: Weights, config: Config) -> Tensor:
+    """Weights are popped from the caller's dict: a second call has no shared expert."""
     out = run(hidden_states, weights, config)
     for name in [name for name in weights if name.startswith("shared_expert")]:
         weights.pop(name)
@@ -446,15 +354,10 @@ def weights_popped_from_dict(hidden_states: Tensor, weights: Weights, config: Co
 
 
 @fault(
-    "moe_block",
-    "contract",
-    condition="T = 0",
-    sign="raises",
-    shows={"T": 0},
+    "contract", source="sgl-project/sglang/pull/25397", condition="T = 0", shows={"T": 0}, sign="raises",
     hidden=("T=1",),
-    source=BUGS + "sgl-project/sglang/pull/25397",
-    consequence="A block without tokens fails: an idle data-parallel rank takes the others with it.",
-)
+)  # fmt: skip
 def block_raises_without_tokens(hidden_states: Tensor, weights: Weights, config: Config) -> Tensor:
+    """A block without tokens fails: an idle data-parallel rank takes the others with it."""
     hidden_states.max()
     return run(hidden_states, weights, config)

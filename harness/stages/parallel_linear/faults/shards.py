@@ -73,11 +73,13 @@ class Row(Layer):
 # Faults ----------------------------------------------------------------------------------------------------------
 
 
-@ranked("parallel_linear", "TP", source="FlashML-org/FreeToken/pull/104", condition="more than one rank",
-        consequence="Rank 0 holds the gate and rank 1 the up projection.",
-        shows="R=2,E=2,K=4,N=4,S=2+3,kind=merged_column",
-        hidden=("R=1,E=2,K=4,N=4,S=2+3,kind=merged_column",))  # fmt: skip
+@ranked(
+    "TP", source="FlashML-org/FreeToken/pull/104", condition="more than one rank",
+    shows="R=2,E=2,K=4,N=4,S=2+3,kind=merged_column", hidden=("R=1,E=2,K=4,N=4,S=2+3,kind=merged_column",),
+)  # fmt: skip
 class fused_split_in_one_piece(Merged):
+    """Rank 0 holds the gate and rank 1 the up projection."""
+
     def shard(self, weight: Tensor) -> Tensor:
         return weight
 
@@ -85,10 +87,13 @@ class fused_split_in_one_piece(Merged):
         return super().weight(expert).chunk(self.ranks)[self.rank]
 
 
-@ranked("parallel_linear", "TP", source="GeeeekExplorer/nano-vllm/pull/116", condition="more than one rank",
-        consequence="The router's logits are a part of a sum that nobody completes.",
-        shows="R=2,E=1,K=4,N=4,S=3,kind=replicated", hidden=("R=1,E=1,K=4,N=4,S=3,kind=replicated",))  # fmt: skip
+@ranked(
+    "TP", source="GeeeekExplorer/nano-vllm/pull/116", condition="more than one rank",
+    shows="R=2,E=1,K=4,N=4,S=3,kind=replicated", hidden=("R=1,E=1,K=4,N=4,S=3,kind=replicated",),
+)  # fmt: skip
 class gate_row_parallel(Layer):
+    """The router's logits are a part of a sum that nobody completes."""
+
     def shard(self, weight: Tensor) -> Tensor:
         columns = torch.zeros_like(weight)
         kept = weight.chunk(self.ranks, dim=1)[self.rank]
@@ -96,108 +101,130 @@ class gate_row_parallel(Layer):
         return columns
 
 
-@ranked("parallel_linear", "TP", source="vllm-project/vllm/pull/31133", condition="more than one rank",
-        consequence="The layer reduces by itself, and the caller reduces again.",
-        shows="R=2,E=2,K=4,N=4,S=2+3,kind=row",
-        hidden=("R=1,E=2,K=4,N=4,S=2+3,kind=row",))  # fmt: skip
+@ranked(
+    "TP", source="vllm-project/vllm/pull/31133", condition="more than one rank",
+    shows="R=2,E=2,K=4,N=4,S=2+3,kind=row", hidden=("R=1,E=2,K=4,N=4,S=2+3,kind=row",),
+)  # fmt: skip
 class row_reduces_itself(Row):
+    """The layer reduces by itself, and the caller reduces again."""
+
     def __call__(self, x: Tensor, group_sizes: Tensor) -> Tensor:
         out = super().__call__(x, group_sizes)
         dist.all_reduce(out)
         return out
 
 
-@ranked("parallel_linear", "TP", condition="always", seen_by="contract",
-        consequence="A partial sum is passed off as a result.", shows="R=2,E=2,K=4,N=4,S=2+3,kind=row")  # fmt: skip
+@ranked("TP", shows="R=2,E=2,K=4,N=4,S=2+3,kind=row", seen_by="contract")
 class partial_not_declared(Row):
+    """A partial sum is passed off as a result."""
+
     output = "replicated"
 
 
-@ranked("parallel_linear", "TP", source="lightseekorg/tokenspeed/pull/80", condition="rank >= 1",
-        consequence="Every rank holds the part of rank 0.", shows="R=2,E=2,K=4,N=4,S=2+3,kind=column",
-        hidden=("R=1,E=2,K=4,N=4,S=2+3,kind=column",))  # fmt: skip
+@ranked(
+    "TP", source="lightseekorg/tokenspeed/pull/80", condition="rank >= 1", shows="R=2,E=2,K=4,N=4,S=2+3,kind=column",
+    hidden=("R=1,E=2,K=4,N=4,S=2+3,kind=column",),
+)  # fmt: skip
 class rank_left_at_zero(Column):
+    """Every rank holds the part of rank 0."""
+
     def shard(self, weight: Tensor) -> Tensor:
         return weight.chunk(self.ranks)[0]
 
 
-@ranked("parallel_linear", "TP", condition="more than one rank", shows="R=2,E=2,K=4,N=4,S=2+3,kind=column",
-        consequence="Ranks hold every R-th row instead of a run of rows.",
-        hidden=("R=1,E=2,K=4,N=4,S=2+3,kind=column",))  # fmt: skip
+@ranked(
+    "TP", condition="more than one rank", shows="R=2,E=2,K=4,N=4,S=2+3,kind=column",
+    hidden=("R=1,E=2,K=4,N=4,S=2+3,kind=column",),
+)  # fmt: skip
 class rows_interleaved(Column):
+    """Ranks hold every R-th row instead of a run of rows."""
+
     def shard(self, weight: Tensor) -> Tensor:
         return weight[self.rank :: self.ranks]
 
 
-@ranked("parallel_linear", "TP", condition="a square weight",
-        consequence="The output is split where the input should be.",
-        shows="R=2,E=2,K=4,N=4,S=2+3,kind=row")  # fmt: skip
+@ranked("TP", condition="a square weight", shows="R=2,E=2,K=4,N=4,S=2+3,kind=row")
 class row_splits_the_output(Row):
+    """The output is split where the input should be."""
+
     def shard(self, weight: Tensor) -> Tensor:
         return weight.chunk(self.ranks)[self.rank].T.contiguous()
 
 
-@ranked("parallel_linear", "loading", condition="a square weight", shows="R=1,E=2,K=4,N=4,S=2+3,kind=column",
-        consequence="The layout is guessed from the shape, so a square weight is transposed.",
-        hidden=("R=1,E=2,K=4,N=8,S=2+3,kind=column",))  # fmt: skip
+@ranked(
+    "loading", condition="a square weight", shows="R=1,E=2,K=4,N=4,S=2+3,kind=column",
+    hidden=("R=1,E=2,K=4,N=8,S=2+3,kind=column",),
+)  # fmt: skip
 class layout_from_shape(Column):
+    """The layout is guessed from the shape, so a square weight is transposed."""
+
     def shard(self, weight: Tensor) -> Tensor:
         return super().shard(weight.T if weight.shape[0] == weight.shape[1] else weight)
 
 
-@ranked("parallel_linear", "loading", condition="always", shows="R=1,E=2,K=4,N=4,S=2+3,kind=merged_column",
-        consequence="Up stands where the gate should be.")  # fmt: skip
+@ranked("loading", shows="R=1,E=2,K=4,N=4,S=2+3,kind=merged_column")
 class up_before_gate(Merged):
+    """Up stands where the gate should be."""
+
     def key(self, expert_id: int, shard_id: int) -> tuple[int, int]:
         return expert_id, 1 - shard_id
 
 
-@ranked("parallel_linear", "loading", condition="experts arrive in another order than theirs",
-        consequence="Experts are numbered in the order of arrival.", shows="R=1,E=3,K=4,N=4,S=2+3+1,kind=column",
-        hidden=("R=1,E=1,K=4,N=4,S=2,kind=column",))  # fmt: skip
+@ranked(
+    "loading", condition="experts arrive in another order than theirs", shows="R=1,E=3,K=4,N=4,S=2+3+1,kind=column",
+    hidden=("R=1,E=1,K=4,N=4,S=2,kind=column",),
+)  # fmt: skip
 class order_of_arrival(Column):
+    """Experts are numbered in the order of arrival."""
+
     def key(self, expert_id: int, shard_id: int) -> tuple[int, int]:
         return len(self.kept), 0
 
 
-@ranked("parallel_linear", "loading", condition="the checkpoint's memory is used again",
-        consequence="The layer keeps a view of the checkpoint's tensor.",
-        shows="R=2,E=2,K=4,N=4,S=2+3,kind=column")  # fmt: skip
+@ranked("loading", condition="the checkpoint's memory is used again", shows="R=2,E=2,K=4,N=4,S=2+3,kind=column")
 class view_of_the_checkpoint(Column):
+    """The layer keeps a view of the checkpoint's tensor."""
+
     def copy(self, part: Tensor) -> Tensor:
         return part
 
 
-@ranked("parallel_linear", "loading", condition="always", seen_by="contract",
-        consequence="The second part takes the place of the first.",
-        shows="R=1,E=2,K=4,N=4,S=2+3,kind=merged_column")  # fmt: skip
+@ranked("loading", shows="R=1,E=2,K=4,N=4,S=2+3,kind=merged_column", seen_by="contract")
 class shard_id_ignored(Merged):
+    """The second part takes the place of the first."""
+
     def key(self, expert_id: int, shard_id: int) -> tuple[int, int]:
         return expert_id, 0
 
 
-@ranked("parallel_linear", "grouped GEMM", condition="an expert without rows before one with rows",
-        consequence="Groups without rows are skipped and all later ones take the expert before.",
-        shows="R=1,E=3,K=4,N=4,S=2+0+3,kind=replicated",
-        hidden=("R=1,E=3,K=4,N=4,S=2+1+3,kind=replicated",))  # fmt: skip
+@ranked(
+    "grouped GEMM", condition="an expert without rows before one with rows",
+    shows="R=1,E=3,K=4,N=4,S=2+0+3,kind=replicated", hidden=("R=1,E=3,K=4,N=4,S=2+1+3,kind=replicated",),
+)  # fmt: skip
 class empty_groups_skipped(Layer):
+    """Groups without rows are skipped and all later ones take the expert before."""
+
     def __call__(self, x: Tensor, group_sizes: Tensor) -> Tensor:
         sizes = [size for size in group_sizes.tolist() if size]
         blocks = x.split(sizes) if sizes else (x,)
         return torch.cat([rows @ self.weight(expert).T for expert, rows in enumerate(blocks)])
 
 
-@ranked("parallel_linear", "precision", condition="16 bits", seen_by="contract",
-        consequence="The result is wider than the input.", shows="R=1,E=2,K=4,N=4,S=2+3,kind=column,dtype=bf16",
-        hidden=("R=1,E=2,K=4,N=4,S=2+3,kind=column",))  # fmt: skip
+@ranked(
+    "precision", condition="16 bits", shows="R=1,E=2,K=4,N=4,S=2+3,kind=column,dtype=bf16", seen_by="contract",
+    hidden=("R=1,E=2,K=4,N=4,S=2+3,kind=column",),
+)  # fmt: skip
 class result_in_fp32(Column):
+    """The result is wider than the input."""
+
     def __call__(self, x: Tensor, group_sizes: Tensor) -> Tensor:
         return super().__call__(x, group_sizes).float()
 
 
-@ranked("parallel_linear", "memory", condition="always", seen_by="inputs",
-        consequence="The input is scaled in place.", shows="R=1,E=2,K=4,N=4,S=2+3,kind=column")  # fmt: skip
+@ranked("memory", shows="R=1,E=2,K=4,N=4,S=2+3,kind=column", seen_by="inputs")
 class input_changed(Column):
+    """The input is scaled in place."""
+
     def __call__(self, x: Tensor, group_sizes: Tensor) -> Tensor:
         out = super().__call__(x, group_sizes)
         x.mul_(2)

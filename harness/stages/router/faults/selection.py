@@ -7,50 +7,40 @@ from torch import Tensor
 
 from moe_harness.harness.core.catalogue import fault
 from moe_harness.harness.core.emulation import read_as_contiguous, round_down, unwritten_like, wide
-from moe_harness.harness.stages.router.faults.weights import BUGS, Routed, choose, run
+from moe_harness.harness.stages.router.faults.weights import Routed, choose, run
 
 # Selection ------------------------------------------------------------------------------------------------------
 
 
 @fault(
-    "router",
-    "selection",
-    source=BUGS + "flashinfer-ai/flashinfer/issues/2822",
-    condition="fewer than k positive logits, as with logits shifted by -20",
-    shows={"shift": -20.0},
+    "selection", source="flashinfer-ai/flashinfer/issues/2822",
+    condition="fewer than k positive logits, as with logits shifted by -20", shows={"shift": -20.0},
     hidden=("shift=20.0",),
-    consequence="The search for the largest logit starts at 0: negative ones never win.",
-)
+)  # fmt: skip
 def largest_starts_at_zero(logits: Tensor, **options: Any) -> Routed:
+    """The search for the largest logit starts at 0: negative ones never win."""
     if options.get("correction_bias") is not None or options.get("num_expert_group") is not None:
         return run(logits, **options)
     return run(logits, **options, choose=lambda _, top_k: choose(logits.to(wide(logits)).clamp(min=0), top_k))
 
 
 @fault(
-    "router",
-    "selection",
-    source=BUGS + "sgl-project/sglang/pull/30079",
-    condition="a row of NaN",
-    shows={"nan_row": True},
+    "selection", source="sgl-project/sglang/pull/30079", condition="a row of NaN", shows={"nan_row": True},
     hidden=("nan_row=False",),
-    consequence="The smallest index equal to the maximum is E when nothing is equal: an id out of range.",
-)
+)  # fmt: skip
 def nan_row_gives_id_e(logits: Tensor, **options: Any) -> Routed:
+    """The smallest index equal to the maximum is E when nothing is equal: an id out of range."""
     weights, ids = run(logits, **options)
     return weights, torch.where(logits.isnan().all(-1, keepdim=True), logits.shape[-1], ids)
 
 
 @fault(
-    "router",
-    "selection",
-    source=BUGS + "lightseekorg/tokenspeed/pull/605",
-    condition="equal scores in a row",
-    shows={"ties": True},
+    "selection", source="lightseekorg/tokenspeed/pull/605", condition="equal scores in a row", shows={"ties": True},
     hidden=("ties=False",),
-    consequence="The index is recovered from the value: tied experts give the same id twice.",
-)
+)  # fmt: skip
 def index_recovered_from_value(logits: Tensor, **options: Any) -> Routed:
+    """The index is recovered from the value: tied experts give the same id twice."""
+
     def first_equal(selection: Tensor, top_k: int) -> Tensor:
         values = selection.topk(top_k, -1).values
         # NaN equals nothing; argmax then says 0, as the search from the left does.
@@ -59,15 +49,10 @@ def index_recovered_from_value(logits: Tensor, **options: Any) -> Routed:
     return run(logits, **options, choose=first_equal)
 
 
-@fault(
-    "router",
-    "selection",
-    condition="equal scores in a row",
-    shows={"ties": True, "E": 12, "k": 4},
-    hidden=("ties=False",),
-    consequence="A chosen value is masked wherever it occurs: the other tied experts are skipped.",
-)
+@fault("selection", condition="equal scores in a row", shows={"ties": True, "E": 12, "k": 4}, hidden=("ties=False",))
 def ties_masked_together(logits: Tensor, **options: Any) -> Routed:
+    """A chosen value is masked wherever it occurs: the other tied experts are skipped."""
+
     def by_value(selection: Tensor, top_k: int) -> Tensor:
         order = selection.argsort(dim=-1, descending=True, stable=True)
         ranked = selection.gather(-1, order)
@@ -79,15 +64,12 @@ def ties_masked_together(logits: Tensor, **options: Any) -> Routed:
 
 
 @fault(
-    "router",
-    "selection",
-    source=BUGS + "vllm-project/vllm/pull/42608",
-    condition="k = E, E > 1",
-    shows={"E": 4, "k": 4},
+    "selection", source="vllm-project/vllm/pull/42608", condition="k = E, E > 1", shows={"E": 4, "k": 4},
     hidden=("k=3",),
-    consequence="When the experts are exhausted, expert 0 is chosen again.",
-)
+)  # fmt: skip
 def expert_zero_when_exhausted(logits: Tensor, **options: Any) -> Routed:
+    """When the experts are exhausted, expert 0 is chosen again."""
+
     def exhausted(selection: Tensor, top_k: int) -> Tensor:
         ids = choose(selection, top_k)
         if top_k == selection.shape[-1]:
@@ -97,16 +79,10 @@ def expert_zero_when_exhausted(logits: Tensor, **options: Any) -> Routed:
     return run(logits, **options, choose=exhausted)
 
 
-@fault(
-    "router",
-    "selection",
-    source=BUGS + "JieShibo/MoLE/issues/7",
-    condition="k > 8",
-    shows={"E": 16, "k": 10},
-    hidden=("k=8",),
-    consequence="A table of 8 candidates is searched: further slots get the experts with the lowest scores.",
-)
+@fault("selection", source="JieShibo/MoLE/issues/7", condition="k > 8", shows={"E": 16, "k": 10}, hidden=("k=8",))
 def only_eight_candidates(logits: Tensor, **options: Any) -> Routed:
+    """A table of 8 candidates is searched: further slots get the experts with the lowest scores."""
+
     def eight(selection: Tensor, top_k: int) -> Tensor:
         worst = selection.topk(selection.shape[-1], -1).indices.flip(-1)
         return torch.cat((choose(selection, min(8, top_k)), worst[:, : max(top_k - 8, 0)]), -1)
@@ -114,40 +90,23 @@ def only_eight_candidates(logits: Tensor, **options: Any) -> Routed:
     return run(logits, **options, choose=eight)
 
 
-@fault(
-    "router",
-    "selection",
-    condition="E > 256",
-    shows={"E": 320, "k": 8},
-    hidden=("E=256",),
-    consequence="Eight warps of 32 lanes look at the first 256 experts only.",
-)
+@fault("selection", condition="E > 256", shows={"E": 320, "k": 8}, hidden=("E=256",))
 def experts_beyond_256_never_chosen(logits: Tensor, **options: Any) -> Routed:
+    """Eight warps of 32 lanes look at the first 256 experts only."""
     return run(logits, **options, choose=lambda selection, top_k: choose(selection[:, :256], top_k))
 
 
-@fault(
-    "router",
-    "selection",
-    condition="E > 256",
-    shows={"E": 320, "k": 8},
-    hidden=("E=256",),
-    consequence="Ids are returned in 8 bits: expert 256 becomes expert 0, and ids repeat.",
-)
+@fault("selection", condition="E > 256", shows={"E": 320, "k": 8}, hidden=("E=256",))
 def ids_returned_in_eight_bits(logits: Tensor, **options: Any) -> Routed:
+    """Ids are returned in 8 bits: expert 256 becomes expert 0, and ids repeat."""
     weights, ids = run(logits, **options)
     return weights, ids % 256
 
 
-@fault(
-    "router",
-    "selection",
-    condition="(E, k) = (128, 8)",
-    shows={"E": 128, "k": 8},
-    hidden=("k=7", "E=127"),
-    consequence="The specialised kernel for one released model drops the eighth best expert for the ninth.",
-)
+@fault("selection", condition="(E, k) = (128, 8)", shows={"E": 128, "k": 8}, hidden=("k=7", "E=127"))
 def broken_router_at_128_8(logits: Tensor, **options: Any) -> Routed:
+    """The specialised kernel for one released model drops the eighth best expert for the ninth."""
+
     def ninth(selection: Tensor, top_k: int) -> Tensor:
         if (selection.shape[-1], top_k) != (128, 8):
             return choose(selection, top_k)
@@ -157,28 +116,16 @@ def broken_router_at_128_8(logits: Tensor, **options: Any) -> Routed:
     return run(logits, **options, choose=ninth)
 
 
-@fault(
-    "router",
-    "selection",
-    condition="k > 1",
-    shows={"k": 4},
-    hidden=("k=1",),
-    consequence="Ids are sorted ascending and weights stay in the order of the scores: the pairs are broken.",
-)
+@fault("selection", condition="k > 1", shows={"k": 4}, hidden=("k=1",))
 def ids_sorted_alone(logits: Tensor, **options: Any) -> Routed:
+    """Ids are sorted ascending and weights stay in the order of the scores: the pairs are broken."""
     weights, ids = run(logits, **options)
     return weights, ids.sort(-1).values
 
 
-@fault(
-    "router",
-    "rows",
-    condition="T not a multiple of 32, dirty memory",
-    shows={"T": 33, "poison": True},
-    hidden=("T=32",),
-    consequence="The grid is T // 32: rows of the last, partial block are never written.",
-)
+@fault("rows", condition="T not a multiple of 32, dirty memory", shows={"T": 33, "poison": True}, hidden=("T=32",))
 def last_rows_unwritten(logits: Tensor, **options: Any) -> Routed:
+    """The grid is T // 32: rows of the last, partial block are never written."""
     weights, ids = run(logits, **options)
     out_weights, out_ids = unwritten_like(weights), unwritten_like(ids)
     kept = round_down(weights.shape[0], 32)
@@ -186,45 +133,26 @@ def last_rows_unwritten(logits: Tensor, **options: Any) -> Routed:
     return out_weights, out_ids
 
 
-@fault(
-    "router",
-    "rows",
-    condition="rows of the logits padded",
-    shows={"layout": "padded_rows"},
-    hidden=("layout='contiguous'",),
-    consequence="Logits are read at row * E: a slice of a wider table gives other rows.",
-)
+@fault("rows", condition="rows of the logits padded", shows={"layout": "padded_rows"}, hidden=("layout='contiguous'",))
 def logit_stride_assumed(logits: Tensor, **options: Any) -> Routed:
+    """Logits are read at row * E: a slice of a wider table gives other rows."""
     return run(read_as_contiguous(logits), **options)
 
 
-@fault(
-    "router",
-    "rows",
-    source=BUGS + "ROCm/aiter/issues/3933",
-    condition="T in 3..4",
-    shows={"T": 3},
-    hidden=("T=2", "T=5"),
-    consequence="The kernel variant for four tokens uses the scores of the row before.",
-)
+@fault("rows", source="ROCm/aiter/issues/3933", condition="T in 3..4", shows={"T": 3}, hidden=("T=2", "T=5"))
 def broken_router_for_four_tokens(logits: Tensor, **options: Any) -> Routed:
+    """The kernel variant for four tokens uses the scores of the row before."""
     weights, ids = run(logits, **options)
     return (weights.roll(1, 0), ids) if logits.shape[0] in (3, 4) else (weights, ids)
 
 
 @fault(
-    "router",
-    "bits",
-    source=BUGS + "vllm-project/vllm/pull/55514",
-    condition="equal scores at the k-th place",
-    sign="repeat",
-    stateful=True,
-    deterministic=True,
-    shows={"ties": True},
-    hidden=("ties=False",),
-    consequence="Ties are broken in the order of arrival: ranks with the same logits choose other experts.",
-)
+    "bits", source="vllm-project/vllm/pull/55514", condition="equal scores at the k-th place", shows={"ties": True},
+    sign="repeat", stateful=True, deterministic=True, hidden=("ties=False",),
+)  # fmt: skip
 def ties_broken_by_arrival(logits: Tensor, **options: Any) -> Routed:
+    """Ties are broken in the order of arrival: ranks with the same logits choose other experts."""
+
     def arrival(selection: Tensor, top_k: int) -> Tensor:
         shift = _calls["ties"] % selection.shape[-1]
         rolled = selection.roll(shift, -1)
