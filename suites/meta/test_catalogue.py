@@ -269,7 +269,7 @@ def differs(stage: str, out: Any, call: Call, permitted: tuple[str, ...] | None)
     module, names = find_stage(stage), SIGNATURES[stage].parameters
     judged = Judged(case_types()[stage](), dict(zip(names, call.args, strict=False)), dict(call.options))
     if stage == "router":
-        return bool(module.compare(judged, out, permitted).findings)
+        return bool(module.judge(judged, out, permitted).findings)
     bound = module.expect(judged, permitted)
     if not torch.equal(out.isnan(), bound.value.isnan()) or not torch.equal(out.isinf(), bound.value.isinf()):
         return True
