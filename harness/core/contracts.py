@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moe_harness.harness.core.blame import hand_over
 from moe_harness.harness.core.environment import how_to_install
 from moe_harness.harness.core.errors import CannotJudge, HarnessError, UsageError, unknown
 from moe_harness.harness.core.folders import extra_folders, needed_part, stages_with
@@ -95,7 +96,7 @@ class Subject:
     def call(self, args: dict[str, Any], keywords: dict[str, Any]) -> Any:
         """Call it as the contract says; a keyword it lacks is left out where the value is the contract's default."""
         passed = {k: v for k, v in keywords.items() if not self._lacks(k)}
-        return self.function(*args.values(), **passed)
+        return hand_over(self.function, *args.values(), **passed)
 
     def _lacks(self, keyword: str) -> bool:
         return self.parameters is not None and keyword not in self.parameters

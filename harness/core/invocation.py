@@ -1,16 +1,16 @@
 """Calling an implementation: what it may do (return, refuse) and what it may not (crash, lie about its result)."""
 
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moe_harness.harness.core import blame
 from moe_harness.harness.core.call import Call
 from moe_harness.harness.core.case import Case
 from moe_harness.harness.core.contracts import REJECTIONS, Subject
+from moe_harness.harness.core.defaults import kept_defaults
 from moe_harness.harness.core.environment import what_is_missing
 from moe_harness.harness.core.errors import CannotJudge
 from moe_harness.harness.core.findings import Record
@@ -28,22 +28,8 @@ class Broken(Exception):
     """The implementation failed in a way that leaves no result to judge."""
 
 
-@contextmanager
-def kept_defaults() -> Iterator[None]:
-    """Put back what the code inside sets for the whole process: the judge makes its own tensors with these."""
-    dtype, device = torch.get_default_dtype(), torch.get_default_device()
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    try:
-        yield
-    finally:
-        if torch.get_default_dtype() != dtype:
-            torch.set_default_dtype(dtype)
-        if torch.get_default_device() != device:
-            torch.set_default_device(None if device.type == "cpu" else device)
-        if torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)
-        if torch.are_deterministic_algorithms_enabled() != deterministic:
-            torch.use_deterministic_algorithms(deterministic)
+class JudgeFailed(Exception):
+    """The judge failed underneath a call, by an exception with which an implementation refuses; its cause tells it."""
 
 
 class Trial:
@@ -107,12 +93,18 @@ class Trial:
             if wait:
                 self.synchronize()
         except REJECTIONS as error:
+            if blame.is_judges(error):
+                raise JudgeFailed(f"{type(error).__name__}: {first_line(error)}") from error
             if wait:
                 self._check_device(error)
             raise Rejected(_refusal(error)) from error
         except BaseException as error:  # SystemExit and KeyboardInterrupt too: Ctrl-C does not reach this process
             if (missing := what_is_missing(error)) is not None:
                 raise CannotJudge(missing) from error
+            if (trouble := blame.machine_trouble(error)) is not None:
+                raise CannotJudge(blame.out_of(trouble)) from error
+            if blame.is_judges(error):
+                raise
             if call.case.optional:
                 raise Rejected(f"{type(error).__name__}: {first_line(error)}") from error
             raise Broken(
@@ -132,7 +124,7 @@ class Trial:
 
     def synchronize(self) -> None:
         if self.device == "cuda":
-            torch.cuda.synchronize()
+            blame.pass_on(torch.cuda.synchronize)  # what is told there happened in the code that was called
 
     def judge(self, call: Call, result: Any) -> Record:
         """The result against what a right one may be, many rows in parts."""

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import shutil
 import signal
 import tempfile
 import time
@@ -15,6 +14,7 @@ from typing import Any
 
 from moe_harness.harness.core.errors import CannotJudge, HarnessError, UsageError
 from moe_harness.harness.core.findings import unfinished
+from moe_harness.harness.process import scratch
 
 POLL = 0.1  # seconds between looks at the clock and at the memory of the workers
 START_BUDGET = 180.0  # seconds for importing an implementation
@@ -91,7 +91,7 @@ class Pool:
     """Workers for one implementation.  Use as a context manager."""
 
     def __init__(self, stage: str, spec: str, device: str, workers: int, budget: float):
-        self.folder: str = tempfile.mkdtemp(prefix="moe-harness-")
+        self.folder: str = scratch.make()
         self._make = lambda: Worker(stage, spec, device, self.folder)
         self.size, self.budget = workers, budget
         self.workers: list[Worker] = []
@@ -104,7 +104,7 @@ class Pool:
     def __exit__(self, *_: object) -> None:
         for worker in self.workers:
             worker.stop()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        scratch.remove(self.folder)
 
     def start(self) -> dict[str, Any]:
         """Start every worker; returns what the first one says of the implementation.

@@ -8,7 +8,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Call:
-    """A call of torch.distributed, numbered per rank from 0.
+    """A call of one of torch's c10d operators, numbered per rank from 0.
 
     `group` holds global ranks.  `sends[i]` and `receives[i]` count elements exchanged with the i-th member of the
     group, where the operation fixes them per member; `sent` and `received` are bytes that cross to or from other
@@ -47,7 +47,7 @@ class Call:
         return " ".join(words) + (f" at {self.site}" if self.site else "")
 
 
-POINT_TO_POINT = ("send", "recv", "isend", "irecv")
+POINT_TO_POINT = ("send", "recv", "recv_any")
 
 
 def _shapes(shapes: tuple[Shape, ...]) -> str:

@@ -83,6 +83,13 @@ class LinearCase(Case):
         _one_of("dtype", self.dtype, DTYPES)
         if len(self.group_sizes) != self.E:
             raise UsageError(f"S is {self.S!r}, which is {len(self.group_sizes)} experts, but E is {self.E}")
+        if self.kind == "row" and self.is_uneven:
+            raise UsageError(f"K is {self.K}, which {self.R} ranks cannot share: what each is given is not defined")
+
+    @property
+    def is_uneven(self) -> bool:
+        """Whether the ranks cannot share evenly what this kind splits."""
+        return self.R > 1 and bool({"row": self.K, "replicated": 0}.get(self.kind, self.N) % self.R)
 
     @property
     def group_sizes(self) -> list[int]:
@@ -139,6 +146,10 @@ def parse_id(text: str) -> tuple[str, Case]:
 
 # (E, k): E below, at and not divisible by the ranks; k = 1, k = E, released pairs
 EXPERTS = ((1, 1), (2, 1), (3, 2), (5, 5), (7, 3), (8, 2), (60, 4), (128, 8))
+# (tokens of the longest rank, E, k): past usual block sizes, and more experts than most kernels have counters for
+LARGE = ((256, 60, 4), (257, 1025, 8), (513, 8, 2), (65, 1025, 10))
+# Experts of each rank and k, in equal blocks: all that many dispatchers accept
+BLOCKS = ((1, 1), (2, 2), (3, 1), (8, 4), (32, 8))
 
 
 def _token_counts(ranks: int) -> list[list[int]]:
@@ -168,6 +179,31 @@ def dispatcher_cases(
                 seed=seed + repeat * 1000 + i,
             )
             yield ("live" if i % 5 == 4 else "dense"), case
+        yield from _large(ranks, seed + repeat * 1000 + 200)
+        yield from _equal_blocks(ranks, seed + repeat * 1000 + 300)
+
+
+def _large(ranks: int, seed: int) -> Iterator[tuple[str, DispatcherCase]]:
+    for i, (tokens, experts, top_k) in enumerate(LARGE):
+        counts = [tokens, 3, 0, 257, *[1] * max(0, ranks - 4)][:ranks]
+        counts = counts[i % ranks :] + counts[: i % ranks]
+        case = DispatcherCase(
+            R=ranks, E=experts, k=top_k, T="+".join(map(str, counts)), H=8, owner=("cyclic", "block")[i // 2],
+            ids=("plain", "masked")[i % 2], dtype=DTYPES[i % len(DTYPES)], seed=seed + i,
+        )  # fmt: skip
+        yield "dense", case
+
+
+def _equal_blocks(ranks: int, seed: int) -> Iterator[tuple[str, DispatcherCase]]:
+    """Every rank holds the next E / R experts, with each routing, numbers of tokens and dtype."""
+    counts = _token_counts(ranks)
+    for i in range(len(ROUTINGS) * len(BLOCKS)):
+        each, top_k = BLOCKS[i % len(BLOCKS)]
+        case = DispatcherCase(
+            R=ranks, E=ranks * each, k=min(top_k, ranks * each), T="+".join(map(str, counts[i % len(counts)])),
+            H=(8, 16, 33)[i % 3], ids=ROUTINGS[i % len(ROUTINGS)], dtype=DTYPES[i // 2 % len(DTYPES)], seed=seed + i,
+        )  # fmt: skip
+        yield ("live" if i % 4 == 3 else "dense"), case
 
 
 def linear_cases(
@@ -180,6 +216,38 @@ def linear_cases(
             dtype, number = DTYPES[i % len(DTYPES)], seed + repeat * 1000 + i
             size: dict[str, Any] = {"K": 4 * inner * ranks, "N": 4 * outer * ranks, "S": rows[i], "E": 3}
             yield "shard", LinearCase(R=ranks, kind=kind, dtype=dtype, seed=number, **size)
+        for case in (*_large_layers(ranks, kind), *_uneven_layers(ranks, kind)):
+            yield "shard", case.but(seed=seed + repeat * 1000 + case.seed)
+
+
+# (K, N, rows of each expert): sizes past a usual tile on either side, up to 16 experts; what the ranks share becomes
+# the next multiple of their number, the other stays as it is.
+LAYERS = (
+    (256, 320, "3+0+2+1+0+4+1+2"),
+    (257, 129, "1+0+0+5+2+0+1+3+7"),
+    (65, 513, "2+1+1+3"),
+    (130, 33, "0+1+0+2+0+0+1+0+3+0+1+0+0+0+2+1"),
+    (511, 257, "33+0+1+17+64"),
+)
+
+
+def _large_layers(ranks: int, kind: str) -> Iterator[LinearCase]:
+    for i, (inner, outer, rows) in enumerate(LAYERS):
+        inner = _shared_by(ranks, inner) if kind == "row" else inner
+        outer = _shared_by(ranks, outer) if kind in ("column", "merged_column") else outer
+        experts, dtype = len(numbers(rows)), DTYPES[i % len(DTYPES)]
+        yield LinearCase(R=ranks, kind=kind, K=inner, N=outer, S=rows, E=experts, dtype=dtype, seed=100 + i)
+
+
+def _uneven_layers(ranks: int, kind: str) -> Iterator[LinearCase]:
+    """Outputs that the ranks cannot share evenly: outside the contract, refused in any way, or right side by side."""
+    if ranks > 1 and kind in ("column", "merged_column"):
+        for outer in (5 * ranks + 1, ranks + 1):
+            yield LinearCase(R=ranks, kind=kind, K=12, N=outer, S="3+0+2+1", E=4, optional=True, seed=200 + outer)
+
+
+def _shared_by(ranks: int, size: int) -> int:
+    return -(-size // ranks) * ranks
 
 
 def layout_cases(worlds: Sequence[int], *, seed: int = 0) -> Iterator[tuple[str, LayoutCase]]:

@@ -1,26 +1,33 @@
-"""The recording communicator: every collective of this process, with operation, shapes, splits and bytes.
+"""The recorder: every collective of this process, with operation, shapes, splits and bytes.
 
-`install` replaces the functions of torch.distributed once per worker process, before any implementation is loaded,
-so that a stranger's dispatcher is recorded unmodified.  Calls inside calls (object collectives, deprecated names) are
-recorded once, at the level that moves tensors.
+It sits in torch's own dispatch of the `c10d` operators, through which all goes that a process group does: the functions
+of torch.distributed, `torch.distributed._functional_collectives`, DTensor and FSDP, compiled code, the methods of a
+ProcessGroup, in any thread.  A stranger's dispatcher is recorded unmodified, at the level that moves tensors.
+
+Not seen: what uses no process group's operators.  That is a Backend taken out of its group (`group._get_backend`),
+stores, symmetric memory and other memory that ranks share, and libraries with communicators of their own (DeepEP,
+NVSHMEM, MPI).  A rank inside such a call counts as running: nothing is proved about it, and only the budget ends it.
 """
 
-import functools
-import inspect
 import json
 import os
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C import DispatchKey
 from torch.distributed import distributed_c10d as c10d
 
+from moe_harness.harness.core.blame import pass_on
 from moe_harness.harness.ranks.calls import Call
-from moe_harness.harness.ranks.describe import OPERATIONS, Movement, Place
+from moe_harness.harness.ranks.describe import OPERATORS, Given, Movement, Place
 from moe_harness.harness.ranks.heartbeat import Heartbeat, State
 from moe_harness.harness.ranks.inject import Injector
 
@@ -36,49 +43,80 @@ class Recorder:
         self.journal = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self.texts: list[bytes] = []  # each call as JSON
         self.calls: list[Call] = []
-        self.inside = False
-        self.started: dict[int, Call] = {}  # operations that nobody has waited for yet
+        self.started: dict[int, RecordedWork] = {}  # operations that nobody has waited for yet
+        self.works: list[dist.Work] = []  # C++ holds on to the works, but not to what their `wait` does here
         self.job = 0
         self.failed: Call | None = None  # the call out of which an exception came
         self.injector = Injector()
+        self.lock = threading.RLock()
+        self.own_threads = threading.active_count()  # those of the harness
+        self.waiting_threads: set[int] = set()
+        self.library: Any = None  # what `install` holds on to
 
     def start(self, job: int, injector: Injector) -> None:
         """Forget the last job's calls; `injector` goes around those of this one."""
         self.job = job
-        self.calls, self.injector, self.inside, self.failed = [], injector, False, None
+        self.calls, self.injector, self.failed = [], injector, None
+        self.works = list(self.started.values())  # somebody may still wait for these
         self.texts, self.started = [], {}
         os.ftruncate(self.journal, 0)
         self.say(State.RUNNING)
 
     def say(self, state: State, call: Call | None = None) -> None:
-        self.heartbeat.write(self.rank, state, b"" if call is None else self.texts[call.index], self.job)
+        text = b"" if call is None or call.index >= len(self.texts) else self.texts[call.index]
+        self.heartbeat.write(self.rank, state, text, self.job)
 
-    def record(self, op: str, given: dict[str, Any], moved: Movement, place: Place) -> Call:
-        tensor = next(iter([*moved.inputs, *moved.outputs]), None)
+    @contextmanager
+    def waiting(self, call: Call) -> Iterator[None]:
+        """Within, this thread waits for `call`; an exception that leaves it came out of that call."""
+        with self.lock:
+            self.waiting_threads.add(threading.get_ident())
+            self.say(State.WAITING if self._all_wait() and call.op != "recv_any" else State.OPEN, call)
+        try:
+            yield
+        except BaseException:
+            self.failed = call
+            raise
+        finally:
+            with self.lock:
+                self.waiting_threads.discard(threading.get_ident())
+                self.say(State.RUNNING, call)
+
+    def _all_wait(self) -> bool:
+        """Whether no thread is left that could begin what others wait for."""
+        return threading.active_count() - self.own_threads < len(self.waiting_threads)
+
+    def record(self, op: str, given: Given, moved: Movement, place: Place) -> Call:
+        tensor = _payload(moved)
         width = tensor.element_size() if tensor is not None else 0
-        call = Call(
-            index=len(self.calls),
-            op=op,
-            group=place.members,
-            dtype="" if tensor is None else str(tensor.dtype).removeprefix("torch."),
-            inputs=tuple(tuple(t.shape) for t in moved.inputs),
-            outputs=tuple(tuple(t.shape) for t in moved.outputs),
-            sends=tuple(moved.sends),
-            receives=tuple(moved.receives),
-            root=moved.root,
-            reduce=_reduction(given.get("op")),
-            sent=moved.sent * width,
-            received=moved.received * width,
-            site=call_site(),
-        )
-        self.calls.append(call)
-        self.texts.append(json.dumps(call.as_dict(), separators=(",", ":")).encode())
-        os.write(self.journal, self.texts[-1] + b"\n")
+        with self.lock:
+            call = Call(
+                index=len(self.calls),
+                op=op,
+                group=place.members,
+                dtype="" if tensor is None else str(tensor.dtype).removeprefix("torch."),
+                inputs=tuple(tuple(t.shape) for t in moved.inputs),
+                outputs=tuple(tuple(t.shape) for t in moved.outputs),
+                sends=tuple(moved.sends),
+                receives=tuple(moved.receives),
+                root=moved.root,
+                reduce=_reduction(given.get("reduce_op")),
+                sent=moved.sent * width,
+                received=moved.received * width,
+                site=call_site(),
+            )
+            self.calls.append(call)
+            self.texts.append(json.dumps(call.as_dict(), separators=(",", ":")).encode())
+            os.write(self.journal, self.texts[-1] + b"\n")
         return call
 
 
+def _payload(moved: Movement) -> torch.Tensor | None:
+    return next(iter([*moved.inputs, *moved.outputs]), None)
+
+
 def _reduction(op: Any) -> str:
-    return "" if op is None else str(op).rpartition(".")[2]
+    return "" if op is None else dist.ReduceOp.RedOpType(op.op()).name
 
 
 def call_site() -> str:
@@ -92,65 +130,50 @@ def call_site() -> str:
     return ""
 
 
-class RecordedWork:
-    """A pending operation whose `wait` is visible in the heartbeat."""
+class RecordedWork(dist.Work):
+    """A pending operation whose `wait`, called from Python or from C++, is visible in the heartbeat."""
 
-    def __init__(self, work: Any, recorder: Recorder, call: Call):
-        self._work, self._recorder, self._call = work, recorder, call
-        recorder.started[call.index] = call
+    def __init__(self, work: Any, recorder: Recorder, call: Call, device: torch.device | None):
+        super().__init__()
+        self._work, self._recorder, self._call, self._device = work, recorder, call, device
 
-    def wait(self, *args: Any, **keywords: Any) -> Any:
+    def wait(self, *timeout: Any) -> bool:
+        self.settle()
+        with self._recorder.waiting(self._call):
+            done = pass_on(self._work.wait, *timeout)
+            _finish(self._device)
+        return done
+
+    def settle(self) -> None:
+        """Whoever waits for it, asks whether it is done or takes its future takes care of it."""
         self._recorder.started.pop(self._call.index, None)
-        self._recorder.say(State.WAITING, self._call)
-        try:
-            result = self._work.wait(*args, **keywords)
-        except BaseException:
-            self._recorder.failed = self._call
-            raise
-        self._recorder.say(State.RUNNING, self._call)
-        return result
-
-    def __getattr__(self, name: str) -> Any:
-        """All else is the work's own; whoever asks it whether it is done, or for its future, takes care of it."""
-        self._recorder.started.pop(self._call.index, None)
-        return getattr(self._work, name)
 
 
-def place_of(group: Any) -> Place | None:
-    """Members and position of this rank in `group` (None: the world); None where this rank is not a member."""
-    group = dist.group.WORLD if group is None else group
-    if group is None or group is dist.GroupMember.NON_GROUP_MEMBER:
-        return None
-    members = tuple(dist.get_process_group_ranks(group))
-    return Place(members, members.index(dist.get_rank()))
+def _passed_on(name: str) -> Callable[..., Any]:
+    def method(self: RecordedWork, *arguments: Any) -> Any:
+        self.settle()
+        return pass_on(getattr(self._work, name), *arguments)
+
+    return method
 
 
-def recorded(name: str, original: Callable[..., Any], recorder: Recorder) -> Callable[..., Any]:
-    """`original` of torch.distributed with a record before it and the injected fault, if any, around it."""
-    op, describe = OPERATIONS[name]
-    signature = inspect.signature(original)
+for _name in dir(dist.Work):
+    if not _name.startswith("__") and _name not in ("wait", "boxed", "unbox", "_pybind11_conduit_v1_"):
+        setattr(RecordedWork, _name, _passed_on(_name))
 
-    @functools.wraps(original)
-    def call(*args: Any, **keywords: Any) -> Any:
-        if recorder.inside:
-            return original(*args, **keywords)
-        bound = signature.bind(*args, **keywords)
-        bound.apply_defaults()
-        place = place_of(bound.arguments.get("group"))
-        if place is None:
-            return original(*args, **keywords)
 
-        def execute() -> Any:
-            moved = describe(bound.arguments, place)
-            entry = recorder.record(op, bound.arguments, moved, place)
-            waits = not bound.arguments.get("async_op") and op not in ("isend", "irecv")
-            tensor = next(iter([*moved.inputs, *moved.outputs]), None)
-            device = None if tensor is None else tensor.device
-            return _run(recorder, entry, waits, lambda: original(*bound.args, **bound.kwargs), device)
+class DeferredWork(dist.Work):
+    """Stands for an operation that an injection puts off until after the next."""
 
-        return recorder.injector.around(len(recorder.calls), name, bound.arguments, execute)
+    def wait(self, *timeout: Any) -> bool:
+        return True
 
-    return call
+
+def place_of(group: dist.ProcessGroup) -> Place:
+    """Members and position of this rank in `group`; of one that torch.distributed does not know, positions only."""
+    ranks = c10d._world.pg_group_ranks.get(group)
+    members = tuple(range(group.size())) if ranks is None else tuple(ranks)
+    return Place(members, group.rank())
 
 
 def _finish(device: torch.device | None) -> None:
@@ -159,32 +182,83 @@ def _finish(device: torch.device | None) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
-def _run(recorder: Recorder, entry: Call, waits: bool, original: Callable[[], Any], device: torch.device | None) -> Any:
-    recorder.inside = True
+def recorded(name: str, recorder: Recorder) -> Callable[..., Any]:
+    """The kernel for the operator c10d::`name`: a record before the original and, around it, the injected fault."""
+    op, describe = OPERATORS[name]
+    operator = getattr(torch.ops.c10d, name).default
+    parameters = operator._schema.arguments
+    defaults = {p.name: p.default_value for p in parameters if p.has_default_value()}
+    names = [p.name for p in parameters]
+
+    def kernel(keys: Any, *arguments: Any, **keywords: Any) -> Any:
+        given = {**dict(zip(names, arguments, strict=False)), **keywords}
+        given |= {name: value for name, value in defaults.items() if name not in given}
+        group = dist.ProcessGroup.unbox(given["process_group"])
+        place = place_of(group)
+        rest = keys.remove(DispatchKey.BackendSelect)
+
+        def execute() -> Any:
+            moved = describe(given, place)
+            call = recorder.record(op, given, moved, place)
+            payload = _payload(moved)
+            device = None if payload is None else payload.device
+            return _run(recorder, call, group, given, device, partial(pass_on, operator.redispatch, rest, **given))
+
+        return recorder.injector.around(
+            len(recorder.calls), given, execute, lambda: _put_off(operator, given, recorder)
+        )
+
+    return kernel
+
+
+def _run(
+    recorder: Recorder, call: Call, group: Any, given: Given, device: torch.device | None, original: Callable[[], Any]
+) -> Any:
+    """The original, its work replaced by one that tells of its `wait`."""
+    waits = not given.get("async_op", call.op != "monitored_barrier")
     if waits:
-        recorder.say(State.WAITING, entry)
-    try:
-        result = original()
-        if waits:
+        with recorder.waiting(call):
+            result = original()
             _finish(device)
-    except BaseException:
-        recorder.failed = entry
-        raise
-    finally:
-        recorder.inside = False
-    recorder.say(State.RUNNING, entry)
-    if waits:
-        return result
-    return None if result is None else RecordedWork(result, recorder, entry)
+    else:
+        try:
+            result = original()
+        except BaseException:
+            recorder.failed = call
+            raise
+        recorder.say(State.RUNNING, call)
+    return _with_work(result, lambda work: _watched(work, recorder, call, group, device, waits))
+
+
+def _watched(work: Any, recorder: Recorder, call: Call, group: Any, device: Any, waits: bool) -> Any:
+    watched = RecordedWork(dist.Work.unbox(work), recorder, call, device)
+    recorder.works.append(watched)
+    if not waits and group not in c10d._world.pg_coalesce_state:  # there one work stands for several
+        recorder.started[call.index] = watched
+    return watched.boxed()
+
+
+def _with_work(result: Any, replace: Callable[[Any], Any]) -> Any:
+    """The result of an operator is its work, or a pair of its outputs and the work; some have none."""
+    if isinstance(result, tuple):
+        return (*result[:-1], None if result[-1] is None else replace(result[-1]))
+    return None if result is None else replace(result)
+
+
+def _put_off(operator: Any, given: Given, recorder: Recorder) -> Any:
+    """What an operator returns whose execution comes later: its first argument, which holds the outputs, and a work."""
+    work = DeferredWork()
+    recorder.works.append(work)
+    return work.boxed() if len(operator._schema.returns) == 1 else (next(iter(given.values())), work.boxed())
 
 
 def install(recorder: Recorder) -> None:
-    """Replace the collectives of torch.distributed in this process, for good.  Object collectives stay as they are:
-    the tensor operations inside them are what is recorded."""
-    for name in OPERATIONS:
-        original = getattr(c10d, name, None)
-        if original is None:  # a name that this version of torch lacks
-            continue
-        wrapper = recorded(name, original, recorder)
-        setattr(c10d, name, wrapper)
-        setattr(dist, name, wrapper)
+    """Record the c10d operators of this process for as long as the recorder lives.
+
+    The kernels stand under a key that every call meets, whatever its tensors are, and that torch leaves free for these
+    operators; from there they go on to the original ones.
+    """
+    recorder.library = library = torch.library.Library("c10d", "IMPL")
+    for name in OPERATORS:
+        if hasattr(torch.ops.c10d, name):  # else this version of torch lacks it
+            library.impl(name, recorded(name, recorder), "BackendSelect", with_keyset=True)

@@ -1,4 +1,4 @@
-"""What a collective moves: shapes, elements per member and bytes, read from the arguments of the call.
+"""What a collective moves: shapes, elements per member and bytes, read from the arguments of torch's c10d operator.
 
 Bytes follow the usual algorithms and count only what leaves or enters a rank: all_gather (R-1) blocks, reduce_scatter
 all blocks but its own, all_reduce the sum of both, broadcast from the root to each of the others.
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+
+Given = dict[str, Any]  # arguments by their names in the operator's schema
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,16 @@ class Place:
     def others(self, elements: Sequence[int]) -> int:
         return sum(n for i, n in enumerate(elements) if i != self.position)
 
-    def root(self, given: dict[str, Any], name: str) -> int:
-        """The global rank of a root given as global rank (`src`) or as position in the group (`group_src`)."""
-        inside = given.get(f"group_{name}")
-        return self.members[inside] if inside is not None else int(given.get(name) or 0)
+    def is_root(self, given: Given) -> bool:
+        return given["root_rank"] == self.position
 
 
 def _numbers(tensors: Sequence[Tensor]) -> list[int]:
     return [t.numel() for t in tensors]
+
+
+def _flat(lists: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    return [tensor for tensors in lists for tensor in tensors]
 
 
 def _exchange(
@@ -54,73 +58,84 @@ def _exchange(
     return Movement(inputs, outputs, sends, receives, None, place.others(sends), place.others(receives))
 
 
-def all_reduce(given: dict[str, Any], place: Place) -> Movement:
-    moved = 2 * (place.size - 1) * given["tensor"].numel() / place.size
-    return Movement([given["tensor"]], [given["tensor"]], sent=moved, received=moved)
+def all_reduce(given: Given, place: Place) -> Movement:
+    moved = 2 * (place.size - 1) * sum(_numbers(given["tensors"])) / place.size
+    return Movement(given["tensors"], given["tensors"], sent=moved, received=moved)
 
 
-def broadcast(given: dict[str, Any], place: Place) -> Movement:
-    root, size = place.root(given, "src"), given["tensor"].numel()
-    is_root = root == place.members[place.position]
-    return Movement(
-        [given["tensor"]],
-        [given["tensor"]],
-        root=root,
-        sent=(place.size - 1) * size if is_root else 0,
-        received=0 if is_root else size,
-    )
+def broadcast(given: Given, place: Place) -> Movement:
+    tensors, size, is_root = given["tensors"], sum(_numbers(given["tensors"])), place.is_root(given)
+    sent, received = ((place.size - 1) * size, 0) if is_root else (0, size)
+    return Movement(tensors, tensors, root=place.members[given["root_rank"]], sent=sent, received=received)
 
 
-def reduce(given: dict[str, Any], place: Place) -> Movement:
-    root, size = place.root(given, "dst"), given["tensor"].numel()
-    is_root = root == place.members[place.position]
-    return Movement([given["tensor"]], [], root=root, sent=0 if is_root else size, received=size if is_root else 0)
+def reduce(given: Given, place: Place) -> Movement:
+    size, is_root = sum(_numbers(given["tensors"])), place.is_root(given)
+    sent, received = (0, size) if is_root else (size, 0)
+    return Movement(given["tensors"], [], root=place.members[given["root_rank"]], sent=sent, received=received)
 
 
-def gather(given: dict[str, Any], place: Place) -> Movement:
-    root, out = place.root(given, "dst"), given.get("gather_list") or []
-    sent = 0 if root == place.members[place.position] else given["tensor"].numel()
-    return Movement([given["tensor"]], out, root=root, sent=sent, received=place.others(_numbers(out)))
+def gather(given: Given, place: Place) -> Movement:
+    own, out = given["input_tensors"], _flat(given["output_tensors"])
+    sent = 0 if place.is_root(given) else sum(_numbers(own))
+    root = place.members[given["root_rank"]]
+    return Movement(own, out, root=root, sent=sent, received=place.others(_numbers(out)))
 
 
-def scatter(given: dict[str, Any], place: Place) -> Movement:
-    root, parts = place.root(given, "src"), given.get("scatter_list") or []
-    received = 0 if root == place.members[place.position] else given["tensor"].numel()
-    return Movement([given["tensor"]], [], root=root, sent=place.others(_numbers(parts)), received=received)
+def scatter(given: Given, place: Place) -> Movement:
+    own, parts = given["output_tensors"], _flat(given["input_tensors"])
+    received = 0 if place.is_root(given) else sum(_numbers(own))
+    root = place.members[given["root_rank"]]
+    return Movement(own, [], root=root, sent=place.others(_numbers(parts)), received=received)
 
 
-def all_gather(given: dict[str, Any], place: Place) -> Movement:
-    block, out = given["tensor"], given["tensor_list"]
-    return _exchange(place, [block], out, [block.numel()] * place.size, _numbers(out))
+def all_gather(given: Given, place: Place) -> Movement:
+    blocks, out = given["input_tensors"], _flat(given["output_tensors"])
+    return _exchange(place, blocks, out, [sum(_numbers(blocks))] * place.size, _numbers(out))
 
 
-def all_gather_single(given: dict[str, Any], place: Place) -> Movement:
-    block, out = given["input_tensor"], given["output_tensor"]
-    return _exchange(place, [block], [out], [block.numel()] * place.size, [out.numel() // place.size] * place.size)
+def all_gather_lists(given: Given, place: Place) -> Movement:
+    """Several tensors at once: output_lists[i] holds each member's i-th tensor."""
+    blocks, lists = given["input_list"], given["output_lists"]
+    receives = [sum(_numbers(parts)) for parts in zip(*lists, strict=True)]
+    return _exchange(place, blocks, _flat(lists), [sum(_numbers(blocks))] * place.size, receives)
 
 
-def reduce_scatter(given: dict[str, Any], place: Place) -> Movement:
-    parts, out = given["input_list"], given["output"]
-    return _exchange(place, parts, [out], _numbers(parts), [out.numel()] * place.size)
+def all_gather_single(given: Given, place: Place) -> Movement:
+    return all_gather_singles({"inputs": [given["input_tensor"]], "outputs": [given["output_tensor"]]}, place)
 
 
-def reduce_scatter_single(given: dict[str, Any], place: Place) -> Movement:
-    whole, out = given["input"], given["output"]
-    return _exchange(place, [whole], [out], [whole.numel() // place.size] * place.size, [out.numel()] * place.size)
+def all_gather_singles(given: Given, place: Place) -> Movement:
+    own, out = sum(_numbers(given["inputs"])), sum(_numbers(given["outputs"]))
+    return _exchange(place, given["inputs"], given["outputs"], [own] * place.size, [out // place.size] * place.size)
 
 
-def all_to_all(given: dict[str, Any], place: Place) -> Movement:
-    parts, out = given["input_tensor_list"], given["output_tensor_list"]
+def reduce_scatter(given: Given, place: Place) -> Movement:
+    parts, out = _flat(given["input_tensors"]), given["output_tensors"]
+    return _exchange(place, parts, out, _numbers(parts), [sum(_numbers(out))] * place.size)
+
+
+def reduce_scatter_single(given: Given, place: Place) -> Movement:
+    return reduce_scatter_singles({"inputs": [given["input_tensor"]], "outputs": [given["output_tensor"]]}, place)
+
+
+def reduce_scatter_singles(given: Given, place: Place) -> Movement:
+    whole, out = sum(_numbers(given["inputs"])), sum(_numbers(given["outputs"]))
+    return _exchange(place, given["inputs"], given["outputs"], [whole // place.size] * place.size, [out] * place.size)
+
+
+def all_to_all(given: Given, place: Place) -> Movement:
+    parts, out = given["input_tensors"], given["output_tensors"]
     return _exchange(place, parts, out, _numbers(parts), _numbers(out))
 
 
-def all_to_all_single(given: dict[str, Any], place: Place) -> Movement:
-    sends = _split(given["input"], given.get("input_split_sizes"), place.size)
-    receives = _split(given["output"], given.get("output_split_sizes"), place.size)
+def all_to_all_single(given: Given, place: Place) -> Movement:
+    sends = _split(given["input"], given["input_split_sizes"], place.size)
+    receives = _split(given["output"], given["output_split_sizes"], place.size)
     return _exchange(place, [given["input"]], [given["output"]], sends, receives)
 
 
-def _split(tensor: Tensor, rows: Sequence[int] | None, size: int) -> list[int]:
+def _split(tensor: Tensor, rows: Sequence[int], size: int) -> list[int]:
     if not rows:
         return [tensor.numel() // size] * size
     per_row = 1
@@ -129,36 +144,42 @@ def _split(tensor: Tensor, rows: Sequence[int] | None, size: int) -> list[int]:
     return [n * per_row for n in rows]
 
 
-def send(given: dict[str, Any], place: Place) -> Movement:
-    return Movement([given["tensor"]], [], root=place.root(given, "dst"), sent=given["tensor"].numel())
+def send(given: Given, place: Place) -> Movement:
+    return Movement(given["tensors"], [], root=place.members[given["dst"]], sent=sum(_numbers(given["tensors"])))
 
 
-def recv(given: dict[str, Any], place: Place) -> Movement:
-    return Movement([], [given["tensor"]], root=place.root(given, "src"), received=given["tensor"].numel())
+def recv(given: Given, place: Place) -> Movement:
+    return Movement([], given["tensors"], root=place.members[given["src"]], received=sum(_numbers(given["tensors"])))
 
 
-def barrier(given: dict[str, Any], place: Place) -> Movement:
+def recv_any(given: Given, place: Place) -> Movement:
+    return Movement([], given["tensors"], received=sum(_numbers(given["tensors"])))
+
+
+def barrier(given: Given, place: Place) -> Movement:
     return Movement()
 
 
-# Name in torch.distributed -> (name in the trace, description).  Old and new names of one operation are one.
-OPERATIONS: dict[str, tuple[str, Callable[[dict[str, Any], Place], Movement]]] = {
-    "all_reduce": ("all_reduce", all_reduce),
-    "broadcast": ("broadcast", broadcast),
-    "reduce": ("reduce", reduce),
-    "gather": ("gather", gather),
-    "scatter": ("scatter", scatter),
-    "all_gather": ("all_gather", all_gather),
-    "all_gather_single": ("all_gather_single", all_gather_single),
-    "all_gather_into_tensor": ("all_gather_single", all_gather_single),
-    "reduce_scatter": ("reduce_scatter", reduce_scatter),
-    "reduce_scatter_single": ("reduce_scatter_single", reduce_scatter_single),
-    "reduce_scatter_tensor": ("reduce_scatter_single", reduce_scatter_single),
-    "all_to_all": ("all_to_all", all_to_all),
-    "all_to_all_single": ("all_to_all_single", all_to_all_single),
+# Operator of torch's namespace c10d -> (name in the trace, description).  Several at once are one call of that name.
+OPERATORS: dict[str, tuple[str, Callable[[Given, Place], Movement]]] = {
+    "allreduce_": ("all_reduce", all_reduce),
+    "allreduce_coalesced_": ("all_reduce", all_reduce),
+    "broadcast_": ("broadcast", broadcast),
+    "reduce_": ("reduce", reduce),
+    "gather_": ("gather", gather),
+    "scatter_": ("scatter", scatter),
+    "allgather_": ("all_gather", all_gather),
+    "allgather_coalesced_": ("all_gather", all_gather_lists),
+    "_allgather_base_": ("all_gather_single", all_gather_single),
+    "allgather_into_tensor_coalesced_": ("all_gather_single", all_gather_singles),
+    "reduce_scatter_": ("reduce_scatter", reduce_scatter),
+    "_reduce_scatter_base_": ("reduce_scatter_single", reduce_scatter_single),
+    "reduce_scatter_tensor_coalesced_": ("reduce_scatter_single", reduce_scatter_singles),
+    "alltoall_": ("all_to_all", all_to_all),
+    "alltoall_base_": ("all_to_all_single", all_to_all_single),
     "send": ("send", send),
-    "recv": ("recv", recv),
-    "isend": ("isend", send),
-    "irecv": ("irecv", recv),
+    "recv_": ("recv", recv),
+    "recv_any_source_": ("recv_any", recv_any),
     "barrier": ("barrier", barrier),
+    "monitored_barrier_": ("monitored_barrier", barrier),
 }

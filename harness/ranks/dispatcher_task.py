@@ -10,13 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_harness.harness.core.contracts import REJECTIONS
 from moe_harness.harness.ranks import received_rows, volume, world_data
 from moe_harness.harness.ranks.cases import DispatcherCase, parse_id
+from moe_harness.harness.ranks.entering import Refused, enter
 from moe_harness.harness.ranks.loading import load_class
 from moe_harness.harness.ranks.results import Report, differing_rows, digest
 from moe_harness.harness.ranks.worker import Rank
 from moe_harness.reference.dispatcher import Batch, owned_experts
+
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_IN_PLACE = [
+    {
+        "fault": "input modified in place",
+        "evidence": "it was written to, so that its owner, and a later step of this dispatch, sees other values",
+    }
+]
 
 
 def run(me: Rank, spec: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -29,21 +37,26 @@ def run(me: Rank, spec: dict[str, Any], seed: int) -> dict[str, Any]:
     subject = load_class("dispatcher", spec["impl"])
     replicated = bool(getattr(subject, "requires_replicated_tokens", False))
     report = Report(me.rank)
+    worlds = _worlds(check, case, replicated)
+    try:
+        dispatcher = enter(me, subject, me.group, num_experts=case.E, owner=worlds[0].owner.clone())
+        limit = getattr(dispatcher, "max_live", None)
+        worlds = worlds[: None if limit is None else max(1, limit)]  # a class that allows none is judged all the same
+        _judge(me, dispatcher, worlds, report, bool(spec.get("explain")))
+    except Refused as refusal:
+        report.rejected = str(refusal)
+    return report.as_dict()
+
+
+def _worlds(check: str, case: DispatcherCase, replicated: bool) -> list[world_data.World]:
+    """What is dispatched before anything is combined: the case itself, for `live` two of other sizes and routing, and
+    always one that differs from the case in its values alone, which fits wherever the case fits."""
     worlds = [world_data.build(case, replicated=replicated)]
     if check == "live":
         for number, tokens in enumerate((other_tokens(case), case.T), 1):
             other = world_data.build(case.but(seed=case.seed + number, T=tokens), replicated=replicated)
             worlds.append(other.with_experts_of(worlds[0]))
-    try:
-        dispatcher = subject(me.group, num_experts=case.E, owner=worlds[0].owner.clone())
-        limit = getattr(dispatcher, "max_live", None)
-        worlds = worlds[: None if limit is None else max(1, limit)]  # a class that allows none is judged all the same
-        _judge(me, dispatcher, worlds, report, bool(spec.get("explain")))
-    except REJECTIONS as error:
-        if me.recorder.failed is not None:
-            raise
-        report.rejected = f"{type(error).__name__}: {error}"
-    return report.as_dict()
+    return [*worlds, world_data.build(case, replicated=replicated, values=1)]
 
 
 def other_tokens(case: DispatcherCase) -> str:
@@ -59,7 +72,7 @@ def _judge(me: Rank, dispatcher: Any, worlds: list[world_data.World], report: Re
     if report.findings:
         return
     inputs = [Batch(*(t.clone().to(me.device) for t in world.batches[me.rank])) for world in worlds]
-    dispatched = [dispatcher.dispatch(*batch) for batch in inputs]
+    dispatched = [enter(me, dispatcher.dispatch, *batch) for batch in inputs]
     for world, d in zip(worlds, dispatched, strict=True):
         sound = _check_contract(me, d, world, report)
         if explain and hasattr(d, "topk_ids"):
@@ -70,9 +83,9 @@ def _judge(me: Rank, dispatcher: Any, worlds: list[world_data.World], report: Re
     for number in reversed(range(len(worlds))):
         expert_output = _run_experts(dispatched[number], worlds[number], me)
         given = expert_output.clone()
-        outputs.insert(0, dispatcher.combine(expert_output, dispatched[number]))
+        outputs.insert(0, enter(me, dispatcher.combine, expert_output, dispatched[number]))
         if not torch.equal(given.view(torch.uint8), expert_output.view(torch.uint8)):
-            report.fail("inputs", "expert_output was modified by combine")
+            report.fail("inputs", "expert_output was modified by combine", diagnosis=_IN_PLACE)
     for call in me.recorder.started.values():
         told = f"rank {me.rank}, call {call}: started and never waited for, so that its result may come too late"
         report.fail("contract", told)
@@ -81,8 +94,7 @@ def _judge(me: Rank, dispatcher: Any, worlds: list[world_data.World], report: Re
         which = "" if len(worlds) == 1 else f"dispatch {number + 1} of {len(worlds)}, combined in reverse order: "
         _check_result(me, outputs[number], world, dispatched[number], report, which)
         _check_inputs(inputs[number], world.batches[me.rank], dispatched[number], outputs[number], report)
-    if len(worlds) == 1:
-        _check_volume(me, dispatcher, worlds[0], report)
+    _check_volume(me, dispatcher, worlds, report)
 
 
 def _check_contract(me: Rank, d: Any, world: world_data.World, report: Report) -> bool:
@@ -90,8 +102,7 @@ def _check_contract(me: Rank, d: Any, world: world_data.World, report: Report) -
     before = len(report.findings)
     tensors: list[Any] = [getattr(d, name, None) for name in Batch._fields]
     for name, tensor in zip(Batch._fields, tensors, strict=True):
-        if not isinstance(tensor, Tensor) or tensor.dim() != 2:
-            report.fail("contract", f"d.{name} is {_kind(tensor)}, but should be a tensor of two dimensions")
+        _check_form(f"d.{name} is", tensor, me, report)
     if len(report.findings) > before:
         return False
     hidden, weights, ids = tensors
@@ -102,14 +113,26 @@ def _check_contract(me: Rank, d: Any, world: world_data.World, report: Report) -
     if weights.shape != ids.shape or len(ids) != len(hidden):
         shapes = f"{list(hidden.shape)}, {list(weights.shape)}, {list(ids.shape)}"
         report.fail("contract", f"hidden_states, topk_weights, topk_ids of d are {shapes}, but should agree in rows")
+    if not weights.is_floating_point():
+        report.fail("contract", f"d.topk_weights is {_kind(weights)}, but should be floating point")
     local = len(owned_experts(world.owner, me.rank))
-    if ids.is_floating_point() or (ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < local):
-        found = f"{int(ids.min())}..{int(ids.max())}" if ids.numel() else str(ids.dtype)
+    if ids.dtype not in WHOLE or (ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < local):
+        found = f"{int(ids.min())}..{int(ids.max())}" if ids.numel() and ids.dtype in WHOLE else str(ids.dtype)
         report.fail("contract", f"d.topk_ids holds {found}, but should hold local ids in -1..{local - 1}")
     return len(report.findings) == before
 
 
+def _check_form(told: str, value: Any, me: Rank, report: Report) -> None:
+    """A dense tensor of two dimensions on the device of the rank: what all that follows can take."""
+    if not isinstance(value, Tensor) or value.dim() != 2 or value.layout is not torch.strided:
+        report.fail("contract", f"{told} {_kind(value)}, but should be a dense tensor of two dimensions")
+    elif value.device.type != me.device.type:
+        report.fail("contract", f"{told} on {value.device.type}, but should be on {me.device.type}")
+
+
 def _kind(value: Any) -> str:
+    if isinstance(value, Tensor) and value.layout is not torch.strided:
+        return f"{value.dtype} of layout {value.layout}"
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
@@ -117,15 +140,24 @@ def _run_experts(d: Any, world: world_data.World, me: Rank) -> Tensor:
     """The local weighted sum of every received row, [S, H], exact; a row without a local slot is 0."""
     rows, weights, ids = d.hidden_states.cpu().double(), d.topk_weights.cpu().double(), d.topk_ids.cpu()
     out = torch.zeros_like(rows)
-    for local, expert in enumerate(owned_experts(world.owner, me.rank).tolist()):
-        at, slots = (ids == local).nonzero(as_tuple=True)
-        out.index_add_(0, at, weights[at, slots, None] * world.expert(expert, rows[at]))
+    at, slots = (ids >= 0).nonzero(as_tuple=True)
+    order = ids[at, slots].long().argsort(stable=True)
+    at, slots = at[order], slots[order]
+    owned = owned_experts(world.owner, me.rank)
+    sizes = ids[at, slots].long().bincount(minlength=len(owned)).tolist()
+    for expert, t, s in zip(owned.tolist(), at.split(sizes), slots.split(sizes), strict=True):
+        if len(t):
+            out.index_add_(0, t, weights[t, s, None] * world.expert(expert, rows[t]))
     return out.to(d.hidden_states.dtype).to(me.device)
 
 
 def _check_result(me: Rank, out: Any, world: world_data.World, d: Any, report: Report, which: str) -> None:
     own = world.batches[me.rank]
-    if not isinstance(out, Tensor) or out.shape != own.hidden_states.shape:
+    before = len(report.findings)
+    _check_form(f"{which}combine returned", out, me, report)
+    if len(report.findings) > before:
+        return
+    if out.shape != own.hidden_states.shape or out.is_complex():
         report.fail("contract", f"{which}combine returned {_kind(out)}, but should be {_kind(own.hidden_states)}")
         return
     if torch.promote_types(out.dtype, own.hidden_states.dtype) != out.dtype:
@@ -154,7 +186,7 @@ def _check_inputs(given: Batch, original: Batch, d: Any, out: Tensor, report: Re
     for name, after, before in zip(Batch._fields, given, original, strict=True):
         same = torch.equal(after.cpu().contiguous().view(torch.uint8), before.contiguous().view(torch.uint8))
         if not same:
-            report.fail("inputs", f"{name} was modified")
+            report.fail("inputs", f"{name} was modified", diagnosis=_IN_PLACE)
         for label, result in (("d.hidden_states", d.hidden_states), ("d.topk_ids", d.topk_ids), ("combine", out)):
             if after.numel() and isinstance(result, Tensor) and _memory(result) == _memory(after):
                 report.fail("inputs", f"the result {label} shares memory with the argument {name}")
@@ -164,12 +196,16 @@ def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _check_volume(me: Rank, dispatcher: Any, world: world_data.World, report: Report) -> None:
-    """Bytes sent against what the declared scheme needs for these ids."""
+def _check_volume(me: Rank, dispatcher: Any, worlds: list[world_data.World], report: Report) -> None:
+    """Bytes sent against what the declared scheme needs for these ids, over all dispatches of the case."""
     scheme = getattr(dispatcher, "scheme", None)
-    needed = volume.floor(scheme, world.batches, world.owner, me.rank) if isinstance(scheme, str) else None
     sent = sum(call.sent for call in me.recorder.calls)
-    report.observed["sent"], report.observed["needed"] = sent, needed
-    if needed is not None and sent >= needed + volume.CONTROL_BYTES * (me.world_size - 1) + 1:
+    report.observed |= {"sent": sent, "needed": None, "dispatches": len(worlds)}
+    floors = [volume.floor(scheme, w.batches, w.owner, me.rank) for w in worlds] if isinstance(scheme, str) else []
+    known = [bytes_needed for bytes_needed in floors if bytes_needed is not None]
+    if not known:
+        return
+    report.observed["needed"] = needed = sum(known)
+    if sent >= needed + len(worlds) * volume.CONTROL_BYTES * (me.world_size - 1) + 1:
         report.fail("volume", f"rank {me.rank} sent {sent:g} bytes, but {scheme} needs {needed:g} for these ids",
                     headroom=sent / needed if needed else None, where={"rank": me.rank})  # fmt: skip

@@ -14,7 +14,9 @@ from moe_harness.harness.ranks.heartbeat import Beat, State
 from moe_harness.harness.ranks.jobs import Reply
 from moe_harness.harness.ranks.proof import Stalemate
 
-KINDS = ("mismatch", "died", "exited", "raised", "collective", "deadlock", "hang", "timeout")
+NOT_THE_IMPLEMENTATIONS = ("machine", "missing", "judge")
+KINDS = (*NOT_THE_IMPLEMENTATIONS, "mismatch", "died", "exited", "raised", "collective", "deadlock", "stopped", "hang",
+         "timeout")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Evidence:
     exits: dict[int, int] = field(default_factory=dict)  # exit codes of dead workers; negative: the signal
     beats: Sequence[Beat] = ()
     stalemate: Stalemate | None = None
-    stalled: tuple[int, ...] = ()  # ranks that neither compute nor wait in a collective
+    idle: tuple[int, ...] = ()  # ranks that, when the budget was spent, neither computed nor waited in a collective
+    stopped: tuple[int, ...] = ()  # ranks whose process was stopped by a signal at that time
     seconds: float = 0.0
     logs: dict[int, str] = field(default_factory=dict)  # what dead workers wrote last
     journals: dict[int, list[Call]] = field(default_factory=dict)  # calls of the ranks that did not reply
@@ -52,10 +55,20 @@ class Evidence:
 
 def classify(evidence: Evidence) -> Failure | None:
     """The failure that the evidence shows, or None where every rank came to its end and the traces agree."""
-    for find in (_mismatch, _raised, _died, _collective, _stalemate, _hang, _timeout):
+    for find in (_not_theirs, _mismatch, _raised, _died, _collective, _stalemate, _stopped, _hang, _timeout):
         failure = find(evidence)
         if failure is not None:
             return _with_secondary(failure, evidence)
+    return None
+
+
+def _not_theirs(evidence: Evidence) -> Failure | None:
+    """An error of the judge or of the machine, from which all else may follow."""
+    for kind in NOT_THE_IMPLEMENTATIONS:
+        for rank, reply in sorted(evidence.replies.items()):
+            if reply.whose == kind:
+                where = f"before call #{len(reply.calls)}"
+                return Failure(kind, rank, where, reply.error or "", trace=reply.trace)
     return None
 
 
@@ -81,7 +94,7 @@ def _signal(code: int) -> str:
 
 
 def _where(beat: Beat) -> str:
-    if beat.state == State.WAITING:
+    if beat.state in (State.WAITING, State.OPEN):
         return f"in call {beat.call}"
     return "before call #0" if beat.call is None else f"before call #{beat.call.index + 1}, after {beat.call}"
 
@@ -113,16 +126,23 @@ def _stalemate(evidence: Evidence) -> Failure | None:
     return None if evidence.stalemate is None else _from(evidence.stalemate.disagreement, "deadlock")
 
 
+def _stopped(evidence: Evidence) -> Failure | None:
+    for rank in evidence.stopped:
+        cause = f"its process was stopped (SIGSTOP or SIGTSTP) and still is after {evidence.seconds:.1f} s"
+        return Failure("stopped", rank, _where(evidence.beats[rank]), cause)
+    return None
+
+
 def _hang(evidence: Evidence) -> Failure | None:
-    for rank in evidence.stalled:
-        cause = "stopped outside any collective: it neither computes nor comes back"
+    for rank in evidence.idle:
+        cause = f"no result after {evidence.seconds:.1f} s: it sleeps, or waits for something outside any collective"
         return Failure("hang", rank, _where(evidence.beats[rank]), cause)
     return None
 
 
 def _timeout(evidence: Evidence) -> Failure | None:
     """A rank outside collectives before those that wait inside one, which may be waiting for it."""
-    late = [(beat.state == State.WAITING, rank) for rank, beat in enumerate(evidence.beats)
+    late = [(beat.state in (State.WAITING, State.OPEN), rank) for rank, beat in enumerate(evidence.beats)
             if rank not in evidence.replies]  # fmt: skip
     if not late:
         return None

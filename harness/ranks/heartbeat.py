@@ -20,8 +20,9 @@ _HEADER = struct.Struct("<qqqq")  # sequence, state, length of the text, number 
 class State(IntEnum):
     IDLE = 0  # no task
     RUNNING = 1  # between collectives; the call told with it is the last one finished
-    WAITING = 2  # inside a collective or waiting for one
+    WAITING = 2  # inside a collective or waiting for one, with all its threads
     DONE = 3  # the task returned or raised
+    OPEN = 4  # a thread is inside a collective, but what it waits for may come from another thread, or from anybody
 
 
 class Beat(NamedTuple):

@@ -25,8 +25,13 @@ class Injector:
         self.deferred: Callable[[], Any] | None = None
         self.done = False
 
-    def around(self, index: int, name: str, given: dict[str, Any], execute: Callable[[], Any]) -> Any:
-        """Make the call `index` with arguments `given` (changed in place where the fault is in them)."""
+    def around(self, index: int, given: dict[str, Any], execute: Callable[[], Any], put_off: Callable[[], Any]) -> Any:
+        """Make the call `index` with arguments `given`, changed in place where the fault is in them.
+
+        Args:
+            execute: makes the call.
+            put_off: what to return for a call that is made later.
+        """
         if self.deferred is not None:
             deferred, self.deferred = self.deferred, None
             result = execute()
@@ -37,7 +42,7 @@ class Injector:
         self.done = True
         if self.injection.kind == "swap":
             self.deferred = execute
-            return None
+            return put_off()
         getattr(self, f"_{self.injection.kind}")(given)
         return execute()
 
@@ -58,11 +63,16 @@ class Injector:
         time.sleep(LATE_SECONDS)
 
     def _nan(self, given: dict[str, Any]) -> None:
-        for name in ("tensor", "input", "input_tensor"):
-            tensor = given.get(name)
+        for name in ("tensors", "input_tensors", "input_tensor", "input", "inputs"):
+            value = given.get(name)
+            tensor = value[0] if isinstance(value, list) and value else value
             if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel():
-                given[name] = tensor if name == "tensor" else tensor.clone()
-                given[name].view(-1)[0] = torch.nan
+                if name == "tensors":  # these hold the result, too
+                    tensor.view(-1)[0] = torch.nan
+                    return
+                changed = tensor.clone()
+                changed.view(-1)[0] = torch.nan
+                given[name] = [changed, *value[1:]] if isinstance(value, list) else changed
                 return
 
     def _split(self, given: dict[str, Any]) -> None:
@@ -74,7 +84,12 @@ class Injector:
             given["input_split_sizes"] = sizes
 
     def _dtype(self, given: dict[str, Any]) -> None:
-        other = {torch.float32: torch.float64, torch.int64: torch.int32}
         for name, value in list(given.items()):
-            if isinstance(value, torch.Tensor):
-                given[name] = value.to(other.get(value.dtype, torch.float32))
+            given[name] = _as_another_dtype(value)
+
+
+def _as_another_dtype(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_as_another_dtype(item) for item in value]
+    other = {torch.float32: torch.float64, torch.int64: torch.int32}
+    return value.to(other.get(value.dtype, torch.float32)) if isinstance(value, torch.Tensor) else value

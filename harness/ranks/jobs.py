@@ -53,6 +53,7 @@ class Reply:
     trace: str = ""
     failed_call: Call | None = None  # the collective that the exception came out of
     calls: list[Call] = field(default_factory=list)
+    whose: str = ""  # whose the error is where not the implementation's: "judge", "machine", or "missing" packages
 
 
 @dataclass(frozen=True)

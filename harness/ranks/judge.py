@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_harness.harness.core import errors
+from moe_harness.harness.core import blame, errors
 from moe_harness.harness.ranks import cases, pool
 from moe_harness.harness.ranks.calls import Call
 from moe_harness.harness.ranks.cases import parse_id
@@ -35,6 +35,7 @@ class Verdict:
     observed: list[dict[str, Any]] = field(default_factory=list)  # one per rank
     traces: list[list[Call]] = field(default_factory=list)
     seconds: float = 0.0
+    left: tuple[str, ...] = ()  # processes that the implementation had left running, ended with the ranks
 
     @property
     def passed(self) -> bool:
@@ -53,9 +54,12 @@ def judge(
     ranks: int = parsed.R  # type: ignore[attr-defined]
     task = {"impl": spec, "case": case}
     stage = parsed.stage
-    outcome = pool.run(TASKS[stage], task, ranks=ranks, backend=backend, injection=injection, budget=budget)
+    load = (stage, spec)
+    outcome = pool.run(TASKS[stage], task, ranks=ranks, backend=backend, injection=injection, budget=budget, load=load)
+    _raise_not_theirs(outcome.failure)
     reports = [result for result in outcome.results if result is not None]
     findings = [{**finding, "case": case} for report in reports for finding in report["findings"]]
+    findings.sort(key=lambda finding: finding["check"] not in ("contract", "inputs"))  # others may follow from these
     refused = {report["rank"]: report["rejected"] for report in reports if report["rejected"] is not None}
     unsupported = None
     if len(refused) == ranks:
@@ -65,11 +69,13 @@ def judge(
     elif outcome.failure is not None and not _stopped_by_findings(outcome.failure, reports):
         _raise_usage(outcome.failure)
         findings.insert(0, _from_failure(outcome.failure, case))
-    if findings and outcome.ok and stage == "dispatcher" and injection is None:
+    explained = findings and findings[0]["check"] == "inputs"
+    if findings and not explained and outcome.ok and stage == "dispatcher" and injection is None:
         again = pool.run(TASKS[stage], {**task, "explain": True}, ranks=ranks, backend=backend, budget=budget)
         findings[0]["diagnosis"] += _received(again.results)
     observed = [report["observed"] for report in reports]
-    return Verdict(case, findings, unsupported, outcome.failure, observed, outcome.traces, outcome.seconds)
+    return Verdict(case, findings, unsupported, outcome.failure, observed, outcome.traces, outcome.seconds,
+                   outcome.left)  # fmt: skip
 
 
 def planned(
@@ -104,6 +110,16 @@ def judge_all(spec: str, ids: Sequence[str], *, backend: str = "gloo") -> Iterat
     """One verdict per case, as they come."""
     for case in ids:
         yield judge(spec, case, backend=backend)
+
+
+def _raise_not_theirs(failure: Failure | None) -> None:
+    """What the machine lacks, and what the judge itself does wrong, is no finding about an implementation."""
+    if failure is not None and failure.kind == "machine":
+        raise errors.CannotJudge(blame.out_of(f"rank {failure.rank}: {failure.cause}"))
+    if failure is not None and failure.kind == "missing":
+        raise errors.CannotJudge(failure.cause)
+    if failure is not None and failure.kind == "judge":
+        raise errors.CannotJudge(f"the harness failed on rank {failure.rank}: {failure.cause}\n{failure.trace}")
 
 
 def _raise_usage(failure: Failure) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_harness.harness.core.contracts import REJECTIONS
+from moe_harness.harness.core import blame
 from moe_harness.harness.core.errors import UsageError
 from moe_harness.harness.ranks.cases import LinearCase, parse_id
+from moe_harness.harness.ranks.entering import Refused, enter
 from moe_harness.harness.ranks.loading import load_class
 from moe_harness.harness.ranks.results import Report, differing_rows, digest
 from moe_harness.harness.ranks.worker import Rank
@@ -53,9 +54,19 @@ def run(me: Rank, spec: dict[str, str], seed: int) -> dict[str, Any]:
         report.rejected = f"{spec['impl']} is {kind_of(subject)}, the case asks for {case.kind}"
         return report.as_dict()
     try:
-        _judge(me, subject, case, report)
-    except REJECTIONS as error:
+        weights, x, out = _run(me, subject, case, report)
+    except Refused as refusal:
+        report.rejected = str(refusal)
+    except Exception as error:
+        if not case.optional or blame.is_judges(error) or blame.machine_trouble(error):
+            raise
         report.rejected = f"{type(error).__name__}: {error}"
+    if case.is_uneven:  # every rank takes part, whatever became of it
+        widths = _widths(me, None if report.rejected is not None else out)
+        if report.rejected is None:
+            _compare_joined(me, out, widths, whole_of(weights, x, case), case, report)
+    elif report.rejected is None:
+        _compare(me, out, weights, x, case, report)
     return report.as_dict()
 
 
@@ -74,27 +85,61 @@ def weights_of(case: LinearCase) -> tuple[list[list[Tensor]], Tensor]:
     return weights, torch.randint(-reach, reach + 1, (sum(case.group_sizes), case.K), generator=random).to(dtype)
 
 
-def _judge(me: Rank, subject: Any, case: LinearCase, report: Report) -> None:
+def _run(me: Rank, subject: Any, case: LinearCase, report: Report) -> tuple[list[list[Tensor]], Tensor, Any]:
+    """Weights, x of all columns, and what the layer of this rank makes of its part."""
     weights, x = weights_of(case)
     place = {"rank": me.rank, "world_size": me.world_size, "dtype": x.dtype, "device": me.device}
     outer: int | list[int] = [case.N, case.N] if case.kind == "merged_column" else case.N
-    layer = subject(case.E, case.K, outer, **place)
+    layer = enter(me, subject, case.E, case.K, outer, **place)
     loaded = [[_as_stored(part, expert).to(me.device) for part in parts] for expert, parts in enumerate(weights)]
     for expert in _load_order(case):
         for number, part in enumerate(loaded[expert]):
-            layer.load(expert, part, **({"shard_id": number} if len(loaded[expert]) > 1 else {}))
+            enter(me, layer.load, expert, part, **({"shard_id": number} if len(loaded[expert]) > 1 else {}))
     for part in (part for parts in loaded for part in parts):
         part.fill_(torch.nan)  # the layer keeps its own copy; the checkpoint's memory goes away
     mine = reference.input_shard(x, me.rank, me.world_size).contiguous() if case.kind == "row" else x.clone()
     given = mine.to(me.device)
     before = given.clone()
-    out = layer(given, torch.tensor(case.group_sizes, device=me.device))
+    out = enter(me, layer, given, torch.tensor(case.group_sizes, device=me.device))
     if not torch.equal(given, before):
         report.fail("inputs", "x was modified")
     if case.kind == "row" and getattr(layer, "output", None) != "partial":
         said = getattr(layer, "output", None)
         report.fail("contract", f"attribute output is {said!r}, but should be 'partial': the result is unreduced")
-    _compare(me, out, weights, x, case, report)
+    return weights, x, out
+
+
+def _widths(me: Rank, out: Any) -> list[int]:
+    """Columns of every rank's result; -1 of one that has none."""
+    widths = [0] * me.world_size
+    own = out.shape[1] if isinstance(out, Tensor) and out.dim() == 2 else -1
+    torch.distributed.all_gather_object(widths, own, group=me.group)
+    return widths
+
+
+def whole_of(weights: list[list[Tensor]], x: Tensor, case: LinearCase) -> list[Tensor]:
+    """The result over one rank of each weight of a layer, fp64 [S, N]."""
+    sizes = torch.tensor(case.group_sizes)
+    return [
+        grouped_linear(x.double(), torch.stack([parts[number] for parts in weights]).double(), sizes)
+        for number in range(len(weights[0]))
+    ]
+
+
+def _compare_joined(
+    me: Rank, out: Any, widths: list[int], whole: list[Tensor], case: LinearCase, report: Report
+) -> None:
+    """However the ranks split what they cannot share evenly, their results side by side are the whole one."""
+    if min(widths) < 0 or sum(widths) != case.N * len(whole) or any(width % len(whole) for width in widths):
+        report.fail("contract", f"the ranks' results have {widths} columns, but should have {case.N * len(whole)} in "
+                    f"all, or all refuse an N of {case.N}")  # fmt: skip
+        return
+    start, end = (sum(widths[:rank]) // len(whole) for rank in (me.rank, me.rank + 1))
+    expected = torch.cat([part[:, start:end] for part in whole], 1)
+    wrong = differing_rows(out.cpu().double(), expected)
+    if len(wrong):
+        report.fail("shard", f"rank {me.rank}: {len(wrong)} of {len(expected)} rows differ from columns {start} to "
+                    f"{end - 1} of the whole result; an N of {case.N} may be refused")  # fmt: skip
 
 
 def _as_stored(part: Tensor, expert: int) -> Tensor:

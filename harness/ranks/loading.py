@@ -25,6 +25,11 @@ def load(stage: str, spec: str) -> Any:
     return contracts.find(stage, spec)
 
 
+def warm(me: Any, spec: dict[str, str], seed: int) -> None:
+    """Task: import the implementation, which may take longer than any case."""
+    load(spec["stage"], spec["impl"])
+
+
 @functools.cache
 def load_class(stage: str, spec: str) -> Any:
     """As `load`, for a class that the contract's arguments fit.

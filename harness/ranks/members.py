@@ -37,11 +37,15 @@ class Member(Protocol):
     def ticks(self) -> int | None:
         """Processor time of a worker that sleeps; None of one that could run or whose children could."""
 
+    def is_stopped(self) -> bool:
+        """Whether the process is stopped by a signal, and so can do nothing until another one."""
+
     def said(self) -> str: ...
 
     def calls(self) -> list[Call]: ...
 
-    def close(self) -> None: ...
+    def close(self) -> list[str]:
+        """End the worker with all processes that it has started; returns what those were called."""
 
 
 class LocalMember:
@@ -89,6 +93,12 @@ class LocalMember:
             return None
         return total
 
+    def is_stopped(self) -> bool:
+        try:
+            return Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+        except OSError:
+            return False
+
     def said(self) -> str:
         path = self.home.log(self.rank)
         return path.read_text(errors="replace")[-2000:] if path.exists() else ""
@@ -99,12 +109,28 @@ class LocalMember:
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
         return [Call.from_dict(json.loads(line)) for line in lines]
 
-    def close(self) -> None:
-        """End the worker at once: it may be stuck, so it is not asked."""
-        if self.process.is_alive():
-            os.kill(self.process.pid, signal.SIGKILL)
+    def close(self) -> list[str]:
+        """It may be stuck, so it is not asked."""
+        left = _of_group(self.process.pid)
+        if left or self.process.is_alive():
+            for end in (os.killpg, os.kill):  # a worker that has only just begun has no group of its own
+                with contextlib.suppress(OSError):
+                    end(self.process.pid, signal.SIGKILL)
         self.end.close()
         self.process.join()
+        return left
+
+
+def _of_group(leader: int) -> list[str]:
+    """Command lines of the processes in the group of `leader`, without itself."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            group = (folder / "stat").read_text().rpartition(")")[2].split()[2]
+            if int(group) == leader and int(folder.name) != leader:
+                words = (folder / "cmdline").read_bytes().split(b"\0")
+                found.append(b" ".join(words).decode(errors="replace").strip()[:80] or "a process that has ended")
+    return sorted(found)
 
 
 def wait(members: list[Member], seconds: float) -> list[Member]:
@@ -118,6 +144,7 @@ def wait(members: list[Member], seconds: float) -> list[Member]:
 def _serve(end: Any, rank: int, home: Home) -> None:
     from moe_harness.harness.ranks.worker import serve  # imports torch, which the controller does without
 
+    os.setsid()  # what it starts ends with it, and Ctrl-C is for the controller
     end_with(end)
     serve(end, rank, home)
 

@@ -4,18 +4,20 @@
     outcome.results      what the task returned on each rank
     outcome.failure      one headline and the secondary errors, where a rank did not come to its end
 
-The controller imports no torch.  A deadlock is proved after 150 ms without progress; see `harness.ranks.proof`.
+The controller imports no torch.  A deadlock is proved after 150 ms without progress (see `harness.ranks.proof`).  Where
+nothing is proved, a rank that sleeps or computes has all of its budget, and what is told is how it is when that ends.
 """
 
 import atexit
 import os
-import shutil
-import tempfile
 import time
+from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from moe_harness.harness.core import blame
 from moe_harness.harness.core.errors import CannotJudge
+from moe_harness.harness.process import scratch
 from moe_harness.harness.ranks import remote
 from moe_harness.harness.ranks.calls import Call
 from moe_harness.harness.ranks.failure import Evidence, Failure, classify
@@ -25,9 +27,11 @@ from moe_harness.harness.ranks.members import LocalMember, Member, wait
 from moe_harness.harness.ranks.proof import of_job, stalemate
 
 PATIENCE = 0.15  # seconds without progress before a proof is looked for
-STALL = 0.5  # seconds in which no thread of a rank outside collectives wanted a processor before it counts as hung
+STALL = 0.5  # seconds at the end in which no thread of a rank wanted a processor: then it is told to do nothing
+TICK = 1.0  # seconds that one look may take of the budget: more pass only where this process was stopped itself
 BUDGET = 60.0  # seconds a case may take in all
 START = 60.0  # seconds a pool may take to start, the first import of torch included
+LOAD = 180.0  # seconds an implementation may take to be imported
 POLL = 0.02
 
 
@@ -39,6 +43,7 @@ class Outcome:
     traces: list[list[Call]] = field(default_factory=list)
     failure: Failure | None = None
     seconds: float = 0.0
+    left: tuple[str, ...] = ()  # processes that the ranks had left running when a failure ended them
 
     @property
     def ok(self) -> bool:
@@ -51,14 +56,16 @@ class Pool:
     def __init__(self, world_size: int, backend: str):
         self.world_size, self.backend, self.ready = world_size, backend, False
         self.jobs = 0
+        self.loaded: set[tuple[str, str]] = set()  # (stage, spec) of what the workers have imported
         self.folder, self.heartbeat = "", None
         if os.environ.get(remote.ADDRESS):
             self.members: list[Member] = list(remote.start(world_size, backend, START))
             return
-        self.folder = tempfile.mkdtemp(prefix="moe-harness-ranks-")
-        home = Home(self.folder, world_size, backend)
-        self.heartbeat = home.heartbeat(create=True)
-        self.members = [LocalMember(rank, home, self.heartbeat) for rank in range(world_size)]
+        with blame.judging():
+            self.folder = scratch.make()
+            home = Home(self.folder, world_size, backend)
+            self.heartbeat = home.heartbeat(create=True)
+            self.members = [LocalMember(rank, home, self.heartbeat) for rank in range(world_size)]
 
     def wait_ready(self) -> None:
         """Return when every worker has joined the group.
@@ -99,13 +106,21 @@ class Pool:
             evidence.seconds,
         )
 
-    def close(self) -> None:
-        """End the workers at once; they may be stuck, so nobody is asked."""
-        for member in self.members:
-            member.close()
+    def load(self, stage: str, spec: str) -> Outcome | None:
+        """Import an implementation on every rank; what went wrong, if anything did."""
+        if (stage, spec) in self.loaded:
+            return None
+        self.loaded.add((stage, spec))
+        outcome = self.run(Job("moe_harness.harness.ranks.loading:warm", {"stage": stage, "impl": spec}), LOAD)
+        return None if outcome.ok else outcome
+
+    def close(self) -> list[str]:
+        """End the workers at once, and all that they have started; returns what that was, by rank."""
+        left = [f"rank {rank}: {words}" for rank, member in enumerate(self.members) for words in member.close()]
         if self.heartbeat is not None:
             self.heartbeat.close()
-            shutil.rmtree(self.folder, ignore_errors=True)
+            scratch.remove(self.folder)
+        return left
 
 
 class _Watch:
@@ -113,11 +128,11 @@ class _Watch:
 
     def __init__(self, members: list[Member], number: int, budget: float):
         self.members, self.number, self.evidence = members, number, Evidence()
-        self.deadline = time.monotonic() + budget
+        self.left, self.looked = budget, time.monotonic()
         self.open = dict(enumerate(members))
         self.sequences: list[int] = []
         self.moved = time.monotonic()  # when a sequence number last changed
-        self.used: dict[int, tuple[int, float]] = {}  # rank -> processor ticks and when they last grew
+        self.asleep: dict[int, deque[tuple[float, int]]] = {}  # rank -> when it was seen asleep, its processor ticks
 
     def wait(self) -> Evidence:
         while self.open and not self._over():
@@ -145,18 +160,26 @@ class _Watch:
         sequences = [beat.sequence for beat in beats]
         if sequences != self.sequences:
             self.sequences, self.moved = sequences, now
-        if now > self.deadline:
-            return True
-        if now - self.moved < PATIENCE:
+        self.left -= min(now - self.looked, TICK)
+        self.looked = now
+        if now - self.moved < PATIENCE and self.left > 0:
             return False
+        idle = [rank for rank in self.open if self._is_idle(rank, now)]
         proof = stalemate(beats, frozenset(self.evidence.exits), lambda rank: self.members[rank].calls())
         if proof is not None and self._still(sequences):
             self.evidence.stalemate = proof
             return True
-        running = [rank for rank in self.open if beats[rank].state == State.RUNNING]
-        idle = tuple(rank for rank in running if self._idle_for(rank, now) > STALL)
-        self.evidence.stalled = idle
-        return bool(idle) and idle == tuple(running)
+        if now - self.moved >= PATIENCE and self._is_lost():
+            return True
+        if self.left > 0:
+            return False
+        self.evidence.idle = tuple(rank for rank in idle if beats[rank].state != State.WAITING)
+        self.evidence.stopped = tuple(rank for rank in self.open if self.members[rank].is_stopped())
+        return True
+
+    def _is_lost(self) -> bool:
+        """Whether a rank is dead or has raised: the case has failed, whatever the others still do."""
+        return bool(self.evidence.exits) or any(reply.error is not None for reply in self.evidence.replies.values())
 
     def _still(self, sequences: list[int]) -> bool:
         """Whether nothing has moved by now either: what remote ranks said may have come late."""
@@ -166,14 +189,16 @@ class _Watch:
             member.buffered for member in self.open.values()
         )
 
-    def _idle_for(self, rank: int, now: float) -> float:
-        """Seconds for which the rank's process was asleep, with all its threads, at every look."""
-        ticks = self.members[rank].ticks()
+    def _is_idle(self, rank: int, now: float) -> bool:
+        """Whether the process slept, with all its threads, at every look of the last STALL seconds."""
+        ticks, seen = self.members[rank].ticks(), self.asleep.setdefault(rank, deque())
         if ticks is None:
-            self.used.pop(rank, None)
-        elif rank not in self.used or self.used[rank][0] != ticks:
-            self.used[rank] = (ticks, now)
-        return now - max(self.used[rank][1], self.moved) if rank in self.used else 0.0
+            seen.clear()
+            return False
+        seen.append((now, ticks))
+        while len(seen) > 1 and seen[1][0] <= now - STALL:
+            seen.popleft()
+        return seen[0][0] <= now - STALL and ticks - seen[0][1] <= 1  # a tick may belong to what was before
 
 
 _POOLS: dict[tuple[int, str], Pool] = {}
@@ -188,8 +213,11 @@ def run(
     backend: str = "gloo",
     injection: Injection | None = None,
     budget: float = BUDGET,
+    load: tuple[str, str] | None = None,
 ) -> Outcome:
     """Run `task` ("package.module:function", called with (Rank, spec, seed)) on every rank of a pool.
+
+    `load` names the stage and spec of an implementation that is imported first, which is no part of the budget.
 
     A failed pool is replaced at once; the new workers start while the caller looks at the outcome.
     """
@@ -198,20 +226,22 @@ def run(
             _POOLS.pop(other).close()
     pool = _POOLS.get((ranks, backend)) or _POOLS.setdefault((ranks, backend), Pool(ranks, backend))
     try:
-        outcome = pool.run(Job(task, spec, seed, injection), budget)
+        outcome = (pool.load(*load) if load is not None else None) or pool.run(Job(task, spec, seed, injection), budget)
     except BaseException:
         _POOLS.pop((ranks, backend)).close()
         raise
     if not outcome.ok:
-        pool.close()
+        outcome = replace(outcome, left=tuple(pool.close()))
         _POOLS[ranks, backend] = Pool(ranks, backend)
     return outcome
 
 
-def close_all() -> None:
-    """End every worker of this process."""
+def close_all() -> list[str]:
+    """End every worker of this process; returns what they had left running."""
+    left = []
     while _POOLS:
-        _POOLS.popitem()[1].close()
+        left += _POOLS.popitem()[1].close()
+    return left
 
 
 atexit.register(close_all)

@@ -39,7 +39,7 @@ def stalemate(
         dead: ranks whose process is gone.
         begun: all calls that a rank has begun; by default the pending one alone.
     """
-    if any(beat.state == State.RUNNING and rank not in dead for rank, beat in enumerate(beats)):
+    if any(beat.state in (State.RUNNING, State.OPEN) and rank not in dead for rank, beat in enumerate(beats)):
         return None
     pending = {r: b.call for r, b in enumerate(beats) if r not in dead and b.state == State.WAITING and b.call}
     calls = {rank: begun(rank) if begun else [c for c in [beats[rank].call] if c] for rank in range(len(beats))}
@@ -64,9 +64,11 @@ def _answer(rank: int, call: Call, calls: dict[int, Sequence[Call]], member: int
     if member == rank:
         return call
     if call.op in POINT_TO_POINT:  # the n-th send meets the n-th receive
-        own, other = ("send", "recv") if "send" in call.op else ("recv", "send")
-        before = [c for c in calls[rank] if own in c.op and c.root == member and c.index < call.index]
-        answers = [c for c in calls[member] if other in c.op and c.root == rank]
+        own, other = ("send", "recv") if call.op == "send" else ("recv", "send")
+        before = [c for c in calls[rank] if c.op == own and c.root == member and c.index < call.index]
+        answers = [c for c in calls[member] if c.op == other and c.root == rank]
+        if anybody := next((c for c in calls[member] if c.op == "recv_any"), None):  # it may have taken this one
+            return anybody
     else:
         before = [c for c in _on_group(calls[rank], call.group) if c.index < call.index]
         answers = _on_group(calls[member], call.group)

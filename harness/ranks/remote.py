@@ -89,7 +89,7 @@ class RemoteMember:
 
     def __init__(self, rank: int, end: Any, home: Home):
         self.rank, self.end = rank, end
-        self.last, self.slept, self.log = Beat(0, State.IDLE), None, ""
+        self.last, self.slept, self.stopped, self.log = Beat(0, State.IDLE), None, False, ""
         self.buffered: list[Any] = []  # came while an answer was awaited
         self.send_server("start", home)
 
@@ -106,7 +106,7 @@ class RemoteMember:
         except (EOFError, OSError):
             return Exit(-9)
         if kind == "beat":
-            self.last, self.slept = content
+            self.last, self.slept, self.stopped = content
             return None
         if kind == "exit":
             code, self.log = content
@@ -122,7 +122,7 @@ class RemoteMember:
             if got == kind:
                 return content
             if got == "beat":
-                self.last, self.slept = content
+                self.last, self.slept, self.stopped = content
             else:
                 self.buffered.append((got, content))
         raise CannotJudge(f"the server of rank {self.rank} does not answer")
@@ -132,10 +132,13 @@ class RemoteMember:
 
     def refresh(self) -> None:
         """Have the server tell what the worker says now: what was told before may be late."""
-        self.last, self.slept = self._ask("fresh")
+        self.last, self.slept, self.stopped = self._ask("fresh")
 
     def ticks(self) -> int | None:
         return self.slept
+
+    def is_stopped(self) -> bool:
+        return self.stopped
 
     def said(self) -> str:
         return self.log
@@ -143,10 +146,11 @@ class RemoteMember:
     def calls(self) -> list[Call]:
         return self._ask("calls")
 
-    def close(self) -> None:
+    def close(self) -> list[str]:
         """Have the worker killed; the server stays for the next one."""
         with contextlib.suppress(OSError, EOFError):
-            self._ask("stop")
+            return self._ask("stop")
+        return []
 
 
 def start(ranks: int, backend: str, seconds: float) -> list[RemoteMember]:

@@ -6,15 +6,19 @@ from collections.abc import Callable
 from typing import Any
 
 from moe_harness.harness.core.case import Case
+from moe_harness.harness.core.errors import CannotJudge
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.process.pool import EXPLAINED
-from moe_harness.harness.ranks import cases, strategies
+from moe_harness.harness.ranks import cases, pool, strategies
 from moe_harness.harness.ranks.judge import Verdict, judge, planned
 from moe_harness.harness.report import Result
 from moe_harness.harness.run.result_builder import Account, Listener
 from moe_harness.harness.run.session import Options
 
 ENOUGH = 10  # cases that ended the ranks' processes; each costs new ones, and the verdict stands
+ENOUGH_SPENT = 3  # cases that used up their budget
+SPENT = ("hang", "timeout", "stopped")  # kinds of failure that did
+SHORTER = 4  # how many times shorter the budget is after one
 EXAMPLES = {"quick": 60, "full": 500, "exhaustive": 3000}
 
 
@@ -30,7 +34,9 @@ class RankRun:
         self.worlds, self.backend = worlds, "nccl" if request.device == "cuda" else "gloo"
         self.account = Account(stage, spec, request, listener, partial=options.checks is not None, parse=cases.parse_id)
         self.left: Counter[str] = Counter()  # cases of each check that are planned and not judged yet
-        self.broken = 0  # cases that ended the ranks' processes
+        self.broken: Counter[str] = Counter()  # kinds of failure that ended the ranks' processes
+        self.judged_worlds: set[int] = set()  # numbers of ranks over which a core case was judged
+        self.told: set[str] = set()
 
     def judge(self) -> Result:
         """Every planned case, then Hypothesis; the pool of ranks is rebuilt after whatever breaks it.
@@ -43,32 +49,64 @@ class RankRun:
         self.account.loaded = {"declared": {}, "versions": versions()}
         ids = self._planned_ids()
         self.account.expect(ids)
-        examples = EXAMPLES[self.request.profile]
-        self.left = Counter(cases.parse_id(case_id)[0] for case_id in ids) + Counter({"property": examples})
+        examples = EXAMPLES[self.request.profile] if self._wants("property") else 0
+        self.left = Counter(cases.parse_id(case_id)[0] for case_id in ids)
+        self.left += Counter({"property": examples})
         self.listener.start(self.spec, dict(self.left))
         self._keep_unfinished()
         try:
-            for case_id in ids:
-                self._judge_one(case_id)
-                self.left[cases.parse_id(case_id)[0]] -= 1
-                self._keep_unfinished()
-                if self.broken >= ENOUGH:
-                    self.listener.note(f"stopped: {ENOUGH} cases have ended the ranks' processes")
-                    return self.result()
-            self._search_ranks(examples)
-            del self.left["property"]  # the search may end early; what it has to do is not a number of cases
-            self._name_causes()
+            self._judge_all(ids, examples)
         except KeyboardInterrupt:
             self.account.interrupt()
+        except CannotJudge as error:  # what was judged until then is known all the same
+            if not self.account.executed and not self.account.refused:
+                raise
+            self.account.error = str(error)
+        for left in pool.close_all():
+            self._tell_left(left)
         return self.result()
+
+    def _judge_all(self, ids: list[str], examples: int) -> None:
+        for case_id in ids:
+            self._judge_one(case_id)
+            self.left[cases.parse_id(case_id)[0]] -= 1
+            self._keep_unfinished()
+            if self._is_enough():
+                self.listener.note(f"stopped: {self.broken.total()} cases have ended the ranks' processes")
+                return
+        if examples:
+            self._search_ranks(examples)
+            del self.left["property"]  # the search may end early; what it has to do is not a number of cases
+        self._name_causes()
+
+    def _is_enough(self) -> bool:
+        return self.broken.total() >= ENOUGH or self._spent() >= ENOUGH_SPENT
+
+    def _spent(self) -> int:
+        return sum(self.broken[kind] for kind in SPENT)
+
+    def _budget(self) -> float:
+        """Seconds for a case: all that was asked for, until one has used them up."""
+        return self.options.timeout / (SHORTER if self._spent() else 1)
+
+    def _wants(self, check: str) -> bool:
+        return self.options.checks is None or check in self.options.checks
 
     def result(self, *, final: bool = True) -> Result:
         """What is known by now; a planned case that was not judged keeps it from passing."""
         result = self.account.result(final=final)
         for check, cases_left in (+self.left).items():
             result["coverage"]["skipped"].append({"what": check, "reason": "not judged", "cases": cases_left})
-        if +self.left and result["verdict"] == "pass":
+        if result["verdict"] == "pass" and +self.left:
             result["verdict"] = "error"
+        missing = [str(ranks) for ranks in self.worlds if ranks not in self.judged_worlds]
+        if result["verdict"] == "pass" and missing:
+            result["verdict"] = "unsupported"
+            what = {
+                "name": "worlds",
+                "text": f"no case was judged over {', '.join(missing)} ranks: it refuses them all",
+            }
+            result["observations"].append(what)
         return result
 
     def _keep_unfinished(self) -> None:
@@ -79,13 +117,27 @@ class RankRun:
         profile, seed = self.request.profile, self.request.seed
         ids = planned(self.stage, self.spec, self.worlds, profile=profile, seed=seed, backend=self.backend)
         wanted = self.options.dtypes or cases.DTYPES
-        return [case_id for case_id in ids if cases.parse_id(case_id)[1].dtype in wanted]
+        parsed = [(case_id, *cases.parse_id(case_id)) for case_id in ids]
+        return [case_id for case_id, check, case in parsed if case.dtype in wanted and self._wants(check)]
 
     def _judge_one(self, case_id: str) -> Verdict:
-        verdict = judge(self.spec, case_id, backend=self.backend, budget=self.options.timeout)
-        self.broken += verdict.failure is not None
+        verdict = judge(self.spec, case_id, backend=self.backend, budget=self._budget())
+        if verdict.failure is not None:
+            self.broken[verdict.failure.kind] += 1
+        case = cases.parse_id(case_id)[1]
+        if verdict.unsupported is None and case.core() and case.rows():
+            self.judged_worlds.add(case.R)  # type: ignore[attr-defined]
+        for left in verdict.left:
+            self._tell_left(left)
         self.account.take(as_answer(verdict))
         return verdict
+
+    def _tell_left(self, left: str) -> None:
+        """A process that an implementation has left behind, once for each command line."""
+        command = left.partition(": ")[2]
+        if command not in self.told:
+            self.told.add(command)
+            self.account.heard["", "left running"][f"{left} (a process that the implementation started; ended)"] += 1
 
     def _name_causes(self) -> None:
         """Put the fault that explains it before what the rows say of the first failure of each check."""
@@ -108,7 +160,7 @@ class RankRun:
         verdicts: dict[str, Verdict] = {}
 
         def holds(case: Case) -> bool:
-            verdict = judge(self.spec, cases.case_id(check, case), backend=self.backend, budget=self.options.timeout)
+            verdict = judge(self.spec, cases.case_id(check, case), backend=self.backend, budget=self._budget())
             verdicts[case.id()] = verdict
             self.listener.advance("property", "failed" if verdict.findings else "passed")
             return not verdict.findings

@@ -6,15 +6,14 @@ end back.  The rank is torchrun's RANK, the place of rank 0's store MASTER_ADDR.
 
 import contextlib
 import os
-import shutil
 import socket
 import sys
-import tempfile
 import time
 from dataclasses import replace
 from multiprocessing import connection
 from typing import Any
 
+from moe_harness.harness.process import scratch
 from moe_harness.harness.ranks.jobs import Exit, Home
 from moe_harness.harness.ranks.members import LocalMember
 from moe_harness.harness.ranks.remote import key, parse_address
@@ -47,7 +46,7 @@ class Server:
     def _command(self, kind: str, content: Any) -> None:
         if kind == "start":
             self.close()
-            home: Home = replace(content, folder=tempfile.mkdtemp(prefix="moe-harness-ranks-"))
+            home: Home = replace(content, folder=scratch.make())
             self.member = LocalMember(self.rank, home, home.heartbeat(create=True))
         elif kind == "job" and self.member is not None:
             self.member.send(content)
@@ -56,8 +55,7 @@ class Server:
         elif kind == "calls":
             self.control.send((kind, self.member.calls() if self.member is not None else []))
         elif kind == "stop":
-            self.close()
-            self.control.send((kind, None))
+            self.control.send((kind, self.close()))
         elif kind == "address":
             self.control.send((kind, free_address()))
 
@@ -78,7 +76,7 @@ class Server:
 
     def _now(self) -> Any:
         assert self.member is not None
-        return self.member.beat(), self.member.ticks()
+        return self.member.beat(), self.member.ticks(), self.member.is_stopped()
 
     def _tell(self, *, always: bool = False) -> None:
         """Tell the heartbeat once it stands still for a moment; while the worker moves, nobody needs it."""
@@ -89,12 +87,14 @@ class Server:
             self.told = self.seen
             self.control.send(("beat", self.seen))
 
-    def close(self) -> None:
-        """End the worker, if any."""
-        if self.member is not None:
-            self.member.close()
-            shutil.rmtree(self.member.home.folder, ignore_errors=True)
-            self.member = None
+    def close(self) -> list[str]:
+        """End the worker, if any; returns what it had left running."""
+        if self.member is None:
+            return []
+        left = self.member.close()
+        scratch.remove(self.member.home.folder)
+        self.member = None
+        return left
 
 
 def free_address() -> str:

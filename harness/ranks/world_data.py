@@ -45,13 +45,21 @@ class World:
         return self.signs[expert].to(rows.dtype) * rows + self.constants[expert].to(rows.dtype)
 
 
-def build(case: DispatcherCase, *, replicated: bool = False) -> World:
-    """Tensors of every rank from the spec alone; `replicated` gives every rank the tokens of the longest."""
+def build(case: DispatcherCase, *, replicated: bool = False, values: int = 0) -> World:
+    """Tensors of every rank from the spec alone.
+
+    Args:
+        replicated: every rank has the tokens of the longest.
+        values: other numbers draw other hidden states and weights for the very same ids, sizes and experts.
+    """
     random = torch.Generator().manual_seed(case.seed * 7919 + case.E * 101 + case.R)
     counts = [max(case.tokens)] if replicated else case.tokens
     total = sum(counts)
     hidden, weights = _hidden(case, total, random), _weights(case, total, random)
     ids = _ids(case, total, random)
+    if values:
+        others = torch.Generator().manual_seed(case.seed * 7919 + values)
+        hidden, weights = _hidden(case, total, others), _weights(case, total, others)
     weights = weights.masked_fill(ids < 0, torch.nan)  # a masked slot's weight must not matter
     batches = [Batch(*parts) for parts in zip(*(t.split(counts) for t in (hidden, weights, ids)), strict=True)]
     shape = (case.E, case.H)

@@ -66,7 +66,7 @@ def test_bytes_of_every_operation() -> None:
     assert [s["reduce_scatter"] for s in sent] == [32, 32, 32]
     assert [s["gather"] for s in sent] == [0, 16, 16]
     assert [s["scatter"] for s in sent] == [32, 0, 0]
-    assert sent[0]["isend"] == 16 and outcome.traces[1][8].received == 16
+    assert sent[0]["send"] == 16 and outcome.traces[1][8].received == 16
 
 
 def test_no_false_alarm_on_a_busy_machine() -> None:
@@ -139,9 +139,9 @@ def _message(index: int, op: str, peer: int) -> Call:
 
 def test_a_message_whose_answer_was_begun_before_is_no_deadlock() -> None:
     """Rank 0 waits for rank 2, but has asked for what rank 1 sends; without that nobody can go on."""
-    asked = {0: [_message(0, "irecv", 1), _message(1, "irecv", 2)], 1: [_message(0, "isend", 0)], 2: []}
+    asked = {0: [_message(0, "recv", 1), _message(1, "recv", 2)], 1: [_message(0, "send", 0)], 2: []}
     beats = [Beat(4, State.WAITING, asked[0][1]), Beat(4, State.WAITING, asked[1][0])]
-    sent = {2: [_message(0, "isend", 0)]}
+    sent = {2: [_message(0, "send", 0)]}
     beats.append(Beat(4, State.WAITING, sent[2][0]))
     assert stalemate(beats, begun=lambda rank: {**asked, **sent}[rank]) is None
     circle = {0: [_message(0, "recv", 2)], 1: [_message(0, "send", 0)], 2: [_message(0, "recv", 1)]}
@@ -162,7 +162,7 @@ def test_a_rank_that_has_left_a_call_first_is_no_mismatch() -> None:
 
 def test_who_waits_for_one_that_will_go_on_is_not_stuck() -> None:
     """Rank 0 waits for 1, which waits for a slow message from 2: nobody is stuck; without the message all are."""
-    begun = {0: [_call(0)], 1: [_message(0, "recv", 2)], 2: [_message(0, "isend", 1), _call(1, group=(1, 2))]}
+    begun = {0: [_call(0)], 1: [_message(0, "recv", 2)], 2: [_message(0, "send", 1), _call(1, group=(1, 2))]}
     beats = [Beat(2, State.WAITING, calls[-1]) for calls in begun.values()]
     assert stalemate(beats, begun=lambda rank: begun[rank]) is None
     del begun[2][0]

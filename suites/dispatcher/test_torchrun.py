@@ -84,7 +84,7 @@ class Scripted:
 
 
 def test_what_comes_before_an_answer_is_read_after_it_in_order() -> None:
-    beat = (Beat(7, State.IDLE), 3)
+    beat = (Beat(7, State.IDLE), 3, False)
     member = RemoteMember(0, Scripted(("reply", "first"), ("beat", beat), ("reply", "second"), ("calls", [])), None)
     assert member.calls() == [] and member.beat() == beat[0]
     assert [member.receive(), member.receive()] == ["first", "second"]

@@ -1,0 +1,57 @@
+"""Temporary folders of a run.  One whose owner was killed is removed when the next is made.
+
+The owner holds a lock on a file in the folder for as long as it lives; the system lets go of it, however it ends.
+"""
+
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+PREFIX = "moe-harness-"
+LOCK = "owner.lock"
+FRESH = 60.0  # seconds in which a folder without a lock may still be about to get one
+
+
+def make() -> str:
+    """A new folder for this process alone; removes those whose owners are gone."""
+    _sweep(Path(tempfile.gettempdir()))
+    folder = tempfile.mkdtemp(prefix=PREFIX)
+    _HELD[folder] = _locked(Path(folder))
+    return folder
+
+
+def remove(folder: str) -> None:
+    """Remove a folder that `make` made."""
+    held = _HELD.pop(folder, None)
+    shutil.rmtree(folder, ignore_errors=True)
+    if held is not None:
+        os.close(held)
+
+
+_HELD: dict[str, int | None] = {}  # folder -> descriptor of its lock
+
+
+def _locked(folder: Path) -> int | None:
+    """The descriptor of the lock on `folder`, or None where somebody holds it."""
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _sweep(parent: Path) -> None:
+    for folder in parent.glob(f"{PREFIX}*"):
+        with suppress(OSError):
+            if folder.stat().st_uid != os.getuid() or time.time() - folder.stat().st_mtime < FRESH:
+                continue
+            held = _locked(folder)
+            if held is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(held)

@@ -1,0 +1,139 @@
+"""Nobody's fault is no failure, the implementation's is told as what it is, the judge's own as its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_harness.harness.core.errors import CannotJudge
+from moe_harness.harness.core.request import Request
+from moe_harness.harness.ranks import cases, judge
+from moe_harness.harness.ranks.calls import Call
+from moe_harness.harness.ranks.failure import Evidence, classify
+from moe_harness.harness.ranks.heartbeat import Beat, State
+from moe_harness.harness.ranks.jobs import Reply
+from moe_harness.harness.ranks.run import ENOUGH_SPENT, SHORTER, judge_ranks
+from moe_harness.harness.report.results import verdict_of
+from moe_harness.harness.run.session import Options
+
+FILE = Path(__file__).parent / "strangers" / "unusual.py"
+CASE = "dispatcher/dense/R=3,E=6,k=2,T=3+0+2"
+RIGHT = ("Late", "WarmsUp", "Functional", "Method", "Threaded", "Defaults", "Silent", "OwnGroup", "Mesh", "NumpySplits")
+WRONG = {
+    "FunctionalSkipped": ("ranks", "deadlock: rank 2", "all_reduce"),
+    "MethodSkipped": ("ranks", "deadlock: rank 2", "all_reduce"),
+    "Destroyer": ("ranks", "raised", "process group"),
+    "Accident": ("ranks", "raised: rank 0", "no refusal"),
+    "TorchRefuses": ("ranks", "raised: rank 0", ""),
+    "Interrupted": ("ranks", "raised: rank 0", "KeyboardInterrupt"),
+    "Stopped": ("ranks", "stopped: rank 2", "SIGSTOP"),
+    "SharedBuffer": ("dense", "dispatch 1 of 2", "combined in reverse order"),
+}
+
+
+def _verdict(name: str, case: str = CASE, budget: float = 20.0) -> judge.Verdict:
+    return judge.judge(f"{FILE}:{name}", case, budget=budget)
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_unusual_but_right(name: str) -> None:
+    for number in range(3):
+        verdict = _verdict(name, f"{CASE},seed={number}")
+        assert verdict.passed, verdict.unsupported or verdict.findings
+
+
+@pytest.mark.parametrize("name", ["Late", "WarmsUp", "Functional", "Threaded"])
+def test_right_on_a_busy_machine(name: str) -> None:
+    burners = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(4 * (os.cpu_count() or 1))]
+    try:
+        for number in range(5):
+            verdict = _verdict(name, f"{CASE},seed={number}", budget=60.0)
+            assert verdict.passed, verdict.findings
+    finally:
+        for burner in burners:
+            burner.kill()
+            burner.wait()
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_is_told_as_what_it_is(name: str) -> None:
+    check, *words = WRONG[name]
+    finding = _verdict(name, budget=3.0 if name == "Stopped" else 30.0).findings[0]
+    assert finding["check"] == check and all(word in finding["message"] for word in words), finding
+
+
+def test_modified_inputs_are_the_cause() -> None:
+    """Not the rows that changed with them, which look lost."""
+    finding = _verdict("WritesHidden", "dispatcher/dense/R=2,E=4,k=1,T=3+2").findings[0]
+    assert finding["check"] == "inputs" and finding["diagnosis"][0]["fault"] == "input modified in place", finding
+
+
+@pytest.mark.parametrize(("name", "words"), [("BreaksTheJudge", "the harness failed"), ("FullDisk", "this machine")])
+def test_what_the_judge_or_the_machine_does_wrong_is_not_judged(name: str, words: str) -> None:
+    with pytest.raises(CannotJudge, match=words):
+        _verdict(name)
+    assert _verdict("Method").passed
+
+
+def _run(name: str, worlds: tuple[int, ...], **options: object) -> dict:
+    return judge_ranks("dispatcher", f"{FILE}:{name}", Request(), Options(**options), worlds, None)
+
+
+def test_no_pass_without_a_case_at_every_world_size() -> None:
+    result = _run("OneRankOnly", (1, 2))
+    assert verdict_of(result) == "unsupported"
+    assert any("2 ranks" in said["text"] for said in result["observations"])
+    assert verdict_of(_run("OneRankOnly", (1,))) == "pass"
+
+
+def test_only_the_checks_that_are_asked_for() -> None:
+    result = _run("Method", (2,), checks=("live",))
+    assert [check["name"] for check in result["checks"]] == ["live"] and verdict_of(result) == "pass"
+
+
+def test_a_process_left_behind_is_ended_and_told() -> None:
+    result = _run("Parent", (2,), checks=("live",))
+    told = [said["text"] for said in result["observations"] if said["name"] == "left running"]
+    assert len(told) == 1 and "sleep 4321" in told[0]
+    alive = [p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if _exists(p)]
+    assert not any(b"4321" in line for line in alive)
+    assert verdict_of(result) == "pass"
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return bool(path.read_bytes())
+    except OSError:
+        return False
+
+
+def test_a_rank_that_hangs_ends_the_run_soon() -> None:
+    result = _run("Stopped", (2,), timeout=2.0, checks=("dense",))
+    assert verdict_of(result) == "fail" and len(result["failures"]) == ENOUGH_SPENT
+    assert result["seconds"] < 2.0 + 2.0 / SHORTER * 2 + 10
+
+
+# Pure --------------------------------------------------------------------------------------------------------------
+
+
+def test_who_has_replied_does_not_hang() -> None:
+    """The evidence is of the moment of the verdict, whatever was seen before."""
+    call = Call(index=0, op="all_reduce", group=(0, 1), dtype="float32", inputs=((2,),))
+    done = Evidence(
+        replies={0: Reply(calls=[call]), 1: Reply(calls=[call])},
+        beats=[Beat(4, State.DONE), Beat(4, State.DONE)],
+    )
+    assert classify(done) is None
+    late = Evidence(replies={0: Reply(calls=[call])}, beats=[Beat(4, State.DONE), Beat(4, State.RUNNING)], idle=(1,))
+    failure = classify(late)
+    assert failure is not None and (failure.kind, failure.rank) == ("hang", 1)
+
+
+def test_planned_cases_hold_large_batches_and_many_experts() -> None:
+    plan = [case for _, case in cases.dispatcher_cases((1, 2, 3, 4))]
+    for ranks in (1, 2, 3, 4):
+        of_world = [case for case in plan if ranks == case.R]
+        assert {256, 257, 513} <= {n for case in of_world for n in case.tokens}
+        assert any(case.E == 1025 for case in of_world)
