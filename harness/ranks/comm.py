@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -33,6 +34,7 @@ from moe_harness.harness.ranks.inject import Injector
 
 _LIBRARY = os.path.dirname(torch.__file__) + os.sep
 _OWN = os.path.dirname(__file__)
+RETELL = 0.1  # seconds between looks at whether threads that could still act have ended
 
 
 class Recorder:
@@ -49,8 +51,10 @@ class Recorder:
         self.failed: Call | None = None  # the call out of which an exception came
         self.injector = Injector()
         self.lock = threading.RLock()
+        self.waiting_threads: dict[int, Call] = {}  # what each waits for
+        self.open = threading.Event()  # set while one waits and another could still act
+        threading.Thread(target=self._retell, name="retell", daemon=True).start()
         self.own_threads = threading.active_count()  # those of the harness
-        self.waiting_threads: set[int] = set()
         self.library: Any = None  # what `install` holds on to
 
     def start(self, job: int, injector: Injector) -> None:
@@ -70,8 +74,8 @@ class Recorder:
     def waiting(self, call: Call) -> Iterator[None]:
         """Within, this thread waits for `call`; an exception that leaves it came out of that call."""
         with self.lock:
-            self.waiting_threads.add(threading.get_ident())
-            self.say(State.WAITING if self._all_wait() and call.op != "recv_any" else State.OPEN, call)
+            self.waiting_threads[threading.get_ident()] = call
+            self._tell_waiting(call)
         try:
             yield
         except BaseException:
@@ -79,12 +83,30 @@ class Recorder:
             raise
         finally:
             with self.lock:
-                self.waiting_threads.discard(threading.get_ident())
+                self.waiting_threads.pop(threading.get_ident(), None)
+                self.open.clear()
                 self.say(State.RUNNING, call)
 
-    def _all_wait(self) -> bool:
-        """Whether no thread is left that could begin what others wait for."""
-        return threading.active_count() - self.own_threads < len(self.waiting_threads)
+    def _tell_waiting(self, call: Call) -> None:
+        """WAITING where no thread is left that could begin what others wait for, and none takes what anybody sends."""
+        others = threading.active_count() - self.own_threads >= len(self.waiting_threads)
+        if others or any(pending.op == "recv_any" for pending in self.waiting_threads.values()):
+            self.say(State.OPEN, call)
+            self.open.set()
+        else:
+            self.say(State.WAITING, call)
+            self.open.clear()
+
+    def _retell(self) -> None:
+        """A thread of the harness: while one waits, the others may come to their end."""
+        while True:
+            self.open.wait()
+            time.sleep(RETELL)
+            with self.lock:
+                if self.open.is_set() and self.waiting_threads:
+                    alive = threading.active_count() - self.own_threads
+                    if alive < len(self.waiting_threads):
+                        self._tell_waiting(next(reversed(self.waiting_threads.values())))
 
     def record(self, op: str, given: Given, moved: Movement, place: Place) -> Call:
         tensor = _payload(moved)

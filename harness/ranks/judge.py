@@ -62,8 +62,8 @@ def judge(
     findings.sort(key=lambda finding: finding["check"] not in ("contract", "inputs"))  # others may follow from these
     refused = {report["rank"]: report["rejected"] for report in reports if report["rejected"] is not None}
     unsupported = None
-    if len(refused) == ranks:
-        unsupported = refused[0]
+    if len(refused) == ranks or (refused and parsed.optional):  # outside the contract one rank may refuse for all
+        unsupported, findings = next(iter(refused.values())), []
     elif refused:
         findings.insert(0, _refused_alone(refused, ranks, case))
     elif outcome.failure is not None and not _stopped_by_findings(outcome.failure, reports):

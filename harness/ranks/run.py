@@ -35,7 +35,6 @@ class RankRun:
         self.account = Account(stage, spec, request, listener, partial=options.checks is not None, parse=cases.parse_id)
         self.left: Counter[str] = Counter()  # cases of each check that are planned and not judged yet
         self.broken: Counter[str] = Counter()  # kinds of failure that ended the ranks' processes
-        self.judged_worlds: set[int] = set()  # numbers of ranks over which a core case was judged
         self.told: set[str] = set()
 
     def judge(self) -> Result:
@@ -99,7 +98,8 @@ class RankRun:
             result["coverage"]["skipped"].append({"what": check, "reason": "not judged", "cases": cases_left})
         if result["verdict"] == "pass" and +self.left:
             result["verdict"] = "error"
-        missing = [str(ranks) for ranks in self.worlds if ranks not in self.judged_worlds]
+        judged = {case.R for case in self.account.executed if case.core() and case.rows()}  # type: ignore[attr-defined]
+        missing = [str(ranks) for ranks in self.worlds if ranks not in judged]
         if result["verdict"] == "pass" and missing:
             result["verdict"] = "unsupported"
             what = {
@@ -124,9 +124,6 @@ class RankRun:
         verdict = judge(self.spec, case_id, backend=self.backend, budget=self._budget())
         if verdict.failure is not None:
             self.broken[verdict.failure.kind] += 1
-        case = cases.parse_id(case_id)[1]
-        if verdict.unsupported is None and case.core() and case.rows():
-            self.judged_worlds.add(case.R)  # type: ignore[attr-defined]
         for left in verdict.left:
             self._tell_left(left)
         self.account.take(as_answer(verdict))
