@@ -32,7 +32,7 @@ class RankRun:
         self.stage, self.spec, self.request, self.options = stage, spec, request, options
         self.listener, self.keep = listener, keep
         self.worlds, self.backend = worlds, "nccl" if request.device == "cuda" else "gloo"
-        self.account = Account(stage, spec, request, listener, partial=options.checks is not None, parse=cases.parse_id)
+        self.account = Account(stage, spec, request, listener, partial=options.partial, parse=cases.parse_id)
         self.left: Counter[str] = Counter()  # cases of each check that are planned and not judged yet
         self.broken: Counter[str] = Counter()  # kinds of failure that ended the ranks' processes
         self.told: set[str] = set()
@@ -48,7 +48,7 @@ class RankRun:
         self.account.loaded = {"declared": {}, "versions": versions()}
         ids = self._planned_ids()
         self.account.expect(ids)
-        examples = EXAMPLES[self.request.profile] if self._wants("property") else 0
+        examples = EXAMPLES[self.request.profile] if self._searches() else 0
         self.left = Counter(cases.parse_id(case_id)[0] for case_id in ids)
         self.left += Counter({"property": examples})
         self.listener.start(self.spec, dict(self.left))
@@ -70,6 +70,9 @@ class RankRun:
             self._judge_one(case_id)
             self.left[cases.parse_id(case_id)[0]] -= 1
             self._keep_unfinished()
+            if self.options.fail_fast and self.account.failures:
+                self._name_causes()
+                return
             if self._is_enough():
                 self.listener.note(f"stopped: {self.broken.total()} cases have ended the ranks' processes")
                 return
@@ -91,6 +94,9 @@ class RankRun:
     def _wants(self, check: str) -> bool:
         return self.options.checks is None or check in self.options.checks
 
+    def _searches(self) -> bool:
+        return self.options.cases is None and self._wants("property")
+
     def result(self, *, final: bool = True) -> Result:
         """What is known by now; a planned case that was not judged keeps it from passing."""
         result = self.account.result(final=final)
@@ -100,13 +106,10 @@ class RankRun:
             result["verdict"] = "error"
         judged = {case.R for case in self.account.executed if case.core() and case.rows()}  # type: ignore[attr-defined]
         missing = [str(ranks) for ranks in self.worlds if ranks not in judged]
-        if result["verdict"] == "pass" and missing:
+        if result["verdict"] == "pass" and missing and self.options.cases is None:
             result["verdict"] = "unsupported"
-            what = {
-                "name": "worlds",
-                "text": f"no case was judged over {', '.join(missing)} ranks: it refuses them all",
-            }
-            result["observations"].append(what)
+            told = f"no case was judged over {', '.join(missing)} ranks, all were refused"
+            result["observations"].append({"name": "worlds", "text": told})
         return result
 
     def _keep_unfinished(self) -> None:
@@ -114,6 +117,8 @@ class RankRun:
         self.keep({**self.result(final=False), "interrupted": True})
 
     def _planned_ids(self) -> list[str]:
+        if self.options.cases is not None:
+            return list(self.options.cases)
         profile, seed = self.request.profile, self.request.seed
         ids = planned(self.stage, self.spec, self.worlds, profile=profile, seed=seed, backend=self.backend)
         wanted = self.options.dtypes or cases.DTYPES

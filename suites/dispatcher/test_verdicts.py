@@ -93,6 +93,14 @@ def test_only_the_checks_that_are_asked_for() -> None:
     assert [check["name"] for check in result["checks"]] == ["live"] and verdict_of(result) == "pass"
 
 
+def test_one_failure_or_the_cases_that_are_named() -> None:
+    """--fail-fast and --last-failed."""
+    result = _run("SharedBuffer", (2,), fail_fast=True)
+    assert len(result["failures"]) == 1
+    result = _run("SharedBuffer", (2,), cases=(result["failures"][0]["case"],))
+    assert len(result["failures"]) == 1 and sum(check["cases"] for check in result["checks"]) == 1
+
+
 def test_a_process_left_behind_is_ended_and_told() -> None:
     result = _run("Parent", (2,), checks=("live",))
     told = [said["text"] for said in result["observations"] if said["name"] == "left running"]
