@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from moe_harness.harness.commands import options
-from moe_harness.harness.core import contracts
+from moe_harness.harness.core import contracts, registry
 from moe_harness.harness.core.errors import unknown
 
 SOURCE_LINES = 12  # of a fault's code
@@ -48,7 +48,7 @@ def _check(name: str, told: dict[str, str]) -> Lines:
     yield from ((label, told[label]) for label in ("equation", "bound", "source"))
     for stage in options.ALL_STAGES:
         if (example := _example(stage, name)) is not None:
-            known = list(contracts.registered(stage))
+            known = list(registry.registered(stage))
             yield (
                 "example",
                 f"moe-harness replay {example} --impl {'torch:loop' if 'torch:loop' in known else known[0]}",
@@ -80,7 +80,7 @@ def _stage(name: str) -> Lines:
 
     yield "contract", signature(name)
     yield "checks", ", ".join(options.known_checks(name, _request()))
-    yield "registered", ", ".join(contracts.registered(name)) or "nothing"
+    yield "registered", ", ".join(registry.registered(name)) or "nothing"
     yield "to begin", f"moe-harness init {name}"
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from moe_harness.harness.commands import options
-from moe_harness.harness.core import contracts
+from moe_harness.harness.core import contracts, registry
 
 
 def list_(
@@ -31,7 +31,7 @@ def list_(
     asked = [options.one_of("stage", name, options.ALL_STAGES) for name in options.listed(stage)]
     for name in asked or options.ALL_STAGES:
         console.print(Text(signature(name), style="bold"), soft_wrap=True)
-        console.print(_columns(contracts.registered(name)))
+        console.print(_columns(registry.registered(name)))
         console.print(Text("  checks: " + ", ".join(options.known_checks(name, Request()))), style="dim")
         console.print()
     console.print("models for --config: " + ", ".join(names()))

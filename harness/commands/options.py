@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from moe_harness.harness.core import contracts
+from moe_harness.harness.core import contracts, registry
 from moe_harness.harness.core.errors import HarnessError, UsageError, unknown
 from moe_harness.harness.core.names import CHECK_NAMES
 from moe_harness.harness.core.request import PROFILES, Request
@@ -31,7 +31,7 @@ def starting_with(names: Callable[[], Iterable[str]]) -> Callable[[str], list[st
 
 
 def _implementations() -> list[str]:
-    return sorted({name for stage in ALL_STAGES for name in contracts.registered(stage)})
+    return sorted({name for stage in ALL_STAGES for name in registry.registered(stage)})
 
 
 def _configs() -> list[str]:

@@ -1,6 +1,5 @@
 """`moe-harness tune`: find the fastest tile sizes of the Triton experts for a model on this GPU."""
 
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -8,12 +7,12 @@ import typer
 
 from moe_harness.harness.commands import options
 from moe_harness.harness.commands.bench import TOKENS, check_ep_size, token_counts
+from moe_harness.harness.core import registry
 from moe_harness.harness.core.errors import CannotJudge
-
-TUNER = "moe_harness.impls.triton.tune"  # found by name, as every implementation is
 
 
 def tune(
+    impl: Annotated[str, typer.Option("--impl", help="The library whose kernels are tuned.")] = "triton",
     config: Annotated[str, typer.Option(help="The released model whose shapes are tuned.")] = "qwen3-30b-a3b",
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, one entry each.")] = TOKENS,
     ep_size: Annotated[int, typer.Option(help="Tune one rank's part of the experts under EP of this size.", min=1)] = 1,
@@ -26,17 +25,16 @@ def tune(
 
     from moe_harness.fixtures.configs import names, shape
 
+    tuner = registry.companion(impl, "tune")
     counts, model = token_counts(tokens), shape(options.one_of("config", config, names()))
     check_ep_size(model.num_experts, ep_size)
     for path in (log, out):
         options.writable(path)
     if not torch.cuda.is_available():
         raise CannotJudge("nothing was tuned: there is no CUDA device to time on")
-    wanted = import_module("moe_harness.impls.triton.configs").Shape(
-        model.num_experts // ep_size, model.hidden_size, model.intermediate_size, model.top_k, element_size=2
-    )
+    layer = (model.num_experts // ep_size, model.hidden_size, model.intermediate_size, model.top_k)
     try:
-        import_module(TUNER).tune(wanted, counts, log, out, processes)
+        tuner.tune_layer(*layer, counts, log, out, processes)
     except KeyboardInterrupt:
         known = len(log.read_text().splitlines()) if log.exists() else 0
         raise CannotJudge(f"stopped: {known} timings are in {log}, and the same command goes on from there") from None

@@ -4,7 +4,7 @@ import functools
 import inspect
 from typing import Any
 
-from moe_harness.harness.core import contracts
+from moe_harness.harness.core import registry
 from moe_harness.harness.core.errors import UsageError
 
 # How the contract makes an object of each stage: positional arguments, and the names of the others.
@@ -22,7 +22,7 @@ def load(stage: str, spec: str) -> Any:
         UsageError: no such name, file or attribute.
         CannotJudge: the module fails while it is imported.
     """
-    return contracts.find(stage, spec)
+    return registry.find(stage, spec)
 
 
 def warm(me: Any, spec: dict[str, str], seed: int) -> None:

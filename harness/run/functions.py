@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moe_harness.harness.core.contracts import KEPT
 from moe_harness.harness.core.errors import CannotJudge, UsageError
+from moe_harness.harness.core.registry import KEPT
 from moe_harness.harness.run.kept import folder
 
 

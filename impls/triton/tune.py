@@ -249,6 +249,14 @@ def _with_up(walk: Walk, up: Walk) -> Walk:
     return replace(walk, up_n=up.up_n, up_k=up.up_k, up_warps=up.up_warps, up_stages=up.up_stages)
 
 
+def tune_layer(
+    experts: int, hidden_size: int, intermediate_size: int, top_k: int, tokens: list[int], log: Path,
+    out: Path | None = None, processes: int = 12,
+) -> dict:  # fmt: skip
+    """As `tune`, for a layer in bf16: what the command `tune` asks of a library."""
+    return tune(Shape(experts, hidden_size, intermediate_size, top_k, element_size=2), tokens, log, out, processes)
+
+
 def tune(shape: Shape, tokens: list[int], log: Path, out: Path | None = None, processes: int = 12) -> dict:
     """Time all candidates and write the tuned file.
 
