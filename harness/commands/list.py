@@ -37,10 +37,17 @@ def list_(
     console.print("models for --config: " + ", ".join(names()))
 
 
+RANK_CALLS = {
+    "dispatcher": "a class, one object per rank",
+    "parallel_linear": "a class, one object per rank",
+    "reduction": "(routed, shared, group, *, routed_state, shared_state=None, rows=None), called on every rank",
+}
+
+
 def signature(stage: str) -> str:
     """The call of a stage on one line: names and defaults, without types."""
-    if stage not in contracts.SIGNATURES:
-        return f"{stage}: a class, one object per rank"
+    if stage in contracts.RANK_STAGES:
+        return f"{stage}: {RANK_CALLS[stage]}"
     bare = contracts.SIGNATURES[stage]
     parameters = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in bare.parameters.values()]
     return f"{stage}{bare.replace(parameters=parameters, return_annotation=inspect.Signature.empty)}"

@@ -25,7 +25,7 @@ from typing import Any
 from moe_harness.harness.core.contracts import RANK_STAGES, SIGNATURES, STAGES
 from moe_harness.harness.core.folders import PACKAGE, modules_of
 
-RANKED = (*RANK_STAGES, "layouts")  # judged over many ranks; see harness.core.ranked_faults
+RANKED = RANK_STAGES  # judged over many ranks; see harness.core.ranked_faults
 STAGES_WITH_FAULTS = (*STAGES, *RANKED)
 
 SIGNS = {

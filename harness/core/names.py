@@ -5,7 +5,7 @@ CHECK_NAMES = (
     "batch_invariance", "leak", "property", "graph_replay", "side_stream", "large_offsets",
 )  # fmt: skip
 
-# What a finding over many ranks is about; the first three are the verdicts of dispatcher, parallel_linear and layouts.
+# What a finding over many ranks is about; the first three are verdicts: of dispatcher, parallel_linear, reduction.
 RANK_CHECKS = ("dense", "shard", "reduction", "contract", "inputs", "volume", "refusal", "ranks")
 
 DESCRIBED_STAGES = (

@@ -16,7 +16,7 @@ from typing import TypeVar
 from moe_harness.harness.core.catalogue import Fault, consequence_of, enter, stage_of, url
 from moe_harness.harness.core.names import RANK_CHECKS
 
-FIRST_CHECK = {"dispatcher": "dense", "parallel_linear": "shard", "layouts": "reduction"}
+FIRST_CHECK = {"dispatcher": "dense", "parallel_linear": "shard", "reduction": "reduction"}
 SIGNS = {"ranks": "process", "inputs": "inputs"}
 
 Kind = TypeVar("Kind", bound=Callable)
@@ -32,7 +32,7 @@ def ranked(
     source: str | None = None,
     hidden: tuple[str, ...] = (),
 ) -> Callable[[Kind], Kind]:
-    """Enter a class (of layouts: a function) in the catalogue.
+    """Enter a class (of reduction: a function) in the catalogue.
 
     Args:
         shows: fields of a case, "R=2,E=3,k=1,T=0+2".

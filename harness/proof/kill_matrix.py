@@ -35,7 +35,7 @@ WORLDS = (1, 2, 4)  # ranks over which the faults of many ranks are judged
 RANK_CHECKS_OF = {
     "dispatcher": ("dense", "contract", "inputs", "volume", "refusal", "ranks"),
     "parallel_linear": ("shard", "contract", "inputs", "ranks"),
-    "layouts": ("reduction",),
+    "reduction": ("reduction", "contract", "inputs", "ranks"),
 }
 MEMORY_LIMIT = 2 << 30  # bytes a worker may hold: one fault leaks on purpose
 

@@ -16,7 +16,7 @@ from moe_harness.harness.core.errors import UsageError, unknown
 
 OWNERS = ("block", "cyclic", "random", "last_empty", "one")
 ROUTINGS = ("plain", "masked", "duplicates", "hot", "none", "nan")
-SHARED = ("replicated", "sharded")
+STATES = ("partial", "replicated", "complete")
 KINDS = ("replicated", "column", "merged_column", "row")
 DTYPES = ("fp32", "bf16", "fp16")
 
@@ -100,22 +100,48 @@ class LinearCase(Case):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayoutCase(Case):
-    """The one reduction of a layer over R ranks: T tokens, and a shared expert that is sharded or on every rank."""
+class ReductionCase(Case):
+    """The one reduction of a layer over R ranks: each holds its own part of the routed and of the shared output.
 
-    stage: ClassVar[str] = "layouts"
+    T tells the rows that belong to each rank of a group.  A part that is "complete" over the rank's own rows has those
+    alone, every other part has all of them; with `sequence` each rank keeps its own of the result.
+    """
+
+    stage: ClassVar[str] = "reduction"
     R: int
-    T: int
+    T: str
     H: int = 16
+    routed: str = "partial"
     shared: str = "replicated"
+    sequence: bool = False
+    groups: int = 1  # into how many groups the ranks are split; each reduces for itself
 
     def __post_init__(self) -> None:
-        _one_of("shared", self.shared, SHARED)
+        _one_of("routed", self.routed, STATES)
+        _one_of("shared", self.shared, (*STATES, "none"))
         _one_of("dtype", self.dtype, DTYPES)
+        if self.groups < 1 or self.R % self.groups:
+            raise UsageError(f"groups is {self.groups}, which does not divide R, {self.R}")
+        if len(self.tokens) != self.members:
+            raise UsageError(f"T is {self.T!r}, which is {len(self.tokens)} ranks, but a group has {self.members}")
+        if self.shared == "complete" and self.routed != "complete":
+            raise UsageError(f"a shared part of own rows cannot be added to a routed part that is {self.routed}")
+
+    @property
+    def members(self) -> int:
+        """Ranks of one group."""
+        return self.R // self.groups
+
+    @property
+    def tokens(self) -> list[int]:
+        return numbers(self.T)
+
+    def rows(self) -> int:
+        return sum(self.tokens)
 
 
-CASES: dict[str, type[Case]] = {kind.stage: kind for kind in (DispatcherCase, LinearCase, LayoutCase)}
-CHECKS = {"dispatcher": ("dense", "live"), "parallel_linear": ("shard",), "layouts": ("reduction",)}
+CASES: dict[str, type[Case]] = {kind.stage: kind for kind in (DispatcherCase, LinearCase, ReductionCase)}
+CHECKS = {"dispatcher": ("dense", "live"), "parallel_linear": ("shard",), "reduction": ("reduction",)}
 
 
 def case_id(check: str, case: Case) -> str:
@@ -250,12 +276,33 @@ def _shared_by(ranks: int, size: int) -> int:
     return -(-size // ranks) * ranks
 
 
-def layout_cases(worlds: Sequence[int], *, seed: int = 0) -> Iterator[tuple[str, LayoutCase]]:
-    """(check, case): both kinds of shared expert, few tokens and many, every dtype."""
-    for ranks, (number, tokens) in itertools.product(worlds, enumerate((1, 3, 17))):
-        for shared in SHARED:
-            dtype = DTYPES[number % len(DTYPES)]
-            yield "reduction", LayoutCase(R=ranks, T=tokens, shared=shared, dtype=dtype, seed=seed + number)
+# (routed, shared) of every legal sum; with sequence parallel rows the last two hold parts of unequal height
+SUMS = (
+    *(("partial", shared) for shared in ("none", "partial", "replicated")),
+    *(("replicated", shared) for shared in ("none", "partial", "replicated")),
+    *(("complete", shared) for shared in ("none", "complete", "partial", "replicated")),
+)
+
+
+def reduction_cases(
+    worlds: Sequence[int], *, profile: str = "quick", seed: int = 0
+) -> Iterator[tuple[str, ReductionCase]]:
+    """(check, case): every sum of states, with and without sequence parallel rows, on even, ragged and no rows, over
+    all ranks and over each half of them."""
+    for ranks, repeat in itertools.product(worlds, range(1 if profile == "quick" else 3)):
+        for groups in (1, 2) if ranks % 2 == 0 else (1,):
+            for i, ((routed, shared), sequence, counts) in enumerate(
+                itertools.product(SUMS, (False, True), _rows_of(ranks // groups))
+            ):
+                yield "reduction", ReductionCase(
+                    R=ranks, T="+".join(map(str, counts)), H=(16, 8, 33)[i % 3], routed=routed, shared=shared,
+                    sequence=sequence, groups=groups, dtype=DTYPES[i % len(DTYPES)], seed=seed + repeat * 1000 + i,
+                    optional=sequence and routed == "complete" and shared in ("partial", "replicated"),
+                )  # fmt: skip
+
+
+def _rows_of(members: int) -> list[list[int]]:
+    return [[3] * members, [2, 0, 5, 1, 4, 0, 7, 1][:members], [0] * members, [*[1] * (members - 1), 257]]
 
 
 def draw(rng: random.Random, worlds: Sequence[int]) -> DispatcherCase:

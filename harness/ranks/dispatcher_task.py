@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_harness.harness.ranks import received_rows, volume, world_data
 from moe_harness.harness.ranks.cases import DispatcherCase, parse_id
 from moe_harness.harness.ranks.entering import Refused, enter
-from moe_harness.harness.ranks.loading import load_class
+from moe_harness.harness.ranks.loading import load_checked
 from moe_harness.harness.ranks.results import Report, differing_rows, digest
 from moe_harness.harness.ranks.worker import Rank
 from moe_harness.reference.dispatcher import Batch, owned_experts
@@ -34,7 +34,7 @@ def run(me: Rank, spec: dict[str, Any], seed: int) -> dict[str, Any]:
     """
     check, case = parse_id(spec["case"])
     assert isinstance(case, DispatcherCase)
-    subject = load_class("dispatcher", spec["impl"])
+    subject = load_checked("dispatcher", spec["impl"])
     replicated = bool(getattr(subject, "requires_replicated_tokens", False))
     report = Report(me.rank)
     worlds = _worlds(check, case, replicated)

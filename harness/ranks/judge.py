@@ -5,11 +5,12 @@ verdict.findings       plain dicts: check, case, message, where, headroom, diagn
 verdict.unsupported    why every rank refused the case, or None
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from moe_harness.harness.core import blame, errors
+from moe_harness.harness.core.case import Case
 from moe_harness.harness.ranks import cases, pool
 from moe_harness.harness.ranks.calls import Call
 from moe_harness.harness.ranks.cases import parse_id
@@ -20,7 +21,7 @@ Finding = dict[str, Any]
 TASKS = {
     "dispatcher": "moe_harness.harness.ranks.dispatcher_task:run",
     "parallel_linear": "moe_harness.harness.ranks.linear_task:run",
-    "layouts": "moe_harness.harness.ranks.layout_task:run",
+    "reduction": "moe_harness.harness.ranks.reduction_task:run",
 }
 
 
@@ -86,11 +87,13 @@ def planned(
     Raises:
         UsageError, CannotJudge: the stage or the implementation cannot be found, or is of no known kind.
     """
+    plan: Iterable[tuple[str, Case]]
     if stage == "dispatcher":
         plan = cases.dispatcher_cases(worlds, profile=profile, seed=seed)
         return [cases.case_id(check, case) for check, case in plan]
-    if stage == "layouts":
-        return [cases.case_id(check, case) for check, case in cases.layout_cases(worlds, seed=seed)]
+    if stage == "reduction":
+        plan = cases.reduction_cases(worlds, profile=profile, seed=seed)
+        return [cases.case_id(check, case) for check, case in plan]
     if stage != "parallel_linear":
         raise errors.unknown("stage", stage, list(TASKS))
     outcome = pool.run("moe_harness.harness.ranks.linear_task:kind", {"impl": spec}, ranks=1, backend=backend)

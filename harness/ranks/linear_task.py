@@ -13,7 +13,7 @@ from moe_harness.harness.core import blame
 from moe_harness.harness.core.errors import UsageError
 from moe_harness.harness.ranks.cases import LinearCase, parse_id
 from moe_harness.harness.ranks.entering import Refused, enter
-from moe_harness.harness.ranks.loading import load_class
+from moe_harness.harness.ranks.loading import load_checked
 from moe_harness.harness.ranks.results import Report, differing_rows, digest
 from moe_harness.harness.ranks.worker import Rank
 from moe_harness.harness.ranks.world_data import TORCH_DTYPES
@@ -41,13 +41,13 @@ def kind_of(subject: Any) -> str:
 
 def kind(me: Rank, spec: dict[str, str], seed: int) -> str:
     """Task: which kind of layer spec["impl"] is."""
-    return kind_of(load_class("parallel_linear", spec["impl"]))
+    return kind_of(load_checked("parallel_linear", spec["impl"]))
 
 
 def run(me: Rank, spec: dict[str, str], seed: int) -> dict[str, Any]:
     """Task: spec = {"impl": ..., "case": id}.  Returns a Report as plain data."""
     _, case = parse_id(spec["case"])
-    subject = load_class("parallel_linear", spec["impl"])
+    subject = load_checked("parallel_linear", spec["impl"])
     report = Report(me.rank)
     assert isinstance(case, LinearCase)
     if kind_of(subject) != case.kind:

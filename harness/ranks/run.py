@@ -156,6 +156,8 @@ class RankRun:
         drawn: Any
         if self.stage == "dispatcher":
             drawn = strategies.dispatcher_cases(self.worlds)
+        elif self.stage == "reduction":
+            drawn = strategies.reduction_cases(self.worlds)
         else:
             kinds = {cases.parse_id(case_id)[1].kind for case_id in self.account.places}  # type: ignore[attr-defined]
             drawn = strategies.linear_cases(self.worlds, sorted(kinds))

@@ -4,7 +4,16 @@ from collections.abc import Sequence
 
 from hypothesis import strategies as st
 
-from moe_harness.harness.ranks.cases import DTYPES, KINDS, OWNERS, ROUTINGS, DispatcherCase, LinearCase
+from moe_harness.harness.ranks.cases import (
+    DTYPES,
+    KINDS,
+    OWNERS,
+    ROUTINGS,
+    SUMS,
+    DispatcherCase,
+    LinearCase,
+    ReductionCase,
+)
 
 
 @st.composite
@@ -40,6 +49,27 @@ def linear_cases(draw: st.DrawFn, worlds: Sequence[int] = (1, 2, 4), kinds: Sequ
         N=ranks * draw(st.integers(1, 6)),
         S="+".join(map(str, rows)),
         kind=draw(st.sampled_from(list(kinds))),
+        dtype=draw(st.sampled_from(DTYPES)),
+        seed=draw(st.integers(0, 99)),
+    )
+
+
+@st.composite
+def reduction_cases(draw: st.DrawFn, worlds: Sequence[int] = (1, 2, 4)) -> ReductionCase:
+    """Every sum of states on few rows."""
+    ranks, (routed, shared) = draw(st.sampled_from(sorted(worlds))), draw(st.sampled_from(SUMS))
+    groups = draw(st.sampled_from([count for count in (1, 2) if ranks % count == 0]))
+    rows = draw(st.lists(st.integers(0, 4), min_size=ranks // groups, max_size=ranks // groups))
+    sequence = draw(st.booleans())
+    return ReductionCase(
+        R=ranks,
+        T="+".join(map(str, rows)),
+        H=draw(st.sampled_from([8, 16])),
+        routed=routed,
+        shared=shared,
+        sequence=sequence,
+        groups=groups,
+        optional=sequence and routed == "complete" and shared in ("partial", "replicated"),
         dtype=draw(st.sampled_from(DTYPES)),
         seed=draw(st.integers(0, 99)),
     )

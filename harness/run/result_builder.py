@@ -16,7 +16,7 @@ from moe_harness.harness.report import Result
 from moe_harness.harness.report.results import Check, Coverage, Failure, FailureCluster, Power
 
 HEATMAPS_PER_CHECK = 5
-CORE_CHECKS = ("contract", "exact", "numeric", "routing", "dense", "live", "shard")
+CORE_CHECKS = ("contract", "exact", "numeric", "routing", "dense", "live", "shard", "reduction")
 COUNTED_AS = {"died": "failed", "error": "skipped"}  # the other statuses of an answer count as themselves
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moe_harness.impls.dispatchers.collectives import gather_counts, gather_rows
 from moe_harness.impls.parallel.parallel_linear import MergedColumnParallel, Replicated, RowParallel
-from moe_harness.impls.parallel.reduction import Placed, State, finish
+from moe_harness.impls.parallel.reduction import COMPLETE, PARTIAL, REPLICATED, reduction
 
 Weights = dict[str, Tensor]
 SHARED = ("shared_expert", "shared_experts")  # Qwen's, gated; DeepSeek's, several in one MLP without a gate
@@ -64,11 +64,11 @@ class MoEBlock:
     Args:
         weights: the whole block's, by checkpoint name; this rank keeps its part.
         route: hidden_states [T, H] -> topk_weights, topk_ids [T, k], logical ids; the same function on all ranks.
-        finish: the place of the reduction.
+        reduce: the stage `reduction`: where the one reduction goes.
     """
 
-    def __init__(self, weights: Weights, route: Route, layout: Layout, *, finish: Callable[..., Tensor] = finish):
-        self.route, self.layout, self.finish = route, layout, finish
+    def __init__(self, weights: Weights, route: Route, layout: Layout, *, reduce: Callable[..., Tensor] = reduction):
+        self.route, self.layout, self.reduce = route, layout, reduce
         self.num_experts = len(weights["experts.gate_up_proj"])
         self.logical = logical_experts(layout.replicas, self.num_experts)
         self.mine = self._own_experts()
@@ -104,11 +104,11 @@ class MoEBlock:
             rows = gather_counts(len(hidden_states), self.layout.tensor, hidden_states.device)
             hidden_states = gather_rows(hidden_states, rows, self.layout.tensor)
         weights, ids = self.route(hidden_states)
-        routed = Placed(
-            self._routed(hidden_states, weights, ids), State.PARTIAL if self.layout.tensor else State.COMPLETE
-        )
+        routed = self._routed(hidden_states, weights, ids)
         shared = None if self.shared is None else self.shared(hidden_states)
-        out = self.finish(routed, shared, self.layout.tensor, rows)
+        states = {"routed_state": PARTIAL if self.layout.tensor else COMPLETE,
+                  "shared_state": None if self.shared is None else self.shared.state}  # fmt: skip
+        out = self.reduce(routed, shared, self.layout.tensor, **states, rows=rows)
         identity = zero_experts(hidden_states, weights, ids, self.num_experts)
         if rows is not None:
             identity = identity.split(rows)[dist.get_rank(self.layout.tensor)]
@@ -156,16 +156,16 @@ class SharedExpert:
             self.gate = Replicated(1, hidden, 1, **layout.place(False), dtype=down.dtype, device=down.device)
             self.gate.load(0, weights["shared_expert_gate.weight"])
         # Tokens that only this rank holds make a whole shared expert's output complete instead of replicated.
-        self.whole = State.REPLICATED if layout.tensor is not None else State.COMPLETE
+        self.state = PARTIAL if self.sharded else REPLICATED if layout.tensor is not None else COMPLETE
 
-    def __call__(self, hidden_states: Tensor) -> Placed:
-        """[T, H] -> [T, H], PARTIAL over `tensor` where the MLP is sharded."""
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        """[T, H] -> [T, H], of the state `state` over `tensor`."""
         sizes = torch.tensor([len(hidden_states)], device=hidden_states.device)
         gate, up = self.gate_up(hidden_states, sizes).chunk(2, dim=-1)
         out = self.down(F.silu(gate) * up, sizes)
         if self.gate is not None:
             out = out * self.gate(hidden_states, sizes).sigmoid()
-        return Placed(out, State.PARTIAL if self.sharded else self.whole)
+        return out
 
 
 def logical_experts(replicas: Sequence[Sequence[int]] | None, num_experts: int) -> list[int]:

@@ -1,76 +1,73 @@
 """Where the one reduction goes: every layer that sums over ranks asks here, and nowhere else is anything reduced.
 
-| routed output                        | shared expert PARTIAL          | shared expert REPLICATED                |
+| routed output                        | shared expert partial          | shared expert replicated                |
 |--------------------------------------|--------------------------------|-----------------------------------------|
-| PARTIAL                              | add, then the one all_reduce   | all_reduce the routed part, then add    |
-| COMPLETE (a dispatcher combined it)  | its own reduction, then add    | add, from the rank's own tokens         |
-| PARTIAL, then sequence parallel      | add before the reduce_scatter  | add after it, on own rows               |
+| partial                              | add, then the one all_reduce   | all_reduce the routed part, then add    |
+| complete (a dispatcher combined it)  | its own reduction, then add    | add, from the rank's own tokens         |
+| partial, then sequence parallel      | add before the reduce_scatter  | add after it, on own rows               |
 
-PARTIAL + REPLICATED would count the replicated part once per rank; reducing what is complete multiplies it.
+partial + replicated would count the replicated part once per rank; reducing what is complete multiplies it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import Enum
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
 from moe_harness.impls.dispatchers.collectives import scatter_sum
 
+__all__ = ["reduction"]
 
-class State(Enum):
-    """What a tensor is over the ranks of a group."""
+Group = Any  # a ProcessGroup; None where nothing is partial, or for the world
 
-    PARTIAL = "the sum over ranks is the value"
-    REPLICATED = "every rank holds the value"
-    COMPLETE = "each rank holds the value of its own rows"
-
-
-@dataclass(frozen=True)
-class Placed:
-    """A tensor [T, H] and its state."""
-
-    tensor: Tensor
-    state: State
-
-    def __add__(self, other: "Placed") -> "Placed":
-        if self.state is not other.state:
-            raise TypeError(f"{self.state.name} + {other.state.name}: reduce the partial one first")
-        return Placed(self.tensor + other.tensor, self.state)
+PARTIAL, REPLICATED, COMPLETE = "partial", "replicated", "complete"
+STATES = {
+    PARTIAL: "the sum over ranks is the value",
+    REPLICATED: "every rank holds the value",
+    COMPLETE: "each rank holds the value of its own rows",
+}
 
 
-def reduced(value: Placed, group: dist.ProcessGroup, rows: Sequence[int] | None = None) -> Placed:
-    """`value` after its reduction over `group`; what needs none is returned as it is.
-
-    Args:
-        rows: rows per rank where each rank is to keep its own only (sequence parallel).
-    """
-    if value.state is State.PARTIAL and rows is not None:
-        return Placed(scatter_sum(value.tensor, rows, group), State.COMPLETE)
-    if value.state is State.PARTIAL:
-        total = value.tensor.clone()
-        dist.all_reduce(total, group=group)
-        return Placed(total, State.REPLICATED)
-    if value.state is State.REPLICATED and rows is not None:
-        own = value.tensor.split(list(rows))[dist.get_rank(group)]
-        return Placed(own, State.COMPLETE)
-    return value
-
-
-def finish(
-    routed: Placed, shared: Placed | None, group: dist.ProcessGroup, rows: Sequence[int] | None = None
+def reduction(
+    routed: Tensor,
+    shared: Tensor | None,
+    group: Group,
+    *,
+    routed_state: str,
+    shared_state: str | None = None,
+    rows: Sequence[int] | None = None,
 ) -> Tensor:
-    """The layer's output of this rank, from its routed and its shared part.
+    """The layer's output of this rank, from its routed and its shared part, nothing counted twice.
 
     Args:
-        shared: None where the layer has no shared expert.
-        rows: rows per rank for sequence parallel, None otherwise.
+        routed: [T, H].
+        shared: [T, H]; None where the layer has no shared expert.
+        group: the ranks that hold the parts.
+        routed_state: one of STATES, as `shared_state`.
+        rows: rows per rank, where each rank is to keep its own only (sequence parallel).
+
+    Returns:
+        [T, H], or [rows[rank], H]; a new tensor.
+
+    Raises:
+        ValueError: a state that is none, or a shared part without one.
     """
+    if routed_state not in STATES or (shared is not None and shared_state not in STATES):
+        raise ValueError(f"states are {routed_state!r} and {shared_state!r}, but should be among {', '.join(STATES)}")
     if shared is None:
-        return reduced(routed, group, rows).tensor
-    if routed.state is shared.state:
-        return reduced(routed + shared, group, rows).tensor
-    if routed.state is State.COMPLETE:
-        return routed.tensor + reduced(shared, group, rows).tensor
-    return (reduced(routed, group, rows) + reduced(shared, group, rows)).tensor
+        return _reduced(routed, routed_state, group, rows)
+    if routed_state == shared_state:
+        return _reduced(routed + shared, routed_state, group, rows)
+    return _reduced(routed, routed_state, group, rows) + _reduced(shared, str(shared_state), group, rows)
+
+
+def _reduced(value: Tensor, state: str, group: Group, rows: Sequence[int] | None) -> Tensor:
+    """`value` after its own reduction over `group`, of the rank's own rows where `rows` are given; never `value`."""
+    if state == PARTIAL and rows is not None:
+        return scatter_sum(value, rows, group)
+    own = value.split(list(rows))[dist.get_rank(group)] if rows is not None and state == REPLICATED else value
+    own = own.clone()
+    if state == PARTIAL:
+        dist.all_reduce(own, group=group)
+    return own

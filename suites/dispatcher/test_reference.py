@@ -5,7 +5,7 @@ import torch
 
 from moe_harness.reference import dispatcher as reference
 from moe_harness.reference.dispatcher import Batch
-from moe_harness.reference.placement import IllegalPlacement, Partial, Replicated, Sharded, add_shared
+from moe_harness.reference.reduction import IllegalPlacement, Partial, Replicated, Sharded, reduction
 
 RANKS, EXPERTS, HIDDEN = 3, 5, 6
 
@@ -74,4 +74,4 @@ def test_the_one_reduction(sizes: tuple[int, ...] | None, shared_partial: bool, 
     routed = Sharded.of(total.split([1, 1])) if routed_sharded else Partial.of(parts)
     if routed_sharded and sizes is not None:
         pytest.skip("a combined result is on its rows already")
-    assert torch.equal(add_shared(routed, shared, sizes=sizes).value(), total + shared.value())
+    assert torch.equal(reduction(routed, shared, sizes=sizes).value(), total + shared.value())

@@ -72,7 +72,7 @@ def test_an_unknown_stage_or_fault_is_told_with_what_there_is() -> None:
     from moe_harness.harness.commands.faults import _chosen
 
     assert {fault.stage for fault in _chosen(None, None)} == {*SIGNATURES, *RANKED}
-    with pytest.raises(UsageError, match="layouts"):
-        _chosen("layout", None)
+    with pytest.raises(UsageError, match="reduction"):
+        _chosen("reductions", None)
     with pytest.raises(UsageError, match="reduced_twice"):
-        _chosen("layouts", ["reduced_twise"])
+        _chosen("reduction", ["reduced_twise"])

@@ -24,7 +24,7 @@ PROCESSES = (f"{RANKED}ranks.py {RANKED}crash.py {RANKED}injection.py", f"{RANKE
 # The first pattern that fits decides; {stem} is the module's own, or its stage.
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("reference/dispatcher.py", (f"{RANKED}reference.py", WORLDS[0])),
-    ("reference/placement.py", (f"{RANKED}reference.py", LINEAR)),
+    ("reference/reduction.py", (f"{RANKED}reference.py", LINEAR)),
     ("reference/parallel_linear.py", (LINEAR,)),
     ("reference/*.py", (*STAGE, FAULTS, "suites/moe_block")),
     ("harness/core/call.py", JUDGE),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_harness.harness.ranks.loading import load
 from moe_harness.harness.ranks.worker import Rank, find
-from moe_harness.harness.stages.layouts.faults.reductions import fit
+from moe_harness.harness.stages.reduction.faults.reductions import fit
 from moe_harness.reference import moe_block, router
 from moe_harness.reference.experts import experts
 from moe_harness.reference.shared_expert_gate import shared_expert_gate
@@ -179,7 +179,7 @@ def run(me: Rank, spec: dict[str, Any], seed: int) -> dict[str, Any]:
     family = spec.get("family")
     routed = route(weights["gate.weight"], spec["k"]) if family is None else family_route(family, weights)
     given = {name: tensor.to(me.device, dtype) for name, tensor in weights.items() if not name.startswith("gate.")}
-    extra = {"finish": find(spec["finish"])} if "finish" in spec else {}
+    extra = {"reduce": find(spec["reduce"])} if "reduce" in spec else {}
     block = load("moe_block", f"{block_module}:MoEBlock")(given, routed, layout, **extra)
     out = block(batches[batch].to(me.device, dtype)).cpu().double()
     me.recorder.injector.injection = None

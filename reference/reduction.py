@@ -105,7 +105,7 @@ class Sharded(Placed):
         return Replicated((self.value(),) * len(self.parts))
 
 
-def add_shared(routed: Placed, shared: Placed, *, sizes: Sequence[int] | None = None) -> Placed:
+def reduction(routed: Placed, shared: Placed, *, sizes: Sequence[int] | None = None) -> Placed:
     """The layer's output from its routed and its shared part, with every reduction in its place.
 
     | routed               | shared Partial                       | shared Replicated                 |
@@ -121,12 +121,12 @@ def add_shared(routed: Placed, shared: Placed, *, sizes: Sequence[int] | None = 
         rows = sizes or [len(part) for part in routed.parts]
         return routed + (shared if isinstance(shared, Sharded) else _own_rows(shared, rows))
     if isinstance(routed, Partial) and isinstance(shared, Partial):
-        return _reduced(routed + shared, sizes)
-    reduced = _reduced(routed, sizes)
-    return reduced + (_own_rows(shared, sizes) if sizes is not None else _reduced(shared, None))
+        return _after_reduction(routed + shared, sizes)
+    reduced = _after_reduction(routed, sizes)
+    return reduced + (_own_rows(shared, sizes) if sizes is not None else _after_reduction(shared, None))
 
 
-def _reduced(placed: Placed, sizes: Sequence[int] | None) -> Placed:
+def _after_reduction(placed: Placed, sizes: Sequence[int] | None) -> Placed:
     if not isinstance(placed, Partial):
         return placed if sizes is None else _own_rows(placed, sizes)
     return placed.all_reduce() if sizes is None else placed.reduce_scatter(sizes)

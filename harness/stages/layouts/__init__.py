@@ -1,1 +1,0 @@
-"""The stage `layouts`: the one reduction of a layer over ranks."""

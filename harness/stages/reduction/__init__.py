@@ -1,0 +1,1 @@
+"""The stage `reduction`: the one reduction of a layer over ranks."""
