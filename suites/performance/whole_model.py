@@ -112,6 +112,7 @@ def check(results: Results) -> None:
         for kind, options in {
             "graphs": {}, "eager": {"graphs": False}, "tight": {"pages": 24, "max_tokens": 16, "max_sequences": 16},
         }.items():  # fmt: skip
+            options = {"max_sequences": 24, "pages": 400} | options
             model = load_model(folder, device="cuda", dtype="fp32", page_size=16, max_length=256, **options)
             found[kind] = model.generate(prompts, max_new_tokens=40, ignore_eos=True)
             found[f"{kind}_preemptions"] = model.engine.scheduler.preemptions
@@ -304,8 +305,9 @@ def floor(c: Any, batch: int, context: int, touched: int) -> dict[str, float]:
 
 def ours(arguments: argparse.Namespace, results: Results) -> None:
     """Check, workload, trace, components."""
-    with results.part("check"):
-        check(results)
+    if "check" in arguments.parts:
+        with results.part("check"):
+            check(results)
     model: Any = None
     with results.part("load"), torch.inference_mode():
         model = random_model(
@@ -319,15 +321,41 @@ def ours(arguments: argparse.Namespace, results: Results) -> None:
     with results.part("workload"):
         requests = model.requests(prompts, counts, 0.6, 1, (), True)
         timed_runs(results, arguments.runs, lambda: sum(map(len, model.engine.generate(requests))))
-    with results.part("trace"):
-        results.write(trace=trace(model))
-    with results.part("components"):
-        for batch, context in BATCHES.items():
+    if "trace" in arguments.parts:
+        with results.part("trace"):
+            results.write(trace=trace(model))
+    for batch, context in BATCHES.items() if "components" in arguments.parts else ():
+        with results.part(f"components_{batch}"):
             results.write(**{f"components_{batch}": components(model, batch, context)})
+
+
+@torch.inference_mode()
+def flash_attention_3(batch: int, context: int, page: int, layers: int = 8) -> float:
+    """Microseconds of one layer's decoding attention with the FlashAttention 3 of vLLM's wheel."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    columns = -(-context // page)
+    caches = torch.randn(layers, 2, batch * columns, page, 4, 128, device="cuda", dtype=torch.bfloat16)
+    tables = torch.randperm(batch * columns, device="cuda").int().view(batch, columns)
+    q = torch.randn(batch, 32, 128, device="cuda", dtype=torch.bfloat16)
+    starts = torch.arange(batch + 1, device="cuda", dtype=torch.int32)
+    used = torch.full((batch,), context, device="cuda", dtype=torch.int32)
+
+    def run() -> None:
+        for keys, values in caches:
+            flash_attn_varlen_func(
+                q=q, k=keys, v=values, max_seqlen_q=1, cu_seqlens_q=starts, max_seqlen_k=context, seqused_k=used,
+                block_table=tables, softmax_scale=128**-0.5, causal=True, fa_version=3,
+            )  # fmt: skip
+
+    return graph_time(run) / layers
 
 
 def vllm(arguments: argparse.Namespace, results: Results) -> None:
     """The same workload through vLLM."""
+    with results.part("fa3"):
+        for batch, context in BATCHES.items():
+            results.write(**{f"fa3_{batch}": {"us": flash_attention_3(batch, context, arguments.page_size)}})
     from vllm import LLM, SamplingParams, __version__
 
     results.found["versions"]["vllm"] = __version__
@@ -358,6 +386,7 @@ if __name__ == "__main__":
     parser.add_argument("--max-tokens", type=int, default=4096, help="of one step of ours")
     parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--pages", type=int, default=None)
+    parser.add_argument("--parts", default="check,trace,components", help="of ours, beside the workload")
     chosen = parser.parse_args()
     told = Results(chosen.json, engine=chosen.engine, layers=chosen.layers)
     {"ours": ours, "vllm": vllm}[chosen.engine](chosen, told)
