@@ -35,8 +35,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 HALVES = ("attention", "mlp")
 # Where a value may be stored in the model's dtype ("angle": in fp32), in the order of the computation.
 STORES = (
-    "norm", "qkv", "normed", "angle", "cosine", "rotated", "probabilities", "attention", "attention_output", "residual",
-    "gate_up", "activation", "expert_output", "weighted", "mlp_output", "logits",
+    "norm", "norm_scaled", "qkv", "angle", "cosine", "turned", "rotated", "probabilities", "attention",
+    "attention_output", "residual", "gate_up", "activated", "activation", "expert_output", "routing_weight", "weighted",
+    "partial_sum", "mlp_output", "logits",
 )  # fmt: skip
 
 
@@ -73,17 +74,6 @@ def rope_theta(config: dict[str, Any]) -> float:
     if kind != "default":
         raise ValueError(f"rope_type is {kind!r}, but should be 'default'")
     return float(parameters.get("rope_theta", config.get("rope_theta", 10000.0)))
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
-
-
-def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """x [B, L, heads, D] with its halves rotated; cosine and sine [L, 1, D / 2]."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
 
 
 class Model:
@@ -128,23 +118,23 @@ class Model:
         """The last norm and the head, which is the embedding where the checkpoint ties them: [B, L, H] -> [B, L, V]."""
         tied = self.config.get("tie_word_embeddings", False)
         head = self.weights["model.embed_tokens.weight" if tied else "lm_head.weight"]
-        normed = state.store("norm", self._norm(hidden, "model.norm"))
+        normed = self._norm(hidden, "model.norm", state)
         return state.store("logits", F.linear(normed, head.to(hidden.dtype)))
 
     def attention(self, i: int, hidden: Tensor, state: State) -> Tensor:
         """The first half of layer i: [B, L, H] -> [B, L, H], residual included; extends state.past[i]."""
         name, (batch, length, _) = f"model.layers.{i}", hidden.shape
-        x = state.store("norm", self._norm(hidden, f"{name}.input_layernorm"))
+        x = self._norm(hidden, f"{name}.input_layernorm", state)
         q, k, v = (
             state.store("qkv", self._linear(x, f"{name}.self_attn.{p}_proj")).view(batch, length, -1, self.head_dim)
             for p in "qkv"
         )
         if f"{name}.self_attn.q_norm.weight" in self.weights:
-            q = state.store("normed", self._norm(q, f"{name}.self_attn.q_norm"))
-            k = state.store("normed", self._norm(k, f"{name}.self_attn.k_norm"))
+            q = self._norm(q, f"{name}.self_attn.q_norm", state)
+            k = self._norm(k, f"{name}.self_attn.k_norm", state)
         start = state.past[i][0].shape[1] if i in state.past else 0
         turn = self._turn(torch.arange(start, start + length, device=hidden.device), state, hidden.dtype)
-        q, k = (state.store("rotated", rotate(x, *turn)) for x in (q, k))
+        q, k = (self._rotate(x, *turn, state) for x in (q, k))
         if start:
             k, v = (torch.cat((old, new), dim=1) for old, new in zip(state.past[i], (k, v), strict=True))
         state.past[i] = (k, v)
@@ -155,7 +145,7 @@ class Model:
     def mlp(self, i: int, hidden: Tensor, state: State) -> Tensor:
         """The second half of layer i: [B, L, H] -> [B, L, H], residual included; leaves state.routed[i]."""
         name = f"model.layers.{i}"
-        x = state.store("norm", self._norm(hidden, f"{name}.post_attention_layernorm"))
+        x = self._norm(hidden, f"{name}.post_attention_layernorm", state)
         rows = x.flatten(0, 1)
         output = self._sparse(i, rows, state) if self.sparse(i) else self._gated(rows, f"{name}.mlp", state)
         return state.store("residual", hidden + state.store("mlp_output", output).view_as(hidden))
@@ -169,12 +159,21 @@ class Model:
             and (i + 1) % self.config["decoder_sparse_step"] == 0
         )
 
-    def _norm(self, x: Tensor, name: str) -> Tensor:
-        return rms_norm(x, self.weights[f"{name}.weight"], self.config["rms_norm_eps"])
+    def _norm(self, x: Tensor, name: str, state: State) -> Tensor:
+        """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+        rows = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.config["rms_norm_eps"])
+        return state.store("norm_scaled", state.store("norm", rows) * self.weights[f"{name}.weight"].to(x.dtype))
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
         bias = self.weights.get(f"{name}.bias")
         return F.linear(x, self.weights[f"{name}.weight"].to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def _rotate(self, x: Tensor, cosine: Tensor, sine: Tensor, state: State) -> Tensor:
+        """x [B, L, heads, D] with its halves rotated; cosine and sine [L, 1, D / 2]."""
+        first, second = x.chunk(2, dim=-1)
+        straight = state.store("turned", torch.cat((first * cosine, second * cosine), dim=-1))
+        across = state.store("turned", torch.cat((-second * sine, first * sine), dim=-1))
+        return state.store("rotated", straight + across)
 
     def _turn(self, positions: Tensor, state: State, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine of the rotary angles at `positions` [L], both [L, 1, D / 2]."""
@@ -202,11 +201,12 @@ class Model:
         else:
             weights, ids = moe_block.routing(logits, {}, self.config)
         state.routed[i] = (logits, weights, ids)
+        weights = state.store("routing_weight", weights)
         out = torch.zeros_like(rows)
         for expert, tokens, slots in routed_rows(ids):
             output = self._expert(rows[tokens], f"{name}.experts.{expert}", state)
             weighted = state.store("weighted", weights[tokens, slots, None].to(rows.dtype) * output)
-            out.index_add_(0, tokens, weighted)
+            out[tokens] = state.store("partial_sum", out[tokens] + weighted)
         if f"{name}.shared_expert_gate.weight" not in self.weights:
             return out
         gate = torch.sigmoid(self._linear(rows, f"{name}.shared_expert_gate"))
@@ -219,5 +219,5 @@ class Model:
         """down @ (act(gate @ x) * (up @ x)): [n, H] -> [n, H]."""
         gate, up, down = (self.weights[f"{name}.{part}_proj.weight"].to(rows.dtype) for part in ("gate", "up", "down"))
         gate, up = (state.store("gate_up", F.linear(rows, weight)) for weight in (gate, up))
-        hidden = activate(gate, moe_block.activation(self.config)) * up
-        return F.linear(state.store("activation", hidden), down)
+        activated = state.store("activated", activate(gate, moe_block.activation(self.config)))
+        return F.linear(state.store("activation", activated * up), down)

@@ -89,7 +89,7 @@ class Trial:
             raise Rejected(f"has no parameter {', '.join(lacking)}")
         try:
             with torch.no_grad(), kept_defaults():
-                result = self.subject.call(call.args, call.keywords)
+                result = self.stage.run(self.subject, call)
             if wait:
                 self.synchronize()
         except REJECTIONS as error:

@@ -19,7 +19,7 @@ from torch import Tensor
 from moe_harness.harness.core import compare
 from moe_harness.harness.core.bounds import Bound, max_limit
 from moe_harness.harness.core.call import Call
-from moe_harness.harness.core.contracts import check_stage
+from moe_harness.harness.core.contracts import Subject, check_stage
 from moe_harness.harness.core.error_patterns import Places
 from moe_harness.harness.core.findings import Record
 from moe_harness.harness.core.folders import needed_part, stage_part
@@ -64,6 +64,10 @@ class Stage(ABC):
     @abstractmethod
     def build(self, case: Any, device: str) -> Call:
         """The operands of a case, drawn from its seed on the CPU and placed in fences (`core.call.Builder`)."""
+
+    def run(self, subject: Subject, call: Call) -> Any:
+        """What the implementation yields for a call."""
+        return subject.call(call.args, call.keywords)
 
     @abstractmethod
     def outputs(self, call: Call) -> list[Output]:

@@ -57,7 +57,9 @@ def test_every_check_of_a_suite_has_cases_whatever_the_dtype(stage, profile, dty
 def test_every_special_value_layout_and_law_is_planned(stage):
     module, planned = import_module(f"moe_harness.harness.stages.{stage}.cases"), plan(stage, Request())
     assert {p.case.data for p in planned if p.check == "special"} >= set(getattr(module, "SPECIALS", ()))
-    assert {p.case.variant for p in planned if p.check == "laws"} == set(module.LAWS)
+    assert {p.case.variant for p in planned if p.check == "laws"} == set(getattr(module, "LAWS", ()))
+    if stage == "model":  # its operand is a folder
+        return
     impossible = {"expanded", "unit"} if stage == "moe_block" else set()  # weights that every checkpoint has in full
     assert {p.case.layout.partition(":")[2] for p in planned if p.check == "layouts"} >= set(LAYOUTS) - impossible
 

@@ -12,7 +12,7 @@ import torch
 
 from moe_harness.fixtures import checkpoints
 from moe_harness.harness.core import bounds
-from moe_harness.harness.model.noise import logit_bound
+from moe_harness.harness.stages.model.noise import logit_bound
 from moe_harness.reference.model import Model, State
 
 transformers = pytest.importorskip("transformers")

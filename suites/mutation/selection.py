@@ -34,7 +34,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("harness/stages/*/stage.py", (*STAGE, FAULTS)),
     ("harness/stages/*/laws.py", (*STAGE, FAULTS)),
     ("harness/stages/*.py", STAGE),
-    ("harness/model/*.py", ("suites/model",)),
+    ("harness/stages/model/*.py", ("suites/model",)),
     ("harness/core/plan.py", (PLANS, ALL_STAGES)),
     ("harness/checks/*.py", JUDGE),
     ("harness/core/compare.py", (f"{META}compare.py", *JUDGE)),

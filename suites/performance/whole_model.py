@@ -99,7 +99,7 @@ def random_model(layers: int, **options: Any) -> Any:
 def check(results: Results) -> None:
     """The engine on a small random checkpoint: graphs = eager, chunks and preemption = neither, logits = reference."""
     from moe_harness.fixtures import checkpoints
-    from moe_harness.harness.model.noise import logit_bound
+    from moe_harness.harness.stages.model.noise import logit_bound
     from moe_harness.impls.qwen3_moe.model import load_model
     from moe_harness.reference.model import Model
 

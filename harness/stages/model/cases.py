@@ -1,0 +1,80 @@
+"""Cases of the stage `model`: a tiny checkpoint of a family, and what is asked of the loaded model.
+
+`variant` is "logits" (model(input_ids)), "layers" (every model.layer(i) alone, on the reference's residual stream) or
+"tokens" (greedy model.generate of prompts of several lengths together).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from moe_harness.harness.core.case import Case
+from moe_harness.harness.core.request import Request
+
+FAMILIES = ("qwen3_moe", "qwen2_moe", "qwen3")
+LENGTHS = (1, 2, 15, 16, 17, 33)  # around pages of 16 and chunks
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCase(Case):
+    stage: ClassVar[str] = "model"
+    family: str = "qwen3_moe"
+    B: int = 4
+    L: int = 9
+    new: int = 0  # tokens to generate
+    tied: bool = False
+    renormalize: bool = True
+    theta: float = 10000.0
+    shards: int = 2
+
+    def rows(self) -> int:
+        return self.B * (self.L + self.new)
+
+    def resized(self) -> Self:
+        return self.but(L=self.L + 1, seed=self.seed + 1)
+
+    def core(self) -> bool:
+        """Layers are optional in the contract, families are the implementation's choice."""
+        return super().core() and self.variant != "layers" and self.family == "qwen3_moe"
+
+
+CaseType = ModelCase
+
+
+def plan(request: Request) -> dict[str, list[Case]]:
+    """Cases of every check, in the order in which they are judged."""
+    return {
+        "contract": request.numbered(_contract(request)),
+        "numeric": request.numbered(_numeric(request)),
+        "special": request.numbered(_special(request)),
+        "determinism": request.numbered([ModelCase(variant="logits", dtype=request.dtypes[-1])]),
+    }
+
+
+def _contract(request: Request) -> Iterator[Case]:
+    for dtype in request.dtypes:
+        yield ModelCase(variant="logits", B=1, L=1, dtype=dtype)
+        yield ModelCase(variant="tokens", B=1, L=1, new=1, dtype=dtype)
+
+
+def _numeric(request: Request) -> Iterator[Case]:
+    for family in FAMILIES:
+        for dtype in request.dtypes:
+            yield ModelCase(variant="layers", family=family, dtype=dtype, optional=True)
+            yield ModelCase(variant="logits", family=family, dtype=dtype)
+            yield ModelCase(variant="tokens", family=family, dtype=dtype, B=5, new=8)
+    for length in request.pick(LENGTHS, (*LENGTHS, 31, 32, 64, 127, 129)):
+        dtype = request.dtypes[length % len(request.dtypes)]
+        yield ModelCase(variant="logits", B=2, L=length, dtype=dtype)
+        yield ModelCase(variant="tokens", B=6, L=length, new=request.pick(6, 20), dtype=dtype)
+    yield ModelCase(variant="tokens", B=request.pick(20, 40), L=5, new=3, dtype=request.dtypes[0])
+
+
+def _special(request: Request) -> Iterator[Case]:
+    """What configs and checkpoints vary."""
+    for dtype in request.dtypes[:1] + request.dtypes[-1:]:
+        yield ModelCase(variant="logits", tied=True, dtype=dtype)
+        yield ModelCase(variant="logits", renormalize=False, dtype=dtype)
+        yield ModelCase(variant="logits", theta=1e6, L=30, B=2, dtype=dtype)
+        yield ModelCase(variant="logits", shards=1, dtype=dtype)
+        yield ModelCase(variant="logits", family="qwen3", tied=True, shards=5, dtype=dtype)

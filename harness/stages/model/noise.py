@@ -1,0 +1,123 @@
+r"""What rounding alone may do to a model's results, from runs of the fp64 reference with random roundings.
+
+Every place where an implementation may store a value in the model's dtype (`reference.model.STORES`) gets an error
+uniform over one unit in the last place, in fp64, with the routing forced.  K such runs give the variance of each
+element.  It is pooled as a product of a factor per position and one per column, because K runs alone would leave each
+element's variance uncertain by sqrt(2 / K).
+
+    noise[p, v] = errors of K runs            variance[p, v] = mean_v[p] * mean_p[v] / mean
+
+The router's logits get their variance in the same runs.  Where no permitted rounding can change the choice of a layer
+at a position or at one that it sees, the position is certain, and only there results with a routing of their own are
+compared.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_harness.harness.core import bounds
+from moe_harness.reference.model import Model, Routing, State
+
+RUNS = 12
+PRODUCTS = ("qkv", "attention", "attention_output", "gate_up", "expert_output", "mlp_output", "logits")
+
+
+class RandomRounding:
+    """`State.store` with the error of one rounding to `dtype` at every place, half an ulp to either side.
+
+    Results of products get the error of their fp32 accumulation over `depth` terms too, which is what counts in fp32.
+    Its terms' squares sum up to about the mean square of the results, as signs are random.
+    """
+
+    def __init__(self, dtype: torch.dtype, depth: int, seed: int):
+        self.dtype, self.accumulation = dtype, bounds.accumulation(depth)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, name: str, value: Tensor) -> Tensor:
+        dtype = torch.float32 if name == "angle" else self.dtype
+        out = value + (self._draw(value) - 0.5) * bounds.ulp(value, dtype)
+        if name in PRODUCTS:
+            variance = self.accumulation * value.square().mean(-1, keepdim=True)
+            out += (self._draw(value) - 0.5) * (12 * variance).sqrt()
+        return out
+
+    def _draw(self, value: Tensor) -> Tensor:
+        return torch.rand(value.shape, generator=self.generator, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class NoiseBound:
+    """What a result [B, L, columns] may be when its routing is given: fp64 value and standard deviation.
+
+    `routed` [B, L]: positions whose routing no permitted rounding changes, in any layer that was run, at any position
+    that they see.
+    """
+
+    value: Tensor
+    sigma: Tensor
+    routed: Tensor
+
+    def z(self, result: Tensor) -> Tensor:
+        """(result - value) / sigma in fp64."""
+        return (result.double() - self.value) / self.sigma
+
+    def decided(self) -> Tensor:
+        """Positions [B, L] of logits whose largest one no permitted rounding can overtake."""
+        best = self.value.topk(2, dim=-1)
+        spread = self.sigma.gather(-1, best.indices).square().sum(-1).sqrt()
+        return best.values[..., 0] - best.values[..., 1] > bounds.max_limit() * spread
+
+    def bound(self, sources: int) -> bounds.Bound:
+        """For `core.compare`: positions of uncertain routing are left out; errors of a row have so many sources."""
+        variance = self.sigma.square().masked_fill(~self.routed[..., None], torch.inf)
+        common = torch.tensor([float(sources), 1.0], dtype=torch.float64).repeat(self.routed.numel(), 1)
+        return bounds.Bound(self.value, variance, torch.zeros_like(variance), common)
+
+
+def noise_bound(
+    model: Model, run: Callable[[State], Tensor], dtype: torch.dtype, forced: Mapping[int, Routing] | None = None
+) -> NoiseBound:
+    """The bound of `run`, which computes [B, L, columns] with `model` and a State, in `dtype`.
+
+    The routing that fp64 chooses is forced in every noisy run, unless another one is given.
+    """
+    state = State(forced=forced or {})
+    value = run(state)
+    clean = {layer: logits for layer, (logits, _, _) in state.routed.items()}
+    routing = {layer: (weights, ids) for layer, (_, weights, ids) in state.routed.items()}
+    depth = max(weight.shape[-1] for weight in model.weights.values())
+    errors, wandering = [], {layer: torch.zeros_like(logits) for layer, logits in clean.items()}
+    for seed in range(RUNS):
+        noisy = State(forced=routing, store=RandomRounding(dtype, depth, seed))
+        errors.append(run(noisy) - value)
+        for layer, (logits, _, _) in noisy.routed.items():
+            rounded = logits + (torch.rand_like(logits) - 0.5) * bounds.ulp(logits, dtype)
+            wandering[layer] += (rounded - clean[layer]).square() / RUNS
+    square = torch.stack(errors).square().mean(0)
+    by_position, by_column = square.mean(-1, keepdim=True), square.mean((0, 1), keepdim=True)
+    sigma = (by_position * by_column / square.mean()).sqrt()
+    routed = torch.ones(value.shape[:2], dtype=torch.bool)
+    if forced is None:
+        for layer, logits in clean.items():
+            routed &= _settled(logits, wandering[layer], routing[layer][1]).view(routed.shape)
+    return NoiseBound(value, sigma, routed.long().cumprod(-1).bool())
+
+
+def _settled(logits: Tensor, variance: Tensor, ids: Tensor) -> Tensor:
+    """Rows [T] whose choice is certain: the worst chosen and the best other expert are far enough apart."""
+    k = ids.shape[-1]
+    if k == logits.shape[-1]:
+        return torch.ones(len(logits), dtype=torch.bool)
+    gap = logits.topk(k + 1, dim=-1).values[:, k - 1 : k + 1]
+    spread = (2 * variance.mean(-1)).sqrt()
+    return gap[:, 0] - gap[:, 1] > bounds.max_limit() * spread
+
+
+def logit_bound(
+    model: Model, ids: Tensor, dtype: torch.dtype, forced: Mapping[int, Routing] | None = None
+) -> NoiseBound:
+    """The bound of all logits of ids [B, L]."""
+    return noise_bound(model, lambda state: model(ids, state), dtype, forced)

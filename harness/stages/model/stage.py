@@ -1,0 +1,242 @@
+"""The stage `model`: tiny checkpoints on disk, and the bounds of logits, layers and tokens.
+
+The verdict does not hang on luck: routers are decisive (`checkpoints.tensors`), and of many random prompts those are
+continued whose largest logits stay ahead longest.  The share that is judged is part of what the run tells, and a case
+of which less than FLOOR can be judged is an error of the harness, never a pass.
+"""
+
+import tempfile
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_harness.fixtures import checkpoints
+from moe_harness.harness.core import bounds
+from moe_harness.harness.core.call import DTYPES, Call
+from moe_harness.harness.core.contracts import Subject
+from moe_harness.harness.core.errors import CannotJudge
+from moe_harness.harness.core.findings import Record
+from moe_harness.harness.core.stage import Declared, Output, Stage, Truths
+from moe_harness.harness.stages.model.cases import ModelCase
+from moe_harness.harness.stages.model.noise import NoiseBound, logit_bound, noise_bound
+from moe_harness.reference.model import Model, State
+
+CANDIDATES = 6  # random prompts for each that is asked
+LENGTHS = 3  # of the prompts of one call
+FLOOR = 0.5  # of the positions, that at least are judged
+
+
+@dataclass
+class Question:
+    """What is asked of a model, and what is right."""
+
+    keys: dict[str, Any]
+    weights: dict[str, Tensor]
+    ids: Tensor  # [B, L]; the prompts of "tokens"
+    bound: NoiseBound | None  # of logits, or of all layers one below the other [layers * B, L, H]
+    streams: list[Tensor] = field(default_factory=list)  # what enters each layer
+    tokens: Tensor | None = None  # [B, new], right ones
+    certain: Tensor | None = None  # [B, new], of those
+
+
+@dataclass
+class ModelCall(Call):
+    """A call of `load_model`, and what the loaded model is asked then."""
+
+    question: Question | None = None
+    folder: Any = None  # kept while the call lives
+
+
+class WholeModel(Stage):
+    """A whole decoder."""
+
+    def build(self, case: ModelCase, device: str) -> Call:
+        question, folder = ask(case), tempfile.TemporaryDirectory(prefix="moe_harness_model_")
+        checkpoints.write(Path(folder.name), question.keys, question.weights, case.shards)
+        keywords = {"device": device, "dtype": DTYPES[case.dtype]}
+        return ModelCall(case, {"model_dir": folder.name}, keywords, question=question, folder=folder)
+
+    def run(self, subject: Subject, call: Call) -> Any:
+        """Load, then ask."""
+        model, question, device = subject.call(call.args, call.keywords), _question(call), call.keywords["device"]
+        if call.case.variant == "logits":
+            return _flat("model(input_ids)", model(question.ids.to(device)), question)
+        if call.case.variant == "layers":
+            if not hasattr(model, "layer"):
+                raise NotImplementedError("the model has no method `layer`")
+            found = [model.layer(i, stream.to(device)) for i, stream in enumerate(question.streams)]
+            return _flat("model.layer(i, hidden_states)", torch.cat(found), question)
+        prompts = prompts_of(question.ids)
+        generated = model.generate(prompts, max_new_tokens=call.case.new, ignore_eos=True)
+        lengths = [len(tokens) for tokens in generated]
+        if lengths != [call.case.new] * len(prompts):
+            raise RuntimeError(f"generate gave {lengths} tokens, wanted {call.case.new} for each of {len(prompts)}")
+        return torch.tensor(generated, device=device)
+
+    def outputs(self, call: Call) -> list[Output]:
+        question, case = _question(call), call.case
+        if case.variant == "tokens":
+            return [Output("the tokens", (len(question.ids), case.new), torch.int64)]
+        assert question.bound is not None
+        dtype = DTYPES[case.dtype]
+        name, wide = ("the logits", (dtype, torch.float32)) if case.variant == "logits" else ("the layers", (dtype,))
+        return [Output(name, tuple(question.bound.value.flatten(0, 1).shape), wide)]
+
+    def truth(self, call: Call, declared: Declared) -> Truths | None:
+        question = _question(call)
+        if question.bound is None:
+            return question.tokens
+        bound = question.bound.bound(question.keys["hidden_size"])
+        device = call.keywords["device"]
+        value, variance, shared = (
+            part.flatten(0, 1).to(device) for part in (bound.value, bound.variance, bound.shared)
+        )
+        return bounds.Bound(value, variance, shared, bound.sources.to(device))
+
+    def judge(self, call: Call, result: Any, declared: Declared) -> Record:
+        question = _question(call)
+        if question.tokens is None or question.certain is None:
+            record = super().judge(call, result, declared)
+            assert question.bound is not None
+            share = float(question.bound.routed.double().mean())
+        else:
+            record = _judge_tokens(question, result.cpu())
+            share = float(question.certain.double().mean())
+        record.observations["share judged"] = f"{share:.0%}"
+        return record
+
+    def place_of(self, call: Call, row: int, column: int) -> dict[str, Any]:
+        length, batch = call.case.L, len(_question(call).ids)
+        if call.case.variant != "layers":
+            return {"prompt": row // length, "position": row % length, "token": column}
+        layer, rest = divmod(row, batch * length)
+        return {"layer": layer, "prompt": rest // length, "position": rest % length, "column": column}
+
+    def row_groups(self, call: Call) -> dict[str, Tensor]:
+        if call.case.variant != "layers":
+            return {}
+        rows = len(_question(call).ids) * call.case.L
+        layers = torch.arange(len(_question(call).streams) * rows) // rows
+        return {f"layer {i}": layers == i for i in range(len(_question(call).streams))}
+
+    def telling_rows(self, call: Call) -> Tensor:
+        bound = _question(call).bound
+        return torch.arange(call.case.B) if bound is None else bound.routed.flatten().nonzero()[:, 0]
+
+
+STAGE = WholeModel()
+
+
+def _flat(what: str, result: Any, question: Question) -> Any:
+    """[B, L, columns] as [B * L, columns]."""
+    assert question.bound is not None
+    wanted = tuple(question.bound.value.shape)
+    shape = tuple(getattr(result, "shape", ()))
+    if shape != wanted:
+        raise RuntimeError(f"{what} gave {type(result).__name__} of the shape {list(shape)}, wanted {list(wanted)}")
+    return result.flatten(0, 1)
+
+
+def _question(call: Call) -> Question:
+    assert isinstance(call, ModelCall) and call.question is not None
+    return call.question
+
+
+def prompts_of(ids: Tensor) -> list[list[int]]:
+    """Prompts of several lengths: the rows, without the first token or the first two at some places."""
+    return [row[min(place % LENGTHS, len(row) - 1) :].tolist() for place, row in enumerate(ids)]
+
+
+@lru_cache(maxsize=8)
+@torch.no_grad()
+def ask(case: ModelCase) -> Question:
+    """The checkpoint of a case, its question and the right answers; CannotJudge where too little can be judged."""
+    changes: dict[str, Any] = {"tie_word_embeddings": case.tied, "rope_theta": case.theta, "num_hidden_layers": 2}
+    if case.family != "qwen3":
+        changes["norm_topk_prob"] = case.renormalize
+    keys = checkpoints.config(case.family, **changes) | {"torch_dtype": str(DTYPES[case.dtype]).removeprefix("torch.")}
+    weights = checkpoints.tensors(keys, case.seed, DTYPES[case.dtype], decisive=True)
+    model = Model(keys, weights)
+    draw = torch.Generator().manual_seed(case.seed + 7)
+    ids = torch.randint(0, keys["vocab_size"], (CANDIDATES * case.B, case.L), generator=draw)
+    make = {"logits": _logits, "layers": _layers, "tokens": _tokens}[case.variant]
+    return make(case, model, ids)
+
+
+def _logits(case: ModelCase, model: Model, ids: Tensor) -> Question:
+    ids = ids[: case.B]
+    bound = logit_bound(model, ids, DTYPES[case.dtype])
+    return _enough(Question(model.config, dict(model.weights), ids, bound), bound.routed)
+
+
+def _layers(case: ModelCase, model: Model, ids: Tensor) -> Question:
+    """Each layer on the stream that the reference gives it, rounded to the dtype."""
+    dtype, ids = DTYPES[case.dtype], ids[: case.B]
+    state, found, streams = State(), [], []
+    hidden = model.embed(ids)
+    for i in range(model.layers):
+        streams.append(hidden.to(dtype))
+        found.append(noise_bound(model, partial(model.layer, i, streams[-1].double()), dtype))
+        hidden = model.layer(i, hidden, state)
+    bound = NoiseBound(*(torch.cat([getattr(one, part) for one in found]) for part in ("value", "sigma", "routed")))
+    return _enough(Question(model.config, dict(model.weights), ids, bound, streams), bound.routed)
+
+
+def _tokens(case: ModelCase, model: Model, ids: Tensor) -> Question:
+    """Greedy tokens of the reference; certain up to where a rounding could change one, or a routing before it.
+
+    For each place the candidate is taken whose tokens stay certain longest.
+    """
+    rows = ids.view(CANDIDATES, case.B, case.L)
+    places = torch.arange(case.B)
+    chosen = torch.empty(case.B, case.L, dtype=torch.int64)
+    tokens, certain = torch.empty(case.B, case.new, dtype=torch.int64), torch.empty(case.B, case.new, dtype=torch.bool)
+    for shortened in range(LENGTHS):
+        here = places[places % LENGTHS == shortened]
+        if len(here):
+            prompts = rows[:, here, min(shortened, case.L - 1) :].flatten(0, 1)
+            found, sure = (part.view(CANDIDATES, len(here), -1) for part in _continued(case, model, prompts))
+            best = sure.sum(-1).argmax(0)
+            each = torch.arange(len(here))
+            tokens[here], certain[here], chosen[here] = found[best, each], sure[best, each], rows[best, here]
+    question = Question(model.config, dict(model.weights), chosen, None, tokens=tokens, certain=certain)
+    return _enough(question, certain)
+
+
+def _continued(case: ModelCase, model: Model, prompts: Tensor) -> tuple[Tensor, Tensor]:
+    """Greedy tokens [N, new] after prompts [N, L], and which of them are certain."""
+    state, row = State(), prompts
+    last = model(prompts, state)[:, -1:]
+    for _ in range(case.new):
+        row = torch.cat((row, last.argmax(-1)), dim=1)
+        last = model(row[:, -1:], state)
+    bound = logit_bound(model, row[:, :-1], DTYPES[case.dtype])
+    sure = bound.routed & bound.decided()
+    return row[:, -case.new :], sure[:, -case.new :].long().cumprod(-1).bool()
+
+
+def _enough(question: Question, judged: Tensor) -> Question:
+    share = float(judged.double().mean())
+    if share < FLOOR:
+        raise CannotJudge(f"only {share:.0%} of the positions could be judged, wanted at least {FLOOR:.0%}")
+    return question
+
+
+def _judge_tokens(question: Question, result: Tensor) -> Record:
+    """Tokens equal the reference's up to the first that a rounding could change."""
+    assert question.tokens is not None and question.certain is not None
+    record = Record(elements=int(question.certain.sum()))
+    wrong = (result != question.tokens) & question.certain
+    if bool(wrong.any()):
+        row, place = (int(i) for i in wrong.nonzero()[0])
+        got, wanted = int(result[row, place]), int(question.tokens[row, place])
+        record.fail(
+            f"new token {place} of prompt {row} is {got}, but should be {wanted}: no permitted rounding changes it "
+            f"({int(wrong.sum())} of {record.elements} tokens differ)",
+            headroom=float("inf"), where={"prompt": row, "new token": place},
+        )  # fmt: skip
+    return record

@@ -1,0 +1,64 @@
+"""The stage `model` judges: right models pass, each wrong one fails, and what cannot be asked is said."""
+
+import pytest
+
+from moe_harness.harness.core.contracts import load
+from moe_harness.harness.core.invocation import Trial
+from moe_harness.harness.core.plan import plan
+from moe_harness.harness.core.request import Request
+from moe_harness.harness.process.worker import judge_id
+from moe_harness.suites.model import wrong_models
+
+FILE = "moe_harness.suites.model.wrong_models"
+WRONG = [
+    "gate_and_up_swapped", "norms_swapped", "key_norm_for_query_norm", "theta_ignored", "epsilon_too_large",
+    "never_renormalised", "one_expert_less", "experts_shifted", "last_layer_lost", "first_prompt_token_lost",
+    "padded_without_a_mask", "not_greedy", "one_token_short", "backwards", "one_layer_scaled",
+]  # fmt: skip
+CASES = [
+    "model/numeric/variant=layers,seed=3", "model/numeric/variant=logits,seed=4", "model/numeric/variant=tokens,new=6",
+    "model/numeric/variant=logits,dtype=bf16,seed=5", "model/numeric/variant=layers,dtype=bf16,seed=6",
+    "model/numeric/variant=tokens,dtype=bf16,new=6,seed=7",
+]  # fmt: skip
+
+
+def statuses(spec: str, cases: list[str] = CASES) -> dict[str, str]:
+    trial = Trial(load("model", spec), "cpu")
+    return {case: judge_id(trial, case)["status"] for case in cases}
+
+
+@pytest.mark.parametrize("spec", [f"{FILE}:right", "transformers", "transformers:grouped_mm"])
+def test_right_models_pass(spec: str) -> None:
+    if spec.startswith("transformers"):
+        pytest.importorskip("transformers")
+    assert set(statuses(spec).values()) == {"passed"}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", WRONG)
+def test_each_wrong_model_fails(name: str, dtype: str) -> None:
+    found = statuses(f"{FILE}:{name}", [case for case in CASES if ("bf16" in case) == (dtype == "bf16")])
+    assert "failed" in found.values(), found
+    assert set(found.values()) <= {"failed", "passed"}, found
+
+
+def test_a_wrong_layer_is_named() -> None:
+    trial = Trial(load("model", f"{FILE}:one_layer_scaled"), "cpu")
+    finding = judge_id(trial, "model/numeric/variant=layers,seed=3")["findings"][0]
+    assert finding["where"]["layer"] == 1, finding
+
+
+def test_a_model_without_layers_is_unsupported_there_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(wrong_models.Model, "layer")
+    found = statuses(f"{FILE}:right", CASES[:3])
+    assert list(found.values()) == ["unsupported", "passed", "passed"]
+
+
+def test_most_of_what_is_planned_can_be_judged() -> None:
+    """No case's data leave less than half of its positions to be judged; CannotJudge would say so."""
+    trial = Trial(load("model", f"{FILE}:right"), "cpu")
+    for planned in plan("model", Request(dtypes=("bf16",)))[::3]:
+        answer = judge_id(trial, planned.id)
+        assert answer["status"] == "passed", answer
+        share = int(answer["observations"]["share judged"].rstrip("%")) if answer["observations"] else 100
+        assert share >= 50

@@ -1,0 +1,98 @@
+"""Models that are wrong in one thing: each is our engine over a changed folder, or behind a changed call."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from moe_harness.impls.qwen3_moe.model import Model, load_model
+
+SMALL = {"pages": 64, "page_size": 4, "max_sequences": 8, "max_tokens": 16, "max_length": 120}
+
+
+def right(model_dir: str, *, device: str, dtype: torch.dtype) -> Model:
+    return load_model(model_dir, device=device, dtype=dtype, **SMALL)
+
+
+def over(change: Callable[[dict, dict], Any]) -> Callable[..., Model]:
+    """Loads after `change` of config and tensors."""
+
+    def load(model_dir: str, *, device: str, dtype: torch.dtype) -> Model:
+        file = Path(model_dir, "config.json")
+        keys = json.loads(file.read_text())
+        held = {}
+        for shard in Path(model_dir).glob("*.safetensors"):
+            held |= load_file(shard)
+            shard.unlink()
+        change(keys, held)
+        file.write_text(json.dumps(keys))
+        Path(model_dir, "model.safetensors.index.json").unlink(missing_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in held.items()}, Path(model_dir, "model.safetensors"))
+        return right(model_dir, device=device, dtype=dtype)
+
+    return load
+
+
+def swap(held: dict, first: str, second: str) -> None:
+    for name in [name for name in held if first in name]:
+        other = name.replace(first, second)
+        held[name], held[other] = held[other], held[name]
+
+
+def calls(**methods: Callable[..., Any]) -> Callable[..., Model]:
+    """Loads as it should, then answers through other methods."""
+
+    def load(model_dir: str, *, device: str, dtype: torch.dtype) -> Any:
+        model = right(model_dir, device=device, dtype=dtype)
+        changed = type("Changed", (Model,), methods)
+        model.__class__ = changed
+        return model
+
+    return load
+
+
+def without_the_first(self: Model, prompts: list, **options: Any) -> list:
+    return Model.generate(self, [prompt[1:] or prompt for prompt in prompts], **options)
+
+
+def of_the_longest_shape(self: Model, prompts: list, **options: Any) -> list:
+    longest = max(map(len, prompts))
+    return Model.generate(self, [[0] * (longest - len(p)) + list(p) for p in prompts], **options)
+
+
+def sampled(self: Model, prompts: list, **options: Any) -> list:
+    return Model.generate(self, prompts, **options | {"temperature": 1.0})
+
+
+def one_short(self: Model, prompts: list, **options: Any) -> list:
+    return [tokens[:-1] for tokens in Model.generate(self, prompts, **options)]
+
+
+def not_causal(self: Model, ids: torch.Tensor) -> torch.Tensor:
+    return Model.__call__(self, ids.flip(1)).flip(1)
+
+
+def drifting_layer(self: Model, i: int, hidden: torch.Tensor) -> torch.Tensor:
+    out = Model.layer(self, i, hidden)
+    return out * (1 + 2**-5) if i == 1 else out
+
+
+gate_and_up_swapped = over(lambda keys, held: swap(held, ".gate_proj.", ".up_proj."))
+norms_swapped = over(lambda keys, held: swap(held, ".input_layernorm.", ".post_attention_layernorm."))
+key_norm_for_query_norm = over(lambda keys, held: swap(held, ".q_norm.", ".k_norm."))
+theta_ignored = over(lambda keys, held: keys.update(rope_theta=keys["rope_theta"] * 50))
+epsilon_too_large = over(lambda keys, held: keys.update(rms_norm_eps=5e-2))
+never_renormalised = over(lambda keys, held: keys.update(norm_topk_prob=not keys["norm_topk_prob"]))
+one_expert_less = over(lambda keys, held: keys.update(num_experts_per_tok=1))
+experts_shifted = over(lambda keys, held: swap(held, ".experts.0.", ".experts.1."))
+last_layer_lost = over(lambda keys, held: held.update({"model.layers.1.self_attn.o_proj.weight": torch.zeros_like(
+    held["model.layers.1.self_attn.o_proj.weight"])}))  # fmt: skip
+first_prompt_token_lost = calls(generate=without_the_first)
+padded_without_a_mask = calls(generate=of_the_longest_shape)
+not_greedy = calls(generate=sampled)
+one_token_short = calls(generate=one_short)
+backwards = calls(__call__=not_causal)
+one_layer_scaled = calls(layer=drifting_layer)
