@@ -20,6 +20,7 @@ from moe_harness.harness.core.call import DTYPES, Call
 from moe_harness.harness.core.contracts import Subject
 from moe_harness.harness.core.errors import CannotJudge
 from moe_harness.harness.core.findings import Record
+from moe_harness.harness.core.invocation import Broken
 from moe_harness.harness.core.stage import Declared, Output, Stage, Truths
 from moe_harness.harness.stages.model.cases import ModelCase
 from moe_harness.harness.stages.model.noise import NoiseBound, logit_bound, noise_bound
@@ -74,7 +75,7 @@ class WholeModel(Stage):
         generated = model.generate(prompts, max_new_tokens=call.case.new, ignore_eos=True)
         lengths = [len(tokens) for tokens in generated]
         if lengths != [call.case.new] * len(prompts):
-            raise RuntimeError(f"generate gave {lengths} tokens, wanted {call.case.new} for each of {len(prompts)}")
+            raise Broken(f"generate gave {lengths} tokens, wanted {call.case.new} for each of {len(prompts)}")
         return torch.tensor(generated, device=device)
 
     def outputs(self, call: Call) -> list[Output]:
@@ -137,7 +138,7 @@ def _flat(what: str, result: Any, question: Question) -> Any:
     wanted = tuple(question.bound.value.shape)
     shape = tuple(getattr(result, "shape", ()))
     if shape != wanted:
-        raise RuntimeError(f"{what} gave {type(result).__name__} of the shape {list(shape)}, wanted {list(wanted)}")
+        raise Broken(f"{what} gave {type(result).__name__} of the shape {list(shape)}, wanted {list(wanted)}")
     return result.flatten(0, 1)
 
 
