@@ -129,6 +129,8 @@ class Session:
         for result in results:
             coverage = {**result["coverage"], "axes": {}}
             emit(console, [f"{result['stage']}  {result['impl']}", checks_table(result["checks"]), *ledger(coverage)])
+        for line in report.annotations(results):
+            terminal.line(line)
         if self.options.impl_json:
             self.options.impl_json.write_text(report.dumps(results))
         if self.options.impl_html:

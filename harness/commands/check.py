@@ -103,6 +103,8 @@ def _deliver(results: list, json: Path | None, html: Path | None) -> None:
     from moe_harness.harness import report
 
     report.print_report(results)
+    for line in report.annotations(results):
+        print(line)
     if json is not None:
         json.write_text(report.dumps(results))
     if html is not None:

@@ -52,12 +52,12 @@ def faults(
     raise typer.Exit(EXIT_FAIL if result["survivors"] or useless else 0)
 
 
-def _chosen(stage: str | None, names: tuple[str, ...]) -> list:
+def _chosen(stage: str | None, names: tuple[str, ...] | None) -> list:
     from moe_harness.harness.core.catalogue import STAGES_WITH_FAULTS, all_faults
 
     found = all_faults(contracts.check_stage(stage, STAGES_WITH_FAULTS) if stage else None)
     known = [entry.name for entry in found]
-    for name in names:
+    for name in names or ():
         if name not in known:
             raise unknown("fault" if stage is None else f"fault of {stage}", name, known)
     return [entry for entry in found if not names or entry.name in names]

@@ -3,9 +3,12 @@
 Nothing here imports torch, and the HTML page's template engine is imported only when a page is written.
 """
 
+from moe_harness.harness.report.annotations import annotations
 from moe_harness.harness.report.failure import failure_text
 from moe_harness.harness.report.progress import Progress
 from moe_harness.harness.report.results import Result, dumps, exit_status, to_json
 from moe_harness.harness.report.terminal import print_report
 
-__all__ = ["Progress", "Result", "dumps", "exit_status", "failure_text", "print_report", "to_json"]
+__all__ = [
+    "Progress", "Result", "annotations", "dumps", "exit_status", "failure_text", "print_report", "to_json",
+]  # fmt: skip

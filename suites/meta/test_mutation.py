@@ -1,4 +1,4 @@
-"""The mutation run: every edited module has suites that exist, only kills count, and the README tells the result."""
+"""The mutation run: every edited module has suites that exist, only kills count; docs/catalogue.md tells the result."""
 
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
@@ -62,7 +62,7 @@ def test_only_kills_count_and_what_could_not_be_tried_does_not() -> None:
 
 
 def test_the_readme_tells_the_committed_result() -> None:
-    text = report.README.read_text()
+    text = report.PAGE.read_text()
     assert report.readme_line() in text, "run python -m moe_harness.suites.mutation.report"
     assert report.rewritten(text) == text
 

@@ -120,6 +120,14 @@ def test_with_xdist_junit_stays_small_and_the_table_is_whole(project):
     assert not list(ElementTree.parse(project / "junit.xml").iter("property"))
 
 
+def test_on_github_a_failure_stands_at_the_line_of_the_kernel(project):
+    wrong = ("-k", "contract", "--impl", "our kernels/gates.py:halved")
+    done = run(project, "tests/test_gate.py", "-q", *wrong, GITHUB_ACTIONS="true")
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("::error ")]
+    assert "file=our kernels/gates.py,line=11," in line and "%0Amoe-harness replay " in line
+    assert "::error" not in run(project, "tests/test_gate.py", "-q", *wrong).stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

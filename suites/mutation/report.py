@@ -1,4 +1,4 @@
-"""The score of a run: as text, as JSON, and as the README's line.
+"""The score of a run: as text, as JSON, and as the line of docs/catalogue.md.
 
 `python -m moe_harness.suites.mutation.report` writes that line from docs/mutation.json.
 """
@@ -18,8 +18,8 @@ from pathlib import Path
 from scipy.stats import binomtest
 
 ROOT = Path(__file__).resolve().parents[2]
-README, RESULT = ROOT / "README.md", ROOT / "docs" / "mutation.json"
-LINE = re.compile(r"`tox -e mutation` makes .*?docs/mutation\.json\)\)\.", re.DOTALL)
+PAGE, RESULT = ROOT / "docs/catalogue.md", ROOT / "docs" / "mutation.json"
+LINE = re.compile(r"`tox -e mutation` makes .*?mutation\.json\)\)\.", re.DOTALL)
 OUTCOMES = ("killed", "survived", "timeout", "error")
 PACKAGES = ("cosmic-ray", "torch", "pytest", "hypothesis")
 
@@ -110,20 +110,20 @@ def commit() -> str:
 
 
 def readme_line(result: Path = RESULT) -> str:
-    """The README's sentence."""
+    """The sentence of docs/catalogue.md."""
     found = json.loads(result.read_text())
     low, high = (f"{100 * bound:.0f}" for bound in found["interval"])
     return (
         "`tox -e mutation` makes small edits of `reference/` and `harness/`, one at a time. Of a random sample of "
         f"{sum(found['counts'].values())}\n(there are {found['mutants']:,}) the suites of the edited module noticed "
-        f"{100 * found['score']:.0f} % (95 % interval {low} to {high}; [the others](docs/mutation.json))."
+        f"{100 * found['score']:.0f} % (95 % interval {low} to {high}; [the others](mutation.json))."
     )
 
 
 def rewritten(text: str) -> str:
-    """The README's text with its line as the result has it."""
+    """The page with its line as the result has it."""
     return LINE.sub(lambda _: readme_line(), text)
 
 
 if __name__ == "__main__":
-    README.write_text(rewritten(README.read_text()))
+    PAGE.write_text(rewritten(PAGE.read_text()))

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every figure of the README, on one GPU that runs nothing else: writes suites/performance/data (or the folder given).
+# Every figure of docs/benches.md, on one GPU that runs nothing else: writes suites/performance/data (or the folder given).
 set -euo pipefail
 out=${1:-suites/performance/data}
 bench() { name=$1; shift; moe-harness bench "$@" --json "$out/$name.json"; }

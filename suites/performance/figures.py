@@ -1,6 +1,6 @@
-"""The README's figures of speed, from the files in suites/performance/data that the benches wrote.
+"""The figures of speed of docs/benches.md, from the files in suites/performance/data that the benches wrote.
 
-python -m moe_harness.suites.performance.figures            rewrites the README's tables and docs/performance.svg
+python -m moe_harness.suites.performance.figures            rewrites docs/benches.md and docs/performance.svg
 """
 
 import re
@@ -9,7 +9,7 @@ from moe_harness.harness.bench.pictures import remarks
 from moe_harness.harness.bench.timing import Report, Timing
 from moe_harness.suites.performance import DATA, ROOT, header, ranked_figures, row
 
-README, PICTURE = ROOT / "README.md", ROOT / "docs/performance.svg"
+PAGE, PICTURE = ROOT / "docs/benches.md", ROOT / "docs/performance.svg"
 MARKED = re.compile(
     r"(<!-- figures: (\w+), by python -m moe_harness.suites.performance.figures -->\n)"
     r".*?(<!-- end of figures -->\n)",
@@ -93,7 +93,7 @@ def bench() -> list[str]:
     ceilings = f"{first.copy_bandwidth / 1e6:.2f} TB/s, {first.matrix_rate / 1e6:.0f} TFLOP/s"
     intro = (
         f"One {first.device}, {first.dtype} ({versions}): time over the floor that the ceilings of the same run set "
-        f"({ceilings}).\n{first.model['name']} ([figures](suites/performance/data/{FIRST})):"
+        f"({ceilings}).\n{first.model['name']} ([figures](../suites/performance/data/{FIRST})):"
     )
     outro = (
         "Reading weights alone is a little faster than copying, so a ratio may fall below 1. Medians of 11 rounds; "
@@ -121,7 +121,7 @@ SECTIONS = {
 
 
 def rewritten(text: str) -> str:
-    """The README's text with its figures replaced, section by section."""
+    """The page with its figures replaced, section by section."""
 
     def section(found: re.Match[str]) -> str:
         begin, name, end = found.groups()
@@ -133,7 +133,7 @@ def rewritten(text: str) -> str:
 def main() -> None:
     from moe_harness.harness.bench.pictures import picture
 
-    README.write_text(rewritten(README.read_text()))
+    PAGE.write_text(rewritten(PAGE.read_text()))
     picture(read(FIRST), PICTURE)
 
 

@@ -1,4 +1,4 @@
-"""The README's figures over several GPUs, from the files of dispatch.py and expert_parallel.py (see figures.py)."""
+"""The page's figures over several GPUs, from the files of dispatch.py and expert_parallel.py (see figures.py)."""
 
 import json
 from typing import Any

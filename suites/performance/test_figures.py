@@ -1,10 +1,10 @@
-"""The README's figures of speed are those of the files that the bench wrote."""
+"""The figures of speed in docs/benches.md are those of the files that the bench wrote."""
 
 from moe_harness.suites.performance import figures
 
 
-def test_readme_equals_the_files() -> None:
-    text = figures.README.read_text()
+def test_the_page_equals_the_files() -> None:
+    text = figures.PAGE.read_text()
     assert {found[1] for found in figures.MARKED.findall(text)} == set(figures.SECTIONS)
     assert figures.rewritten(text) == text, "run python -m moe_harness.suites.performance.figures"
 

@@ -31,7 +31,7 @@ def _gate(x, w, y, out, H, D, x_t, x_h, w_h, y_t, y_d, TILE: tl.constexpr):
     for start in range(0, D, TILE):
         at = start + tl.arange(0, TILE)
         value = gate * tl.load(y + row * y_t + at * y_d, mask=at < D, other=0.0).to(tl.float32)
-        tl.store(out + row * D + at, value.to(out.dtype.element_ty), mask=at < D)
+        tl.store(out + row * D + at, value, mask=at < D)
 
 
 def shared_expert_gate(
@@ -40,11 +40,12 @@ def shared_expert_gate(
     shared_output: Tensor,  # [..., D]
 ) -> Tensor:  # [..., D]
     x, y = hidden_states.reshape(-1, hidden_states.shape[-1]), shared_output.reshape(-1, shared_output.shape[-1])
-    out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    out = torch.empty(y.shape, dtype=torch.float32, device=y.device)
     if len(y):
         _gate[len(y),](x, gate_weight, y, out, x.shape[1], y.shape[1], *x.stride(), gate_weight.stride(1), *y.stride(),
                        BLOCK)  # fmt: skip
-    return out.view(shared_output.shape)
+    # To be stored in the dtype of shared_output by the kernel; the interpreter cuts bf16 off instead of rounding.
+    return out.to(y.dtype).view(shared_output.shape)
 
 
 # What it promises; optional, and what is promised is judged.
