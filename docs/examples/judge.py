@@ -1,0 +1,5 @@
+from moe_harness import check
+from my_experts import experts
+
+judged = check(experts, "experts", checks="contract,sentinels", quiet=True)
+print(judged.verdict, judged.passed, len(judged.failures))

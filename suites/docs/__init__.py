@@ -1,0 +1,1 @@
+"""The project's pages: what they show of the command's output is the command's output."""
