@@ -13,7 +13,7 @@ from moe_harness.harness.commands.init import CLASSES, TEMPLATES, templates
 from moe_harness.harness.core.catalogue import all_faults
 from moe_harness.harness.core.contracts import DECLARED_ROUNDINGS, RANK_STAGES
 
-SOME = {"router": "contract,special", "experts": "contract,sentinels", "moe_block": "contract"}
+SOME = {"router": "contract,special", "experts": "contract", "moe_block": "contract"}
 
 
 def run(folder, *arguments, **variables):
