@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import tempfile
 import time
@@ -22,6 +23,10 @@ HINT = "no case needs that much; NotImplementedError refuses what an implementat
 ENOUGH = 4 << 30  # bytes; the largest case holds 0.5 GiB, and one of a released model up to 2.5
 EXPLAINED = 3  # failures of a run whose cause is searched for
 EXPLAIN_SECONDS = 5.0  # for each
+COMPILE_BUDGET = 600.0  # seconds that compilers of one case may take beyond its own budget
+COMPILE_LOOK = 5.0  # seconds between looks at whether they are still at work
+# Files of Triton's and Inductor's compilers and of torch's C++ extensions, as they stand in a stack.
+COMPILERS = re.compile(r"triton/(compiler/|backends/\w+/compiler)|torch/(_inductor/|_dynamo/|utils/cpp_extension)")
 DEATHS = 3  # after so many crashes and hangs the implementation is judged no further
 
 
@@ -41,6 +46,7 @@ class Worker:
         self.loaded: dict[str, Any] = {}  # what the process says of the implementation
         self.current: str | None = None
         self.history: list[str] = []
+        self.compiling_since: float | None = None
         self.deadline = time.monotonic() + START_BUDGET
 
     def give(self, case_id: str, budget: float) -> None:
@@ -70,6 +76,11 @@ class Worker:
         with suppress(OSError):
             os.kill(pid, signal.SIGUSR1)  # faulthandler listens, in C
             time.sleep(0.3)
+
+    def is_compiling(self) -> bool:
+        """Whether the place it told last lies in a compiler of kernels."""
+        told = Path(self.output).read_text(errors="replace").rpartition("(most recent call first):")[2]
+        return COMPILERS.search(told) is not None
 
     def last_words(self) -> str:
         """The end of what the process printed, or the innermost calls where a fatal signal left a traceback."""
@@ -214,11 +225,28 @@ class Pool:
             return self._bury(worker, f"the process was {_ended(worker)}", replace)
         if time.monotonic() > worker.deadline:
             worker.tell_where()
-            return self._bury(worker, f"no answer within its budget of {self._budget_now():.0f} s: it hangs", replace)
+            if self._may_compile(worker):
+                return None
+            told = f"no answer within its budget of {self._budget_now():.0f} s: it hangs"
+            if worker.compiling_since is not None:
+                told = f"it was still being compiled after {COMPILE_BUDGET:.0f} s"
+            return self._bury(worker, told, replace)
         if self.memory_limit is not None and worker.memory() > self.memory_limit:
             gib = self.memory_limit / 2**30
             return self._bury(worker, f"its process grew beyond {gib:.1f} GiB ({HINT})", replace)
         return None
+
+    def _may_compile(self, worker: Worker) -> bool:
+        """Give a case that is being compiled another look later, and its own budget once that is over."""
+        now = time.monotonic()
+        if not worker.is_compiling():
+            over, worker.compiling_since = worker.compiling_since is not None, None
+            worker.deadline = now + self._budget_now()
+            return over
+        if worker.compiling_since is None:
+            worker.compiling_since = now
+        worker.deadline = now + COMPILE_LOOK
+        return now - worker.compiling_since < COMPILE_BUDGET
 
     def _bury(self, worker: Worker, cause: str, replace: bool) -> dict[str, Any]:
         worker.stop()

@@ -55,6 +55,7 @@ def run(result: dict[str, Any]) -> dict[str, Any]:
         "reason": verdict_reason(result),
         "error": result["error"],
         "interrupted": result["interrupted"],
+        "not_judged": result["not_judged"],
         "facts": facts(result),
         "checks": [check | {"status": cell(check)[0]} for check in result["checks"]],
         "clusters": [(*cluster_lines(each), each["replay"]) for each in result["clusters"]],

@@ -129,6 +129,7 @@ class Result(TypedDict, total=False):
     declared: dict[str, Any]
     error: str | None
     interrupted: bool
+    not_judged: list[str]  # of the models of --config, what this stage does not cover
     checks: list[Check]
     clusters: list[FailureCluster]
     failures: list[Failure]
@@ -144,7 +145,7 @@ def completed(result: Result) -> dict[str, Any]:
     full |= result
     for key, kind in {"versions": dict, "declared": dict, "statistics": dict}.items():
         full[key] = full.get(key) or kind()
-    for key in ("checks", "clusters", "failures", "observations", "dtypes"):
+    for key in ("checks", "clusters", "failures", "observations", "dtypes", "not_judged"):
         full[key] = full.get(key) or []
     full["coverage"] = empty | {key: value for key, value in (full.get("coverage") or {}).items() if value is not None}
     return full

@@ -177,6 +177,8 @@ def verdict(result: dict[str, Any]) -> Iterator[Any]:
     """The verdict line, with the reason where it is not a pass, and a warning where the run was cut short."""
     name = verdict_of(result)  # type: ignore[arg-type]
     yield Text.assemble((name.upper(), STYLES[name]), f"  {result['impl']}  {verdict_reason(result)}")
+    for told in result["not_judged"]:
+        yield Text(told, style="yellow")
     if result["interrupted"]:
         yield Text("interrupted: only what is listed above was judged", style="yellow")
     yield Text("")

@@ -192,6 +192,7 @@ class Account:
             "seconds": round(time.monotonic() - self.started, 2), "versions": self.loaded["versions"],
             "declared": {k: v for k, v in self.loaded["declared"].items() if k != "explicit"}, "error": self.error,
             "interrupted": self.interrupted,
+            "not_judged": [told for shape in self.request.configs if (told := shape.not_judged(self.stage))],
             "checks": [tally.as_check(name) for name, tally in self.tallies.items() if tally.counts],
             "clusters": self.clusters() if final else [], "failures": self.failures, "coverage": self._coverage(),
             "statistics": {"z_histogram": {"edges": [*HISTOGRAM_EDGES, None], "counts": self.histogram,

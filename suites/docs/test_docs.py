@@ -32,9 +32,8 @@ def test_a_block_is_what_its_command_prints(page, command, output, place, tmp_pa
 
 def test_the_pages_have_blocks_and_the_picture_shows_a_report():
     assert len(FOUND) >= 5
-    words = " ".join(
-        "".join(text.itertext()) for text in ElementTree.parse(PICTURE).iter() if text.tag.endswith("text")
-    )
+    texts = (text for text in ElementTree.parse(PICTURE).iter() if text.tag.endswith("text"))
+    words = " ".join("".join(text.itertext()) for text in texts)
     for word in ("many_experts.py:fused", "replay", "FAIL"):
         assert word in words.replace("\xa0", " ")
 

@@ -282,6 +282,12 @@ def test_lists_take_commas_and_names_any_usual_spelling(kernels):
     assert runs[0]["dtypes"] == ["bf16", "fp32"] and runs[0]["config"] == "qwen3-next-80b-a3b"
 
 
+def test_what_of_a_model_is_not_judged_stands_beside_the_verdict(kernels):
+    done = judge(kernels, "right", "--dtype", "fp32", "--config", "GPT-OSS-20B", "--html", "oss.html")
+    assert done.returncode == 0 and "mxfp4" in done.stdout.partition("PASS")[2], done.stdout
+    assert "mxfp4" in (kernels / "oss.html").read_text()
+
+
 NEIGHBOURS = """
 def right(*args, **kw):
     import reference  # at the first call, not at the import

@@ -9,7 +9,7 @@ import pytest
 
 from moe_harness.harness.core.invocation import Broken, _check_entries
 from moe_harness.harness.core.request import Request
-from moe_harness.harness.process.pool import prepare
+from moe_harness.harness.process.pool import Pool, prepare
 from moe_harness.harness.run.session import Options, judge
 
 HEAD = """
@@ -155,3 +155,28 @@ def test_a_failure_that_depends_on_earlier_calls_is_told(folder):
     result = judge("experts", f"{folder / 'stateful.py'}:f", Request(), Options(checks=("exact",)))
     assert result["verdict"] == "fail"
     assert "depends on earlier calls" in result["failures"][0]["looks_like"][0]
+
+
+SLOW = """
+import time
+waited = []
+
+def gate(hidden_states, gate_weight, shared_output):
+    if not waited:
+        waited.append(time.sleep(4))
+    return (hidden_states @ gate_weight.T).sigmoid() * shared_output
+"""
+
+
+def test_a_case_that_is_being_compiled_is_no_hang(tmp_path):
+    """The stack tells: the same pause is a hang in a kernel's own file and none in a compiler's."""
+    verdicts = {}
+    for folder in ("torch/_inductor", "kernels"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "slow.py").write_text(SLOW)
+        spec = f"{tmp_path / folder / 'slow.py'}:gate"
+        with Pool("shared_expert_gate", spec, "cpu", 1, budget=1.0) as pool:
+            pool.start()
+            verdicts[folder] = pool.judge_one("shared_expert_gate/contract/lead=5")
+    assert verdicts["torch/_inductor"]["status"] == "passed", verdicts
+    assert verdicts["kernels"]["status"] == "died" and "hangs" in verdicts["kernels"]["reason"]

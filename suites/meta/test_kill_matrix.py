@@ -1,4 +1,4 @@
-"""The published kill matrix is that of the present catalogue; every check earns its place; docs/catalogue.md says so."""
+"""The published kill matrix is the present catalogue's; every check earns its place; docs/catalogue.md says so."""
 
 import json
 import re
