@@ -35,6 +35,9 @@ def explain(
         **{name: partial(_check, name, told) for name, told in explanations["checks"].items()},
     }
     if name not in described:
+        described |= {check: partial(_unwritten, check) for stage in options.ALL_STAGES for check in _checks(stage)
+                      if check not in described}  # fmt: skip
+    if name not in described:
         described |= {fault.name: partial(_fault, fault) for fault in _faults()}
     if name not in described:
         raise unknown("check, fault, rounding or stage", name, list(described))
@@ -54,6 +57,17 @@ def _check(name: str, told: dict[str, str]) -> Lines:
                 f"moe-harness replay {example} --impl {'torch:loop' if 'torch:loop' in known else known[0]}",
             )
             return
+
+
+def _checks(stage: str) -> list[str]:
+    return options.known_checks(stage, _request())
+
+
+def _unwritten(name: str) -> Lines:
+    """A check that a stage brings along and that has no words here."""
+    stages = [stage for stage in options.ALL_STAGES if name in _checks(stage)]
+    yield "asks", f"a check of {', '.join(stages)}"
+    yield "example", next((e for stage in stages if (e := _example(stage, name)) is not None), "none on one device")
 
 
 def _example(stage: str, check: str) -> str | None:
@@ -79,7 +93,7 @@ def _stage(name: str) -> Lines:
     from moe_harness.harness.commands.list import signature
 
     yield "contract", signature(name)
-    yield "checks", ", ".join(options.known_checks(name, _request()))
+    yield "checks", ", ".join(_checks(name))
     yield "registered", ", ".join(registry.registered(name)) or "nothing"
     yield "to begin", f"moe-harness init {name}"
 
