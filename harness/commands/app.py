@@ -11,6 +11,7 @@ from moe_harness.harness.commands.bench import bench
 from moe_harness.harness.commands.check import check
 from moe_harness.harness.commands.explain import explain
 from moe_harness.harness.commands.faults import faults
+from moe_harness.harness.commands.gate import app as gate
 from moe_harness.harness.commands.init import init
 from moe_harness.harness.commands.list import list_
 from moe_harness.harness.commands.options import tell
@@ -30,6 +31,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }  # fmt: skip
 for name, command in COMMANDS.items():
     app.command(name)(command)
+app.add_typer(gate, name="gate")
 
 
 def _version(asked: bool) -> None:

@@ -1,0 +1,84 @@
+"""A server that speaks OpenAI's completions: vLLM, SGLang, llama.cpp and others.
+
+What runs behind an address cannot be read from here, so its answers are served again only where that is asked for.
+"""
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from moe_harness.harness.core.errors import CannotJudge, UsageError
+from moe_harness.harness.gate.answerers.finding import Settings
+from moe_harness.harness.gate.exchange import LIKELIEST, Answer, Gold, Request
+
+TIMEOUT = 600.0  # seconds for one answer
+
+
+class Server:
+    """`http://host:port/v1#model`; `batch_size` requests are under way at a time."""
+
+    def __init__(self, spec: str, settings: Settings):
+        self.address, _, self.model = spec.partition("#")
+        self.address = self.address.rstrip("/")
+        self.settings = settings
+        offered = [entry["id"] for entry in self._get("/models").get("data", [])]
+        if not self.model and len(offered) == 1:
+            self.model = offered[0]
+        if self.model not in offered:
+            raise UsageError(f"{self.address} offers {', '.join(offered) or 'no model'}; write {self.address}#MODEL")
+        self.scores_prompts = True  # until it refuses
+
+    def identity(self) -> dict[str, Any]:
+        return {"spec": f"{self.address}#{self.model}", "batch_size": self.settings.batch_size}
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        with ThreadPoolExecutor(self.settings.batch_size) as pool:
+            return list(pool.map(self._one, requests))
+
+    def _one(self, request: Request) -> Answer:
+        found = self._post({
+            "prompt": request.prompt, "max_tokens": request.max_new_tokens, "temperature": request.temperature,
+            "stop": list(request.until) or None, "seed": request.repeat,
+        })  # fmt: skip
+        choice = found["choices"][0]
+        length = (found.get("usage") or {}).get("completion_tokens") or len(choice["text"].split())
+        stop = "length" if choice.get("finish_reason") == "length" else "stop"
+        return Answer(request.key, choice["text"], int(length), stop, self._gold(request))
+
+    def _gold(self, request: Request) -> Gold | None:
+        """The gold answer's log-likelihood, where the server scores the tokens of a prompt (`echo`)."""
+        if not self.scores_prompts:
+            return None
+        try:
+            found = self._post({
+                "prompt": request.prompt + request.gold, "max_tokens": 1, "temperature": 0.0, "echo": True,
+                "logprobs": LIKELIEST,
+            })["choices"][0]["logprobs"]  # fmt: skip
+            offsets, values = found["text_offset"], found["token_logprobs"]
+        except (CannotJudge, KeyError, TypeError):
+            self.scores_prompts = False
+            return None
+        end = len(request.prompt) + len(request.gold)
+        each = [v for at, v in zip(offsets, values, strict=False) if len(request.prompt) <= at < end and v is not None]
+        return Gold(sum(each), (), (), ()) if each else None
+
+    def _get(self, path: str) -> dict[str, Any]:
+        return self._open(urllib.request.Request(self.address + path))
+
+    def _post(self, body: dict[str, Any]) -> dict[str, Any]:
+        data = json.dumps({"model": self.model, **body}).encode()
+        return self._open(
+            urllib.request.Request(self.address + "/completions", data, {"Content-Type": "application/json"})
+        )
+
+    def _open(self, request: urllib.request.Request) -> dict[str, Any]:
+        try:
+            with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+                return dict(json.load(response))
+        except urllib.error.HTTPError as error:
+            raise CannotJudge(f"{request.full_url} answered {error.code}: {error.read(300)!r}") from error
+        except (OSError, ValueError) as error:
+            raise CannotJudge(f"{request.full_url} cannot be reached or does not answer in JSON: {error}") from error

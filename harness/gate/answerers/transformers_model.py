@@ -1,0 +1,118 @@
+"""transformers' model of a checkpoint, with any experts inside: greedy answers, a batch at a time."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from moe_harness.harness.core.errors import CannotJudge, UsageError
+from moe_harness.harness.gate import identity
+from moe_harness.harness.gate.answerers import plugging
+from moe_harness.harness.gate.answerers.finding import DTYPES, Settings
+from moe_harness.harness.gate.answerers.tokens import Tokens, forced
+from moe_harness.harness.gate.exchange import Answer, Request
+
+GOLD_TOKENS = 16_384  # of one forward pass over gold answers: logits of a large vocabulary are what fills the memory
+
+
+class TransformersModel:
+    """Answers by the checkpoint's own class, whatever computes its experts.
+
+    Args:
+        implementation: a name that transformers knows; or
+        stage, function, layer: what is put into every layer, or into one.
+    """
+
+    def __init__(
+        self, spec: str, settings: Settings, *, implementation: str | None = None, stage: str = "experts",
+        function: Callable[..., Any] | None = None, layer: int | None = None,
+    ):  # fmt: skip
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        if settings.tp * settings.ep > 1:
+            raise UsageError(f"{spec} runs on one device; --tp and --ep are for models such as qwen3_moe")
+        assert settings.model is not None
+        self.spec, self.settings, self.function = spec, settings, function
+        self.tokens = Tokens(settings.model)
+        try:
+            self.model = AutoModelForCausalLM.from_pretrained(
+                settings.model, dtype=getattr(torch, DTYPES[settings.dtype]),
+                experts_implementation=implementation or "eager",
+            )  # fmt: skip
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CannotJudge(f"transformers cannot load {settings.model}: {error}") from error
+        self.model = self.model.to(settings.device).eval()  # type: ignore[arg-type]
+        if function is not None:
+            plugging.plug(self.model, stage, function, layer)
+
+    def identity(self) -> dict[str, Any]:
+        assert self.settings.model is not None
+        own = None if self.function is None else identity.source_hash(self.function)
+        if self.spec.startswith("transformers:"):
+            own = _registered_source(self.spec.partition(":")[2])
+        return {
+            "spec": self.spec, "source": own, "model": identity.model_hash(self.settings.model),
+            "dtype": self.settings.dtype, "batch_size": self.settings.batch_size,
+            **identity.surroundings(self.settings.device),
+        }  # fmt: skip
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Greedy answers; CannotJudge for a temperature, which transformers' rows would not draw independently."""
+        if any(request.temperature for request in requests):
+            raise CannotJudge(
+                "a task that samples needs a model whose draws depend on the row alone, such as qwen3_moe"
+            )
+        gold = [found for part in self._parts(requests) for found in forced(
+            self.tokens, part, lambda ids: self.model(ids, use_cache=False).logits, self.settings.device)]  # fmt: skip
+        new = self.generate([self.tokens.prompt(request) for request in requests], requests)
+        return [self.tokens.answer(r, ids, g) for r, ids, g in zip(requests, new, gold, strict=True)]
+
+    def _parts(self, requests: Sequence[Request]) -> list[Sequence[Request]]:
+        longest = max(len(self.tokens.gold(request)[0]) for request in requests)
+        size = max(1, GOLD_TOKENS // longest)
+        return [requests[first : first + size] for first in range(0, len(requests), size)]
+
+    def generate(self, prompts: list[list[int]], requests: Sequence[Request]) -> list[list[int]]:
+        """New tokens of each prompt.  Shorter prompts are filled up on the left, masked, with their own positions."""
+        import torch
+
+        device, longest = self.settings.device, max(map(len, prompts))
+        ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
+        mask = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[row, longest - len(prompt) :] = 1
+        found: list[list[int]] = [[] for _ in prompts]
+        open_rows, cache = set(range(len(prompts))), None
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        with torch.inference_mode():
+            while open_rows:
+                out = self.model(
+                    ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+                    logits_to_keep=1,
+                )  # fmt: skip
+                cache, ids = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
+                new = ids[:, 0].tolist()
+                for row in sorted(open_rows):
+                    found[row].append(new[row])
+                    if self._ended(found[row], requests[row]):
+                        open_rows.discard(row)
+                mask = torch.cat((mask, torch.ones_like(ids)), -1)
+                positions = positions[:, -1:] + 1
+        return found
+
+    def _ended(self, ids: list[int], request: Request) -> bool:
+        if len(ids) >= request.max_new_tokens or ids[-1] in self.tokens.eos:
+            return True
+        # A stop string ends with the newest token, so the last few tell.
+        window = max((len(stop) for stop in request.until), default=0) + 1
+        return self.tokens.stopped(ids[-window:], request.until)
+
+
+@functools.cache
+def _registered_source(name: str) -> str | None:
+    """The source behind an experts implementation that is registered under a name; None for transformers' own."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    function = None if name == "eager" else ALL_EXPERTS_FUNCTIONS[name]
+    return None if function is None else identity.source_hash(function)

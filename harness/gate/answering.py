@@ -1,0 +1,55 @@
+"""Requests to answers: a batch at a time, each kept before the next, with the time left.
+
+Batches are formed from all requests, longest first, and a batch is answered as a whole, so an interrupted run that goes
+on asks exactly what an uninterrupted one would have asked.
+"""
+
+import faulthandler
+import time
+from collections.abc import Callable, Sequence
+
+from moe_harness.harness.core.errors import CannotJudge, HarnessError
+from moe_harness.harness.gate.answerers import Answerer
+from moe_harness.harness.gate.exchange import Answer, Request
+from moe_harness.harness.gate.ledger import Ledger
+
+Told = Callable[[int, int, float], None]  # questions answered, of how many, seconds left
+
+
+def batches(requests: Sequence[Request], size: int) -> list[list[Request]]:
+    """Requests of similar length together; the same whatever is answered already."""
+    ordered = sorted(requests, key=lambda request: (-len(request.prompt), request.key))
+    return [ordered[first : first + size] for first in range(0, len(ordered), size)]
+
+
+def answer_all(
+    answerer: Answerer, requests: Sequence[Request], ledger: Ledger, *, batch_size: int, timeout: float, told: Told
+) -> dict[str, Answer]:
+    """Every answer by its request's key, from the ledger where it has them.
+
+    Raises:
+        CannotJudge: the implementation raised, or did not return within `timeout` seconds (then the process ends).
+    """
+    todo = [b for b in batches(requests, batch_size) if any(request.key not in ledger.answers for request in b)]
+    total, left = len(requests), sum(map(len, todo))
+    started, answered = time.monotonic(), 0
+    told(total - left, total, float("nan"))
+    for batch in todo:
+        faulthandler.dump_traceback_later(timeout, exit=True)
+        try:
+            found = answerer.answer(batch)
+        except HarnessError:
+            raise
+        except Exception as error:
+            asked = ", ".join(str(request.doc_id) for request in batch[:8]) + (", ..." if len(batch) > 8 else "")
+            raise CannotJudge(
+                f"it raised {type(error).__name__}: {error}\n  on questions {asked}; that is no wrong answer but none, "
+                "so nothing is judged (--debug shows where)"
+            ) from error
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+        ledger.add(found)
+        answered += len(batch)
+        pace = (time.monotonic() - started) / answered
+        told(total - left + answered, total, pace * (left - answered))
+    return {request.key: ledger.answers[request.key] for request in requests}

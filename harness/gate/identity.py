@@ -1,0 +1,96 @@
+"""What an answer depends on besides the request: the implementation's source, the model's files, versions, the device.
+
+Too much rather than too little: a change that would not have changed an answer costs a run, one that is overlooked
+serves a candidate the answers of its predecessor.
+"""
+
+import hashlib
+import importlib.metadata
+import inspect
+import platform
+import sys
+import sysconfig
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+SOURCES = (".py", ".pyi", ".cu", ".cuh", ".cpp", ".cc", ".h", ".hpp", ".so", ".json", ".toml")
+PACKAGES = ("torch", "transformers", "triton", "tokenizers", "lm_eval", "liger-kernel", "vllm")
+WHOLE_BELOW = 1 << 30  # bytes of weights that are read to the end; above, sizes and times have to do
+JUDGE = tuple(f"moe_harness.{room}" for room in ("harness", "fixtures", "reference", "suites"))
+
+
+def source_hash(function: Callable[..., Any] | type) -> str:
+    """A hash over the file that holds `function`, what lies beside it, and every loaded module that is not installed.
+
+    An installed package is named by its version instead: its files are not edited.
+    """
+    try:
+        file = Path(inspect.getfile(inspect.unwrap(function))).resolve()  # type: ignore[arg-type]
+    except TypeError:  # a builtin or an object that can be called
+        return f"{type(function).__module__}.{type(function).__qualname__}"
+    if (package := _installed(file)) is not None:
+        return f"{package} {version(package)}"
+    beside = [path for path in _beside(file) if path.suffix in SOURCES and path.is_file()]
+    return files_hash(sorted({file, *beside, *_loaded()}))
+
+
+def _installed(file: Path) -> str | None:
+    """The package that an installed file belongs to."""
+    for at, part in enumerate(file.parts[:-1]):
+        if part in ("site-packages", "dist-packages"):
+            return file.parts[at + 1].removesuffix(".py")
+    return None
+
+
+def _beside(file: Path) -> Iterable[Path]:
+    """The folder of a file, and those below it where it is a package: a loose file may lie in a home directory."""
+    folder = file.parent
+    return folder.rglob("*") if (folder / "__init__.py").exists() else folder.iterdir()
+
+
+def _loaded() -> Iterable[Path]:
+    """Files of loaded modules that are neither installed nor Python's nor those of the judge."""
+    standard = Path(sysconfig.get_path("stdlib"))
+    for name, module in list(sys.modules.items()):
+        path = getattr(module, "__file__", None)
+        if not path or name.startswith(JUDGE):
+            continue
+        file = Path(path).resolve()
+        if file.suffix in SOURCES and file.is_file() and _installed(file) is None and standard not in file.parents:
+            yield file
+
+
+def files_hash(paths: list[Path]) -> str:
+    """A hash over names and contents."""
+    hashed = hashlib.sha256()
+    for path in paths:
+        hashed.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return hashed.hexdigest()[:32]
+
+
+def model_hash(folder: Path) -> str:
+    """A hash over a checkpoint's folder; of weights of WHOLE_BELOW bytes and more, sizes and times of change."""
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    weights = [path for path in files if path.suffix in (".safetensors", ".bin", ".pt")]
+    if sum(path.stat().st_size for path in weights) < WHOLE_BELOW:
+        return files_hash(files)
+    about = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
+    rest = files_hash([path for path in files if path not in weights])
+    return hashlib.sha256(f"{about} {rest}".encode()).hexdigest()[:32]
+
+
+def version(package: str) -> str | None:
+    """The installed version of a package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def surroundings(device: str) -> dict[str, Any]:
+    """Versions and the device's name."""
+    import torch
+
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+    return {"device": name, "versions": {package: found for package in PACKAGES if (found := version(package))}}

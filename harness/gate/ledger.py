@@ -1,0 +1,60 @@
+"""Answers that were given, kept under everything they depend on: who answered, and the request.
+
+lm-eval's own cache has no model in its key, so that a candidate is served the baseline's answers and passes any gate
+(github.com/EleutherAI/lm-evaluation-harness/issues/4063).  Here each answerer has a file of its own, named by its
+identity and with that identity in its first line, and in it each answer lies under its request's key.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from moe_harness.harness.gate.exchange import Answer, digest, line_of
+
+KIND = "gate-ledger"
+
+
+class Ledger:
+    """The answers of one answerer; whatever is added is on disk before `add` returns."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any], *, fresh: bool = False):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"{digest(identity)}.jsonl"
+        self.identity = identity
+        self.answers: dict[str, Answer] = {} if fresh else self._kept()
+        if not self.answers:
+            self.path.write_text(json.dumps({"schema": 1, "kind": KIND, "identity": identity}) + "\n", "utf-8")
+
+    def add(self, answers: Iterable[Answer]) -> None:
+        """Keep answers; a crash afterwards does not lose them."""
+        with self.path.open("a", encoding="utf-8") as file:
+            for answer in answers:
+                file.write(line_of(answer))
+                self.answers[answer.key] = answer
+
+    def _kept(self) -> dict[str, Answer]:
+        """What is in the file; nothing where it belongs to another identity, and no line that was cut off."""
+        if not self.path.is_file():
+            return {}
+        first, *lines = self.path.read_text("utf-8").splitlines() or [""]
+        if not _is_of(first, self.identity):
+            return {}
+        found: dict[str, Answer] = {}
+        for line in lines:
+            try:
+                answer = Answer.of(json.loads(line))
+            except (ValueError, KeyError, TypeError):  # written while the machine went down
+                continue
+            found[answer.key] = answer
+        if found and not self.path.read_text("utf-8").endswith("\n"):
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("\n")
+        return found
+
+
+def _is_of(line: str, identity: dict[str, Any]) -> bool:
+    try:
+        return json.loads(line).get("identity") == json.loads(json.dumps(identity))
+    except (ValueError, AttributeError):
+        return False

@@ -1,0 +1,77 @@
+"""The three steps between files: questions, answers, result; and the process that answers."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moe_harness.harness.core.errors import CannotJudge, UsageError
+from moe_harness.harness.gate import exchange, task
+from moe_harness.harness.gate.answerers import Settings, find
+from moe_harness.harness.gate.answering import Told, answer_all
+from moe_harness.harness.gate.judging import Side, judge
+from moe_harness.harness.gate.ledger import Ledger
+
+
+def ledger_folder() -> Path:
+    """Where answers are kept unless a folder is named."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe-harness" / "gate"
+
+
+def make_requests(asked: task.Asked, out: Path) -> int:
+    """Step 1: write the questions; how many there are."""
+    requests = task.collect(asked)
+    exchange.write(out, "gate-requests", {"asked": task.as_dict(asked)}, requests)
+    return len(requests)
+
+
+def make_answers(
+    requests: Path, spec: str, settings: Settings, ledger: Path, out: Path, *, fresh: bool, timeout: float, told: Told
+) -> dict[str, Any]:
+    """Step 2: write the answers of one implementation; who answered."""
+    asked = exchange.read_requests(requests)[1]
+    answerer = find(spec, settings)
+    identity = answerer.identity()
+    started = time.monotonic()
+    kept = Ledger(ledger, identity, fresh=fresh)
+    served = sum(request.key in kept.answers for request in asked)
+    answers = answer_all(answerer, asked, kept, batch_size=settings.batch_size, timeout=timeout, told=told)
+    about = {"identity": identity, "from_ledger": served, "seconds": round(time.monotonic() - started, 2)}
+    exchange.write(out, "gate-answers", about, answers.values())
+    return about
+
+
+def make_result(requests: Path, baseline: Path, candidate: Path, margin: float) -> dict[str, Any]:
+    """Step 3: score and judge."""
+    about, questions = exchange.read_requests(requests)
+    if not questions:
+        raise CannotJudge(f"{requests} holds no questions")
+    try:
+        asked = task.Asked(**about["asked"])
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"{requests} does not say which task it asks: {error}") from error
+    sides = []
+    for path in (baseline, candidate):
+        who, answers = exchange.read_answers(path)
+        sides.append(Side(str(who["identity"].get("spec")), task.score(asked, questions, answers), who))
+    return judge(asked.task, asked.gated, sides[0], sides[1], margin)
+
+
+def answer_in_a_process(arguments: list[str], spec: str, run: Callable[..., Any] = subprocess.run) -> None:
+    """Run `gate answer` by itself: a kernel that kills its process then ends a step, and not the judgement.
+
+    Raises:
+        UsageError, CannotJudge: as that process ended.
+    """
+    done = run([sys.executable, "-m", "moe_harness", "gate", "answer", *arguments])
+    if done.returncode == UsageError.exit_status:
+        raise UsageError(f"{spec} was not asked: see above")
+    if done.returncode != 0:
+        how = f"died of signal {-done.returncode}" if done.returncode < 0 else f"ended with status {done.returncode}"
+        raise CannotJudge(
+            f"{spec} gave no complete set of answers: its process {how} (see above). That is a failure of the run and "
+            "not a wrong answer; what it did answer is kept, and the same command goes on from there"
+        )
