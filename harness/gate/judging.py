@@ -147,7 +147,7 @@ def _kl(baseline: Sequence[tuple[int, float]], candidate: Sequence[tuple[int, fl
         mass = math.exp(p[token])
         value += mass * (p[token] - q[token])
         rest_p, rest_q = rest_p - mass, rest_q - math.exp(q[token])
-    if rest_p > 1e-6 and rest_q > 1e-6:  # log-probabilities are kept to six digits
+    if rest_p > 1e-9 and rest_q > 1e-9:  # log-probabilities are kept to nine digits
         value += rest_p * math.log(rest_p / rest_q)
     return max(value, 0.0)
 

@@ -1,7 +1,7 @@
 """Put a function of the stage experts or moe_block into a live transformers model: in every layer, or in one."""
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,8 +14,11 @@ ACTIVATIONS = {
 NAME = "moe_harness_gate"  # under which a function is entered in transformers' table of experts implementations
 
 
-def plug(model: nn.Module, stage: str, function: Callable[..., Any], layer: int | None) -> None:
+def plug(model: nn.Module, stage: str, function: Callable[..., Any], layer: int | None) -> Callable[[], None]:
     """Let `function` compute the experts (stage experts, or hook for transformers' own signature) or whole blocks.
+
+    Returns:
+        What takes it out again.
 
     Raises:
         UsageError: there is no such layer.
@@ -28,9 +31,10 @@ def plug(model: nn.Module, stage: str, function: Callable[..., Any], layer: int 
         raise UsageError(f"layer {layer} does not exist; the model has {len(blocks)} sparse layers, from 0")
     if stage == "moe_block":
         config = model.config.to_dict()  # type: ignore[operator,union-attr]
-        for block in blocks if layer is None else blocks[layer : layer + 1]:
-            block.forward = types.MethodType(_block_forward(function, config), block)  # type: ignore[method-assign]
-        return
+        changed = blocks if layer is None else blocks[layer : layer + 1]
+        for block in changed:
+            block.forward = types.MethodType(_block_forward(function, config), block)
+        return lambda: _restore(changed)
     adapted = function if stage == "hook" else _experts_forward(function)
     for block in blocks:
         _check_layout(block.experts)
@@ -39,8 +43,15 @@ def plug(model: nn.Module, stage: str, function: Callable[..., Any], layer: int 
 
         ALL_EXPERTS_FUNCTIONS.register(NAME, adapted)
         model.set_experts_implementation(NAME)  # type: ignore[operator]
-    else:
-        blocks[layer].experts.forward = types.MethodType(adapted, blocks[layer].experts)  # type: ignore[union-attr]
+        return lambda: model.set_experts_implementation("eager")  # type: ignore[operator]
+    experts = blocks[layer].experts
+    experts.forward = types.MethodType(adapted, experts)
+    return lambda: _restore([experts])
+
+
+def _restore(modules: Sequence[Any]) -> None:
+    for module in modules:
+        del module.forward  # the class's own is seen again
 
 
 def _blocks(model: nn.Module) -> Iterator[Any]:

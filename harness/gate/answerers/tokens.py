@@ -91,12 +91,13 @@ def forced(tokens: Tokens, requests: Sequence[Request], logits: Callable[[Any], 
     with torch.inference_mode():
         scores = logits(ids.to(device))
         return [
-            _gold(torch.log_softmax(scores[row, start - 1 : len(whole) - 1].float(), -1), whole[start:])
+            _gold(torch.log_softmax(scores[row, start - 1 : len(whole) - 1].double(), -1), whole[start:])
             for row, (whole, start) in enumerate(sequences)
         ]
 
 
 def _gold(logprobs: Any, wanted: list[int]) -> Gold:
+    """From log-probabilities in fp64: those of a sure model differ behind the digits of fp32."""
     import torch
 
     if bool(torch.isnan(logprobs).any()):
@@ -104,7 +105,7 @@ def _gold(logprobs: Any, wanted: list[int]) -> Gold:
     each = logprobs[torch.arange(len(wanted), device=logprobs.device), torch.tensor(wanted, device=logprobs.device)]
     values, places = (x.tolist() for x in logprobs.topk(min(LIKELIEST, logprobs.shape[-1]), dim=-1))
     likeliest = tuple(
-        tuple((token, round(value, 6)) for token, value in zip(row, of, strict=True))
+        tuple((token, round(value, 9)) for token, value in zip(row, of, strict=True))
         for row, of in zip(places, values, strict=True)
     )
-    return Gold(float(each.double().sum()), tuple(wanted), tuple(row[0] for row in places), likeliest)
+    return Gold(float(each.sum()), tuple(wanted), tuple(row[0] for row in places), likeliest)
