@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 LEVEL = (
     0.05  # of the one-sided tests; the interval has twice that outside, so that its upper end is the one-sided limit
@@ -109,8 +109,8 @@ def needed(found: Paired, margin: float) -> int | None:
 
 
 def _sure(worse: float, better: float) -> bool:
-    """McNemar's test with its continuity correction, for counts that are not whole."""
-    return (worse - better - 1) / math.sqrt(worse + better) > float(stats.norm.isf(LEVEL))
+    """McNemar's test for counts that need not be whole: the binomial tail as an incomplete beta function."""
+    return float(special.betainc(worse, better + 1, 0.5)) < LEVEL if worse else False
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,13 @@ ones, which lm-eval's own limit takes (github.com/EleutherAI/lm-evaluation-harne
 """
 
 import contextlib
+import io
 import itertools
 import json
 import logging
+import os
 import random
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -316,11 +319,17 @@ def _lm_eval() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_progress() -> Iterator[None]:
-    """lm-eval shows a bar while it builds prompts; ours shows the answers."""
-    import io
-
-    with contextlib.redirect_stderr(io.StringIO()):
-        yield
+    """lm-eval shows a bar while it builds prompts, and git complains outside a repository: that is not ours to tell."""
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
 
 
 _COMMON: dict[str, Any] = {

@@ -9,7 +9,7 @@ from moe_harness.harness.gate import identity
 from moe_harness.harness.gate.answerers import plugging
 from moe_harness.harness.gate.answerers.finding import DTYPES, Settings
 from moe_harness.harness.gate.answerers.tokens import Tokens, forced
-from moe_harness.harness.gate.exchange import Answer, Request
+from moe_harness.harness.gate.exchange import Answer, Gold, Request
 
 GOLD_TOKENS = 16_384  # of one forward pass over gold answers: logits of a large vocabulary are what fills the memory
 
@@ -62,10 +62,17 @@ class TransformersModel:
             raise CannotJudge(
                 "a task that samples needs a model whose draws depend on the row alone, such as qwen3_moe"
             )
-        gold = [found for part in self._parts(requests) for found in forced(
-            self.tokens, part, lambda ids: self.model(ids, use_cache=False).logits, self.settings.device)]  # fmt: skip
+        gold = self.golds(requests)
         new = self.generate([self.tokens.prompt(request) for request in requests], requests)
         return [self.tokens.answer(r, ids, g) for r, ids, g in zip(requests, new, gold, strict=True)]
+
+    def golds(self, requests: Sequence[Request]) -> list[Gold]:
+        """The gold answers under teacher forcing."""
+        return [
+            found for part in self._parts(requests) for found in forced(
+                self.tokens, part, lambda ids: self.model(ids, use_cache=False).logits, self.settings.device
+            )
+        ]  # fmt: skip
 
     def _parts(self, requests: Sequence[Request]) -> list[Sequence[Request]]:
         longest = max(len(self.tokens.gold(request)[0]) for request in requests)

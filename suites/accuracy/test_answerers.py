@@ -1,0 +1,302 @@
+"""Who answers: the same whatever else is in the batch, nothing cut silently, and the implementation really in it.
+
+The gate's own published faults are planted here, and each check is seen to fail on its fault.
+"""
+
+import itertools
+import json
+import threading
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from moe_harness import fixtures
+from moe_harness.fixtures.arithmetic import problems
+from moe_harness.harness.core.errors import CannotJudge, UsageError
+from moe_harness.harness.gate.answerers import Settings, find
+from moe_harness.harness.gate.exchange import Request
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+MODEL = Path(fixtures.__file__).parent / "checkpoints" / "arithmetic-moe"
+SETTINGS = Settings(MODEL, dtype="fp32", batch_size=8)
+KERNELS = """
+import torch
+
+def loop(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, *, activation="silu", expert_map=None):
+    out = torch.zeros_like(hidden_states)
+    for t, j in torch.ones_like(topk_ids).nonzero().tolist():
+        g, u = (gate_up_proj[topk_ids[t, j]] @ hidden_states[t]).chunk(2)
+        out[t] += topk_weights[t, j] * (down_proj[topk_ids[t, j]] @ (torch.nn.functional.silu(g) * u))
+    return out
+
+def zero(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, *, activation="silu", expert_map=None):
+    return torch.zeros_like(hidden_states)
+
+def hook(self, hidden_states, top_k_index, top_k_weights):
+    return zero(hidden_states, None, None, None, None)
+
+def block(hidden_states, weights, config):
+    assert config["num_experts_per_tok"] == 2 and weights["experts.down_proj"].shape[0] == 8
+    return torch.zeros_like(hidden_states)
+
+def odd(x, y):
+    return x
+
+constant = 3
+"""
+
+
+def requests(count, shots=0):
+    from moe_harness.fixtures.arithmetic.tokens import few_shot
+
+    examples = list(itertools.islice(problems("train", 0), shots))
+    return [
+        Request("arithmetic", i, f"d{i}", f"p{i}", 0, few_shot(p, examples), f" {p.answer}", ("Question:",), 100)
+        for i, p in enumerate(itertools.islice(problems("test", 0), count))
+    ]
+
+
+@pytest.fixture(scope="module")
+def eager():
+    return find("transformers:eager", SETTINGS)
+
+
+@pytest.fixture
+def kernels(tmp_path):
+    file = tmp_path / "kernels.py"
+    file.write_text(KERNELS)
+    return file
+
+
+def texts(answers):
+    return [answer.text for answer in answers]
+
+
+def sentences(count, shots=0):
+    """Requests for the first sentence alone, which ends after ten to twenty tokens."""
+    return [replace(request, until=(".",)) for request in requests(count, shots)]
+
+
+def independent_of_the_batch(answerer):
+    """Alone, and beside questions that are longer, shorter and answered in fewer steps."""
+    asked = [*sentences(3), *sentences(1, shots=1)]
+    return texts(answerer.answer(asked)) == [text for one in asked for text in texts(answerer.answer([one]))]
+
+
+def test_it_answers_the_problems(eager):
+    asked = requests(2, shots=1)
+    for request, answer in zip(asked, eager.answer(asked), strict=True):
+        assert answer.text == request.gold + "\n\n"
+        assert (answer.key, answer.stop) == (request.key, "stop")
+        assert answer.length == len(eager.tokens.encode(answer.text + "Question:"))
+
+
+def test_an_answer_does_not_depend_on_the_batch(eager):
+    assert independent_of_the_batch(eager)
+
+
+def test_planted_stop_when_any_row_stops(eager, monkeypatch):
+    """github.com/EleutherAI/lm-evaluation-harness/issues/873"""
+    ended = set()
+
+    def any_ended(ids, request):
+        if type(eager)._ended(eager, ids, request):
+            ended.add(len(ids))
+        return len(ids) in ended or len(ids) >= request.max_new_tokens
+
+    monkeypatch.setattr(eager, "_ended", any_ended)
+    assert not independent_of_the_batch(eager)
+
+
+def test_planted_padding_on_the_right(eager, monkeypatch):
+    """github.com/EleutherAI/lm-evaluation-harness/issues/1090: the next token is read behind the padding."""
+    forward = eager.model.forward
+
+    def right_padded(ids, attention_mask=None, position_ids=None, **options):
+        if ids.shape[1] > 1:
+            kept = attention_mask.bool()
+            ids = torch.stack([torch.cat((row[m], row[~m])) for row, m in zip(ids, kept, strict=True)])
+        return forward(ids, **options)
+
+    monkeypatch.setattr(eager.model, "forward", right_padded)
+    assert not independent_of_the_batch(eager)
+
+
+def refuses_what_does_not_fit(answerer):
+    (one,) = requests(1)
+    long = replace(one, prompt=one.prompt * 40)
+    try:
+        answerer.answer([long])
+    except CannotJudge as error:
+        return "fewer examples" in str(error)
+    return False
+
+
+def test_a_prompt_that_does_not_fit_is_refused(eager):
+    assert refuses_what_does_not_fit(eager)
+
+
+def test_planted_truncation_on_the_left(eager, monkeypatch):
+    """github.com/EleutherAI/lm-evaluation-harness/issues/3115"""
+    room = eager.tokens.longest - 100
+    monkeypatch.setattr(eager.tokens, "prompt", lambda request: eager.tokens.encode(request.prompt)[-room:])
+    monkeypatch.setattr(eager.tokens, "gold", lambda request: (eager.tokens.encode(request.prompt)[-room:], room - 1))
+    assert not refuses_what_does_not_fit(eager)
+
+
+def stops_at_every_string(answerer):
+    """Strings that begin and end inside tokens."""
+    (one,) = sentences(1)
+    whole = answerer.answer([one])[0].text
+    for stop in (whole[3:9], whole[10:13], whole[20:22]):
+        (answer,) = answerer.answer([replace(one, until=(stop, "."))])
+        if answer.text != whole[: whole.index(stop)] or answer.stop != "stop":
+            return False
+    return True
+
+
+def test_stop_strings_count_across_tokens_and_are_cut(eager):
+    assert stops_at_every_string(eager)
+
+
+def test_planted_stop_strings_looked_for_token_by_token(eager, monkeypatch):
+    def whole_token(ids, request):
+        return len(ids) >= request.max_new_tokens or eager.tokens.decode(ids[-1:]) in request.until
+
+    monkeypatch.setattr(eager, "_ended", whole_token)
+    monkeypatch.setattr("moe_harness.harness.gate.answerers.tokens.cut", lambda text, until: None)
+    assert not stops_at_every_string(eager)
+
+
+def test_an_answer_that_was_cut_off_says_so(eager):
+    (one,) = requests(1)
+    (answer,) = eager.answer([replace(one, max_new_tokens=5)])
+    assert (answer.length, answer.stop) == (5, "length")
+
+
+def test_the_gold_answer_is_scored_token_by_token(eager):
+    (one,) = requests(1, shots=1)
+    one = replace(one, gold=" This is no answer.")
+    (gold,) = (answer.gold for answer in eager.answer([one]))
+    ids = eager.tokens.encode(one.prompt)
+    total = 0.0
+    for token in eager.tokens.encode(one.gold):
+        with torch.no_grad():
+            logits = eager.model(torch.tensor([ids])).logits[0, -1].double()
+        total += float(logits.log_softmax(-1)[token])
+        ids.append(token)
+    assert gold.loglikelihood == pytest.approx(total, rel=1e-4)
+    assert gold.tokens == tuple(eager.tokens.encode(one.gold))
+    assert [row[0][0] for row in gold.likeliest] == list(gold.greedy)
+
+
+@pytest.mark.parametrize("name", ["transformers:grouped_mm", "torch:loop", "{}:loop", "qwen3_moe"])
+def test_right_implementations_give_the_same_answers(eager, kernels, name):
+    asked = sentences(2)
+    answers, wanted = find(name.format(kernels), SETTINGS).answer(asked), eager.answer(asked)
+    assert texts(answers) == texts(wanted)
+    assert [a.length for a in answers] == [a.length for a in wanted]
+    for a, b in zip(answers, wanted, strict=True):
+        assert a.gold.loglikelihood == pytest.approx(b.gold.loglikelihood, abs=1e-3)
+        assert a.gold.greedy == b.gold.greedy
+
+
+@pytest.mark.parametrize("name", ["zero", "hook", "block", "zero@2", "block@0"])
+def test_what_is_put_in_computes(eager, kernels, name):
+    asked = [replace(request, max_new_tokens=4) for request in requests(1)]
+    (wrong,), (right,) = (a.answer(asked) for a in (find(f"{kernels}:{name}", SETTINGS), eager))
+    assert (
+        wrong.gold.loglikelihood < right.gold.loglikelihood - 1e-3
+    )  # a layer left out costs little: the others make up for it
+
+
+def test_what_was_put_in_is_taken_out(eager):
+    from moe_harness.harness.gate.answerers.plugging import plug
+
+    ids = torch.tensor([eager.tokens.encode(requests(1)[0].prompt)])
+    with torch.no_grad():
+        before = eager.model(ids).logits
+        for stage, layer in (("experts", None), ("experts", 1), ("moe_block", None), ("moe_block", 4)):
+            take_out = plug(eager.model, stage, lambda x, *_, **__: torch.zeros_like(x), layer)
+            assert not torch.equal(eager.model(ids).logits, before)
+            take_out()
+            assert torch.equal(eager.model(ids).logits, before)
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [("transformers:eagre", "did you mean 'eager'"), ("qwen3_moo", "did you mean 'qwen3_moe'"),
+     ("{}:nothing", "nothing"), ("{}:odd", "which is no stage"), ("{}:constant", "should be a function"),
+     ("{}:zero@9", "the model has 6 sparse layers"), ("nowhere.py:f", "there is no file")],
+)  # fmt: skip
+def test_a_spec_that_names_nothing_is_refused(kernels, spec, told):
+    with pytest.raises(UsageError, match=told):
+        find(spec.format(kernels), SETTINGS)
+
+
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
+    for folder in (None, tmp_path):
+        with pytest.raises(UsageError, match="--model"):
+            find("transformers:eager", replace(SETTINGS, model=folder))
+
+
+class Completions(BaseHTTPRequestHandler):
+    """A server that answers every question with 42."""
+
+    broken = False
+
+    def do_GET(self):
+        self._send({"data": [{"id": "tiny"}]})
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.broken:
+            self.send_error(500)
+            return
+        text, choice = asked["prompt"], {"text": " 42", "finish_reason": "stop"}
+        if asked.get("echo"):
+            offsets = list(range(len(text) + 1))
+            choice["logprobs"] = {"text_offset": offsets, "token_logprobs": [None, *[-0.5] * len(text)]}
+        self._send({"choices": [choice], "usage": {"completion_tokens": 2}})
+
+    def _send(self, value):
+        body = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(Completions, "broken", False)
+    running = HTTPServer(("127.0.0.1", 0), Completions)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{running.server_port}/v1"
+    running.shutdown()
+
+
+def test_a_server_answers(server):
+    asked = requests(3)
+    answers = find(server, Settings(None, batch_size=2)).answer(asked)
+    assert texts(answers) == [" 42"] * 3
+    assert [a.length for a in answers] == [2] * 3
+    assert answers[0].gold.loglikelihood == pytest.approx(-0.5 * len(asked[0].gold))
+
+
+def test_a_server_that_fails_is_no_wrong_answer(server, monkeypatch):
+    found = find(server, Settings(None))
+    monkeypatch.setattr(Completions, "broken", True)
+    with pytest.raises(CannotJudge, match="500"):
+        found.answer(requests(1))
+    with pytest.raises(CannotJudge, match="cannot be reached"):
+        find("http://127.0.0.1:9/v1", Settings(None))
+    with pytest.raises(UsageError, match="offers tiny"):
+        find(f"{server}#large", Settings(None))

@@ -1,0 +1,160 @@
+"""Requests, answers and the ledger: what lies in a file comes back, and nobody is served another's answers."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from moe_harness.harness.core import contracts
+from moe_harness.harness.core.errors import CannotJudge, UsageError
+from moe_harness.harness.gate import exchange, identity
+from moe_harness.harness.gate.answering import answer_all, batches
+from moe_harness.harness.gate.exchange import Answer, Gold, Request
+from moe_harness.harness.gate.ledger import Ledger
+
+REQUEST = Request("arithmetic 1.0", 7, "d", "p", 0, "Question: 1+1?\nAnswer:", " 2", ("Question:",), 16)
+GOLD = Gold(-0.5, (3, 4), (3, 5), (((3, -0.1), (4, -2.0)), ((5, -0.2),)))
+
+
+def requests(count):
+    return [replace(REQUEST, doc_id=i, prompt=f"Question: {i}?\nAnswer:") for i in range(count)]
+
+
+class Echo:
+    """Answers with its name; remembers what it was asked."""
+
+    def __init__(self, name, fail_at=None):
+        self.name, self.fail_at, self.asked = name, fail_at, []
+
+    def identity(self):
+        return {"spec": self.name}
+
+    def answer(self, batch):
+        self.asked.append([request.doc_id for request in batch])
+        if self.fail_at == len(self.asked):
+            raise RuntimeError("boom")
+        return [Answer(request.key, self.name, 1, "stop") for request in batch]
+
+
+def ask(who, folder, asked, **options):
+    ledger = Ledger(folder, who.identity(), **options)
+    return answer_all(who, asked, ledger, batch_size=4, timeout=60, told=lambda *_: None)
+
+
+def test_requests_and_answers_come_back(tmp_path):
+    exchange.write(tmp_path / "r", "gate-requests", {"asked": {}}, [REQUEST])
+    assert exchange.read_requests(tmp_path / "r")[1] == [REQUEST]
+    answers = [Answer("k", "text\nwith „quotes“", 3, "eos", GOLD), Answer("l", "", 0, "length")]
+    exchange.write(tmp_path / "a", "gate-answers", {"identity": {}}, answers)
+    assert list(exchange.read_answers(tmp_path / "a")[1].values()) == answers
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "told"),
+    [(None, UsageError, "no file"), ("", UsageError, "should hold"), ("{}\n", UsageError, "should hold"),
+     ("nonsense\n", CannotJudge, "line 1"),
+     ('{"schema": 1, "kind": "gate-answers"}\n{"key": 3}\n', CannotJudge, "no answer")],
+)  # fmt: skip
+def test_a_file_of_another_kind_is_refused(tmp_path, text, error, told):
+    if text is not None:
+        (tmp_path / "a").write_text(text)
+    with pytest.raises(error, match=told):
+        exchange.read_answers(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"task": "arithmetic 2.0"}, {"prompt": "another"}, {"gold": " 3"}, {"until": ("\n",)}, {"max_new_tokens": 17},
+     {"temperature": 0.5}, {"repeat": 1}],
+)  # fmt: skip
+def test_whatever_changes_an_answer_changes_its_key(change):
+    assert replace(REQUEST, **change).key != REQUEST.key
+
+
+def test_what_does_not_change_an_answer_does_not_change_its_key():
+    assert replace(REQUEST, doc_id=8, doc_hash="other").key == REQUEST.key
+
+
+def test_a_candidate_is_not_served_the_answers_of_the_baseline(tmp_path):
+    asked = requests(6)
+    ask(Echo("baseline"), tmp_path, asked)
+    candidate = Echo("candidate")
+    answers = ask(candidate, tmp_path, asked)
+    assert {answer.text for answer in answers.values()} == {"candidate"}
+    assert sum(map(len, candidate.asked)) == 6
+
+
+def test_the_same_one_is_not_asked_twice_unless_that_is_wanted(tmp_path):
+    asked = requests(6)
+    ask(Echo("a"), tmp_path, asked)
+    for options, times in (({}, 0), ({"fresh": True}, 2)):
+        again = Echo("a")
+        assert len(ask(again, tmp_path, asked, **options)) == 6
+        assert len(again.asked) == times
+
+
+def test_an_interrupted_run_goes_on_with_the_same_batches(tmp_path):
+    asked, whole = requests(10), Echo("a")
+    ask(whole, tmp_path / "whole", asked)
+    with pytest.raises(CannotJudge, match="RuntimeError: boom"):
+        ask(Echo("a", fail_at=2), tmp_path, asked)
+    rest = Echo("a")
+    ask(rest, tmp_path, asked)
+    assert rest.asked == whole.asked[1:]
+
+
+def test_a_line_that_was_cut_off_is_asked_again(tmp_path):
+    asked = requests(3)
+    ask(Echo("a"), tmp_path, asked)
+    (file,) = tmp_path.iterdir()
+    file.write_text(file.read_text()[:-20])
+    again = Echo("a")
+    assert len(ask(again, tmp_path, asked)) == 3
+    assert len(again.asked) == 1
+    assert all(json.loads(line) for line in file.read_text().splitlines() if line.endswith("}"))
+
+
+def test_a_ledger_of_another_identity_is_not_read(tmp_path):
+    ledger = Ledger(tmp_path, {"spec": "a"})
+    ledger.add([Answer(REQUEST.key, "a", 1, "stop")])
+    ledger.path.rename(Ledger(tmp_path, {"spec": "b"}).path)
+    assert Ledger(tmp_path, {"spec": "b"}).answers == {}
+
+
+def test_batches_do_not_depend_on_what_is_answered_already():
+    asked = requests(9)
+    assert batches(asked, 4) == batches(asked[::-1], 4)
+    assert [len(batch) for batch in batches(asked, 4)] == [4, 4, 1]
+
+
+KERNEL = """
+def experts(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, *, activation="silu"):
+    return {}
+"""
+
+
+def source(folder, text, name="kernel.py"):
+    (folder / name).write_text(text)
+    return identity.source_hash(contracts.find("experts", f"{folder / name}:experts"))
+
+
+def test_an_edited_kernel_is_another_implementation(tmp_path):
+    for name in ("one", "three"):
+        (tmp_path / name).mkdir()
+    one, edited = (source(tmp_path / name, KERNEL.format(value)) for name, value in (("one", 1), ("three", 2)))
+    assert one != edited
+
+
+def test_an_edited_neighbour_of_a_kernel_is_too(tmp_path):
+    (tmp_path / "tiles.cu").write_text("// one")
+    before = source(tmp_path, KERNEL.format(1))
+    (tmp_path / "tiles.cu").write_text("// two")
+    assert source(tmp_path, KERNEL.format(1)) != before
+
+
+def test_an_edited_checkpoint_is_another_model(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"1")
+    before = identity.model_hash(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"2")
+    assert identity.model_hash(tmp_path) != before

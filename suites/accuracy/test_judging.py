@@ -1,0 +1,134 @@
+"""From two sets of rows to a result: pairing, verdict, and what changed besides being right."""
+
+import math
+import re
+from dataclasses import replace
+
+import pytest
+
+from moe_harness.harness.core.errors import CannotJudge
+from moe_harness.harness.gate import view
+from moe_harness.harness.gate.exchange import Answer, Gold
+from moe_harness.harness.gate.judging import Side, judge
+from moe_harness.harness.gate.task import Row
+
+STRICT = "strict-match"
+
+
+def gold(loglikelihood, greedy=(1, 2)):
+    likeliest = (((1, -0.01), (7, -5.0)), ((2, -0.02), (9, -4.5)))
+    return Gold(loglikelihood, (1, 2), greedy, likeliest)
+
+
+def rows(count, wrong=(), *, length=20, stop="stop", valid=True, loglikelihood=-1.0):
+    return [
+        Row(i, f"d{i}", f"p{i}", {STRICT: i not in wrong}, {STRICT: valid},
+            Answer(f"k{i}", "wrong" if i in wrong else "right", length, stop, gold(loglikelihood - i % 7 / 1000)))
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def judged(baseline, candidate, margin=0.02):
+    return judge("arithmetic", STRICT, Side("trusted", baseline), Side("new", candidate), margin)
+
+
+def test_equal_answers_pass_where_there_are_enough():
+    result = judged(rows(200), rows(200))
+    assert result["verdict"] == "pass"
+    assert (result["documents"], result["drop"], result["discordant"], result["p"]) == (200, 0.0, [0, 0], 1.0)
+    assert result["flips"]["answers"] == result["flips"]["tokens"] == 0
+    assert result["flips"]["kl"] == pytest.approx(0, abs=1e-12)
+
+
+def test_equal_answers_decide_nothing_where_there_are_few():
+    result = judged(rows(40), rows(40))
+    assert (result["verdict"], result["needed"]) == ("inconclusive", 133)
+
+
+def test_lost_answers_fail_and_won_answers_pass():
+    assert judged(rows(300), rows(300, wrong=range(20)))["verdict"] == "fail"
+    assert judged(rows(300, wrong=range(20)), rows(300))["verdict"] == "pass"
+
+
+def test_the_pairing_counts_and_not_the_order_of_the_rows():
+    lost = rows(300, wrong=range(20))
+    assert judged(rows(300), lost[::-1])["discordant"] == [20, 0]
+
+
+@pytest.mark.parametrize("change", [{"doc_hash": "other"}, {"prompt_hash": "other"}])
+def test_questions_in_other_words_are_not_compared(change):
+    candidate = rows(10)
+    candidate[3] = replace(candidate[3], **change)
+    with pytest.raises(CannotJudge, match="question 3 was put to the two in different words"):
+        judged(rows(10), candidate)
+
+
+@pytest.mark.parametrize("candidate", [rows(9), rows(11), [*rows(9), rows(11)[10]], [*rows(10), rows(10)[0]], []])
+def test_other_questions_are_not_compared(candidate):
+    with pytest.raises(CannotJudge, match="same ones"):
+        judged(rows(10), candidate)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [({"length": 23}, r"mean length: 20.0 tokens became 23.0 \(\+15%\)"), ({"stop": "length"}, "cut off"),
+     ({"valid": False}, "invalid answers: 0.0% became 100.0%"), ({"length": 15}, "mean length")],
+)  # fmt: skip
+def test_answers_of_another_nature_fail_though_they_are_right(change, told):
+    result = judged(rows(200), rows(200, **change))
+    assert result["verdict"] == "fail"
+    assert len(result["reasons"]) == 1
+    assert re.search(told, result["reasons"][0])
+
+
+def test_a_length_within_a_tenth_is_no_trouble():
+    assert judged(rows(200), rows(200, length=21))["verdict"] == "pass"
+
+
+def test_the_gold_answers_shift_though_no_answer_does():
+    result = judged(rows(200), rows(200, loglikelihood=-1.01))
+    assert result["verdict"] == "pass"
+    assert result["gold_loglikelihood"]["difference"] == pytest.approx(-0.01)
+    assert result["gold_loglikelihood"]["interval"][1] < 0
+
+
+def test_a_gold_answer_that_is_not_finite_is_counted_and_not_averaged():
+    candidate = rows(200)
+    candidate[5] = replace(candidate[5], answer=replace(candidate[5].answer, gold=gold(math.nan)))
+    found = judged(rows(200), candidate)["gold_loglikelihood"]
+    assert found["not_finite"] == 1
+    assert found["difference"] == pytest.approx(0)
+
+
+def test_without_gold_answers_on_one_side_there_is_no_shift():
+    bare = [replace(row, answer=replace(row.answer, gold=None)) for row in rows(200)]
+    assert judged(rows(200), bare)["gold_loglikelihood"] is None
+
+
+def test_flips_of_the_greedy_token_are_counted():
+    candidate = [replace(row, answer=replace(row.answer, gold=gold(-1.0, greedy=(1, 9)))) for row in rows(50)]
+    flips = judged(rows(50), candidate)["flips"]
+    assert (flips["tokens"], flips["of_tokens"]) == (50, 100)
+
+
+def test_the_divergence_is_never_more_than_the_whole_one():
+    from moe_harness.harness.gate.judging import _kl
+
+    p, q = {1: 0.7, 2: 0.2, 3: 0.06, 4: 0.04}, {1: 0.5, 2: 0.1, 3: 0.1, 4: 0.3}
+    whole = sum(p[t] * math.log(p[t] / q[t]) for t in p)
+    kept = _kl([(t, math.log(p[t])) for t in (1, 2)], [(t, math.log(q[t])) for t in (1, 4)])
+    assert 0 < kept <= whole
+
+
+@pytest.mark.parametrize("wrong", [(), range(20), range(3)])
+def test_a_result_is_told_in_words_and_as_a_page(tmp_path, wrong):
+    from rich.console import Console
+
+    result = judged(rows(100), rows(100, wrong=wrong))
+    console = Console(record=True, width=140)
+    view.show(result, console)
+    text = console.export_text()
+    assert result["verdict"].upper() in text and "gold log-likelihood" in text
+    view.write_html(result, tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text()
+    assert "new against trusted" in page and ("wrong" in page) == bool(wrong)
