@@ -117,7 +117,7 @@ def test_planted_padding_on_the_right(eager, monkeypatch):
     forward = eager.model.forward
 
     def right_padded(ids, attention_mask=None, position_ids=None, **options):
-        if ids.shape[1] > 1:
+        if attention_mask is not None and ids.shape[1] > 1:
             kept = attention_mask.bool()
             ids = torch.stack([torch.cat((row[m], row[~m])) for row, m in zip(ids, kept, strict=True)])
         return forward(ids, **options)
