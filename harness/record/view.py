@@ -1,0 +1,71 @@
+"""A comparison for people: a table, and a page with the two runs side by side."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_harness.harness.record.compare import LEVELS, Comparison
+from moe_harness.harness.record.line import Line
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+STYLES = {"regression": "bold red", "warning": "yellow", "refused": "yellow", "improvement": "green", "note": "dim"}
+
+
+def summary(found: Comparison) -> str:
+    """The outcome in a sentence."""
+    counts = {level: sum(change.level == level for change in found.changes) for level in LEVELS}
+    told = ", ".join(f"{n} {level}{'s' if n > 1 and level != 'refused' else ''}" for level, n in counts.items() if n)
+    return f"{found.compared} results compared: {told or 'nothing differs'}"
+
+
+def show(found: Comparison, console: "Console") -> None:
+    """Print what differs, the worst first."""
+    from rich.table import Table
+    from rich.text import Text
+
+    if found.changes:
+        table = Table(box=None, pad_edge=False)
+        for name in ("", "result", "case", "before", "after", ""):
+            table.add_column(name, overflow="fold")
+        for change in sorted(found.changes, key=lambda change: LEVELS.index(change.level)):
+            cells = (change.name, change.case, change.before, change.after, change.why)
+            table.add_row(Text(change.level, style=STYLES[change.level]), *map(Text, cells))
+        console.print(table)
+    console.print(Text(summary(found), style="bold red" if found.regressed else "bold green"))
+
+
+def write_html(
+    found: Comparison, old: Mapping[tuple[str, str], Line], new: Mapping[tuple[str, str], Line], path: Path
+) -> None:
+    """A page of its own: what differs, then both runs side by side."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("moe_harness.harness.record", "."), autoescape=True, undefined=StrictUndefined
+    )
+    sides = [(key, old.get(key), new.get(key)) for key in dict.fromkeys([*old, *new])]
+    changes = sorted(found.changes, key=lambda change: LEVELS.index(change.level))
+    page = environment.get_template("page.html.j2").render(
+        summary=summary(found), changes=changes, sides=sides, regressed=found.regressed, digest=digest
+    )
+    path.write_text(page, "utf-8")
+
+
+def digest(line: Line | None) -> list[tuple[str, str]]:
+    """What is told of one run on the page."""
+    if line is None:
+        return [("", "absent")]
+    import statistics
+
+    where = line["environment"]
+    rows = [("recorded", line["recorded"]), ("device", str(where.get("device")))]
+    rows += [("commit", f"{(where.get('commit') or '-')[:12]}{' (changed)' if where.get('dirty') else ''}")]
+    rows += [(package, number) for package, number in where.get("versions", {}).items()]
+    rows += [(case, verdict["verdict"]) for case, verdict in line.get("verdicts", {}).items()]
+    for case, time in line.get("times", {}).items():
+        median = statistics.median(time["rounds"])
+        over = f", {median / time['floor']:.2f} of the floor" if time["floor"] else ""
+        rows.append((case, f"{median:.2f} us{over}, {len(time['rounds'])} rounds"))
+    return rows
