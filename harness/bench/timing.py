@@ -53,6 +53,7 @@ class Timing:
     refused: str = ""
     tflops: float = 0.0
     intensity: float = 0.0
+    rounds: list[float] = field(default_factory=list)  # all of them, for who compares runs
 
 
 @dataclass
@@ -215,6 +216,7 @@ def _time_batch(subjects: list[Subject], batch: Batch, tokens: int, rounds: int)
         if runner is not None:
             replayed, in_calls = zip(*times, strict=True)
             timing.median, timing.low, timing.high = statistics.median(replayed), min(replayed), max(replayed)
+            timing.rounds = list(replayed)
             timing.captured, timing.called = runner.graph is not None, statistics.median(in_calls)
     return timings
 

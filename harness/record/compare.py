@@ -1,11 +1,11 @@
 """Two runs: what got worse.
 
 A verdict or a judgement that was lost is a regression.  A time is one where all of this holds: Mann-Whitney's test says
-so at ALPHA divided by the number of times, the ratio of the medians is above SLOWER and above the spread of either run,
-and a new round is above an old one in MOSTLY of all pairs; a rank test alone would call any difference significant
-once there are rounds enough.  Times are compared as multiples of the floor that their own run measured, and only on
-the same device.  Answers are paired by document again, as in the gate.  A z that moved beyond its sampling error is a
-warning: the limits of the verdicts stay what they are.
+so at ALPHA (or FAMILY over the number of times, where that is less), the ratio of the medians is above SLOWER and above
+the spread of either run, and a new round is above an old one in MOSTLY of all pairs; a rank test alone would call any
+difference significant once there are rounds enough.  Times are compared as multiples of the floor that their own run
+measured, and only on the same device.  Answers are paired by document again, as in the gate.  A z that moved beyond its
+sampling error is a warning: the limits of the verdicts stay what they are.
 """
 
 import math
@@ -20,7 +20,7 @@ from moe_harness.harness.core.errors import CannotJudge
 from moe_harness.harness.gate.statistics import Paired, verdict
 from moe_harness.harness.record.line import Line
 
-ALPHA, SLOWER, MOSTLY = 0.001, 1.03, 0.9
+ALPHA, FAMILY, SLOWER, MOSTLY = 0.001, 0.05, 1.03, 0.9
 DRIFT, ERRORS = 0.10, 5.0  # a root mean square moves by chance by 1 / sqrt(2 n) of itself
 RANK = {"pass": 3, "inconclusive": 2, "fail": 1, "unsupported": 0, "error": 0}
 LEVELS = ("regression", "warning", "refused", "improvement", "note")
@@ -118,10 +118,11 @@ def _times(old: Line, new: Line, times: int) -> Iterator[Change]:
         return
     for case in both:
         was, now = (_over_floor(line) for line in (before[case], after[case]))
-        change = judged_times(was, now, times)
-        if change is not None:
-            yield Change(change, old["name"], case, *(f"{statistics.median(x):.3f}" for x in (was, now)),
-                         f"times of the floor; {statistics.median(now) / statistics.median(was) - 1:+.1%}")  # fmt: skip
+        level = judged_times(was, now, times)
+        if level is not None:
+            medians = [statistics.median(rounds) for rounds in (was, now)]
+            yield Change(level, old["name"], case, f"{medians[0]:.3f}", f"{medians[1]:.3f}",
+                         f"times of the floor; {medians[1] / medians[0] - 1:+.1%}")  # fmt: skip
 
 
 def _over_floor(time: dict[str, Any]) -> list[float]:
@@ -135,7 +136,7 @@ def judged_times(old: Sequence[float], new: Sequence[float], times: int = 1) -> 
         if ratio <= max(SLOWER, 1 + spread(old), 1 + spread(new)):
             continue
         test = stats.mannwhitneyu(slow, fast, alternative="greater")
-        if test.pvalue < ALPHA / max(times, 1) and test.statistic / (len(slow) * len(fast)) > MOSTLY:
+        if test.pvalue < min(ALPHA, FAMILY / times) and test.statistic / (len(slow) * len(fast)) > MOSTLY:
             return level
     return None
 
@@ -161,6 +162,6 @@ def _documents(old: Line, new: Line) -> Iterator[Change]:
     decided = verdict(counted, float(new.get("margin") or 0.02))
     level = {"fail": "regression", "pass": "note"}.get(decided, "warning" if counted.worse else "note")
     if counted.worse or counted.better or level == "regression":
-        shares = [sum(r[side] for r in rights) / len(rights) for side in (0, 1)]
-        yield Change(level, old["name"], f"{len(both)} answers", *(f"{share:.2%}" for share in shares),
+        before_after = [sum(r[side] for r in rights) / len(rights) for side in (0, 1)]
+        yield Change(level, old["name"], f"{len(both)} answers", f"{before_after[0]:.2%}", f"{before_after[1]:.2%}",
                      f"only one right: {counted.worse}, {counted.better}; p {counted.p:.2g}")  # fmt: skip

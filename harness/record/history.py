@@ -38,7 +38,9 @@ def draw(lines: Iterable[Line], path: Path) -> None:
         from matplotlib import pyplot
     except ImportError as error:
         raise CannotJudge("a picture needs matplotlib: pip install matplotlib") from error
-    both = [(found, label) for found, label in zip(series(lines), ("times of the floor", "passed"), strict=True) if found]
+    both = [
+        (found, label) for found, label in zip(series(lines), ("times of the floor", "passed"), strict=True) if found
+    ]
     figure, axes = pyplot.subplots(len(both), 1, figsize=(9, 3.6 * len(both)), squeeze=False, layout="constrained")
     for (found, label), axis in zip(both, axes[:, 0], strict=True):
         when = sorted({at for points in found.values() for at, _ in points})
