@@ -8,11 +8,13 @@ import typer
 
 from moe_harness.harness.commands.audit import audit
 from moe_harness.harness.commands.bench import bench
+from moe_harness.harness.commands.bisect import bisect
 from moe_harness.harness.commands.check import check
 from moe_harness.harness.commands.compare import compare
 from moe_harness.harness.commands.explain import explain
 from moe_harness.harness.commands.faults import faults
 from moe_harness.harness.commands.gate import app as gate
+from moe_harness.harness.commands.generate import generate
 from moe_harness.harness.commands.init import init
 from moe_harness.harness.commands.list import list_
 from moe_harness.harness.commands.options import tell
@@ -29,7 +31,8 @@ app = typer.Typer(
 )
 COMMANDS: dict[str, Callable[..., None]] = {
     "check": check, "init": init, "explain": explain, "list": list_, "replay": replay, "faults": faults,
-    "audit": audit, "bench": bench, "tune": tune, "record": record, "compare": compare,
+    "audit": audit, "bench": bench, "tune": tune, "record": record, "compare": compare, "generate": generate,
+    "bisect": bisect,
 }  # fmt: skip
 for name, command in COMMANDS.items():
     app.command(name)(command)

@@ -142,6 +142,24 @@ class Model:
         output, stream = self.network.layer(i, rows, None, flat, cache.keys[i], cache.values[i])
         return (output + stream).view_as(hidden_states)
 
+    @torch.inference_mode()
+    def half(self, i: int, name: str, hidden_states: Tensor) -> Tensor:
+        """One half of layer i on the residual stream [B, L, H]: "attention" or "mlp", residual included."""
+        flat, cache = self._alone(*hidden_states.shape[:2])
+        rows, network, layer = (
+            hidden_states.to(self.device, self.dtype).flatten(0, 1),
+            self.network,
+            f"model.layers.{i}",
+        )
+        if name == "attention":
+            x = network.norm(f"{layer}.input_layernorm.weight", rows)[0]
+            output = network.attention(f"{layer}.self_attn", x, flat, cache.keys[i], cache.values[i])
+        else:
+            x = network.norm(f"{layer}.post_attention_layernorm.weight", rows)[0]
+            mlp = network.sparse if i in self.config.sparse_layers else network.dense
+            output = mlp(f"{layer}.mlp", x, flat)
+        return (rows + output).view_as(hidden_states)
+
     def _alone(self, batch: int, length: int) -> tuple[Flat, Cache]:
         """A batch of `batch` whole sequences, and a cache for one layer at a time."""
         c, page = self.config, self.options.page_size

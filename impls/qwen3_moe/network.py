@@ -91,7 +91,7 @@ class Network:
         """The last norm and the head of the sum of both, [T, H] -> [T or R, V]."""
         if rows is not None:
             output, stream = output[rows], None if stream is None else stream[rows]
-        x, _ = self._norm("model.norm.weight", output, stream)
+        x, _ = self.norm("model.norm.weight", output, stream)
         return F.linear(x, self.head)
 
     def layer(
@@ -99,9 +99,9 @@ class Network:
     ) -> tuple[Tensor, Tensor]:
         """Layer i on the stream output + stream, both [T, H]: the mlp's output and the stream it belongs to."""
         name = f"model.layers.{i}"
-        x, stream = self._norm(f"{name}.input_layernorm.weight", output, stream)
+        x, stream = self.norm(f"{name}.input_layernorm.weight", output, stream)
         output = self.attention(f"{name}.self_attn", x, flat, keys, values)
-        x, stream = self._norm(f"{name}.post_attention_layernorm.weight", output, stream)
+        x, stream = self.norm(f"{name}.post_attention_layernorm.weight", output, stream)
         mlp = self.sparse if i in self.config.sparse_layers else self.dense
         return mlp(f"{name}.mlp", x, flat), stream
 
@@ -156,7 +156,7 @@ class Network:
         act = F.silu(gate) if self.config.activation == "silu" else F.gelu(gate, approximate="tanh")
         return F.linear(act * up, self.p[f"{name}.down_proj.weight"])
 
-    def _norm(self, name: str, x: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor]:
+    def norm(self, name: str, x: Tensor, stream: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The norm of x + stream, and that sum."""
         if stream is None:
             return self.kernels.rms_norm(x, self.p[name], eps=self.config.eps), x

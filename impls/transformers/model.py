@@ -23,17 +23,29 @@ class Model:
     @torch.no_grad()
     def layer(self, i: int, hidden_states: Tensor) -> Tensor:
         """Layer i alone on the residual stream [B, L, H] of positions 0 to L - 1."""
-        decoder, length = self.module.model, hidden_states.shape[1]
         hidden_states = hidden_states.to(self.device, self.module.dtype)
+        out = self.module.model.layers[i](hidden_states, **self._positions(hidden_states))
+        return out[0] if isinstance(out, tuple) else out
+
+    @torch.no_grad()
+    def half(self, i: int, name: str, hidden_states: Tensor) -> Tensor:
+        """One half of layer i on the residual stream [B, L, H]: "attention" or "mlp", residual included."""
+        hidden_states, layer = hidden_states.to(self.device, self.module.dtype), self.module.model.layers[i]
+        if name == "attention":
+            x = layer.input_layernorm(hidden_states)
+            return hidden_states + layer.self_attn(hidden_states=x, **self._positions(hidden_states))[0]
+        out = layer.mlp(layer.post_attention_layernorm(hidden_states))
+        return hidden_states + (out[0] if isinstance(out, tuple) else out)
+
+    def _positions(self, hidden_states: Tensor) -> dict[str, Any]:
+        """Causal mask and rotary angles of positions 0 to L - 1."""
+        decoder, length = self.module.model, hidden_states.shape[1]
         positions = torch.arange(length, device=self.device)[None]
         later = torch.ones(length, length, dtype=torch.bool, device=self.device).triu(1)
         mask = torch.zeros(length, length, dtype=hidden_states.dtype, device=self.device)
         mask = mask.masked_fill(later, torch.finfo(mask.dtype).min)[None, None]
-        out = decoder.layers[i](
-            hidden_states, attention_mask=mask, position_ids=positions,
-            position_embeddings=decoder.rotary_emb(hidden_states, positions),
-        )  # fmt: skip
-        return out[0] if isinstance(out, tuple) else out
+        angles = decoder.rotary_emb(hidden_states, positions)
+        return {"attention_mask": mask, "position_ids": positions, "position_embeddings": angles}
 
     @torch.no_grad()
     def generate(

@@ -88,7 +88,8 @@ def noise_bound(
     value = run(state)
     clean = {layer: logits for layer, (logits, _, _) in state.routed.items()}
     routing = {layer: (weights, ids) for layer, (_, weights, ids) in state.routed.items()}
-    depth = max(weight.shape[-1] for weight in model.weights.values())
+    sizes = ("hidden_size", "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
+    depth = max(model.config["num_attention_heads"] * model.head_dim, *(model.config.get(key) or 0 for key in sizes))
     errors, wandering = [], {layer: torch.zeros_like(logits) for layer, logits in clean.items()}
     for seed in range(RUNS):
         noisy = State(forced=routing, store=RandomRounding(dtype, depth, seed))
