@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from moe_harness.harness.ranks.ledger import Ledger
+from moe_harness.suites.outcome_log import OutcomeLog
 
 MARKERS = (
     "gpu: needs one CUDA device",
@@ -18,11 +18,11 @@ MARKERS = (
     "nightly: too slow for every change; runs where the Hypothesis profile is nightly",
 )
 REPORTS = pytest.StashKey[list[pytest.TestReport]]()
-LEDGER = pytest.StashKey[Ledger]()
+LEDGER = pytest.StashKey[OutcomeLog]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """--ledger FILE; `python -m moe_harness.harness.ranks.ledger FILE` then tells what is missing."""
+    """--ledger FILE; `python -m moe_harness.suites.outcome_log FILE` then tells what is missing."""
     parser.addoption("--ledger", type=Path, help="write each test's outcome here as it comes")
 
 
@@ -30,7 +30,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """What will run is written down before it does."""
     path = session.config.getoption("--ledger")
     if path is not None and not session.config.option.collectonly:
-        session.config.stash[LEDGER] = Ledger(path, [item.nodeid for item in session.items])
+        session.config.stash[LEDGER] = OutcomeLog(path, [item.nodeid for item in session.items])
 
 
 @pytest.hookimpl(wrapper=True)

@@ -120,7 +120,7 @@ def check(
                           'put the call under if __name__ == "__main__":')  # fmt: skip
     stage = options.one_of("stage", stage, options.ALL_STAGES)
     request = options.request(stage, device, _list(dtypes), profile, _list(configs), seed)
-    asked = session.Options(request.dtypes if _list(dtypes) else None, timeout,
+    asked = session.RunOptions(request.dtypes if _list(dtypes) else None, timeout,
                             options.chosen_checks(stage, request, _list(checks)))  # fmt: skip
     spec = implementation if isinstance(implementation, str) else spec_of(implementation)
     prepare()

@@ -12,7 +12,7 @@ from moe_harness.harness.core.errors import HarnessError, UsageError
 from moe_harness.harness.core.plan import ON_CUDA_ONLY, Planned, plan
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.process.pool import EXPLAINED, Pool, prepare
-from moe_harness.harness.run.result_builder import Account, Listener
+from moe_harness.harness.run.result_builder import Listener, ResultBuilder
 from moe_harness.harness.run.session import INTERPRETED_STEPS
 
 EXAMPLES = {"quick": 100, "full": 500, "exhaustive": 3000}
@@ -97,7 +97,7 @@ class Session:
         judged, pool = answer.get("judged", answer["id"]), self.pool(stage, spec)
         if pool.explained < EXPLAINED:
             pool.explain(judged, finding)
-        replay = Account(stage, spec, self.request, Listener()).replay_line([judged])
+        replay = ResultBuilder(stage, spec, self.request, Listener()).replay_line([judged])
         pytest.fail(
             report.failure_text({**finding, "check": judged.split("/")[1], "case": judged, "replay": replay}),
             pytrace=False,
@@ -139,10 +139,10 @@ class Session:
 
 def results_of(heard: Iterable[dict[str, Any]], request: Request) -> list[report.Result]:
     """The answers of all tests, put together as the command puts them together."""
-    accounts: dict[tuple[str, str], Account] = {}
+    accounts: dict[tuple[str, str], ResultBuilder] = {}
     for told in heard:
         key = told["answer"]["id"].split("/")[0], told["spec"]
         if key not in accounts:
-            accounts[key] = Account(*key, request, Listener())
+            accounts[key] = ResultBuilder(*key, request, Listener())
         accounts[key].take(told["answer"])
     return [account.result() for account in accounts.values()]

@@ -40,7 +40,7 @@ class Draw:
 
 
 @dataclass
-class Batch:
+class TimedBatch:
     """One number of tokens: the arguments of each call in turn, and what one call must cost at least."""
 
     stage: str
@@ -51,7 +51,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Layer:
+class TimedLayer:
     """What is timed: a model's sparse layer (`fixtures.configs.ModelShape`), or one rank's part of its experts."""
 
     model: Any
@@ -82,7 +82,7 @@ def sample(count: int, draw: Draw) -> Tensor:
     return torch.linspace(0, count - 1, min(SAMPLE, count), device=draw.device).round().long().unique()
 
 
-def problem(subject: Subject, batch: Batch, results: list[Any]) -> str:
+def problem(subject: Subject, batch: TimedBatch, results: list[Any]) -> str:
     """What is wrong with `results`, one for each call of the batch, on the sampled rows; "" if nothing is."""
     for (args, keywords), result in zip(batch.calls, results, strict=True):
         told = _malformed(batch, args, keywords, result) or _wrong(subject, batch, args, keywords, result)
@@ -91,7 +91,7 @@ def problem(subject: Subject, batch: Batch, results: list[Any]) -> str:
     return ""
 
 
-def _malformed(batch: Batch, args: dict[str, Any], keywords: dict[str, Any], result: Any) -> str:
+def _malformed(batch: TimedBatch, args: dict[str, Any], keywords: dict[str, Any], result: Any) -> str:
     wanted = find_stage(batch.stage).outputs(Call(Case(), args, keywords))
     found = result if isinstance(result, tuple | list) else (result,)
     shapes = [tuple(getattr(value, "shape", ())) for value in found]
@@ -100,7 +100,7 @@ def _malformed(batch: Batch, args: dict[str, Any], keywords: dict[str, Any], res
     return ""
 
 
-def _wrong(subject: Subject, batch: Batch, args: dict[str, Any], keywords: dict[str, Any], result: Any) -> str:
+def _wrong(subject: Subject, batch: TimedBatch, args: dict[str, Any], keywords: dict[str, Any], result: Any) -> str:
     stage, declared = find_stage(batch.stage), subject.declared.rounds
     call = stage.cut(Call(Case(), args, keywords, declared=subject.declared), batch.rows)
     sampled, truth = of_result(result, batch.rows), stage.truth(call, declared)

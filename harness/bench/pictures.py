@@ -6,10 +6,10 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from moe_harness.harness.bench.timing import Report, Timing
+from moe_harness.harness.bench.timing import BenchReport, Timing
 
 
-def table(report: Report) -> Table:
+def table(report: BenchReport) -> Table:
     """One row per number of tokens and implementation: time, spread, ratio to the first, time over floor, and the time
     of a call without a graph."""
     out = Table(box=box.SIMPLE, padding=(0, 0, 0, 1), title=report.title, caption=ceilings(report))
@@ -25,13 +25,13 @@ def table(report: Report) -> Table:
     return out
 
 
-def legend(report: Report) -> str:
+def legend(report: BenchReport) -> str:
     """The implementations by the numbers that the table gives them."""
     specs = dict.fromkeys(t.spec for t in report.timings)
     return "\n".join(f"[{n}] {spec}" for n, spec in enumerate(specs, 1))
 
 
-def ceilings(report: Report) -> str:
+def ceilings(report: BenchReport) -> str:
     """What this machine reached in the same run."""
     return (
         f"ceilings of this run: copy {report.copy_bandwidth / 1e6:.2f} TB/s, "
@@ -39,7 +39,7 @@ def ceilings(report: Report) -> str:
     )
 
 
-def remarks(report: Report) -> list[str]:
+def remarks(report: BenchReport) -> list[str]:
     """What was timed call by call, and what was not timed and why."""
     told = []
     for spec in dict.fromkeys(t.spec for t in report.timings):
@@ -74,7 +74,7 @@ def _cells(timing: Timing, first: Timing) -> list[str]:
     ]
 
 
-def picture(report: Report, path: Path) -> None:
+def picture(report: BenchReport, path: Path) -> None:
     """Time against tokens with the floor, and the roofline, side by side.  Needs matplotlib."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -98,7 +98,7 @@ def picture(report: Report, path: Path) -> None:
     figure.savefig(path, dpi=120, metadata=undated)
 
 
-def _roofline(axes: Any, report: Report, seen: list[float]) -> None:
+def _roofline(axes: Any, report: BenchReport, seen: list[float]) -> None:
     """The two ceilings over the intensities that were seen."""
     low, high = (min(seen) / 2, max(seen) * 2) if seen else (0.1, 1000.0)
     steps = [low * (high / low) ** (i / 64) for i in range(65)]

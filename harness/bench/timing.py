@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from moe_harness.harness.bench.data import Batch, Draw, Layer, problem
+from moe_harness.harness.bench.data import Draw, TimedBatch, TimedLayer, problem
 from moe_harness.harness.core.contracts import REJECTIONS, Subject, load
 from moe_harness.harness.core.cuda_graphs import captured
 from moe_harness.harness.core.folders import needed_part, stage_part, stages_with
@@ -57,7 +57,7 @@ class Timing:
 
 
 @dataclass
-class Report:
+class BenchReport:
     """Everything a run found."""
 
     stage: str
@@ -74,7 +74,7 @@ class Report:
     stopped: str = ""  # why there are fewer timings than were asked for
 
     @classmethod
-    def read(cls, path: Path) -> "Report":
+    def read(cls, path: Path) -> "BenchReport":
         """From a file that `as_json` gave."""
         content = json.loads(path.read_text())
         return cls(**content | {"timings": [Timing(**t) for t in content["timings"]]})
@@ -134,7 +134,7 @@ def launch_time(draw: Draw, rounds: int = 10, calls: int = 500) -> float:
 class _Runner:
     """Runs one implementation over all calls of a batch, from a CUDA graph where it can be captured."""
 
-    def __init__(self, subject: Subject, batch: Batch):
+    def __init__(self, subject: Subject, batch: TimedBatch):
         self.calls = [lambda a=a, k=k: subject.call(a, k) for a, k in batch.calls]
         self.last: list[Any] = []  # the latest result of each call
         self._once()
@@ -177,7 +177,7 @@ class _Runner:
         return _events(self._all) / (self.repeats * len(self.calls))
 
 
-def _runner(subject: Subject, batch: Batch) -> tuple[_Runner | None, str]:
+def _runner(subject: Subject, batch: TimedBatch) -> tuple[_Runner | None, str]:
     """(runner, "") or (None, why this implementation may not be timed on this batch)."""
     if "cuda" not in subject.declared.devices:
         return None, f"declares the devices {', '.join(subject.declared.devices)}"
@@ -195,7 +195,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or ["(no message)"])[0][:160]
 
 
-def _time_batch(subjects: list[Subject], batch: Batch, tokens: int, rounds: int) -> list[Timing]:
+def _time_batch(subjects: list[Subject], batch: TimedBatch, tokens: int, rounds: int) -> list[Timing]:
     """Judge all, then time those that pass in turn."""
     timings, runners = [], []
     for subject in subjects:
@@ -221,7 +221,7 @@ def _time_batch(subjects: list[Subject], batch: Batch, tokens: int, rounds: int)
     return timings
 
 
-def _add_floor(timing: Timing, batch: Batch, report: Report) -> None:
+def _add_floor(timing: Timing, batch: TimedBatch, report: BenchReport) -> None:
     floors = {
         "bytes": batch.bytes / report.copy_bandwidth,
         "flops": batch.flops / report.matrix_rate,
@@ -245,7 +245,7 @@ def _versions() -> dict[str, str]:
 def bench(
     stage: str,
     specs: list[str],
-    layer: Layer,
+    layer: TimedLayer,
     tokens: list[int],
     *,
     dtype: str = "bf16",
@@ -253,7 +253,7 @@ def bench(
     seed: int = 0,
     command: str = "",
     progress: Callable[[str], None] = print,
-) -> Report:
+) -> BenchReport:
     """Time `specs` at each number of `tokens`; needs a CUDA device.
 
     Ctrl-C, or an implementation that leaves the device in error, ends the run with what was timed until then.
@@ -270,7 +270,7 @@ def bench(
     subjects = [load(stage, spec) for spec in specs]
     kind, draw = DTYPES[dtype], Draw(seed)
     progress("measuring the ceilings: copy, product, launch")
-    report = Report(
+    report = BenchReport(
         stage, asdict(layer.model), layer.ep_size, dtype, torch.cuda.get_device_name(), copy_bandwidth(draw),
         matrix_rate(draw, kind), launch_time(draw), _versions(), command,
     )  # fmt: skip
@@ -284,7 +284,7 @@ def bench(
 
 
 def _time_all(
-    report: Report, subjects: list[Subject], layer: Layer, tokens: list[int], kind: torch.dtype, draw: Draw,
+    report: BenchReport, subjects: list[Subject], layer: TimedLayer, tokens: list[int], kind: torch.dtype, draw: Draw,
     rounds: int, progress: Callable[[str], None],
 ) -> None:  # fmt: skip
     weights = layer.weights(kind, draw) if getattr(stage_part(report.stage, "bench"), "NEEDS_WEIGHTS", False) else []

@@ -8,7 +8,7 @@ from torch import Tensor
 from moe_harness.harness.core.bounds import Bound
 from moe_harness.harness.core.call import Call
 from moe_harness.harness.core.case import Case
-from moe_harness.harness.core.compare import Rows, against_bound
+from moe_harness.harness.core.compare import PlainRows, against_bound
 from moe_harness.harness.core.findings import Record
 from moe_harness.harness.core.invocation import Trial
 from moe_harness.harness.core.laws import Term, terms
@@ -46,7 +46,7 @@ def _judge_sum(trial: Trial, call: Call, of_law: list[Term]) -> Record:
     residual, variance, shared, *drift = sums
     own = sources.reshape(-1, 2).clamp(min=1)
     nothing = Bound(torch.zeros_like(residual), variance, shared, own, torch.stack(drift) if drift else None)
-    record = against_bound(Rows(), call, nothing, residual)
+    record = against_bound(PlainRows(), call, nothing, residual)
     for finding in record.findings:
         finding.message = f"what should cancel does not: {finding.message}"
     return record

@@ -43,13 +43,13 @@ def bench(
         options.writable(path)
     _require(picture)
     from moe_harness.harness.bench import timing as library
-    from moe_harness.harness.bench.data import Layer
+    from moe_harness.harness.bench.data import TimedLayer
     from moe_harness.harness.bench.pictures import legend, remarks, table
     from moe_harness.harness.bench.pictures import picture as draw
 
     try:
         report = library.bench(
-            stage, list(options.specs(impl)), Layer(model, ep_size), counts, dtype=dtype, rounds=rounds, seed=seed,
+            stage, list(options.specs(impl)), TimedLayer(model, ep_size), counts, dtype=dtype, rounds=rounds, seed=seed,
             command="moe-harness " + shlex.join(sys.argv[1:]),
             progress=lambda text: print(text, file=sys.stderr, flush=True),
         )  # fmt: skip

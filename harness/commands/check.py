@@ -41,7 +41,7 @@ def check(
 
     request = options.request(stage, device, dtype, profile, config, seed)
     stage = options.one_of("stage", stage, options.ALL_STAGES)
-    asked = session.Options(
+    asked = session.RunOptions(
         request.dtypes if dtype else None, timeout, options.chosen_checks(stage, request, checks), None, fail_fast
     )
     worlds, specs = options.worlds([ranks]), options.specs(impl)

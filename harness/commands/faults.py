@@ -33,7 +33,7 @@ def faults(
     chosen = _chosen(stage, options.listed(fault))
     device = options.one_of("device", device, contracts.DEVICES)
     prepare()
-    judging = kill_matrix.Options(Request(device=device, seed=seed), 1 if device == "cuda" else jobs)
+    judging = kill_matrix.MatrixOptions(Request(device=device, seed=seed), 1 if device == "cuda" else jobs)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("faults", total=len(chosen))
         result = kill_matrix.run(chosen, judging, lambda row: progress.advance(bar))

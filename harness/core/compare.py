@@ -20,7 +20,7 @@ from moe_harness.harness.core.rows import matrix
 TILE = (16, 64)
 
 
-class Rows:
+class PlainRows:
     """Names the rows of what is no stage's first output: a relation, a cache."""
 
     def place_of(self, call: Call, row: int, column: int) -> dict[str, Any]:

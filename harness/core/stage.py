@@ -110,7 +110,7 @@ class Stage(ABC):
 
     def places(self, output: Output) -> Places:
         """The same of a further output."""
-        return compare.Rows()
+        return compare.PlainRows()
 
     # --------------------------------------------------------------------------------------------------- rows of a call
 

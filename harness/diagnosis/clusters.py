@@ -42,7 +42,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Term:
+class AxisValue:
     """One part of a condition."""
 
     text: str
@@ -54,7 +54,7 @@ class Term:
 class Condition:
     """A conjunction; without terms it holds always."""
 
-    terms: tuple[Term, ...]
+    terms: tuple[AxisValue, ...]
 
     def holds(self, case: Case) -> bool:
         axes = axes_of(case)
@@ -153,7 +153,7 @@ def _whole(failing: list[Outcome], outcomes: Sequence[Outcome]) -> Condition | N
     terms = [term for term in _terms(failing, passing) if all(map(term.holds, failed))]
     masks = _cheapest(terms, passing)
     everything = (1 << len(passing)) - 1
-    best: tuple[tuple[int, float], tuple[Term, ...]] = ((everything.bit_count(), 0.0), ())
+    best: tuple[tuple[int, float], tuple[AxisValue, ...]] = ((everything.bit_count(), 0.0), ())
     allowed = int(BLIND * len(failing))
     for size in range(1, MOST_TERMS + 1):
         if best[0][0] <= allowed and (best[0][0] == 0 or size > 1):
@@ -177,7 +177,7 @@ def _part(failing: list[Outcome], outcomes: Sequence[Outcome]) -> Condition | No
     everything, all_failing = (1 << len(passing)) - 1, (1 << len(failing)) - 1
     terms = [(term, _bits(term, axes), mask) for term, mask in _cheapest(_terms(failing, passing), passing, axes)]
     terms = sorted(terms, key=lambda entry: -entry[1].bit_count())[: 2 * MOST_WITH_THREE]
-    best: tuple[tuple[float, float], tuple[Term, ...]] | None = None
+    best: tuple[tuple[float, float], tuple[AxisValue, ...]] | None = None
     for size in (1, 2):
         for chosen in combinations(terms, size):
             covered, left = all_failing, everything
@@ -194,12 +194,12 @@ def _part(failing: list[Outcome], outcomes: Sequence[Outcome]) -> Condition | No
 
 
 def _cheapest(
-    terms: Iterable[Term], passing: Sequence[Outcome], failed: Sequence[dict[str, Any]] = ()
-) -> list[tuple[Term, int]]:
+    terms: Iterable[AxisValue], passing: Sequence[Outcome], failed: Sequence[dict[str, Any]] = ()
+) -> list[tuple[AxisValue, int]]:
     """Of terms that the same passing and failed cases meet, the cheapest; none that all passing ones meet."""
     axes = [axes_of(outcome.case) for outcome in passing]
     everything = (1 << len(passing)) - 1
-    kept: dict[tuple[int, int], tuple[Term, int]] = {}
+    kept: dict[tuple[int, int], tuple[AxisValue, int]] = {}
     for term in sorted(terms, key=lambda term: term.cost):
         mask = _bits(term, axes)
         if mask != everything or not passing:
@@ -207,7 +207,7 @@ def _cheapest(
     return list(kept.values())
 
 
-def _bits(term: Term, axes: Sequence[dict[str, Any]]) -> int:
+def _bits(term: AxisValue, axes: Sequence[dict[str, Any]]) -> int:
     return sum(1 << place for place, values in enumerate(axes) if term.holds(values))
 
 
@@ -221,7 +221,7 @@ def axes_of(case: Case) -> dict[str, Any]:
     return {**axes, "layout of": operand or "none", "layout": kind or "contiguous", "rows": case.rows()}
 
 
-def _terms(failing: Sequence[Outcome], passing: Sequence[Outcome]) -> Iterator[Term]:
+def _terms(failing: Sequence[Outcome], passing: Sequence[Outcome]) -> Iterator[AxisValue]:
     """Every term that some failing case meets."""
     failed = [axes_of(outcome.case) for outcome in failing]
     seen = [*failed, *(axes_of(outcome.case) for outcome in passing)]
@@ -235,31 +235,31 @@ def _terms(failing: Sequence[Outcome], passing: Sequence[Outcome]) -> Iterator[T
         yield from _relations(one, other)
 
 
-def _of_axis(name: str, values: set[Any], everywhere: set[Any]) -> Iterator[Term]:
+def _of_axis(name: str, values: set[Any], everywhere: set[Any]) -> Iterator[AxisValue]:
     for value in values:
-        yield Term(f"{name}={_text(value)}", _compared(name, operator.eq, value), EQUAL)
+        yield AxisValue(f"{name}={_text(value)}", _compared(name, operator.eq, value), EQUAL)
     numbers = all(map(_is_number, everywhere))
     if not numbers:
         for value in everywhere - values:
-            yield Term(f"{name} not {_text(value)}", _compared(name, operator.ne, value), UNEQUAL)
+            yield AxisValue(f"{name} not {_text(value)}", _compared(name, operator.ne, value), UNEQUAL)
     if 1 < len(values) <= 3 and len(values) < len(everywhere):
         told = ", ".join(sorted(map(_text, values)))
-        yield Term(f"{name} in ({told})", lambda axes: axes[name] in values, SET + 0.2 * len(values))
+        yield AxisValue(f"{name} in ({told})", lambda axes: axes[name] in values, SET + 0.2 * len(values))
     if numbers:
         yield from _of_numbers(name, values)
 
 
-def _of_numbers(name: str, values: set[Any]) -> Iterator[Term]:
+def _of_numbers(name: str, values: set[Any]) -> Iterator[AxisValue]:
     for value in values:
-        yield Term(f"{name} >= {value}", _compared(name, operator.ge, value), LIMIT)
-        yield Term(f"{name} <= {value}", _compared(name, operator.le, value), LIMIT)
+        yield AxisValue(f"{name} >= {value}", _compared(name, operator.ge, value), LIMIT)
+        yield AxisValue(f"{name} <= {value}", _compared(name, operator.le, value), LIMIT)
     if not all(isinstance(value, int) for value in values):
         return
-    yield Term(f"{name} no power of two", lambda axes: bool(axes[name] & (axes[name] - 1)), PROPERTY)
-    yield Term(f"{name} a power of two", lambda axes: not axes[name] & (axes[name] - 1), PROPERTY)
+    yield AxisValue(f"{name} no power of two", lambda axes: bool(axes[name] & (axes[name] - 1)), PROPERTY)
+    yield AxisValue(f"{name} a power of two", lambda axes: not axes[name] & (axes[name] - 1), PROPERTY)
     for number in MULTIPLES:
-        yield Term(f"{name} a multiple of {number}", _divided(name, number, True), PROPERTY)
-        yield Term(f"{name} no multiple of {number}", _divided(name, number, False), PROPERTY)
+        yield AxisValue(f"{name} a multiple of {number}", _divided(name, number, True), PROPERTY)
+        yield AxisValue(f"{name} no multiple of {number}", _divided(name, number, False), PROPERTY)
 
 
 def _compared(name: str, compare: Callable[[Any, Any], bool], value: Any) -> Holds:
@@ -270,12 +270,12 @@ def _divided(name: str, number: int, wanted: bool) -> Holds:
     return lambda axes: (axes[name] % number == 0) is wanted
 
 
-def _relations(one: str, other: str) -> Iterator[Term]:
-    yield Term(f"{one} = {other}", lambda axes: axes[one] == axes[other], PROPERTY)
-    yield Term(f"{one} < {other}", lambda axes: axes[one] < axes[other], PROPERTY)
-    yield Term(f"{one} > {other}", lambda axes: axes[one] > axes[other], PROPERTY)
-    yield Term(f"{one} = 2 {other}", lambda axes: axes[one] == 2 * axes[other], PROPERTY)
-    yield Term(f"{other} = 2 {one}", lambda axes: axes[other] == 2 * axes[one], PROPERTY)
+def _relations(one: str, other: str) -> Iterator[AxisValue]:
+    yield AxisValue(f"{one} = {other}", lambda axes: axes[one] == axes[other], PROPERTY)
+    yield AxisValue(f"{one} < {other}", lambda axes: axes[one] < axes[other], PROPERTY)
+    yield AxisValue(f"{one} > {other}", lambda axes: axes[one] > axes[other], PROPERTY)
+    yield AxisValue(f"{one} = 2 {other}", lambda axes: axes[one] == 2 * axes[other], PROPERTY)
+    yield AxisValue(f"{other} = 2 {one}", lambda axes: axes[other] == 2 * axes[one], PROPERTY)
 
 
 def _is_number(value: Any) -> bool:

@@ -15,7 +15,7 @@ NORMAL: dict[str, Any] = {"data": "normal", "layout": "", "variant": "", "option
 
 
 @dataclass(frozen=True)
-class Scene:
+class Dataset:
     """Calls made one after the other; a single one except where state is asked for."""
 
     cases: tuple[Case, ...]
@@ -26,23 +26,23 @@ class Scene:
         return first if len(self.cases) == 1 else f"{len(self.cases)} calls in a row, the first {first}"
 
 
-def relatives(case: Case) -> Iterator[Scene]:
+def relatives(case: Case) -> Iterator[Dataset]:
     """The same condition on other data: other seeds, and normal values in the place of special ones."""
-    yield Scene((case.but(seed=case.seed + 501, variant="", optional=False),))
-    yield Scene((case.but(**NORMAL | {"layout": case.layout}, seed=case.seed + 502),))
-    yield Scene((case.but(seed=case.seed + 503, variant="", optional=False),))
+    yield Dataset((case.but(seed=case.seed + 501, variant="", optional=False),))
+    yield Dataset((case.but(**NORMAL | {"layout": case.layout}, seed=case.seed + 502),))
+    yield Dataset((case.but(seed=case.seed + 503, variant="", optional=False),))
 
 
-def probes(case: Case) -> Iterator[Scene]:
+def probes(case: Case) -> Iterator[Dataset]:
     """Small cases of every kind the stage has, in the dtype of `case` where nothing else is asked for."""
     kind = type(case)
     module = stage_part(case.stage, "datasets")
     for number, changes in enumerate(() if module is None else module.probes()):
         fields_: dict[str, Any] = {"dtype": case.dtype, "seed": case.seed + 600 + number} | changes
-        yield Scene((kind(**fields_),))
+        yield Dataset((kind(**fields_),))
 
 
-def sequences(case: Case, count: int = 3) -> Iterator[Scene]:
+def sequences(case: Case, count: int = 3) -> Iterator[Dataset]:
     """Calls of one shape that was never seen, with a larger one in between; the shape follows the seed."""
     known = {f.name for f in fields(case)}
     for number in range(count):
@@ -65,7 +65,7 @@ def sequences(case: Case, count: int = 3) -> Iterator[Scene]:
         )
         more = {name: 2 * shape[name] + 1 for name in ("T", "S") if name in known}
         masked: dict[str, Any] = {"masked": "some"} if "masked" in known else {}
-        yield Scene(
+        yield Dataset(
             (
                 base,
                 base.but(seed=base.seed + 1),

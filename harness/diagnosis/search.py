@@ -15,7 +15,7 @@ from moe_harness.harness.core.invocation import Broken, Rejected, Trial
 from moe_harness.harness.core.memory import poisoned_allocations
 from moe_harness.harness.diagnosis import probed
 from moe_harness.harness.diagnosis.candidates import likely_first, results, suspects, wobbled
-from moe_harness.harness.diagnosis.datasets import Scene, probes, relatives, sequences
+from moe_harness.harness.diagnosis.datasets import Dataset, probes, relatives, sequences
 from moe_harness.harness.diagnosis.likelihood import Fit, Undiagnosable, likelihood_of
 
 SECONDS = 5.0
@@ -36,13 +36,13 @@ def explain(trial: Trial, case: Case, seconds: float = SECONDS) -> list[dict[str
         seconds: when the time is over, only what has been confirmed until then is told.
     """
     try:
-        return _Inquiry(trial, case, seconds).causes()
+        return _Search(trial, case, seconds).causes()
     except (Rejected, Broken, MemoryError, Undiagnosable):  # what broke the call is its own diagnosis
         return []
 
 
 @dataclass
-class Suspicion:
+class Candidate:
     """One suspect, how it fits the failing data, and how it fared on other data."""
 
     fault: Fault
@@ -55,21 +55,21 @@ class Suspicion:
 
 
 @dataclass
-class Stand:
-    """A scene with what the implementation returned there."""
+class Observation:
+    """A dataset with what the implementation returned there."""
 
-    scene: Scene
+    dataset: Dataset
     calls: list[Call]
     got: list[Any]
     truths: list[Any]
     right: bool
 
 
-class _Inquiry:
+class _Search:
     def __init__(self, trial: Trial, case: Case, seconds: float):
         self.trial, self.case, self.end = trial, case, time.monotonic() + seconds
         self.all: list[Fault] = []
-        self.stands: dict[Scene, Stand | None] = {}  # made once for all searches
+        self.views: dict[Dataset, Observation | None] = {}  # made once for all searches
 
     def causes(self) -> list[dict[str, str]]:
         """From the catalogue; where it knows none, from what the implementation's own sums are probed to be."""
@@ -82,11 +82,11 @@ class _Inquiry:
 
     def _errs_by_roundings(self) -> bool:
         """Whether the failing data are off by so little that a fault of precision is the likeliest."""
-        scene = next(self._scenes())
-        stand = self.stands[scene] = self._stand(scene)
-        if stand is None or not isinstance(stand.got[0], Tensor):
+        dataset = next(self._datasets())
+        view = self.views[dataset] = self._observe(dataset)
+        if view is None or not isinstance(view.got[0], Tensor):
             return False
-        want, got = stand.truths[0].right, stand.got[0].double()
+        want, got = view.truths[0].right, view.got[0].double()
         return float((got - want).square().sum()) < SMALL**2 * float(want.square().sum())
 
     def _probed(self) -> list[dict[str, str]]:
@@ -99,40 +99,40 @@ class _Inquiry:
     def _search(self, among: list[Fault]) -> list[dict[str, str]]:
         self.all = among
         unexplained, second_best = 0, list[dict[str, str]]()
-        for scene in self._scenes():
+        for dataset in self._datasets():
             if self._out_of_time() or unexplained == UNEXPLAINED:
                 break
-            stand = self.stands[scene] = self.stands[scene] if scene in self.stands else self._stand(scene)
-            if stand is None or stand.right or self._is_subtle(stand):
+            view = self.views[dataset] = self.views[dataset] if dataset in self.views else self._observe(dataset)
+            if view is None or view.right or self._is_subtle(view):
                 continue
-            found, others = self._explaining(stand)
+            found, others = self._explaining(view)
             unexplained += 1
-            self._tell_apart(found, scene)
-            told = [s for s in sorted(found, key=Suspicion.rank) if len(s.confirmed) > len(s.missed)]
+            self._tell_apart(found, dataset)
+            told = [s for s in sorted(found, key=Candidate.rank) if len(s.confirmed) > len(s.missed)]
             if told and not told[0].missed:
                 return _tell(told, found, others)
-            # It explains most data that were tried, but not all: another scene may show why.  What explains fewer than
-            # it misses is a coincidence of small data (an expert taken for another one is many faults for one token).
+            # It explains most data that were tried, but not all: another one may show why.  What explains fewer than it
+            # misses is a coincidence of small data (an expert taken for another one is many faults for one token).
             second_best = second_best or (_tell(told, found, others) if told else [])
         return second_best
 
     def _by_size(self) -> list[dict[str, str]]:
         """Sums in too few bits, in an order that was not tried: their errors are of one size whatever the order."""
         seen: dict[str, list[tuple[float, float]]] = {fault.name: [] for fault in self.all}
-        for scene in [next(self._scenes()), *relatives(self.case)]:
-            stand = None if self._out_of_time() or scene.cases[0].data == "exact" else self._stand(scene)
-            if stand is None or stand.right:
+        for dataset in [next(self._datasets()), *relatives(self.case)]:
+            view = None if self._out_of_time() or dataset.cases[0].data == "exact" else self._observe(dataset)
+            if view is None or view.right:
                 continue
-            right = [truth.right for truth in stand.truths]
-            got = self._fit(stand, right)
+            right = [truth.right for truth in view.truths]
+            got = self._fit(view, right)
             for fault in self.all if not got.mismatched else ():
-                found = results(self.trial.stage, fault, stand.calls)
-                size = 0.0 if found is None else self._fit(replace(stand, got=found), right).rms
+                found = results(self.trial.stage, fault, view.calls)
+                size = 0.0 if found is None else self._fit(replace(view, got=found), right).rms
                 seen[fault.name] += [(size, got.rms)] if size and got.rms else []
         return probed.of_same_size(self.all, seen)
 
-    def _scenes(self) -> Iterator[Scene]:
-        yield Scene((self.case.but(variant="", optional=False),))
+    def _datasets(self) -> Iterator[Dataset]:
+        yield Dataset((self.case.but(variant="", optional=False),))
         yield from sequences(self.case, 1)
         yield from relatives(self.case)
         yield from probes(self.case)
@@ -142,9 +142,9 @@ class _Inquiry:
 
     # ---------------------------------------------------------------------------------------------- one data set
 
-    def _stand(self, scene: Scene) -> Stand | None:
+    def _observe(self, dataset: Dataset) -> Observation | None:
         """What the implementation does there; None where it refuses or breaks."""
-        calls = [self.trial.build(case) for case in scene.cases]
+        calls = [self.trial.build(case) for case in dataset.cases]
         got = self._got(calls)
         if got is None:
             return None
@@ -153,7 +153,7 @@ class _Inquiry:
         for truth, result in zip(truths, got, strict=True):
             if hasattr(truth, "focus"):
                 truth.focus(result)
-        return Stand(scene, calls, got, truths, right)
+        return Observation(dataset, calls, got, truths, right)
 
     def _got(self, calls: Sequence[Call]) -> list[Any] | None:
         found = []
@@ -169,70 +169,70 @@ class _Inquiry:
     def _truths(self, calls: Sequence[Call]) -> list[Any]:
         return [likelihood_of(self.trial.stage, call) for call in calls]
 
-    def _fit(self, stand: Stand, candidate: Sequence[Any], wavering: Sequence[tuple] | None = None) -> Fit:
-        wavering = wavering or [()] * len(stand.calls)
-        parts = zip(stand.truths, candidate, stand.got, wavering, strict=True)
+    def _fit(self, view: Observation, candidate: Sequence[Any], wavering: Sequence[tuple] | None = None) -> Fit:
+        wavering = wavering or [()] * len(view.calls)
+        parts = zip(view.truths, candidate, view.got, wavering, strict=True)
         return reduce(Fit.plus, (truth.fit(one, two, others) for truth, one, two, others in parts))
 
-    def _is_subtle(self, stand: Stand) -> bool:
+    def _is_subtle(self, view: Observation) -> bool:
         """Whether an exact case misses by less than rounding gives on other data: no distance can be told there."""
-        if stand.calls[0].case.data != "exact":
+        if view.calls[0].case.data != "exact":
             return False
-        return self._fit(stand, [truth.right for truth in stand.truths]).equal()
+        return self._fit(view, [truth.right for truth in view.truths]).equal()
 
-    def _explaining(self, stand: Stand) -> tuple[list[Suspicion], list[Suspicion]]:
+    def _explaining(self, view: Observation) -> tuple[list[Candidate], list[Candidate]]:
         """(suspects that explain the result, the others), each nearest first."""
-        tried: list[Suspicion] = []
-        alone, half = len(stand.calls) == 1, (self.end + time.monotonic()) / 2
+        tried: list[Candidate] = []
+        alone, half = len(view.calls) == 1, (self.end + time.monotonic()) / 2
         for fault in self.all:
             if time.monotonic() > half and (self._out_of_time() or any(s.fit.explains(len(self.all)) for s in tried)):
                 break  # the other half of the time is for telling apart what was found
             if alone and fault.stateful:  # what the implementation remembers here is not known
                 continue
-            found = results(self.trial.stage, fault, stand.calls)
+            found = results(self.trial.stage, fault, view.calls)
             if found is not None:
-                tried.append(Suspicion(fault, self._fit(stand, found)))
+                tried.append(Candidate(fault, self._fit(view, found)))
         tried.sort(key=lambda s: (s.fit.mismatched, s.fit.rms))
         hits = [s for s in tried if s.fit.explains(len(self.all))]
         if not hits:
-            self._let_waver(stand, tried)
+            self._let_waver(view, tried)
             hits = [s for s in tried if s.fit.explains(len(self.all))]
         return hits, [s for s in tried if s not in hits]
 
-    def _let_waver(self, stand: Stand, tried: list[Suspicion]) -> None:
+    def _let_waver(self, view: Observation, tried: list[Candidate]) -> None:
         """Try the nearest again: a fault that rounds coarsely jumps where a rounding before it differs a little."""
         nearer = [s for s in tried if s.fit.mismatched or s.fit.gain() > 0]
-        for suspicion in nearer[:NEAREST]:
+        for candidate in nearer[:NEAREST]:
             if self._out_of_time():
                 return
-            found = results(self.trial.stage, suspicion.fault, stand.calls)
-            if found is None or suspicion.fault.stateful:
+            found = results(self.trial.stage, candidate.fault, view.calls)
+            if found is None or candidate.fault.stateful:
                 continue
-            others = [wobbled(self.trial.stage, suspicion.fault, call) for call in stand.calls]
-            suspicion.fit = self._fit(stand, found, others)
+            others = [wobbled(self.trial.stage, candidate.fault, call) for call in view.calls]
+            candidate.fit = self._fit(view, found, others)
 
     # ---------------------------------------------------------------------------------------------- other data sets
 
-    def _tell_apart(self, found: list[Suspicion], failing: Scene) -> None:
+    def _tell_apart(self, found: list[Candidate], failing: Dataset) -> None:
         """Run other data sets until one suspect is left that two of them confirm, or all are run."""
         remembering = any(s.fault.stateful for s in found)
         others = list(sequences(self.case))
         if len(failing.cases) == 1:  # a sequence too: what holds in every later call need not hold in the first
             near = list(relatives(failing.cases[0]))
             others = [near[0], others[0], *near[1:]]
-        for scene in [*others, *([] if remembering else probes(self.case))]:
+        for dataset in [*others, *([] if remembering else probes(self.case))]:
             alive = [s for s in found if not s.missed] or found
             if all(len(s.missed) >= len(s.confirmed) + MISSES for s in found):
                 return
             if self._out_of_time() or (len(alive) == 1 and len(alive[0].confirmed) >= CONFIRMATIONS):
                 return
-            if scene != failing:
-                self._try(alive, scene)
+            if dataset != failing:
+                self._try(alive, dataset)
 
-    def _try(self, alive: list[Suspicion], scene: Scene) -> None:
+    def _try(self, alive: list[Candidate], dataset: Dataset) -> None:
         """One more data set, where the suspects differ from each other or one of them still has to be confirmed."""
         try:
-            calls = [self.trial.build(case) for case in scene.cases]
+            calls = [self.trial.build(case) for case in dataset.cases]
         except (RuntimeError, ValueError, IndexError):  # a shape for which this kind of data does not exist
             return
         outputs = [results(self.trial.stage, s.fault, calls) for s in alive]
@@ -243,57 +243,57 @@ class _Inquiry:
         differ = any(out is None or not self._same(truths, outputs[0], out) for out in outputs) if outputs[0] else True
         if not differ and all(len(s.confirmed) >= CONFIRMATIONS for s in alive):
             return
-        stand = self._stand(scene)
-        if stand is None:
+        view = self._observe(dataset)
+        if view is None:
             return
-        for suspicion, out, seen in zip(alive, outputs, shows, strict=True):
-            self._count(suspicion, stand, out, seen)
+        for candidate, out, seen in zip(alive, outputs, shows, strict=True):
+            self._count(candidate, view, out, seen)
 
-    def _count(self, suspicion: Suspicion, stand: Stand, out: Any, shows: bool) -> None:
-        name = stand.scene.name
+    def _count(self, candidate: Candidate, view: Observation, out: Any, shows: bool) -> None:
+        name = view.dataset.name
         if out is None:
             return
-        fit = self._fit(stand, out)
-        if not fit.equal() and (fit.mismatched or fit.gain() > 0) and not suspicion.fault.stateful:
-            fit = self._fit(stand, out, [wobbled(self.trial.stage, suspicion.fault, call) for call in stand.calls])
-        if not fit.equal() or (not shows and not stand.right):
-            suspicion.missed.append(name)
+        fit = self._fit(view, out)
+        if not fit.equal() and (fit.mismatched or fit.gain() > 0) and not candidate.fault.stateful:
+            fit = self._fit(view, out, [wobbled(self.trial.stage, candidate.fault, call) for call in view.calls])
+        if not fit.equal() or (not shows and not view.right):
+            candidate.missed.append(name)
         elif shows and fit.explains(len(self.all)):
-            suspicion.confirmed.append(name)
+            candidate.confirmed.append(name)
 
     def _same(self, truths: Sequence[Any], one: Sequence[Any], two: Sequence[Any]) -> bool:
         return all(t.fit(a, b).equal() for t, a, b in zip(truths, one, two, strict=True))
 
 
-def _tell(told: list[Suspicion], found: list[Suspicion], others: list[Suspicion]) -> list[dict[str, str]]:
+def _tell(told: list[Candidate], found: list[Candidate], others: list[Candidate]) -> list[dict[str, str]]:
     best = told[0]
     tied = [s for s in told if s.rank()[:2] == best.rank()[:2] and s is not best]
     lines = []
-    for suspicion in told[:TOLD]:
-        lines.append({"fault": suspicion.fault.name, "evidence": _evidence(suspicion, found, others, tied)})
+    for candidate in told[:TOLD]:
+        lines.append({"fault": candidate.fault.name, "evidence": _evidence(candidate, found, others, tied)})
     return lines
 
 
-def _evidence(suspicion: Suspicion, found: list[Suspicion], others: list[Suspicion], tied: list[Suspicion]) -> str:
-    fit = suspicion.fit
+def _evidence(candidate: Candidate, found: list[Candidate], others: list[Candidate], tied: list[Candidate]) -> str:
+    fit = candidate.fit
     near = f"to {fit.rms:.2g} sigma (largest {fit.largest:.2g} of {fit.elements} elements)"
     text = [
-        f"{suspicion.fault.consequence} The result equals this {near}, the right answer is {_away(fit.right_rms)} away"
+        f"{candidate.fault.consequence} The result equals this {near}, the right answer is {_away(fit.right_rms)} away"
     ]
-    text.append(_next(suspicion, found, others, tied))
-    count = len(suspicion.confirmed)
-    text.append(f"confirmed on {count} other data set{'s' if count > 1 else ''}, as {suspicion.confirmed[0]}")
-    if suspicion.missed:
-        text.append(f"but not on {suspicion.missed[0]}")
+    text.append(_next(candidate, found, others, tied))
+    count = len(candidate.confirmed)
+    text.append(f"confirmed on {count} other data set{'s' if count > 1 else ''}, as {candidate.confirmed[0]}")
+    if candidate.missed:
+        text.append(f"but not on {candidate.missed[0]}")
     return "; ".join(part for part in text if part)
 
 
-def _next(suspicion: Suspicion, found: list[Suspicion], others: list[Suspicion], tied: list[Suspicion]) -> str:
-    if suspicion in tied or (tied and suspicion not in tied):
-        names = [s.fault.name for s in tied if s is not suspicion]
+def _next(candidate: Candidate, found: list[Candidate], others: list[Candidate], tied: list[Candidate]) -> str:
+    if candidate in tied or (tied and candidate not in tied):
+        names = [s.fault.name for s in tied if s is not candidate]
         if names:
             return f"{', '.join(names[:3])} cannot be told from it on any data tried"
-    ruled_out = [s for s in found if s is not suspicion and s.missed]
+    ruled_out = [s for s in found if s is not candidate and s.missed]
     if ruled_out:
         return f"{ruled_out[0].fault.name} explains this too, but not {ruled_out[0].missed[0]}"
     if others:

@@ -47,7 +47,7 @@ JUSTIFICATIONS = {
 
 
 @dataclass(frozen=True)
-class Options:
+class MatrixOptions:
     """How faults are judged; `request` says what is asked of each."""
 
     request: Request = Request()
@@ -57,7 +57,7 @@ class Options:
     after_first: int = AFTER_FIRST_KILL
 
 
-def run(faults: Iterable[Fault], options: Options, heard: Callable[[Row], None] = lambda row: None) -> Matrix:
+def run(faults: Iterable[Fault], options: MatrixOptions, heard: Callable[[Row], None] = lambda row: None) -> Matrix:
     """Judge every fault; `heard` gets each row as it is ready.  An interruption leaves out what was not judged."""
     started, faults = time.monotonic(), list(faults)
     order = {fault.name: place for place, fault in enumerate(faults)}
@@ -83,7 +83,7 @@ def run(faults: Iterable[Fault], options: Options, heard: Callable[[Row], None] 
     return matrix(rows, options, time.monotonic() - started)
 
 
-def judge_fault(fault: Fault, options: Options) -> Row:
+def judge_fault(fault: Fault, options: MatrixOptions) -> Row:
     """One row: what each check did with the fault."""
     row: Row = {
         "fault": fault.name, "stage": fault.stage, "family": fault.family, "source": fault.source,
@@ -127,7 +127,7 @@ def _fill(row: Row, pool: Pool, dtypes: tuple[str, ...], request: Request, after
             row["first_killer"] = {"check": check, "case": cell["case"], "cases": judged, "of_check": cell["cases"]}
 
 
-def _fill_ranked(row: Row, fault: Fault, options: Options) -> None:
+def _fill_ranked(row: Row, fault: Fault, options: MatrixOptions) -> None:
     """Every planned case until the first kill, some of the rest after it; a finding says which check it is of."""
     from moe_harness.harness.ranks.judge import judge, planned
 
@@ -217,7 +217,7 @@ def _groups(faults: list[Fault]) -> list[list[Fault]]:
 # --------------------------------------------------------------------------------------------------------- what it says
 
 
-def matrix(rows: list[Row], options: Options, seconds: float) -> Matrix:
+def matrix(rows: list[Row], options: MatrixOptions, seconds: float) -> Matrix:
     """Rows and what follows from them."""
     checks = [name for name in _check_order() if any(name in row["checks"] for row in rows)]
     judged = [row for row in rows if row["status"] != "skipped"]

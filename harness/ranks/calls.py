@@ -7,7 +7,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Call:
+class RecordedCall:
     """A call of one of torch's c10d operators, numbered per rank from 0.
 
     `group` holds global ranks.  `sends[i]` and `receives[i]` count elements exchanged with the i-th member of the
@@ -33,7 +33,7 @@ class Call:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "Call":
+    def from_dict(cls, data: dict[str, Any]) -> "RecordedCall":
         """The inverse of `as_dict`, also after a way through JSON, which turns tuples into lists."""
         return cls(**{name: _tupled(value) for name, value in data.items()})
 

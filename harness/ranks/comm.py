@@ -27,7 +27,7 @@ from torch._C import DispatchKey
 from torch.distributed import distributed_c10d as c10d
 
 from moe_harness.harness.core.blame import pass_on
-from moe_harness.harness.ranks.calls import Call
+from moe_harness.harness.ranks.calls import RecordedCall
 from moe_harness.harness.ranks.describe import OPERATORS, Given, Movement, Place
 from moe_harness.harness.ranks.heartbeat import Heartbeat, State
 from moe_harness.harness.ranks.inject import Injector
@@ -44,14 +44,14 @@ class Recorder:
         self.rank, self.heartbeat = rank, heartbeat
         self.journal = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self.texts: list[bytes] = []  # each call as JSON
-        self.calls: list[Call] = []
+        self.calls: list[RecordedCall] = []
         self.started: dict[int, RecordedWork] = {}  # operations that nobody has waited for yet
         self.works: list[dist.Work] = []  # C++ holds on to the works, but not to what their `wait` does here
         self.job = 0
-        self.failed: Call | None = None  # the call out of which an exception came
+        self.failed: RecordedCall | None = None  # the call out of which an exception came
         self.injector = Injector()
         self.lock = threading.RLock()
-        self.waiting_threads: dict[int, Call] = {}  # what each waits for
+        self.waiting_threads: dict[int, RecordedCall] = {}  # what each waits for
         self.open = threading.Event()  # set while one waits and another could still act
         threading.Thread(target=self._retell, name="retell", daemon=True).start()
         self.own_threads = threading.active_count()  # those of the harness
@@ -66,12 +66,12 @@ class Recorder:
         os.ftruncate(self.journal, 0)
         self.say(State.RUNNING)
 
-    def say(self, state: State, call: Call | None = None) -> None:
+    def say(self, state: State, call: RecordedCall | None = None) -> None:
         text = b"" if call is None or call.index >= len(self.texts) else self.texts[call.index]
         self.heartbeat.write(self.rank, state, text, self.job)
 
     @contextmanager
-    def waiting(self, call: Call) -> Iterator[None]:
+    def waiting(self, call: RecordedCall) -> Iterator[None]:
         """Within, this thread waits for `call`; an exception that leaves it came out of that call."""
         with self.lock:
             self.waiting_threads[threading.get_ident()] = call
@@ -87,7 +87,7 @@ class Recorder:
                 self.open.clear()
                 self.say(State.RUNNING, call)
 
-    def _tell_waiting(self, call: Call) -> None:
+    def _tell_waiting(self, call: RecordedCall) -> None:
         """WAITING where no thread is left that could begin what others wait for, and none takes what anybody sends."""
         others = threading.active_count() - self.own_threads >= len(self.waiting_threads)
         if others or any(pending.op == "recv_any" for pending in self.waiting_threads.values()):
@@ -108,11 +108,11 @@ class Recorder:
                     if alive < len(self.waiting_threads):
                         self._tell_waiting(next(reversed(self.waiting_threads.values())))
 
-    def record(self, op: str, given: Given, moved: Movement, place: Place) -> Call:
+    def record(self, op: str, given: Given, moved: Movement, place: Place) -> RecordedCall:
         tensor = _payload(moved)
         width = tensor.element_size() if tensor is not None else 0
         with self.lock:
-            call = Call(
+            call = RecordedCall(
                 index=len(self.calls),
                 op=op,
                 group=place.members,
@@ -155,7 +155,7 @@ def call_site() -> str:
 class RecordedWork(dist.Work):
     """A pending operation whose `wait`, called from Python or from C++, is visible in the heartbeat."""
 
-    def __init__(self, work: Any, recorder: Recorder, call: Call, device: torch.device | None):
+    def __init__(self, work: Any, recorder: Recorder, call: RecordedCall, device: torch.device | None):
         super().__init__()
         self._work, self._recorder, self._call, self._device = work, recorder, call, device
 
@@ -234,7 +234,12 @@ def recorded(name: str, recorder: Recorder) -> Callable[..., Any]:
 
 
 def _run(
-    recorder: Recorder, call: Call, group: Any, given: Given, device: torch.device | None, original: Callable[[], Any]
+    recorder: Recorder,
+    call: RecordedCall,
+    group: Any,
+    given: Given,
+    device: torch.device | None,
+    original: Callable[[], Any],
 ) -> Any:
     """The original, its work replaced by one that tells of its `wait`."""
     waits = not given.get("async_op", call.op != "monitored_barrier")
@@ -252,7 +257,7 @@ def _run(
     return _with_work(result, lambda work: _watched(work, recorder, call, group, device, waits))
 
 
-def _watched(work: Any, recorder: Recorder, call: Call, group: Any, device: Any, waits: bool) -> Any:
+def _watched(work: Any, recorder: Recorder, call: RecordedCall, group: Any, device: Any, waits: bool) -> Any:
     watched = RecordedWork(dist.Work.unbox(work), recorder, call, device)
     recorder.works.append(watched)
     if not waits and group not in c10d._world.pg_coalesce_state:  # there one work stands for several

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_harness.harness.ranks import received_rows, volume, world_data
+from moe_harness.harness.ranks import dispatcher_data, received_rows, volume
 from moe_harness.harness.ranks.cases import DispatcherCase, parse_id
 from moe_harness.harness.ranks.entering import Refused, enter
 from moe_harness.harness.ranks.loading import load_checked
-from moe_harness.harness.ranks.results import Report, differing_rows, digest
+from moe_harness.harness.ranks.results import RankReport, differing_rows, digest
 from moe_harness.harness.ranks.worker import Rank
 from moe_harness.reference.dispatcher import Batch, owned_experts
 
@@ -28,7 +28,7 @@ _IN_PLACE = [
 
 
 def run(me: Rank, spec: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Task: spec = {"impl": ..., "case": id, "explain": bool}.  Returns a Report as plain data.
+    """Task: spec = {"impl": ..., "case": id, "explain": bool}.  Returns a RankReport as plain data.
 
     With "explain" every rank tells what is odd about the rows it received, also where its own tokens are right.
     """
@@ -36,7 +36,7 @@ def run(me: Rank, spec: dict[str, Any], seed: int) -> dict[str, Any]:
     assert isinstance(case, DispatcherCase)
     subject = load_checked("dispatcher", spec["impl"])
     replicated = bool(getattr(subject, "requires_replicated_tokens", False))
-    report = Report(me.rank)
+    report = RankReport(me.rank)
     worlds = _worlds(check, case, replicated)
     try:
         dispatcher = enter(me, subject, me.group, num_experts=case.E, owner=worlds[0].owner.clone())
@@ -48,15 +48,15 @@ def run(me: Rank, spec: dict[str, Any], seed: int) -> dict[str, Any]:
     return report.as_dict()
 
 
-def _worlds(check: str, case: DispatcherCase, replicated: bool) -> list[world_data.World]:
+def _worlds(check: str, case: DispatcherCase, replicated: bool) -> list[dispatcher_data.World]:
     """What is dispatched before anything is combined: the case itself, for `live` two of other sizes and routing, and
     always one that differs from the case in its values alone, which fits wherever the case fits."""
-    worlds = [world_data.build(case, replicated=replicated)]
+    worlds = [dispatcher_data.build(case, replicated=replicated)]
     if check == "live":
         for number, tokens in enumerate((other_tokens(case), case.T), 1):
-            other = world_data.build(case.but(seed=case.seed + number, T=tokens), replicated=replicated)
+            other = dispatcher_data.build(case.but(seed=case.seed + number, T=tokens), replicated=replicated)
             worlds.append(other.with_experts_of(worlds[0]))
-    return [*worlds, world_data.build(case, replicated=replicated, values=1)]
+    return [*worlds, dispatcher_data.build(case, replicated=replicated, values=1)]
 
 
 def other_tokens(case: DispatcherCase) -> str:
@@ -64,7 +64,7 @@ def other_tokens(case: DispatcherCase) -> str:
     return "+".join(str(max(0, tokens - 1)) for tokens in reversed(case.tokens))
 
 
-def _judge(me: Rank, dispatcher: Any, worlds: list[world_data.World], report: Report, explain: bool) -> None:
+def _judge(me: Rank, dispatcher: Any, worlds: list[dispatcher_data.World], report: RankReport, explain: bool) -> None:
     """Dispatch all, combine in reverse order, then look at everything."""
     for name in ("dispatch", "combine"):
         if not callable(getattr(dispatcher, name, None)):
@@ -97,7 +97,7 @@ def _judge(me: Rank, dispatcher: Any, worlds: list[world_data.World], report: Re
     _check_volume(me, dispatcher, worlds, report)
 
 
-def _check_contract(me: Rank, d: Any, world: world_data.World, report: Report) -> bool:
+def _check_contract(me: Rank, d: Any, world: dispatcher_data.World, report: RankReport) -> bool:
     """Attributes, shapes, dtypes and the range of the ids of what dispatch returned."""
     before = len(report.findings)
     tensors: list[Any] = [getattr(d, name, None) for name in Batch._fields]
@@ -122,7 +122,7 @@ def _check_contract(me: Rank, d: Any, world: world_data.World, report: Report) -
     return len(report.findings) == before
 
 
-def _check_form(told: str, value: Any, me: Rank, report: Report) -> None:
+def _check_form(told: str, value: Any, me: Rank, report: RankReport) -> None:
     """A dense tensor of two dimensions on the device of the rank: what all that follows can take."""
     if not isinstance(value, Tensor) or value.dim() != 2 or value.layout is not torch.strided:
         report.fail("contract", f"{told} {_kind(value)}, but should be a dense tensor of two dimensions")
@@ -136,7 +136,7 @@ def _kind(value: Any) -> str:
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def _run_experts(d: Any, world: world_data.World, me: Rank) -> Tensor:
+def _run_experts(d: Any, world: dispatcher_data.World, me: Rank) -> Tensor:
     """The local weighted sum of every received row, [S, H], exact; a row without a local slot is 0."""
     rows, weights, ids = d.hidden_states.cpu().double(), d.topk_weights.cpu().double(), d.topk_ids.cpu()
     out = torch.zeros_like(rows)
@@ -151,7 +151,7 @@ def _run_experts(d: Any, world: world_data.World, me: Rank) -> Tensor:
     return out.to(d.hidden_states.dtype).to(me.device)
 
 
-def _check_result(me: Rank, out: Any, world: world_data.World, d: Any, report: Report, which: str) -> None:
+def _check_result(me: Rank, out: Any, world: dispatcher_data.World, d: Any, report: RankReport, which: str) -> None:
     own = world.batches[me.rank]
     before = len(report.findings)
     _check_form(f"{which}combine returned", out, me, report)
@@ -181,7 +181,7 @@ def _check_result(me: Rank, out: Any, world: world_data.World, d: Any, report: R
         )
 
 
-def _check_inputs(given: Batch, original: Batch, d: Any, out: Tensor, report: Report) -> None:
+def _check_inputs(given: Batch, original: Batch, d: Any, out: Tensor, report: RankReport) -> None:
     """Arguments unchanged, results in memory of their own."""
     for name, after, before in zip(Batch._fields, given, original, strict=True):
         same = torch.equal(after.cpu().contiguous().view(torch.uint8), before.contiguous().view(torch.uint8))
@@ -196,7 +196,7 @@ def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _check_volume(me: Rank, dispatcher: Any, worlds: list[world_data.World], report: Report) -> None:
+def _check_volume(me: Rank, dispatcher: Any, worlds: list[dispatcher_data.World], report: RankReport) -> None:
     """Bytes sent against what the declared scheme needs for these ids, over all dispatches of the case."""
     scheme = getattr(dispatcher, "scheme", None)
     sent = sum(call.sent for call in me.recorder.calls)

@@ -11,7 +11,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
 
-from moe_harness.harness.ranks.calls import Call
+from moe_harness.harness.ranks.calls import RecordedCall
 
 SLOT = 4096
 _HEADER = struct.Struct("<qqqq")  # sequence, state, length of the text, number of the job
@@ -25,12 +25,12 @@ class State(IntEnum):
     OPEN = 4  # a thread is inside a collective, but what it waits for may come from another thread, or from anybody
 
 
-class Beat(NamedTuple):
+class RankStatus(NamedTuple):
     """What one rank said last."""
 
     sequence: int
     state: State
-    call: Call | None = None
+    call: RecordedCall | None = None
     job: int = 0  # the job that this was said about
 
 
@@ -53,17 +53,17 @@ class Heartbeat:
         self.memory[start + _HEADER.size : start + _HEADER.size + len(text)] = text
         _HEADER.pack_into(self.memory, start, sequence + 2, state, len(text), job)
 
-    def read(self, rank: int) -> Beat:
+    def read(self, rank: int) -> RankStatus:
         """What `rank` said last; a slot caught while it is written counts as running."""
         start = rank * SLOT
         before, state, length, job = _HEADER.unpack_from(self.memory, start)
         text = bytes(self.memory[start + _HEADER.size : start + _HEADER.size + length])
         after = _HEADER.unpack_from(self.memory, start)[0]
         if before != after or before % 2:
-            return Beat(after, State.RUNNING, None, job)
-        return Beat(before, State(state), Call.from_dict(json.loads(text)) if text else None, job)
+            return RankStatus(after, State.RUNNING, None, job)
+        return RankStatus(before, State(state), RecordedCall.from_dict(json.loads(text)) if text else None, job)
 
-    def read_all(self) -> list[Beat]:
+    def read_all(self) -> list[RankStatus]:
         return [self.read(rank) for rank in range(self.world_size)]
 
     def close(self) -> None:

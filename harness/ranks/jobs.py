@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe_harness.harness.ranks.calls import Call
+from moe_harness.harness.ranks.calls import RecordedCall
 from moe_harness.harness.ranks.heartbeat import Heartbeat
 
 INJECTIONS = {
@@ -51,8 +51,8 @@ class Reply:
     result: Any = None
     error: str | None = None  # "Type: message"
     trace: str = ""
-    failed_call: Call | None = None  # the collective that the exception came out of
-    calls: list[Call] = field(default_factory=list)
+    failed_call: RecordedCall | None = None  # the collective that the exception came out of
+    calls: list[RecordedCall] = field(default_factory=list)
     whose: str = ""  # whose the error is where not the implementation's: "judge", "machine", or "missing" packages
 
 

@@ -12,9 +12,9 @@ from typing import Any
 from moe_harness.harness.core import blame, errors
 from moe_harness.harness.core.case import Case
 from moe_harness.harness.ranks import cases, pool
-from moe_harness.harness.ranks.calls import Call
+from moe_harness.harness.ranks.calls import RecordedCall
 from moe_harness.harness.ranks.cases import parse_id
-from moe_harness.harness.ranks.failure import Failure
+from moe_harness.harness.ranks.failure import RankFailure
 from moe_harness.harness.ranks.jobs import Injection
 
 Finding = dict[str, Any]
@@ -32,9 +32,9 @@ class Verdict:
     case: str
     findings: list[Finding] = field(default_factory=list)
     unsupported: str | None = None
-    failure: Failure | None = None
+    failure: RankFailure | None = None
     observed: list[dict[str, Any]] = field(default_factory=list)  # one per rank
-    traces: list[list[Call]] = field(default_factory=list)
+    traces: list[list[RecordedCall]] = field(default_factory=list)
     seconds: float = 0.0
     left: tuple[str, ...] = ()  # processes that the implementation had left running, ended with the ranks
 
@@ -115,7 +115,7 @@ def judge_all(spec: str, ids: Sequence[str], *, backend: str = "gloo") -> Iterat
         yield judge(spec, case, backend=backend)
 
 
-def _raise_not_theirs(failure: Failure | None) -> None:
+def _raise_not_theirs(failure: RankFailure | None) -> None:
     """What the machine lacks, and what the judge itself does wrong, is no finding about an implementation."""
     if failure is not None and failure.kind == "machine":
         raise errors.CannotJudge(blame.out_of(f"rank {failure.rank}: {failure.cause}"))
@@ -125,7 +125,7 @@ def _raise_not_theirs(failure: Failure | None) -> None:
         raise errors.CannotJudge(f"the harness failed on rank {failure.rank}: {failure.cause}\n{failure.trace}")
 
 
-def _raise_usage(failure: Failure) -> None:
+def _raise_usage(failure: RankFailure) -> None:
     """An implementation that cannot be found or imported is no finding about it."""
     kind, _, message = failure.cause.partition(": ")
     error = {"UsageError": errors.UsageError, "CannotJudge": errors.CannotJudge}.get(kind)
@@ -133,7 +133,7 @@ def _raise_usage(failure: Failure) -> None:
         raise error(message)
 
 
-def _stopped_by_findings(failure: Failure, reports: list[dict[str, Any]]) -> bool:
+def _stopped_by_findings(failure: RankFailure, reports: list[dict[str, Any]]) -> bool:
     """Whether the others only wait because this rank broke the contract and was judged no further."""
     stopped = {r["rank"] for r in reports if any(f["check"] == "contract" for f in r["findings"])}
     return failure.kind == "deadlock" and failure.rank in stopped
@@ -153,7 +153,7 @@ def _refused_alone(refused: dict[int, str], ranks: int, case: str) -> Finding:
             "where": {"rank": min(refused)}, "diagnosis": []}  # fmt: skip
 
 
-def _from_failure(failure: Failure, case: str) -> Finding:
+def _from_failure(failure: RankFailure, case: str) -> Finding:
     evidence = [{"fault": "secondary error", "evidence": line} for line in failure.secondary]
     where = {"rank": failure.rank, "call": failure.call}
     return {"check": "ranks", "case": case, "message": f"{failure.kind}: {failure.headline()}", "headroom": None,

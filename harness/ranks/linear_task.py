@@ -12,11 +12,11 @@ from torch import Tensor
 from moe_harness.harness.core import blame
 from moe_harness.harness.core.errors import UsageError
 from moe_harness.harness.ranks.cases import LinearCase, parse_id
+from moe_harness.harness.ranks.dispatcher_data import TORCH_DTYPES
 from moe_harness.harness.ranks.entering import Refused, enter
 from moe_harness.harness.ranks.loading import load_checked
-from moe_harness.harness.ranks.results import Report, differing_rows, digest
+from moe_harness.harness.ranks.results import RankReport, differing_rows, digest
 from moe_harness.harness.ranks.worker import Rank
-from moe_harness.harness.ranks.world_data import TORCH_DTYPES
 from moe_harness.reference import parallel_linear as reference
 from moe_harness.reference.grouped_linear import grouped_linear
 
@@ -45,10 +45,10 @@ def kind(me: Rank, spec: dict[str, str], seed: int) -> str:
 
 
 def run(me: Rank, spec: dict[str, str], seed: int) -> dict[str, Any]:
-    """Task: spec = {"impl": ..., "case": id}.  Returns a Report as plain data."""
+    """Task: spec = {"impl": ..., "case": id}.  Returns a RankReport as plain data."""
     _, case = parse_id(spec["case"])
     subject = load_checked("parallel_linear", spec["impl"])
-    report = Report(me.rank)
+    report = RankReport(me.rank)
     assert isinstance(case, LinearCase)
     if kind_of(subject) != case.kind:
         report.rejected = f"{spec['impl']} is {kind_of(subject)}, the case asks for {case.kind}"
@@ -85,7 +85,7 @@ def weights_of(case: LinearCase) -> tuple[list[list[Tensor]], Tensor]:
     return weights, torch.randint(-reach, reach + 1, (sum(case.group_sizes), case.K), generator=random).to(dtype)
 
 
-def _run(me: Rank, subject: Any, case: LinearCase, report: Report) -> tuple[list[list[Tensor]], Tensor, Any]:
+def _run(me: Rank, subject: Any, case: LinearCase, report: RankReport) -> tuple[list[list[Tensor]], Tensor, Any]:
     """Weights, x of all columns, and what the layer of this rank makes of its part."""
     weights, x = weights_of(case)
     place = {"rank": me.rank, "world_size": me.world_size, "dtype": x.dtype, "device": me.device}
@@ -127,7 +127,7 @@ def whole_of(weights: list[list[Tensor]], x: Tensor, case: LinearCase) -> list[T
 
 
 def _compare_joined(
-    me: Rank, out: Any, widths: list[int], whole: list[Tensor], case: LinearCase, report: Report
+    me: Rank, out: Any, widths: list[int], whole: list[Tensor], case: LinearCase, report: RankReport
 ) -> None:
     """However the ranks split what they cannot share evenly, their results side by side are the whole one."""
     if min(widths) < 0 or sum(widths) != case.N * len(whole) or any(width % len(whole) for width in widths):
@@ -168,7 +168,7 @@ def expected_part(weights: list[list[Tensor]], x: Tensor, case: LinearCase, rank
     return grouped_linear(rows.double(), torch.stack(stacked).double(), torch.tensor(case.group_sizes))
 
 
-def _compare(me: Rank, out: Any, weights: list[list[Tensor]], x: Tensor, case: LinearCase, report: Report) -> None:
+def _compare(me: Rank, out: Any, weights: list[list[Tensor]], x: Tensor, case: LinearCase, report: RankReport) -> None:
     expected = expected_part(weights, x, case, me.rank)
     if not isinstance(out, Tensor) or out.shape != expected.shape or out.dtype != x.dtype:
         found = f"{out.dtype} {list(out.shape)}" if isinstance(out, Tensor) else type(out).__name__

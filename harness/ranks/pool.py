@@ -19,12 +19,12 @@ from moe_harness.harness.core import blame
 from moe_harness.harness.core.errors import CannotJudge
 from moe_harness.harness.process import scratch
 from moe_harness.harness.ranks import remote
-from moe_harness.harness.ranks.calls import Call
-from moe_harness.harness.ranks.failure import Evidence, Failure, classify
-from moe_harness.harness.ranks.heartbeat import Beat, State
+from moe_harness.harness.ranks.calls import RecordedCall
+from moe_harness.harness.ranks.failure import Evidence, RankFailure, classify
+from moe_harness.harness.ranks.heartbeat import RankStatus, State
 from moe_harness.harness.ranks.jobs import Exit, Home, Injection, Job
-from moe_harness.harness.ranks.members import LocalMember, Member, wait
 from moe_harness.harness.ranks.proof import of_job, stalemate
+from moe_harness.harness.ranks.rank_process import LocalMember, Member, wait
 
 PATIENCE = 0.15  # seconds without progress before a proof is looked for
 STALL = 0.5  # seconds at the end in which no thread of a rank wanted a processor: then it is told to do nothing
@@ -40,8 +40,8 @@ class Outcome:
     """What became of one job."""
 
     results: list[Any] = field(default_factory=list)
-    traces: list[list[Call]] = field(default_factory=list)
-    failure: Failure | None = None
+    traces: list[list[RecordedCall]] = field(default_factory=list)
+    failure: RankFailure | None = None
     seconds: float = 0.0
     left: tuple[str, ...] = ()  # processes that the ranks had left running when a failure ended them
 
@@ -50,7 +50,7 @@ class Outcome:
         return self.failure is None
 
 
-class Pool:
+class RankPool:
     """The workers of one world."""
 
     def __init__(self, world_size: int, backend: str):
@@ -152,7 +152,7 @@ class _Watch:
             self.evidence.replies[rank] = message
         self.moved = time.monotonic()
 
-    def _beats(self) -> list[Beat]:
+    def _beats(self) -> list[RankStatus]:
         return of_job([member.beat() for member in self.members], self.number)
 
     def _over(self) -> bool:
@@ -201,7 +201,7 @@ class _Watch:
         return seen[0][0] <= now - STALL and ticks - seen[0][1] <= 1  # a tick may belong to what was before
 
 
-_POOLS: dict[tuple[int, str], Pool] = {}
+_POOLS: dict[tuple[int, str], RankPool] = {}
 
 
 def run(
@@ -224,7 +224,7 @@ def run(
     if os.environ.get(remote.ADDRESS):  # a server holds one worker, so pools of other sizes have to go first
         for other in [known for known in _POOLS if known != (ranks, backend)]:
             _POOLS.pop(other).close()
-    pool = _POOLS.get((ranks, backend)) or _POOLS.setdefault((ranks, backend), Pool(ranks, backend))
+    pool = _POOLS.get((ranks, backend)) or _POOLS.setdefault((ranks, backend), RankPool(ranks, backend))
     try:
         outcome = (pool.load(*load) if load is not None else None) or pool.run(Job(task, spec, seed, injection), budget)
     except BaseException:
@@ -232,7 +232,7 @@ def run(
         raise
     if not outcome.ok:
         outcome = replace(outcome, left=tuple(pool.close()))
-        _POOLS[ranks, backend] = Pool(ranks, backend)
+        _POOLS[ranks, backend] = RankPool(ranks, backend)
     return outcome
 
 

@@ -9,8 +9,8 @@ one that waits for a rank that is done, dead, or itself waits for such a rank, i
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from moe_harness.harness.ranks.calls import POINT_TO_POINT, Call
-from moe_harness.harness.ranks.heartbeat import Beat, State
+from moe_harness.harness.ranks.calls import POINT_TO_POINT, RecordedCall
+from moe_harness.harness.ranks.heartbeat import RankStatus, State
 from moe_harness.harness.ranks.traces import Disagreement, disagreement
 
 
@@ -22,16 +22,16 @@ class Stalemate:
     disagreement: Disagreement
 
 
-def of_job(beats: Sequence[Beat], number: int) -> list[Beat]:
+def of_job(beats: Sequence[RankStatus], number: int) -> list[RankStatus]:
     """The beats as they stand for job `number`: a rank that has not begun it may still do anything."""
-    return [beat if beat.job == number else Beat(beat.sequence, State.RUNNING) for beat in beats]
+    return [beat if beat.job == number else RankStatus(beat.sequence, State.RUNNING) for beat in beats]
 
 
-Begun = Callable[[int], Sequence[Call]]
+Begun = Callable[[int], Sequence[RecordedCall]]
 
 
 def stalemate(
-    beats: Sequence[Beat], dead: frozenset[int] = frozenset(), begun: Begun | None = None
+    beats: Sequence[RankStatus], dead: frozenset[int] = frozenset(), begun: Begun | None = None
 ) -> Stalemate | None:
     """The proof that some rank can never go on, or None where all still might.
 
@@ -55,11 +55,13 @@ def stalemate(
     return next((_waits(rank, pending, missing, free, dead) for rank in missing if rank not in free), None)
 
 
-def _members(rank: int, call: Call) -> tuple[int, ...]:
+def _members(rank: int, call: RecordedCall) -> tuple[int, ...]:
     return (rank, call.root) if call.op in POINT_TO_POINT else call.group  # type: ignore[return-value]
 
 
-def _answer(rank: int, call: Call, calls: dict[int, Sequence[Call]], member: int) -> Call | None:
+def _answer(
+    rank: int, call: RecordedCall, calls: dict[int, Sequence[RecordedCall]], member: int
+) -> RecordedCall | None:
     """The call of `member` that belongs to `call` of `rank`; None where it has not begun it."""
     if member == rank:
         return call
@@ -75,7 +77,7 @@ def _answer(rank: int, call: Call, calls: dict[int, Sequence[Call]], member: int
     return answers[len(before)] if len(answers) > len(before) else None
 
 
-def _on_group(calls: Sequence[Call], group: tuple[int, ...]) -> list[Call]:
+def _on_group(calls: Sequence[RecordedCall], group: tuple[int, ...]) -> list[RecordedCall]:
     return [call for call in calls if call.group == group and call.op not in POINT_TO_POINT]
 
 
@@ -88,7 +90,7 @@ def _free(missing: dict[int, list[int]]) -> set[int]:
 
 
 def _waits(
-    rank: int, pending: dict[int, Call], missing: dict[int, list[int]], free: set[int], dead: frozenset[int]
+    rank: int, pending: dict[int, RecordedCall], missing: dict[int, list[int]], free: set[int], dead: frozenset[int]
 ) -> Stalemate:
     """What keeps `rank`: a rank that is gone for good before one that is stuck elsewhere."""
     call = pending[rank]

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from moe_harness.harness.ranks.cases import ReductionCase, parse_id
+from moe_harness.harness.ranks.dispatcher_data import TORCH_DTYPES
 from moe_harness.harness.ranks.entering import Refused, enter
 from moe_harness.harness.ranks.groups import member_of_group
 from moe_harness.harness.ranks.loading import load_checked
-from moe_harness.harness.ranks.results import Report, differing_rows, digest
+from moe_harness.harness.ranks.results import RankReport, differing_rows, digest
 from moe_harness.harness.ranks.worker import Rank
-from moe_harness.harness.ranks.world_data import TORCH_DTYPES
 from moe_harness.harness.stages.reduction.faults.reductions import fit, name_fit
 from moe_harness.reference.reduction import Partial, Placed, Replicated, Sharded
 
@@ -25,10 +25,10 @@ SECOND = 5003  # added to the seed for a second call, whose result must not touc
 
 
 def run(me: Rank, spec: dict[str, str], seed: int) -> dict[str, Any]:
-    """Task: spec = {"impl": ..., "case": id}.  Returns a Report as plain data."""
+    """Task: spec = {"impl": ..., "case": id}.  Returns a RankReport as plain data."""
     _, case = parse_id(spec["case"])
     assert isinstance(case, ReductionCase)
-    subject, report = load_checked("reduction", spec["impl"]), Report(me.rank)
+    subject, report = load_checked("reduction", spec["impl"]), RankReport(me.rank)
     here = member_of_group(me, case.groups)
     try:
         _judge(here, subject, case, report)
@@ -37,7 +37,7 @@ def run(me: Rank, spec: dict[str, str], seed: int) -> dict[str, Any]:
     return report.as_dict()
 
 
-def _judge(me: Rank, subject: Any, case: ReductionCase, report: Report) -> None:
+def _judge(me: Rank, subject: Any, case: ReductionCase, report: RankReport) -> None:
     results = []
     for number in (0, SECOND):
         routed, shared = parts_of(case.but(seed=case.seed + number))
@@ -52,7 +52,9 @@ def _judge(me: Rank, subject: Any, case: ReductionCase, report: Report) -> None:
     _compare(me, kept, routed, shared, case, report)
 
 
-def _call(me: Rank, subject: Any, case: ReductionCase, routed: Placed, shared: Placed | None, report: Report) -> Any:
+def _call(
+    me: Rank, subject: Any, case: ReductionCase, routed: Placed, shared: Placed | None, report: RankReport
+) -> Any:
     """The result of one call, whose inputs are looked at afterwards."""
     dtype = TORCH_DTYPES[case.dtype]
     given = [None if part is None else part.parts[me.rank].to(dtype).to(me.device) for part in (routed, shared)]
@@ -98,7 +100,9 @@ def _value(placed: Placed | None, rank: int, case: ReductionCase) -> Tensor | fl
     return whole.split(case.tokens)[rank] if case.sequence else whole
 
 
-def _compare(me: Rank, out: Any, routed: Placed, shared: Placed | None, case: ReductionCase, report: Report) -> None:
+def _compare(
+    me: Rank, out: Any, routed: Placed, shared: Placed | None, case: ReductionCase, report: RankReport
+) -> None:
     routed_value, shared_value = _value(routed, me.rank, case), _value(shared, me.rank, case)
     expected = torch.as_tensor(routed_value + shared_value)
     dtype = TORCH_DTYPES[case.dtype]

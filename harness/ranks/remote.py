@@ -15,8 +15,8 @@ from multiprocessing import connection
 from typing import Any
 
 from moe_harness.harness.core.errors import CannotJudge
-from moe_harness.harness.ranks.calls import Call
-from moe_harness.harness.ranks.heartbeat import Beat, State
+from moe_harness.harness.ranks.calls import RecordedCall
+from moe_harness.harness.ranks.heartbeat import RankStatus, State
 from moe_harness.harness.ranks.jobs import Exit, Home
 
 ADDRESS, KEY = "MOE_HARNESS_RANKS", "MOE_HARNESS_RANKS_KEY"
@@ -89,7 +89,7 @@ class RemoteMember:
 
     def __init__(self, rank: int, end: Any, home: Home):
         self.rank, self.end = rank, end
-        self.last, self.slept, self.stopped, self.log = Beat(0, State.IDLE), None, False, ""
+        self.last, self.slept, self.stopped, self.log = RankStatus(0, State.IDLE), None, False, ""
         self.buffered: list[Any] = []  # came while an answer was awaited
         self.send_server("start", home)
 
@@ -127,7 +127,7 @@ class RemoteMember:
                 self.buffered.append((got, content))
         raise CannotJudge(f"the server of rank {self.rank} does not answer")
 
-    def beat(self) -> Beat:
+    def beat(self) -> RankStatus:
         return self.last
 
     def refresh(self) -> None:
@@ -143,7 +143,7 @@ class RemoteMember:
     def said(self) -> str:
         return self.log
 
-    def calls(self) -> list[Call]:
+    def calls(self) -> list[RecordedCall]:
         return self._ask("calls")
 
     def close(self) -> list[str]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @dataclass
-class Report:
+class RankReport:
     """Collected on one rank; crosses to the controller as a dict."""
 
     rank: int

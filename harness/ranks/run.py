@@ -12,8 +12,8 @@ from moe_harness.harness.process.pool import EXPLAINED
 from moe_harness.harness.ranks import cases, pool, strategies
 from moe_harness.harness.ranks.judge import Verdict, judge, planned
 from moe_harness.harness.report import Result
-from moe_harness.harness.run.result_builder import Account, Listener
-from moe_harness.harness.run.session import Options
+from moe_harness.harness.run.result_builder import Listener, ResultBuilder
+from moe_harness.harness.run.session import RunOptions
 
 ENOUGH = 10  # cases that ended the ranks' processes; each costs new ones, and the verdict stands
 ENOUGH_SPENT = 3  # cases that used up their budget
@@ -26,13 +26,13 @@ class RankRun:
     """One dispatcher or sharded layer over several world sizes."""
 
     def __init__(
-        self, stage: str, spec: str, request: Request, options: Options, listener: Any, worlds: tuple[int, ...],
+        self, stage: str, spec: str, request: Request, options: RunOptions, listener: Any, worlds: tuple[int, ...],
         keep: Callable[[Result], None],
     ):  # fmt: skip
         self.stage, self.spec, self.request, self.options = stage, spec, request, options
         self.listener, self.keep = listener, keep
         self.worlds, self.backend = worlds, "nccl" if request.device == "cuda" else "gloo"
-        self.account = Account(stage, spec, request, listener, partial=options.partial, parse=cases.parse_id)
+        self.account = ResultBuilder(stage, spec, request, listener, partial=options.partial, parse=cases.parse_id)
         self.left: Counter[str] = Counter()  # cases of each check that are planned and not judged yet
         self.broken: Counter[str] = Counter()  # kinds of failure that ended the ranks' processes
         self.told: set[str] = set()
@@ -198,7 +198,7 @@ def judge_ranks(
     stage: str,
     spec: str,
     request: Request,
-    options: Options,
+    options: RunOptions,
     worlds: tuple[int, ...],
     listener: Any,
     keep: Callable[[Result], None] = lambda result: None,

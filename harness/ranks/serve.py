@@ -15,7 +15,7 @@ from typing import Any
 
 from moe_harness.harness.process import scratch
 from moe_harness.harness.ranks.jobs import Exit, Home
-from moe_harness.harness.ranks.members import LocalMember
+from moe_harness.harness.ranks.rank_process import LocalMember
 from moe_harness.harness.ranks.remote import key, parse_address
 
 POLL = 0.02

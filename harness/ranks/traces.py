@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from moe_harness.harness.ranks.calls import POINT_TO_POINT, Call
+from moe_harness.harness.ranks.calls import POINT_TO_POINT, RecordedCall
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Disagreement:
     """The first place where ranks differ: who stands apart, at which of its calls, in what."""
 
     rank: int
-    call: Call | None
+    call: RecordedCall | None
     cause: str
     others: dict[int, str] = field(default_factory=dict)
 
@@ -25,7 +25,7 @@ class Disagreement:
         return f"rank {self.rank}, {where}: {self.cause}"
 
 
-def compare(traces: Sequence[Sequence[Call]], *, complete: bool = True) -> Disagreement | None:
+def compare(traces: Sequence[Sequence[RecordedCall]], *, complete: bool = True) -> Disagreement | None:
     """The first disagreement over all groups, or None.
 
     Args:
@@ -41,7 +41,9 @@ def compare(traces: Sequence[Sequence[Call]], *, complete: bool = True) -> Disag
     return _compare_messages(traces) if complete else None
 
 
-def _compare_group(group: tuple[int, ...], traces: Sequence[Sequence[Call]], complete: bool) -> Disagreement | None:
+def _compare_group(
+    group: tuple[int, ...], traces: Sequence[Sequence[RecordedCall]], complete: bool
+) -> Disagreement | None:
     of = {rank: [c for c in traces[rank] if c.group == group and c.op not in POINT_TO_POINT] for rank in group}
     lengths = {rank: len(calls) for rank, calls in of.items()}
     for position in range(min(lengths.values())):
@@ -53,7 +55,7 @@ def _compare_group(group: tuple[int, ...], traces: Sequence[Sequence[Call]], com
     return _swapped(of)
 
 
-def _missing(of: dict[int, list[Call]], lengths: dict[int, int]) -> Disagreement:
+def _missing(of: dict[int, list[RecordedCall]], lengths: dict[int, int]) -> Disagreement:
     usual = Counter(lengths.values()).most_common(1)[0][0]
     odd = next((rank for rank, n in lengths.items() if n != usual and n < max(lengths.values())), None)
     odd = odd if odd is not None else min(lengths, key=lengths.__getitem__)
@@ -63,7 +65,7 @@ def _missing(of: dict[int, list[Call]], lengths: dict[int, int]) -> Disagreement
                         f"it left out {left_out}", {longest: str(left_out)})  # fmt: skip
 
 
-def disagreement(calls: dict[int, Call]) -> Disagreement | None:
+def disagreement(calls: dict[int, RecordedCall]) -> Disagreement | None:
     """Compare the calls that the members of one group made at the same position."""
     for name, words in (("op", "operation"), ("dtype", "dtype"), ("reduce", "reduction"), ("root", "root")):
         values = {rank: getattr(call, name) for rank, call in calls.items()}
@@ -72,7 +74,7 @@ def disagreement(calls: dict[int, Call]) -> Disagreement | None:
     return _sizes(calls)
 
 
-def _odd_one_out(calls: dict[int, Call], values: Mapping[int, object], words: str) -> Disagreement:
+def _odd_one_out(calls: dict[int, RecordedCall], values: Mapping[int, object], words: str) -> Disagreement:
     usual = Counter(values.values()).most_common(1)[0][0]
     odd = [rank for rank, value in values.items() if value != usual]
     # With two ranks neither is the usual one; the higher is told apart from the lower.
@@ -81,7 +83,7 @@ def _odd_one_out(calls: dict[int, Call], values: Mapping[int, object], words: st
     return Disagreement(rank, calls[rank], cause, {r: str(c) for r, c in calls.items() if r != rank})
 
 
-def _sizes(calls: dict[int, Call]) -> Disagreement | None:
+def _sizes(calls: dict[int, RecordedCall]) -> Disagreement | None:
     members = list(calls)
     if any(call.sends for call in calls.values()):
         for i, source in enumerate(members):
@@ -95,7 +97,7 @@ def _sizes(calls: dict[int, Call]) -> Disagreement | None:
     return _odd_one_out(calls, elements, "number of elements") if len(set(elements.values())) > 1 else None
 
 
-def _elements(call: Call) -> int:
+def _elements(call: RecordedCall) -> int:
     total = 0
     for shape in call.inputs or call.outputs:
         size = 1
@@ -105,7 +107,7 @@ def _elements(call: Call) -> int:
     return total
 
 
-def _swapped(of: dict[int, list[Call]]) -> Disagreement | None:
+def _swapped(of: dict[int, list[RecordedCall]]) -> Disagreement | None:
     """A rank that made the same calls from the same lines as another, in another order; barriers carry nothing."""
     of = {rank: [call for call in calls if call.op != "barrier"] for rank, calls in of.items()}
     first, *others = of
@@ -119,7 +121,7 @@ def _swapped(of: dict[int, list[Call]]) -> Disagreement | None:
     return None
 
 
-def _compare_messages(traces: Sequence[Sequence[Call]]) -> Disagreement | None:
+def _compare_messages(traces: Sequence[Sequence[RecordedCall]]) -> Disagreement | None:
     """Sends and receives between each pair of ranks have to match in number and size."""
     for source, trace in enumerate(traces):
         for target in {c.root for c in trace if c.op == "send" and c.root is not None}:

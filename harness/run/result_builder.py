@@ -51,7 +51,7 @@ def check_and_case(case_id: str) -> tuple[str, Case]:
     return parse_id(case_id)[1:]
 
 
-class Account:
+class ResultBuilder:
     """What is known of one implementation.
 
     `request` is what is judged, `partial` whether only some checks were asked for, and `parse` takes a case's id to its

@@ -13,7 +13,7 @@ from moe_harness.harness.core.plan import ON_CUDA_ONLY, Planned, plan
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.process.pool import EXPLAINED, Pool, worker_count
 from moe_harness.harness.report import Result
-from moe_harness.harness.run.result_builder import COUNTED_AS, Account, Listener
+from moe_harness.harness.run.result_builder import COUNTED_AS, Listener, ResultBuilder
 
 EXAMPLES = {"quick": 200, "full": 500, "exhaustive": 3000}
 SEARCH_SECONDS = {"quick": 15.0, "full": 120.0, "exhaustive": 900.0}
@@ -23,7 +23,7 @@ INTERPRETED_PATIENCE = 5  # ... and a case that many times longer than a kernel 
 
 
 @dataclass
-class Options:
+class RunOptions:
     """How to judge, beside what (`Request`)."""
 
     dtypes: tuple[str, ...] | None = None  # None: those the implementation declares
@@ -41,10 +41,10 @@ class Options:
 class Run:
     """One implementation under judgement."""
 
-    def __init__(self, stage: str, spec: str, request: Request, options: Options, listener: Any):
+    def __init__(self, stage: str, spec: str, request: Request, options: RunOptions, listener: Any):
         self.stage, self.spec, self.options, self.listener = stage, spec, options, listener
         self.pool: Pool | None = None
-        self.account = Account(stage, spec, request, listener, partial=options.partial)
+        self.account = ResultBuilder(stage, spec, request, listener, partial=options.partial)
         self.account.explain = self._explain_at_once
 
     @property
@@ -212,13 +212,13 @@ class Run:
                 heard.fail(refusals[0], {"message": f"declares the dtype {dtype}, but refuses every case in it"})
 
 
-def judge(stage: str, spec: str, request: Request, options: Options, listener: Any = None) -> Result:
+def judge(stage: str, spec: str, request: Request, options: RunOptions, listener: Any = None) -> Result:
     """Judge one implementation; a HarnessError ends it only when it cannot be loaded at all."""
     return Run(stage, spec, request, options, listener or Listener()).judge()
 
 
 def error_result(stage: str, spec: str, request: Request, error: HarnessError) -> Result:
     """What stands for an implementation that could not be loaded, beside others that could."""
-    account = Account(stage, spec, request, Listener())
+    account = ResultBuilder(stage, spec, request, Listener())
     account.error = str(error)
     return account.result()

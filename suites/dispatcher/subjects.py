@@ -22,7 +22,7 @@ def chosen(config: pytest.Config, default: tuple[str, ...]) -> tuple[str, ...]:
     return tuple([given] if isinstance(given, str) else given) if given else default
 
 
-def told(verdict: Verdict) -> str:
+def format_findings(verdict: Verdict) -> str:
     """The findings of a verdict as text, the case first."""
     lines = [f"{f['check']}: {f['message']}\n    {f['diagnosis'][:4]}" for f in verdict.findings]
     return "\n".join([verdict.case, *lines])

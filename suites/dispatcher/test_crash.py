@@ -10,8 +10,9 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from moe_harness.harness.ranks import cases, ledger
+from moe_harness.harness.ranks import cases
 from moe_harness.harness.report.results import exit_status
+from moe_harness.suites import outcome_log
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOW = """
@@ -61,7 +62,7 @@ def test_a_killed_suite_lacks_cells(tmp_path: Path) -> None:
     suite.write_text(SLOW)
     command = ["-m", "pytest", "-q", "-c", str(ROOT / "pyproject.toml"), "-p", "conftest", "--ledger", str(file)]
     _kill_once([*command, str(suite)], lambda: file.exists() and file.read_text().count('"cell"') >= 3)
-    outcomes, wrong = ledger.read(file)
+    outcomes, wrong = outcome_log.read(file)
     assert 3 <= outcomes["passed"] < 50
     assert len([line for line in wrong if line.startswith("missing: ")]) == 50 - outcomes["passed"]
     assert "the run did not come to its end" in wrong
@@ -70,12 +71,17 @@ def test_a_killed_suite_lacks_cells(tmp_path: Path) -> None:
 def test_a_whole_ledger(tmp_path: Path) -> None:
     """Failed, missing and absent passes are wrong; a skipped cell beside a passed one is not."""
     file = tmp_path / "ledger.jsonl"
-    written = ledger.Ledger(file, ["a", "b"])
+    written = outcome_log.OutcomeLog(file, ["a", "b"])
     written.add("a", "passed", 0.1)
     written.add("b", "skipped", 0.0, "needs 8 CUDA devices")
     written.finish()
-    assert ledger.read(file)[1] == [] and ledger.main(file) == 0
-    written = ledger.Ledger(file, ["a", "b"])
+    assert outcome_log.read(file)[1] == [] and outcome_log.main(file) == 0
+    written = outcome_log.OutcomeLog(file, ["a", "b"])
     written.add("b", "failed", 0.1)
-    assert ledger.read(file)[1] == ["missing: a", "failed: b", "the run did not come to its end", "no cell has passed"]
-    assert ledger.main(file) == 1
+    assert outcome_log.read(file)[1] == [
+        "missing: a",
+        "failed: b",
+        "the run did not come to its end",
+        "no cell has passed",
+    ]
+    assert outcome_log.main(file) == 1

@@ -6,7 +6,7 @@ pytest suites/dispatcher/test_dispatcher.py --impl my_dispatcher.py:MyDispatcher
 import pytest
 
 from moe_harness.harness.ranks import cases, judge, pool
-from moe_harness.suites.dispatcher.subjects import REGISTERED, chosen, told
+from moe_harness.suites.dispatcher.subjects import REGISTERED, chosen, format_findings
 
 WORLDS = (1, 2, 3, 4)
 
@@ -22,7 +22,7 @@ def test_equals_the_dense_layer(impl: str, world: int) -> None:
     for check, case in cases.dispatcher_cases([world]):
         verdict = judge.judge(impl, cases.case_id(check, case))
         judged += verdict.unsupported is None
-        assert not verdict.findings, told(verdict)
+        assert not verdict.findings, format_findings(verdict)
     if not judged:
         pytest.skip(f"{impl} refuses every case: {verdict.unsupported}")
 
@@ -35,13 +35,13 @@ def test_sends_exactly_what_the_formula_says(impl_exact: str, world: int) -> Non
         verdict = judge.judge(f"dispatchers:{impl_exact}", cases.case_id("dense", case))
         for rank in verdict.observed:
             counts = 8 * (world - 1) * rank["dispatches"]
-            assert rank["sent"] == pytest.approx(rank["needed"] + counts, abs=0.5), told(verdict)
+            assert rank["sent"] == pytest.approx(rank["needed"] + counts, abs=0.5), format_findings(verdict)
 
 
 def test_eight_ranks() -> None:
     for _, case in list(cases.dispatcher_cases([8]))[::9]:
         verdict = judge.judge("dispatchers:all_to_all_dedup", cases.case_id("dense", case))
-        assert verdict.passed, told(verdict)
+        assert verdict.passed, format_findings(verdict)
 
 
 def test_deepep_is_refused_with_the_reason() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from moe_harness.harness.core.catalogue import Fault, all_faults
 from moe_harness.harness.ranks import cases, judge
-from moe_harness.suites.dispatcher.subjects import told
+from moe_harness.suites.dispatcher.subjects import format_findings
 
 FAULTS = all_faults("dispatcher")
 BASES = ("Gathered", "Copies", "Deduplicated")
@@ -15,14 +15,14 @@ BASES = ("Gathered", "Copies", "Deduplicated")
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_seen_where_it_shows(fault: Fault) -> None:
     verdict = judge.judge(fault.spec, fault.shows["case"])
-    assert fault.shows["seen_by"] in {finding["check"] for finding in verdict.findings}, told(verdict)
+    assert fault.shows["seen_by"] in {finding["check"] for finding in verdict.findings}, format_findings(verdict)
 
 
 @pytest.mark.parametrize("fault", [f for f in FAULTS if f.hidden], ids=lambda fault: fault.name)
 def test_right_where_it_is_hidden(fault: Fault) -> None:
     for case in fault.hidden:
         verdict = judge.judge(fault.spec, case)
-        assert verdict.passed, told(verdict)
+        assert verdict.passed, format_findings(verdict)
 
 
 def _planned() -> Iterator[str]:
@@ -39,7 +39,7 @@ def test_killed_by_the_planned_cases(fault: Fault) -> None:
 def test_what_the_faults_are_made_from_is_right(base: str) -> None:
     for case in list(_planned())[::4]:
         verdict = judge.judge(f"moe_harness.harness.stages.dispatcher.faults.schemes:{base}", case)
-        assert verdict.passed, told(verdict)
+        assert verdict.passed, format_findings(verdict)
 
 
 EVIDENCE = {

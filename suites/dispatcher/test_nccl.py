@@ -9,7 +9,7 @@ import pytest
 
 from moe_harness.harness.ranks import cases, judge
 from moe_harness.harness.ranks.jobs import Injection
-from moe_harness.suites.dispatcher.subjects import GPU_WORLDS, REGISTERED, chosen, told
+from moe_harness.suites.dispatcher.subjects import GPU_WORLDS, REGISTERED, chosen, format_findings
 
 MORE = 20  # random cases for each number of ranks
 ON_GPUS = (*REGISTERED, "dispatchers:symmetric")
@@ -29,7 +29,7 @@ def test_equals_the_dense_layer(impl: str, world: int) -> None:
         verdict = judge.judge(impl, cases.case_id(check, case), backend="nccl", budget=20)
         judged += verdict.unsupported is None
         if verdict.findings:
-            wrong.append(told(verdict))
+            wrong.append(format_findings(verdict))
         if len(wrong) == 3 or any(f["check"] == "ranks" for f in verdict.findings):
             break
     assert not wrong, "\n".join(wrong)
@@ -45,7 +45,7 @@ def test_an_injected_fault_is_named(kind: str, failure: str) -> None:
     """Kernels that wait for a peer spin on the GPU; the controller sees the cause all the same, without a timeout."""
     case = "dispatcher/dense/R=2,E=4,k=2,T=3+2,seed=1"
     verdict = judge.judge("dispatchers:all_to_all_dedup", case, backend="nccl", injection=Injection(kind, 1, 2))
-    assert verdict.failure is not None, told(verdict)
+    assert verdict.failure is not None, format_findings(verdict)
     assert verdict.failure.kind == failure, verdict.failure.headline()
     # Of two ranks whose splits disagree neither is known to be the one that lies.
     assert verdict.failure.rank == 1 or kind == "split", verdict.failure.headline()

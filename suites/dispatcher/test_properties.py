@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from moe_harness.harness.ranks import cases, judge, strategies
 from moe_harness.harness.ranks.cases import DispatcherCase
-from moe_harness.suites.dispatcher.subjects import REGISTERED, told
+from moe_harness.suites.dispatcher.subjects import REGISTERED, format_findings
 
 NO_FALSE_ALARM = 400  # cases per run; the count grows with HYPOTHESIS_PROFILE=nightly through max_examples
 
@@ -17,7 +17,7 @@ NO_FALSE_ALARM = 400  # cases per run; the count grows with HYPOTHESIS_PROFILE=n
 @given(impl=st.sampled_from(REGISTERED), case=strategies.dispatcher_cases(worlds=(1, 2, 4)))
 def test_every_scheme_equals_the_dense_layer(impl: str, case: DispatcherCase) -> None:
     verdict = judge.judge(impl, cases.case_id("dense", case))
-    assert verdict.passed, told(verdict)
+    assert verdict.passed, format_findings(verdict)
 
 
 def _fails(spec: str):
@@ -47,4 +47,4 @@ def test_no_false_alarm_on_random_cases() -> None:
     for number in range(NO_FALSE_ALARM):
         impl = REGISTERED[number % len(REGISTERED)]
         verdict = judge.judge(impl, cases.case_id("dense", cases.draw(rng, (1, 2, 3, 4))))
-        assert verdict.passed, told(verdict)
+        assert verdict.passed, format_findings(verdict)

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from moe_harness.harness.ranks import judge, pool, traces
-from moe_harness.harness.ranks.calls import Call
-from moe_harness.harness.ranks.heartbeat import Beat, State
+from moe_harness.harness.ranks.calls import RecordedCall
+from moe_harness.harness.ranks.heartbeat import RankStatus, State
 from moe_harness.harness.ranks.jobs import Injection
 from moe_harness.harness.ranks.proof import of_job, stalemate
 
@@ -97,8 +97,8 @@ def test_the_controller_needs_no_torch() -> None:
 # Pure: traces and proofs --------------------------------------------------------------------------------------------
 
 
-def _call(index: int, op: str = "all_reduce", **fields: object) -> Call:
-    return Call(**{"index": index, "op": op, "group": (0, 1), "dtype": "float32", "inputs": ((2,),), **fields})
+def _call(index: int, op: str = "all_reduce", **fields: object) -> RecordedCall:
+    return RecordedCall(**{"index": index, "op": op, "group": (0, 1), "dtype": "float32", "inputs": ((2,),), **fields})
 
 
 def test_agreeing_traces() -> None:
@@ -111,51 +111,51 @@ def test_a_call_left_out() -> None:
 
 
 def test_a_slow_transfer_is_no_deadlock() -> None:
-    waiting = [Beat(4, State.WAITING, _call(0)), Beat(4, State.WAITING, _call(0))]
+    waiting = [RankStatus(4, State.WAITING, _call(0)), RankStatus(4, State.WAITING, _call(0))]
     assert stalemate(waiting) is None
 
 
 def test_a_running_rank_may_still_come() -> None:
-    assert stalemate([Beat(4, State.WAITING, _call(0)), Beat(3, State.RUNNING)]) is None
+    assert stalemate([RankStatus(4, State.WAITING, _call(0)), RankStatus(3, State.RUNNING)]) is None
 
 
 def test_a_finished_or_dead_rank_never_comes() -> None:
-    waiting = Beat(4, State.WAITING, _call(0))
-    for beats, dead in (([waiting, Beat(3, State.DONE)], set()), ([waiting, Beat(3, State.RUNNING)], {1})):
+    waiting = RankStatus(4, State.WAITING, _call(0))
+    for beats, dead in (([waiting, RankStatus(3, State.DONE)], set()), ([waiting, RankStatus(3, State.RUNNING)], {1})):
         proof = stalemate(beats, frozenset(dead))
         assert proof is not None and (proof.kind, proof.disagreement.rank) == ("deadlock", 1)
 
 
 def test_a_rank_that_has_not_begun_the_job_may_still_come() -> None:
     """It said DONE about the job before: on a busy machine it may take longer than any patience to wake up."""
-    beats = [Beat(4, State.WAITING, _call(0), 7), Beat(3, State.DONE, None, 6)]
+    beats = [RankStatus(4, State.WAITING, _call(0), 7), RankStatus(3, State.DONE, None, 6)]
     assert stalemate(of_job(beats, 7)) is None
-    assert stalemate(of_job([beats[0], Beat(5, State.DONE, None, 7)], 7)) is not None
+    assert stalemate(of_job([beats[0], RankStatus(5, State.DONE, None, 7)], 7)) is not None
 
 
-def _message(index: int, op: str, peer: int) -> Call:
+def _message(index: int, op: str, peer: int) -> RecordedCall:
     return _call(index, op, root=peer)
 
 
 def test_a_message_whose_answer_was_begun_before_is_no_deadlock() -> None:
     """Rank 0 waits for rank 2, but has asked for what rank 1 sends; without that nobody can go on."""
     asked = {0: [_message(0, "recv", 1), _message(1, "recv", 2)], 1: [_message(0, "send", 0)], 2: []}
-    beats = [Beat(4, State.WAITING, asked[0][1]), Beat(4, State.WAITING, asked[1][0])]
+    beats = [RankStatus(4, State.WAITING, asked[0][1]), RankStatus(4, State.WAITING, asked[1][0])]
     sent = {2: [_message(0, "send", 0)]}
-    beats.append(Beat(4, State.WAITING, sent[2][0]))
+    beats.append(RankStatus(4, State.WAITING, sent[2][0]))
     assert stalemate(beats, begun=lambda rank: {**asked, **sent}[rank]) is None
     circle = {0: [_message(0, "recv", 2)], 1: [_message(0, "send", 0)], 2: [_message(0, "recv", 1)]}
-    proof = stalemate([Beat(4, State.WAITING, calls[0]) for calls in circle.values()])
+    proof = stalemate([RankStatus(4, State.WAITING, calls[0]) for calls in circle.values()])
     assert proof is not None and (proof.kind, proof.disagreement.rank) == ("deadlock", 2)
 
 
 def test_a_rank_that_has_left_a_call_first_is_no_mismatch() -> None:
     """Its peer is still in the call before, whose data have come, on a machine that gives it no time."""
     begun = {0: [_call(0), _call(1, "broadcast")], 1: [_call(0)]}
-    beats = [Beat(6, State.WAITING, begun[0][1]), Beat(4, State.WAITING, begun[1][0])]
+    beats = [RankStatus(6, State.WAITING, begun[0][1]), RankStatus(4, State.WAITING, begun[1][0])]
     assert stalemate(beats, begun=lambda rank: begun[rank]) is None
     begun[1].append(_call(1))
-    beats[1] = Beat(6, State.WAITING, begun[1][1])
+    beats[1] = RankStatus(6, State.WAITING, begun[1][1])
     proof = stalemate(beats, begun=lambda rank: begun[rank])
     assert proof is not None and proof.kind == "mismatch"
 
@@ -163,7 +163,7 @@ def test_a_rank_that_has_left_a_call_first_is_no_mismatch() -> None:
 def test_who_waits_for_one_that_will_go_on_is_not_stuck() -> None:
     """Rank 0 waits for 1, which waits for a slow message from 2: nobody is stuck; without the message all are."""
     begun = {0: [_call(0)], 1: [_message(0, "recv", 2)], 2: [_message(0, "send", 1), _call(1, group=(1, 2))]}
-    beats = [Beat(2, State.WAITING, calls[-1]) for calls in begun.values()]
+    beats = [RankStatus(2, State.WAITING, calls[-1]) for calls in begun.values()]
     assert stalemate(beats, begun=lambda rank: begun[rank]) is None
     del begun[2][0]
     assert stalemate(beats, begun=lambda rank: begun[rank]) is not None
@@ -173,8 +173,8 @@ def test_different_groups_wait_for_each_other() -> None:
     """A mismatch of what was asked for; a message has no group, so who waits for one is stuck in another call."""
     others = (1, 2), (0, 2)
     circle = [_call(0), *(_call(0, group=group) for group in others)]
-    proof = stalemate([Beat(1, State.WAITING, call) for call in circle])
+    proof = stalemate([RankStatus(1, State.WAITING, call) for call in circle])
     assert proof is not None and (proof.kind, proof.disagreement.rank) == ("mismatch", 1)
     for calls in ([_message(0, "recv", 1), *circle[1:]], [_call(0), _message(0, "recv", 2), _message(0, "recv", 0)]):
-        proof = stalemate([Beat(1, State.WAITING, call) for call in calls])
+        proof = stalemate([RankStatus(1, State.WAITING, call) for call in calls])
         assert proof is not None and (proof.kind, proof.disagreement.rank) == ("deadlock", 1)

@@ -11,7 +11,7 @@ from moe_harness.harness.ranks.linear_task import kind_of
 from moe_harness.harness.ranks.run import ENOUGH, RankRun, as_answer, judge_ranks
 from moe_harness.harness.report.results import verdict_of
 from moe_harness.harness.run.result_builder import Listener
-from moe_harness.harness.run.session import Options
+from moe_harness.harness.run.session import RunOptions
 from moe_harness.suites.dispatcher.strangers import wrong
 
 FOLDER = Path(__file__).parent / "strangers"
@@ -23,7 +23,7 @@ LAYERS = ("MyColumnParallel", "MyReplicatedLinear", "RowSharded", "GateUpMergedC
 
 def _judge(file: str, name: str, stage: str = "dispatcher") -> dict:
     spec = f"{FOLDER / file}:{name}"
-    return judge_ranks(stage, spec, Request(), Options(timeout=5.0), (2, 3), None)
+    return judge_ranks(stage, spec, Request(), RunOptions(timeout=5.0), (2, 3), None)
 
 
 def _first_message(name: str, stage: str) -> str:
@@ -71,7 +71,7 @@ def test_a_dispatcher_that_ends_every_process_ends_the_run() -> None:
 
 
 def test_a_planned_case_that_was_not_judged_keeps_a_run_from_passing() -> None:
-    run = RankRun("dispatcher", "a.py:Right", Request(), Options(), Listener(), (2,), lambda result: None)
+    run = RankRun("dispatcher", "a.py:Right", Request(), RunOptions(), Listener(), (2,), lambda result: None)
     run.account.take(as_answer(judge.Verdict(case="dispatcher/dense/R=2,E=4,k=2,T=3+3")))
     assert run.result()["verdict"] == "pass"
     run.left["live"] = 1

@@ -6,7 +6,7 @@ pytest.importorskip("triton")
 
 from moe_harness.harness.ranks import cases, judge
 from moe_harness.harness.ranks.loading import load
-from moe_harness.suites.dispatcher.subjects import told
+from moe_harness.suites.dispatcher.subjects import format_findings
 
 FILE = "suites/dispatcher/interpreted.py"
 _Prepared = load("dispatcher", "moe_harness.impls.launching:Prepared")
@@ -18,7 +18,7 @@ def test_interpreted_equals_the_dense_layer(name: str, world: int) -> None:
     """Also where some ranks hold more tokens than are written directly: all ranks fall back then."""
     for check, case in list(cases.dispatcher_cases([world]))[::4]:
         verdict = judge.judge(f"{FILE}:{name}", cases.case_id(check, case))
-        assert verdict.passed, f"{told(verdict)} {verdict.unsupported}"
+        assert verdict.passed, f"{format_findings(verdict)} {verdict.unsupported}"
 
 
 def test_refused_on_every_rank_without_gpus() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_harness.harness.ranks.heartbeat import Beat, State
+from moe_harness.harness.ranks.heartbeat import RankStatus, State
 from moe_harness.harness.ranks.remote import RemoteMember
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,7 +84,7 @@ class Scripted:
 
 
 def test_what_comes_before_an_answer_is_read_after_it_in_order() -> None:
-    beat = (Beat(7, State.IDLE), 3, False)
+    beat = (RankStatus(7, State.IDLE), 3, False)
     member = RemoteMember(0, Scripted(("reply", "first"), ("beat", beat), ("reply", "second"), ("calls", [])), None)
     assert member.calls() == [] and member.beat() == beat[0]
     assert [member.receive(), member.receive()] == ["first", "second"]

@@ -10,13 +10,13 @@ import pytest
 from moe_harness.harness.core.errors import CannotJudge
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.ranks import cases, judge
-from moe_harness.harness.ranks.calls import Call
+from moe_harness.harness.ranks.calls import RecordedCall
 from moe_harness.harness.ranks.failure import Evidence, classify
-from moe_harness.harness.ranks.heartbeat import Beat, State
+from moe_harness.harness.ranks.heartbeat import RankStatus, State
 from moe_harness.harness.ranks.jobs import Reply
 from moe_harness.harness.ranks.run import ENOUGH_SPENT, SHORTER, judge_ranks
 from moe_harness.harness.report.results import verdict_of
-from moe_harness.harness.run.session import Options
+from moe_harness.harness.run.session import RunOptions
 
 FILE = Path(__file__).parent / "strangers" / "unusual.py"
 CASE = "dispatcher/dense/R=3,E=6,k=2,T=3+0+2"
@@ -78,7 +78,7 @@ def test_what_the_judge_or_the_machine_does_wrong_is_not_judged(name: str, words
 
 
 def _run(name: str, worlds: tuple[int, ...], **options: object) -> dict:
-    return judge_ranks("dispatcher", f"{FILE}:{name}", Request(), Options(**options), worlds, None)
+    return judge_ranks("dispatcher", f"{FILE}:{name}", Request(), RunOptions(**options), worlds, None)
 
 
 def test_no_pass_without_a_case_at_every_world_size() -> None:
@@ -128,13 +128,15 @@ def test_a_rank_that_hangs_ends_the_run_soon() -> None:
 
 def test_who_has_replied_does_not_hang() -> None:
     """The evidence is of the moment of the verdict, whatever was seen before."""
-    call = Call(index=0, op="all_reduce", group=(0, 1), dtype="float32", inputs=((2,),))
+    call = RecordedCall(index=0, op="all_reduce", group=(0, 1), dtype="float32", inputs=((2,),))
     done = Evidence(
         replies={0: Reply(calls=[call]), 1: Reply(calls=[call])},
-        beats=[Beat(4, State.DONE), Beat(4, State.DONE)],
+        beats=[RankStatus(4, State.DONE), RankStatus(4, State.DONE)],
     )
     assert classify(done) is None
-    late = Evidence(replies={0: Reply(calls=[call])}, beats=[Beat(4, State.DONE), Beat(4, State.RUNNING)], idle=(1,))
+    late = Evidence(
+        replies={0: Reply(calls=[call])}, beats=[RankStatus(4, State.DONE), RankStatus(4, State.RUNNING)], idle=(1,)
+    )
     failure = classify(late)
     assert failure is not None and (failure.kind, failure.rank) == ("hang", 1)
 

@@ -15,7 +15,7 @@ import torch
 
 from moe_harness.harness.core.environment import EXTRAS
 from moe_harness.harness.core.request import Request
-from moe_harness.harness.run.result_builder import Account, Listener
+from moe_harness.harness.run.result_builder import Listener, ResultBuilder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -257,7 +257,7 @@ def test_list_names_what_there_is(kernels):
 
 
 def test_a_replay_line_names_the_device_where_it_is_not_the_default():
-    lines = [Account("experts", "my kernel.py:f", Request(device=device), Listener()).replay_line(["a/b/T=3"])
+    lines = [ResultBuilder("experts", "my kernel.py:f", Request(device=device), Listener()).replay_line(["a/b/T=3"])
              for device in ("cpu", "cuda")]  # fmt: skip
     assert lines == [line := "moe-harness replay a/b/T=3 --impl 'my kernel.py:f'", f"{line} --device cuda"]
 

@@ -8,7 +8,7 @@ from moe_harness.harness.core.plan import plan
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.diagnosis.clusters import VALUE, Outcome, cluster, kind_of
 from moe_harness.harness.report.failure import cluster_lines
-from moe_harness.harness.run.result_builder import Account, Listener
+from moe_harness.harness.run.result_builder import Listener, ResultBuilder
 
 RULES = {
     "bias=negative and E no power of two": ("router", lambda c: c.bias == "negative" and bool(c.E & (c.E - 1))),
@@ -88,7 +88,7 @@ def test_kinds_are_messages_without_their_numbers(message, kind):
 
 
 def test_the_result_tells_clusters_with_counts_and_a_replay_line():
-    account = Account("experts", "kernel.py:f", Request(), Listener())
+    account = ResultBuilder("experts", "kernel.py:f", Request(), Listener())
     for planned in plan("experts", Request()):
         wrong = planned.case.k > 8
         account.take({"id": planned.id, "status": "failed" if wrong else "passed", "reason": None, "elements": 1,

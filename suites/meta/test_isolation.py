@@ -10,7 +10,7 @@ import pytest
 from moe_harness.harness.core.invocation import Broken, _check_entries
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.process.pool import Pool, prepare
-from moe_harness.harness.run.session import Options, judge
+from moe_harness.harness.run.session import RunOptions, judge
 
 HEAD = """
 import ctypes, os, sys, time
@@ -41,7 +41,7 @@ def test_a_process_killer_is_a_failure_beside_passed_cases(name, folder):
     code = f"{HEAD}\ndef f(*a, **kw):\n    if len(a[0]) == 33:\n        {body}\n    return right(*a, **kw)\n"
     (folder / f"{name}.py").write_text(code)
     prepare()
-    options = Options(timeout=60 if name == "floods" else 4, checks=("exact",))
+    options = RunOptions(timeout=60 if name == "floods" else 4, checks=("exact",))
     result = judge("experts", f"{folder / name}.py:f", Request(), options)
     assert result["verdict"] == "fail"
     assert any(told in failure["message"] for failure in result["failures"]), result["failures"][0]["message"]
@@ -54,7 +54,8 @@ def test_a_refusal_that_nobody_wrote_tells_its_line(folder):
     """TypeError refuses an input, as the contract allows; out of torch it is rather a mistake."""
     (folder / "typo.py").write_text("import torch\ndef f(*a, **kw):\n    return torch.sort(dimension=1)\n")
     prepare()
-    result = judge("experts", f"{folder / 'typo.py'}:f", Request(dtypes=("fp32",)), Options(checks=("contract",)))
+    only = RunOptions(checks=("contract",))
+    result = judge("experts", f"{folder / 'typo.py'}:f", Request(dtypes=("fp32",)), only)
     assert result["verdict"] == "unsupported"
     assert "typo.py:3 in f" in result["coverage"]["unsupported"][0]["reason"]
 
@@ -106,7 +107,9 @@ def f(hidden_states, weights, config):
 """
     (folder / "config.py").write_text(code)
     prepare()
-    result = judge("moe_block", f"{folder / 'config.py'}:f", Request(dtypes=("fp32",)), Options(checks=("contract",)))
+    result = judge(
+        "moe_block", f"{folder / 'config.py'}:f", Request(dtypes=("fp32",)), RunOptions(checks=("contract",))
+    )
     assert "the input config was modified in its entry 'norm_topk_prob'" in result["failures"][0]["message"]
 
 
@@ -125,7 +128,9 @@ def test_what_a_call_sets_for_the_process_does_not_reach_the_judge(folder):
     )
     (folder / "defaults.py").write_text(code)
     prepare()
-    result = judge("experts", f"{folder / 'defaults.py'}:f", Request(dtypes=("bf16",)), Options(checks=("contract",)))
+    result = judge(
+        "experts", f"{folder / 'defaults.py'}:f", Request(dtypes=("bf16",)), RunOptions(checks=("contract",))
+    )
     assert result["verdict"] == "pass", result["error"] or result["failures"][0]["message"]
 
 
@@ -133,7 +138,7 @@ def test_supporting_nothing_but_empty_inputs_is_unsupported(folder):
     code = f"{HEAD}\ndef f(*a, **kw):\n    if len(a[0]):\n        raise ValueError\n    return right(*a, **kw)\n"
     (folder / "empty.py").write_text(code)
     prepare()
-    result = judge("experts", f"{folder / 'empty.py'}:f", Request(dtypes=("fp32",)), Options())
+    result = judge("experts", f"{folder / 'empty.py'}:f", Request(dtypes=("fp32",)), RunOptions())
     assert result["verdict"] == "unsupported" and result["coverage"]["executed"]
 
 
@@ -142,7 +147,7 @@ def test_a_leak_is_a_failure(folder):
         f"{HEAD}\ndef f(*a, **kw):\n    out = right(*a, **kw)\n    kept.append(out.clone())\n    return out\n"
     )
     prepare()
-    result = judge("experts", f"{folder / 'leaks.py'}:f", Request(), Options(checks=("leak",)))
+    result = judge("experts", f"{folder / 'leaks.py'}:f", Request(), RunOptions(checks=("leak",)))
     assert result["verdict"] == "fail" and "memory grew" in result["failures"][0]["message"]
 
 
@@ -152,7 +157,7 @@ def test_a_failure_that_depends_on_earlier_calls_is_told(folder):
     )
     (folder / "stateful.py").write_text(code)
     prepare()
-    result = judge("experts", f"{folder / 'stateful.py'}:f", Request(), Options(checks=("exact",)))
+    result = judge("experts", f"{folder / 'stateful.py'}:f", Request(), RunOptions(checks=("exact",)))
     assert result["verdict"] == "fail"
     assert "depends on earlier calls" in result["failures"][0]["looks_like"][0]
 

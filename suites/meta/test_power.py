@@ -18,8 +18,8 @@ from moe_harness.harness.core.wrong_outputs import ALL, Excuse
 from moe_harness.harness.process.worker import judge_id
 from moe_harness.harness.report.ledger import power_summary
 from moe_harness.harness.run import data_power
-from moe_harness.harness.run.result_builder import Account, Listener
-from moe_harness.harness.run.session import Options, judge
+from moe_harness.harness.run.result_builder import Listener, ResultBuilder
+from moe_harness.harness.run.session import RunOptions, judge
 from moe_harness.harness.stages.experts.cases import ExpertsCase
 from moe_harness.harness.stages.experts.stage import STAGE as experts_stage
 from moe_harness.harness.stages.grouped_linear.cases import GroupedLinearCase
@@ -111,7 +111,7 @@ def test_a_recipe_without_power_is_replaced_and_counted(recipe: str) -> None:
     assert answer["status"] == "passed"
     assert set(answer["power"]["accepted"]) >= PLANTED[recipe][2]
     assert "data=" not in answer["judged"] and answer["judged"] != case_id  # the stage's ordinary data
-    account = Account("experts", "given", Request(), Listener())
+    account = ResultBuilder("experts", "given", Request(), Listener())
     account.take(answer)
     found = account.result()["coverage"]["power"]
     assert found["proved"] == 1 and [entry["case"] for entry in found["replaced"]] == [case_id]
@@ -142,7 +142,7 @@ def test_what_is_replayed_is_what_was_judged() -> None:
 
 def test_a_run_counts_what_it_replaced() -> None:
     asked = Request(dtypes=("bf16",))
-    result = judge("shared_expert_gate", "torch:loop", asked, Options(checks=("numeric",)))
+    result = judge("shared_expert_gate", "torch:loop", asked, RunOptions(checks=("numeric",)))
     found = result["coverage"]["power"]
     assert result["verdict"] == "pass" and found["proved"] > 20 and found["replaced"]
 

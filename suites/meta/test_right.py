@@ -9,7 +9,7 @@ from moe_harness.harness.core.invocation import Trial
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.process.pool import prepare
 from moe_harness.harness.process.worker import judge_id
-from moe_harness.harness.run.session import Options, judge
+from moe_harness.harness.run.session import RunOptions, judge
 from moe_harness.suites.meta.judging import functions_of
 
 RIGHT = list(functions_of("right"))
@@ -22,7 +22,7 @@ def test_there_are_enough():
 @pytest.mark.parametrize(("stage", "spec"), RIGHT, ids=[spec.rpartition("/")[2] for _, spec in RIGHT])
 def test_passes_the_quick_profile(stage, spec):
     prepare()
-    result = judge(stage, spec, Request(seed=1), Options())
+    result = judge(stage, spec, Request(seed=1), RunOptions())
     told = [f"{f['case']}: {f['message']}" for f in result["failures"][:3]]
     assert result["verdict"] == "pass", told or result["error"]
 

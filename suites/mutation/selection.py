@@ -65,7 +65,6 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("harness/core/errors.py", (CLI,)),
     ("harness/core/environment.py", (CLI,)),
     ("harness/core/*.py", JUDGE),
-    ("harness/ranks/ledger.py", (f"{RANKED}crash.py",)),
     ("harness/ranks/linear_task.py", (LINEAR,)),
     ("harness/ranks/layout_task.py", (LINEAR,)),
     ("harness/ranks/run.py", (f"{RANKED}strangers.py", DIAGNOSIS_RANKED)),
@@ -76,7 +75,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("harness/ranks/results.py", WORLDS),
     ("harness/ranks/strategies.py", WORLDS),
     ("harness/ranks/volume.py", WORLDS),
-    ("harness/ranks/world_data.py", WORLDS),
+    ("harness/ranks/dispatcher_data.py", WORLDS),
     ("harness/ranks/*.py", PROCESSES),
 )
 

@@ -6,7 +6,7 @@ tox -e multigpu
 import pytest
 
 from moe_harness.harness.ranks import judge
-from moe_harness.suites.dispatcher.subjects import GPU_WORLDS, chosen, told
+from moe_harness.suites.dispatcher.subjects import GPU_WORLDS, chosen, format_findings
 from moe_harness.suites.parallel_linear.test_layouts import check
 from moe_harness.suites.parallel_linear.test_matrix import EXPERTS, LAYOUTS, cells
 from moe_harness.suites.parallel_linear.test_parallel_linear import REGISTERED
@@ -23,7 +23,7 @@ def test_keeps_and_computes_its_part(impl: str, world: int) -> None:
     for case in judge.planned("parallel_linear", impl, [world], backend="nccl"):
         verdict = judge.judge(impl, case, backend="nccl")
         judged += verdict.unsupported is None
-        assert not verdict.findings, told(verdict)
+        assert not verdict.findings, format_findings(verdict)
     assert judged, f"{impl} refuses every case: {verdict.unsupported}"
 
 

@@ -13,7 +13,7 @@ from moe_harness.harness.ranks import cases, judge, strategies
 from moe_harness.harness.ranks.cases import LinearCase
 from moe_harness.harness.ranks.loading import load
 from moe_harness.reference import parallel_linear as reference
-from moe_harness.suites.dispatcher.subjects import chosen, told
+from moe_harness.suites.dispatcher.subjects import chosen, format_findings
 
 REGISTERED = ("Replicated", "ColumnParallel", "MergedColumnParallel", "RowParallel")
 OF_KIND = {
@@ -36,7 +36,7 @@ def test_keeps_and_computes_its_part(impl: str, world: int) -> None:
     for case in judge.planned("parallel_linear", impl, [world]):
         verdict = judge.judge(impl, case)
         judged += verdict.unsupported is None
-        assert not verdict.findings, told(verdict)
+        assert not verdict.findings, format_findings(verdict)
     assert judged, f"{impl} refuses every case: {verdict.unsupported}"
 
 
@@ -44,13 +44,13 @@ def test_keeps_and_computes_its_part(impl: str, world: int) -> None:
 @given(case=strategies.linear_cases())
 def test_every_kind_on_drawn_cases(case: LinearCase) -> None:
     verdict = judge.judge(f"parallel:{OF_KIND[case.kind]}", cases.case_id("shard", case))
-    assert verdict.passed, told(verdict)
+    assert verdict.passed, format_findings(verdict)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_faults_are_seen_and_hidden_where_they_say(fault: Fault) -> None:
     verdict = judge.judge(fault.spec, fault.shows["case"])
-    assert fault.shows["seen_by"] in {finding["check"] for finding in verdict.findings}, told(verdict)
+    assert fault.shows["seen_by"] in {finding["check"] for finding in verdict.findings}, format_findings(verdict)
     for case in fault.hidden:
         assert judge.judge(fault.spec, case).passed, case
 

@@ -6,7 +6,7 @@ python -m moe_harness.suites.performance.figures            rewrites docs/benche
 import re
 
 from moe_harness.harness.bench.pictures import remarks
-from moe_harness.harness.bench.timing import Report, Timing
+from moe_harness.harness.bench.timing import BenchReport, Timing
 from moe_harness.suites.performance import DATA, ROOT, header, ranked_figures, row
 
 PAGE, PICTURE = ROOT / "docs/benches.md", ROOT / "docs/performance.svg"
@@ -23,11 +23,11 @@ SMALL = (
 )  # fmt: skip
 
 
-def read(name: str) -> Report:
-    return Report.read(DATA / (name if name.endswith(".json") else f"{name}.json"))
+def read(name: str) -> BenchReport:
+    return BenchReport.read(DATA / (name if name.endswith(".json") else f"{name}.json"))
 
 
-def by_spec(report: Report) -> dict[str, dict[int, Timing]]:
+def by_spec(report: BenchReport) -> dict[str, dict[int, Timing]]:
     """Timings of a report by implementation and number of tokens."""
     found: dict[str, dict[int, Timing]] = {}
     for timing in report.timings:
@@ -43,7 +43,7 @@ def over_floor(timing: Timing) -> str:
     return f"{ratio:.0f} launches" if timing.bound_by == "launch" else f"{ratio:.2f}"
 
 
-def experts_table(report: Report) -> list[str]:
+def experts_table(report: BenchReport) -> list[str]:
     """Time over floor of every implementation that was timed at all."""
     specs = {spec: timings for spec, timings in by_spec(report).items() if any(t.median for t in timings.values())}
     tokens = list(next(iter(specs.values())))
@@ -53,7 +53,7 @@ def experts_table(report: Report) -> list[str]:
     return [*lines, "", *(f"- {remark}" for remark in remarks(report) if remark.split()[0] in specs)]
 
 
-def models_table(reports: list[Report]) -> list[str]:
+def models_table(reports: list[BenchReport]) -> list[str]:
     """Time over floor of the Triton experts and how many times grouped_mm's speed that is, for each model."""
     tokens = list(by_spec(reports[0])["triton"])
     lines = header("tokens", *tokens)
@@ -69,7 +69,7 @@ def faster(ours: Timing, peer: Timing) -> str:
     return f"{peer.median / ours.median:.1f}" if ours.median and peer.median else "-"
 
 
-def small_table(report: Report) -> list[str]:
+def small_table(report: BenchReport) -> list[str]:
     """Microseconds, the plain expression's, and the share of the floor, of a router or gate."""
     (ours_name, ours), (peer_name, peer) = by_spec(report).items()
     model = report.model
@@ -81,7 +81,7 @@ def small_table(report: Report) -> list[str]:
     return lines
 
 
-def spread(reports: list[Report], spec: str) -> float:
+def spread(reports: list[BenchReport], spec: str) -> float:
     """The widest distance from the slowest to the fastest round over the median, of the timings above 10 us."""
     return max((t.high - t.low) / t.median for r in reports for t in by_spec(r)[spec].values() if t.median > 10)
 

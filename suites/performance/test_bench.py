@@ -12,15 +12,15 @@ import torch
 
 from moe_harness.fixtures.configs import shape
 from moe_harness.harness.bench import timing as bench
-from moe_harness.harness.bench.data import Batch, Draw, Layer, problem
+from moe_harness.harness.bench.data import Draw, TimedBatch, TimedLayer, problem
 from moe_harness.harness.core.catalogue import get
 from moe_harness.harness.core.contracts import Subject, load
 from moe_harness.harness.core.folders import needed_part, stages_with
 from moe_harness.harness.stages.experts.faults.cuda import run_captured
 
 SMALL = {"hidden_size": 48, "intermediate_size": 32}
-LAYER = Layer(replace(shape("qwen3-30b-a3b"), num_experts=12, top_k=3, **SMALL))
-SIGMOID = Layer(replace(shape("deepseek-v3"), num_experts=16, num_expert_group=4, topk_group=2, top_k=3, **SMALL))
+LAYER = TimedLayer(replace(shape("qwen3-30b-a3b"), num_experts=12, top_k=3, **SMALL))
+SIGMOID = TimedLayer(replace(shape("deepseek-v3"), num_experts=16, num_expert_group=4, topk_group=2, top_k=3, **SMALL))
 FAULTS = {
     "experts": ("gate_up_swapped", "activation_dropped"),
     "router": ("never_renormalised", "ids_sorted_alone"),
@@ -29,12 +29,12 @@ FAULTS = {
 }
 
 
-def batch_of(stage: str, layer: Layer = LAYER, tokens: int = 21) -> Batch:
+def batch_of(stage: str, layer: TimedLayer = LAYER, tokens: int = 21) -> TimedBatch:
     draw = Draw(0, "cpu")
     return needed_part(stage, "bench").batch(layer, tokens, torch.bfloat16, layer.weights(torch.bfloat16, draw), draw)
 
 
-def told(subject: Subject, batch: Batch) -> str:
+def told(subject: Subject, batch: TimedBatch) -> str:
     return problem(subject, batch, [subject.call(args, keywords) for args, keywords in batch.calls])
 
 
@@ -107,7 +107,7 @@ def test_on_a_gpu_the_wrong_one_is_refused_and_the_right_one_timed(tmp_path: Pat
     """One of the wrong ones is right when it is called and wrong when it is replayed; the right one waits for the
     device, so that it cannot be captured, and PyTorch's random numbers outlive that."""
     specs = ["torch:loop", f"{__file__}:wrong_when_replayed", get("gate_up_swapped").spec]
-    layer = Layer(replace(LAYER.model, hidden_size=256))
+    layer = TimedLayer(replace(LAYER.model, hidden_size=256))
     report = bench.bench("experts", specs, layer, [1, 33], rounds=3)
     (tmp_path / "report.json").write_text(report.as_json())
     assert bench.Report.read(tmp_path / "report.json") == report

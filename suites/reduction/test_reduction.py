@@ -12,7 +12,7 @@ from moe_harness.harness.core.request import Request
 from moe_harness.harness.ranks import cases, judge
 from moe_harness.harness.ranks.run import judge_ranks
 from moe_harness.harness.report.results import verdict_of
-from moe_harness.harness.run.session import Options
+from moe_harness.harness.run.session import RunOptions
 from moe_harness.suites.dispatcher.subjects import chosen, told
 
 RIGHT = ("parallel", "moe_harness.harness.stages.reduction.faults.reductions:finish")
@@ -86,6 +86,6 @@ def test_what_strangers_do_wrong(name: str) -> None:
 
 
 def test_a_stranger_who_supports_half_of_it_is_told_what_was_judged() -> None:
-    result = judge_ranks("reduction", f"{FILE}:tensor_parallel_only", Request(), Options(timeout=10.0), (1, 2), None)
+    result = judge_ranks("reduction", f"{FILE}:tensor_parallel_only", Request(), RunOptions(timeout=10.0), (1, 2), None)
     assert verdict_of(result) == "pass", result["failures"][:1]
     assert sum(entry["cases"] for entry in result["coverage"]["unsupported"]) > 100

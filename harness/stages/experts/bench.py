@@ -2,12 +2,12 @@
 
 import torch
 
-from moe_harness.harness.bench.data import Batch, Draw, Layer, Weights, sample
+from moe_harness.harness.bench.data import Draw, TimedBatch, TimedLayer, Weights, sample
 
 NEEDS_WEIGHTS = True  # of the experts
 
 
-def batch(layer: Layer, tokens: int, dtype: torch.dtype, weights: Weights, draw: Draw) -> Batch:
+def batch(layer: TimedLayer, tokens: int, dtype: torch.dtype, weights: Weights, draw: Draw) -> TimedBatch:
     """Uniform routing; on one rank of many, ids are global and a map gives the local ones."""
     model, local = layer.model, layer.local
     x = draw.normal(tokens, model.hidden_size, dtype=dtype)
@@ -25,4 +25,4 @@ def batch(layer: Layer, tokens: int, dtype: torch.dtype, weights: Weights, draw:
     ]  # fmt: skip
     one = 3 * model.hidden_size * model.intermediate_size
     size = (len(here.unique()) * one + 2 * x.numel()) * x.element_size()
-    return Batch("experts", calls, size, 2.0 * here.numel() * one, sample(tokens, draw))
+    return TimedBatch("experts", calls, size, 2.0 * here.numel() * one, sample(tokens, draw))

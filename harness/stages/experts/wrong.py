@@ -28,7 +28,7 @@ def wrong_outputs(call: Call) -> Wrong:
 
 
 @dataclass
-class Layer:
+class Parts:
     """A call of the experts taken apart in fp64, so that each mistake redoes only what it changes."""
 
     hidden_states: Tensor  # [T, H]
@@ -55,17 +55,17 @@ class Layer:
         return out
 
 
-def layer_of(call: Call) -> Layer:
+def layer_of(call: Call) -> Parts:
     """The layer of a call of the stage `experts`."""
     hidden, gate_up, down, weights, ids = call.args.values()
     local = local_ids(ids, call.keywords["expert_map"])
     live = weights.double().masked_fill(local < 0, 0.0)
     # An un-normalised router would hand over part of each weight: another share for each token.
     share = torch.linspace(0.35, 0.75, len(live), dtype=torch.float64, device=live.device)[:, None]
-    return Layer(hidden.double(), gate_up, down, live, local, call.keywords["activation"], live * share)
+    return Parts(hidden.double(), gate_up, down, live, local, call.keywords["activation"], live * share)
 
 
-def experts(layer: Layer) -> Wrong:
+def experts(layer: Parts) -> Wrong:
     """Name -> wrong [T, H] in fp64."""
     live = layer.ids >= 0
     if not bool(live.any()) or not layer.hidden_states.numel():
@@ -98,13 +98,13 @@ def _combined(weights: Tensor, slots: Tensor) -> Tensor:
     return (weights[..., None] * slots).sum(1)
 
 
-def _rerouted(layer: Layer, value: Tensor, slots: Tensor) -> Tensor:
+def _rerouted(layer: Parts, value: Tensor, slots: Tensor) -> Tensor:
     """One slot of one token in the middle goes to the next expert."""
     places = (layer.ids >= 0).nonzero()
     token, slot = places[len(places) // 2].tolist()
     ids = torch.full_like(layer.ids, -1)
     ids[token, slot] = (layer.ids[token, slot] + 1) % len(layer.down)
-    alone = Layer(layer.hidden_states, layer.gate_up, layer.down, layer.weights, ids, layer.activation, layer.flipped)
+    alone = Parts(layer.hidden_states, layer.gate_up, layer.down, layer.weights, ids, layer.activation, layer.flipped)
     gate, up = alone.halves()
     moved = alone.outputs(activate(gate, layer.activation) * up)[token, slot]
     out = value.clone()

@@ -2,12 +2,12 @@
 
 import torch
 
-from moe_harness.harness.bench.data import Batch, Draw, Layer, Weights, sample
+from moe_harness.harness.bench.data import Draw, TimedBatch, TimedLayer, Weights, sample
 
 NEEDS_WEIGHTS = True  # of the experts
 
 
-def batch(layer: Layer, tokens: int, dtype: torch.dtype, weights: Weights, draw: Draw) -> Batch:
+def batch(layer: TimedLayer, tokens: int, dtype: torch.dtype, weights: Weights, draw: Draw) -> TimedBatch:
     """The experts' first product on its own: tokens * top_k sorted rows, [E, 2I, H]."""
     model, local = layer.model, layer.local
     ids = (draw.uniform(tokens * model.top_k) * local).long().clamp(max=local - 1)
@@ -17,4 +17,4 @@ def batch(layer: Layer, tokens: int, dtype: torch.dtype, weights: Weights, draw:
     one = 2 * model.hidden_size * model.intermediate_size
     rows = len(ids) * (model.hidden_size + 2 * model.intermediate_size)
     size = (int((sizes > 0).sum()) * one + rows) * x.element_size()
-    return Batch("grouped_linear", calls, size, 2.0 * len(ids) * one, sample(len(ids), draw))
+    return TimedBatch("grouped_linear", calls, size, 2.0 * len(ids) * one, sample(len(ids), draw))

@@ -2,10 +2,10 @@
 
 import torch
 
-from moe_harness.harness.bench.data import SETS, Batch, Draw, Layer, Weights, sample
+from moe_harness.harness.bench.data import SETS, Draw, TimedBatch, TimedLayer, Weights, sample
 
 
-def batch(layer: Layer, tokens: int, dtype: torch.dtype, weights: Weights, draw: Draw) -> Batch:
+def batch(layer: TimedLayer, tokens: int, dtype: torch.dtype, weights: Weights, draw: Draw) -> TimedBatch:
     """The model's own rule; weights of four bytes and ids of eight are written."""
     model = layer.model
     keywords = {
@@ -16,4 +16,4 @@ def batch(layer: Layer, tokens: int, dtype: torch.dtype, weights: Weights, draw:
     }  # fmt: skip
     logits = [draw.normal(tokens, model.num_experts, dtype=dtype) for _ in range(SETS)]
     size = logits[0].numel() * logits[0].element_size() + tokens * model.top_k * 12.0
-    return Batch("router", [({"router_logits": x}, keywords) for x in logits], size, 0.0, sample(tokens, draw))
+    return TimedBatch("router", [({"router_logits": x}, keywords) for x in logits], size, 0.0, sample(tokens, draw))

@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
-from moe_harness.harness.bench.data import SETS, Batch, Draw, Layer, Weights, sample
+from moe_harness.harness.bench.data import SETS, Draw, TimedBatch, TimedLayer, Weights, sample
 
 
-def batch(layer: Layer, tokens: int, dtype: torch.dtype, weights: Weights, draw: Draw) -> Batch:
+def batch(layer: TimedLayer, tokens: int, dtype: torch.dtype, weights: Weights, draw: Draw) -> TimedBatch:
     hidden = layer.model.hidden_size
 
     def call() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -17,4 +17,4 @@ def batch(layer: Layer, tokens: int, dtype: torch.dtype, weights: Weights, draw:
 
     calls = [call() for _ in range(2 * SETS)]  # four, or 8192 rows of 1024 would stay in the cache
     size = (3.0 * tokens + 1) * hidden * calls[0][0]["hidden_states"].element_size()
-    return Batch("shared_expert_gate", calls, size, 0.0, sample(tokens, draw))
+    return TimedBatch("shared_expert_gate", calls, size, 0.0, sample(tokens, draw))

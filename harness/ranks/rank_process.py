@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from moe_harness.harness.process.parent_watch import end_with
-from moe_harness.harness.ranks.calls import Call
-from moe_harness.harness.ranks.heartbeat import Beat, Heartbeat
+from moe_harness.harness.ranks.calls import RecordedCall
+from moe_harness.harness.ranks.heartbeat import Heartbeat, RankStatus
 from moe_harness.harness.ranks.jobs import Exit, Home
 
 
@@ -29,7 +29,7 @@ class Member(Protocol):
     def receive(self) -> Any:
         """The next message, an Exit where the worker is gone, or None where there is nothing for the pool."""
 
-    def beat(self) -> Beat: ...
+    def beat(self) -> RankStatus: ...
 
     def refresh(self) -> None:
         """Make `beat` tell the present."""
@@ -42,7 +42,7 @@ class Member(Protocol):
 
     def said(self) -> str: ...
 
-    def calls(self) -> list[Call]: ...
+    def calls(self) -> list[RecordedCall]: ...
 
     def close(self) -> list[str]:
         """End the worker with all processes that it has started; returns what those were called."""
@@ -73,7 +73,7 @@ class LocalMember:
             code = self.process.exitcode
             return Exit(-signal.SIGKILL if code is None else code)
 
-    def beat(self) -> Beat:
+    def beat(self) -> RankStatus:
         return self.heartbeat.read(self.rank)
 
     def refresh(self) -> None:
@@ -103,11 +103,11 @@ class LocalMember:
         path = self.home.log(self.rank)
         return path.read_text(errors="replace")[-2000:] if path.exists() else ""
 
-    def calls(self) -> list[Call]:
+    def calls(self) -> list[RecordedCall]:
         """What it wrote down; a line cut off by its end is left out."""
         path = self.home.journal(self.rank)
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        return [Call.from_dict(json.loads(line)) for line in lines]
+        return [RecordedCall.from_dict(json.loads(line)) for line in lines]
 
     def close(self) -> list[str]:
         """It may be stuck, so it is not asked."""

@@ -5,7 +5,7 @@
 {"finished": true}                                                      last
 
 pytest -m multigpu suites --ledger FILE
-python -m moe_harness.harness.ranks.ledger FILE
+python -m moe_harness.suites.outcome_log FILE
     exit status 0 only where every planned cell is there and none has failed
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 OUTCOMES = ("passed", "skipped", "failed")
 
 
-class Ledger:
+class OutcomeLog:
     """The writing end; whatever was in the file before is gone."""
 
     def __init__(self, path: Path, planned: Iterable[str]):
