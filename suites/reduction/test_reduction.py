@@ -13,7 +13,7 @@ from moe_harness.harness.ranks import cases, judge
 from moe_harness.harness.ranks.run import judge_ranks
 from moe_harness.harness.report.results import verdict_of
 from moe_harness.harness.run.session import RunOptions
-from moe_harness.suites.dispatcher.subjects import chosen, told
+from moe_harness.suites.dispatcher.subjects import chosen, format_findings
 
 RIGHT = ("parallel", "moe_harness.harness.stages.reduction.faults.reductions:finish")
 FILE = Path(__file__).parent / "strangers.py"
@@ -29,13 +29,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def test_equals_the_layer_on_one_rank(impl: str, world: int) -> None:
     for check, case in cases.reduction_cases([world]):
         verdict = judge.judge(impl, cases.case_id(check, case))
-        assert not verdict.findings, told(verdict)
+        assert not verdict.findings, format_findings(verdict)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_a_fault_shows_in_three_cases_and_hides_where_it_says(fault: Fault) -> None:
     verdict = judge.judge(fault.spec, fault.shows["case"])
-    assert fault.shows["seen_by"] in {finding["check"] for finding in verdict.findings}, told(verdict)
+    assert fault.shows["seen_by"] in {finding["check"] for finding in verdict.findings}, format_findings(verdict)
     for case in fault.hidden:
         assert judge.judge(fault.spec, case).passed, case
     killed = 0
@@ -80,7 +80,9 @@ def test_what_strangers_do_wrong(name: str) -> None:
     for number, case in cases.reduction_cases([2]):
         verdict = judge.judge(f"{FILE}:{name}", cases.case_id(number, case), budget=10.0)
         if verdict.findings:
-            assert verdict.findings[0]["check"] == check and words in verdict.findings[0]["message"], told(verdict)
+            assert verdict.findings[0]["check"] == check and words in verdict.findings[0]["message"], format_findings(
+                verdict
+            )
             return
     raise AssertionError(f"{name} survives")
 
