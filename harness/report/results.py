@@ -131,6 +131,7 @@ class Result(TypedDict, total=False):
     interrupted: bool
     not_judged: list[str]  # of the models of --config, what this stage does not cover
     checks: list[Check]
+    judged: float  # share of the planned cases
     clusters: list[FailureCluster]
     failures: list[Failure]
     coverage: Coverage
@@ -200,6 +201,7 @@ def to_json(results: Sequence[Result]) -> dict[str, Any]:
         "impl": [result["impl"] for result in full],
         "interrupted": any(result["interrupted"] for result in full),
         "checks": sum_checks(full),
+        "judged": min((result.get("judged") or 0.0 for result in full), default=0.0),
         "clusters": [each | {"impl": result["impl"]} for result in full for each in result["clusters"]],
         "failures": [failure | {"impl": result["impl"]} for result in full for failure in result["failures"]],
         "coverage": sum_coverage([result["coverage"] for result in full]),

@@ -26,12 +26,16 @@ from moe_harness.harness.report.results import Result, completed, verdict_of
 
 STYLES = {
     "pass": "bold green",
+    "partly": "bold yellow",
     "fail": "bold red",
     "error": "bold red",
     "unsupported": "bold yellow",
     "skipped": "yellow",
     "none": "dim",
 }
+
+
+WHOLE = 0.995  # share of the planned cases from which a pass is told without it
 
 
 class Unwrapped(str):
@@ -176,7 +180,8 @@ def observations(found: Sequence[dict[str, str]]) -> Iterator[Any]:
 def verdict(result: dict[str, Any]) -> Iterator[Any]:
     """The verdict line, with the reason where it is not a pass, and a warning where the run was cut short."""
     name = verdict_of(result)  # type: ignore[arg-type]
-    yield Text.assemble((name.upper(), STYLES[name]), f"  {result['impl']}  {verdict_reason(result)}")
+    style = STYLES["partly" if name == "pass" and (result.get("judged") or 1) < WHOLE else name]
+    yield Text.assemble((name.upper(), style), f"  {result['impl']}  {verdict_reason(result)}")
     for told in result["not_judged"]:
         yield Text(told, style="yellow")
     if result["interrupted"]:
@@ -196,7 +201,9 @@ def verdict_reason(result: dict[str, Any]) -> str:
     if name == "unsupported":
         return result["error"] or "supports none of the stage's core cases"
     refused = sum(entry["cases"] for entry in result["coverage"]["unsupported"])
-    return f"{ran} cases passed" + (f", {refused} unsupported (listed above)" if refused else "")
+    share = result.get("judged")
+    told = f"{ran} cases passed" + (f", {refused} unsupported (listed above)" if refused else "")
+    return told + (f"; {100 * share:.0f} % of the planned cases were judged" if share and share < WHOLE else "")
 
 
 def matrix(results: Sequence[dict[str, Any]], width: int) -> Iterator[Any]:

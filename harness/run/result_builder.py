@@ -17,6 +17,7 @@ from moe_harness.harness.report.results import Check, Coverage, Failure, Failure
 
 HEATMAPS_PER_CHECK = 5
 CORE_CHECKS = ("contract", "exact", "numeric", "routing", "dense", "live", "shard", "reduction")
+NEEDS_CUDA = "needs --device cuda"
 COUNTED_AS = {"died": "failed", "error": "skipped"}  # the other statuses of an answer count as themselves
 
 
@@ -68,6 +69,7 @@ class ResultBuilder:
         self.started = time.monotonic()
         self.loaded: dict[str, Any] = {"declared": {}, "versions": {}}
         self.places: dict[str, int] = {}  # of each case in the plan
+        self.planned = 0
         self.answered: set[str] = set()
         self.error: str | None = None
         self.interrupted = False
@@ -86,6 +88,7 @@ class ResultBuilder:
 
     def expect(self, ids: list[str]) -> None:
         """What is planned: checks and failures are told in this order, whatever comes back first."""
+        self.planned = len(ids)
         self.places = {case_id: place for place, case_id in enumerate(ids)}
         self.tallies = {self.parse(case_id)[0]: Tally() for case_id in ids}
 
@@ -194,12 +197,20 @@ class ResultBuilder:
             "interrupted": self.interrupted,
             "not_judged": [told for shape in self.request.configs if (told := shape.not_judged(self.stage))],
             "checks": [tally.as_check(name) for name, tally in self.tallies.items() if tally.counts],
+            "judged": self._share(),
             "clusters": self.clusters() if final else [], "failures": self.failures, "coverage": self._coverage(),
             "statistics": {"z_histogram": {"edges": [*HISTOGRAM_EDGES, None], "counts": self.histogram,
                                            "limit": MAX_Z},
                            "elements": self.elements},
             "observations": self._observations(),
         }  # fmt: skip
+
+    def _share(self) -> float:
+        """Cases that were judged, as a share of those planned for this device."""
+        elsewhere = sum(n for (_, why), n in self.skipped.items() if why == NEEDS_CUDA)
+        met = sum(tally.counts.total() for tally in self.tallies.values())
+        planned = max(met, self.planned) - elsewhere
+        return round(len(self.executed) / planned, 4) if planned else 0.0
 
     def clustered(self) -> list[Cluster]:
         """The failing cases by condition; asked for twice in a run, and the search takes up to a second."""

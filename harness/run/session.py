@@ -13,7 +13,7 @@ from moe_harness.harness.core.plan import ON_CUDA_ONLY, Planned, plan
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.process.pool import EXPLAINED, Pool, worker_count
 from moe_harness.harness.report import Result
-from moe_harness.harness.run.result_builder import COUNTED_AS, Listener, ResultBuilder
+from moe_harness.harness.run.result_builder import COUNTED_AS, NEEDS_CUDA, Listener, ResultBuilder
 
 EXAMPLES = {"quick": 200, "full": 500, "exhaustive": 3000}
 SEARCH_SECONDS = {"quick": 15.0, "full": 120.0, "exhaustive": 900.0}
@@ -130,7 +130,7 @@ class Run:
         interpreted = self.account.loaded.get("interpreted", False)
         for p in planned:
             if p.check in ON_CUDA_ONLY and self.request.device != "cuda":
-                self.account.take({"id": p.id, "status": "skipped", "reason": "needs --device cuda"})
+                self.account.take({"id": p.id, "status": "skipped", "reason": NEEDS_CUDA})
             elif interpreted and p.case.steps() > INTERPRETED_STEPS:
                 reason = f"more than {INTERPRETED_STEPS} tiles take too long in Triton's interpreter"
                 self.account.take({"id": p.id, "status": "skipped", "reason": reason})

@@ -2,6 +2,7 @@
 
 import re
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
 
@@ -49,3 +50,20 @@ def test_links_of_a_page_lead_to_files(page):
 def test_commands_of_a_page_exist(page):
     named = set(re.findall(r"moe-harness ([a-z]+)", re.sub(r"moe-harness\[", "", (ROOT / page).read_text())))
     assert named - set(COMMANDS) <= {"check"} | set(COMMANDS), named - set(COMMANDS)
+
+
+def test_the_action_judges_a_project_step_by_step(tmp_path):
+    """Its steps are shell; the one that installs is tried by hand, since it needs a network."""
+    yaml = pytest.importorskip("yaml")
+    steps = yaml.safe_load((ROOT / "docs" / "github-action.yml").read_text())["jobs"]["judge"]["steps"]
+    (judging,) = [step for step in steps if step.get("name") == "Judge the kernels"]
+    with folder() as made:
+        run("moe-harness init shared_expert_gate -l triton -o kernel.py && mkdir tests", made)
+        suite = (ROOT / "docs" / "examples" / "test_fused.py").read_text()
+        judged = '"shared_expert_gate", "kernel.py:shared_expert_gate"'
+        suite = suite.replace('"experts", "my_experts.py:experts"', judged)
+        Path(made, "tests", "test_kernels.py").write_text(suite.replace("def test_experts", "def test_contract"))
+        exports = "".join(f"export {name}={value}\n" for name, value in judging["env"].items())
+        told = run(f"export GITHUB_ACTIONS=true\nset -e\n{exports}{judging['run']}", made)
+        assert " passed" in told and "::error" not in told, told
+        assert {file.name for file in Path(made, "reports").iterdir()} == {"junit.xml", "page.html"}

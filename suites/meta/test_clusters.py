@@ -94,7 +94,9 @@ def test_the_result_tells_clusters_with_counts_and_a_replay_line():
         account.take({"id": planned.id, "status": "failed" if wrong else "passed", "reason": None, "elements": 1,
                       "histogram": [], "observations": {}, "seconds": 0.0, "worst": 0.0,
                       "findings": [{"message": "element [0, 0] is 1", "headroom": 2.0}] if wrong else []})  # fmt: skip
-    (found,) = account.result()["clusters"]
+    result = account.result()
+    (found,) = result["clusters"]
+    assert result["judged"] == 1.0
     assert {"cause", "condition", "failed", "passed", "case", "replay"} <= set(found)
     assert found["condition"] == "k >= 9" and found["passed"] == 0 and found["passed_without"] > 100
     assert found["replay"] == f"moe-harness replay {found['case']} --impl kernel.py:f"
