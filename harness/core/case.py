@@ -41,6 +41,10 @@ class Case:
         """Rows of work in the call."""
         raise NotImplementedError
 
+    def shows(self) -> bool:
+        """Whether a result can be wrong in a value at all."""
+        return self.rows() > 0
+
     def steps(self) -> int:
         """About how many small tiles a kernel goes through, which is what it costs to interpret one."""
         return self.rows()

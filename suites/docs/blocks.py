@@ -23,6 +23,7 @@ from pathlib import Path
 from rich.console import Console
 
 from moe_harness.harness.report import print_report
+from moe_harness.suites.plugin import PLUGIN
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))))
@@ -42,7 +43,7 @@ def folder() -> tempfile.TemporaryDirectory:
     script.parent.mkdir()
     script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m moe_harness "$@"\n')
     script.chmod(0o755)
-    for name, program in {"python": "", "pytest": "-m pytest -p moe_harness.harness.pytest_plugin"}.items():
+    for name, program in {"python": "", "pytest": "-m pytest"}.items():
         (script.parent / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {program} "$@"\n')
         (script.parent / name).chmod(0o755)
     return made
@@ -53,6 +54,7 @@ def run(command: str, place: str) -> str:
     path = f"{place}/bin{os.pathsep}{os.environ['PATH']}"
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "GITHUB"))}
     env = kept | {"PATH": path, "PYTHONPATH": str(ROOT), "COLUMNS": COLUMNS, "NO_COLOR": "1"}
+    env["PYTEST_ADDOPTS"] = " ".join(PLUGIN)
     done = subprocess.run(["bash", "-c", command], cwd=place, env=env, capture_output=True, text=True, timeout=560)
     lines = [line.rstrip() for line in done.stdout.splitlines()]
     return "\n".join(lines).strip("\n") + "\n"

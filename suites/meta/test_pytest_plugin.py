@@ -8,6 +8,8 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
+from moe_harness.suites.plugin import PLUGIN
+
 KERNELS = '''
 """A package of its own, with a neighbour of a name that this project uses too."""
 from torch.nn.functional import silu
@@ -79,8 +81,8 @@ def project(tmp_path_factory):
     return root
 
 
-def run(project, *arguments, plugins=("-p", "moe_harness.harness.pytest_plugin"), **variables):
-    command = [sys.executable, "-m", "pytest", *plugins, "--strict-markers", "-p", "no:cacheprovider", *arguments]
+def run(project, *arguments, **variables):
+    command = [sys.executable, "-m", "pytest", *PLUGIN, "--strict-markers", "-p", "no:cacheprovider", *arguments]
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "GITHUB"))}
     env |= {"PYTHONPATH": os.getcwd(), **variables}
     return subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, timeout=240)

@@ -45,6 +45,9 @@ class ExpertsCase(Case):
     def rows(self) -> int:
         return self.T * self.k
 
+    def shows(self) -> bool:
+        return self.rows() > 0 and self.masked != "all"
+
     def steps(self) -> int:
         return tile_steps(self.rows(), self.E, self.H, self.I)
 
