@@ -17,7 +17,7 @@ from moe_harness.harness.core.plan import plan
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.diagnosis.clusters import Cluster
 from moe_harness.harness.process.pool import Pool, prepare, worker_count
-from moe_harness.harness.run.result_builder import Account, Listener
+from moe_harness.harness.run.result_builder import Listener, ResultBuilder
 
 APART = 0.02
 MOST_ROWS = 600  # of a case; what is larger takes most of the time and adds little
@@ -93,7 +93,7 @@ def _found(clusters: Iterable[Cluster], case: Case) -> bool:
 
 def _clusters(fault: Any, seed: int) -> list[Cluster]:
     request = Request(seed=seed)
-    account = Account(fault.stage, fault.spec, request, Listener())
+    account = ResultBuilder(fault.stage, fault.spec, request, Listener())
     ids = [p.id for p in plan(fault.stage, request) if p.check in CHECKS[fault.stage] and p.case.rows() <= MOST_ROWS]
     with Pool(fault.stage, fault.spec, "cpu", worker_count("cpu"), 60.0) as pool:
         pool.start()
