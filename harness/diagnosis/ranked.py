@@ -50,7 +50,7 @@ def _run(spec: str, case: str, backend: str) -> tuple[tuple[str | None, ...], bo
     stage, ranks = case.split("/")[0], parse_id(case)[1].R  # type: ignore[attr-defined]
     task = {"impl": spec, "case": case}
     try:
-        outcome = pool.run(TASKS[stage], task, ranks=ranks, backend=backend, budget=BUDGET)
+        outcome = pool.run(TASKS[stage], task, ranks=ranks, backend=backend, budget=BUDGET, load=(stage, spec))
     except HarnessError:
         return None
     if not outcome.ok:

@@ -36,7 +36,12 @@ def _one_of(name: str, value: str, known: Sequence[str]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DispatcherCase(Case):
-    """R ranks with T tokens each, E experts placed by `owner`, routed as `ids` says."""
+    """R ranks with T tokens each, E experts placed by `owner`, routed as `ids` says.
+
+    With `copies` there are E + copies physical experts, each of which holds one of the E.  With `groups` the ranks are
+    in that many expert parallel groups, all with the same tokens and experts; each group computes its share of every
+    expert, as where experts are sharded over a second axis of the ranks, and T tells the tokens of a group's ranks.
+    """
 
     stage: ClassVar[str] = "dispatcher"
     R: int
@@ -46,17 +51,29 @@ class DispatcherCase(Case):
     H: int = 16
     owner: str = "block"
     ids: str = "plain"
+    copies: int = 0
+    groups: int = 1
 
     def __post_init__(self) -> None:
         _one_of("owner", self.owner, OWNERS)
         _one_of("ids", self.ids, ROUTINGS)
         _one_of("dtype", self.dtype, DTYPES)
-        if len(self.tokens) != self.R:
-            raise UsageError(f"T is {self.T!r}, which is {len(self.tokens)} ranks, but R is {self.R}")
+        if self.groups < 1 or self.R % self.groups:
+            raise UsageError(f"groups is {self.groups}, which does not divide R, {self.R}")
+        if len(self.tokens) != self.members:
+            what = "R is" if self.groups == 1 else "a group has"
+            raise UsageError(f"T is {self.T!r}, which is {len(self.tokens)} ranks, but {what} {self.members}")
+        if self.copies < 0:
+            raise UsageError(f"copies is {self.copies}, but should be a number of additional experts")
         if not 1 <= self.k <= min(self.E, 10):
             raise UsageError(f"k is {self.k}, but should be in 1..{min(self.E, 10)} (exact sums need k <= 10)")
         if self.H < 8:
             raise UsageError(f"H is {self.H}, but should be at least 8: six columns hold the tag of the token")
+
+    @property
+    def members(self) -> int:
+        """Ranks of one expert parallel group."""
+        return self.R // self.groups
 
     @property
     def tokens(self) -> list[int]:
@@ -186,9 +203,12 @@ def _token_counts(ranks: int) -> list[list[int]]:
 
 
 def dispatcher_cases(
-    worlds: Sequence[int], *, profile: str = "quick", seed: int = 0
+    worlds: Sequence[int], *, profile: str = "quick", seed: int = 0, copies: bool = False
 ) -> Iterator[tuple[str, DispatcherCase]]:
-    """(check, case) in a fixed order; every pair of axis values occurs, in "full" with three seeds."""
+    """(check, case) in a fixed order; every pair of axis values occurs, in "full" with three seeds.
+
+    `copies` adds cases with redundant experts.
+    """
     for ranks, repeat in itertools.product(worlds, range(1 if profile == "quick" else 3)):
         counts = _token_counts(ranks)
         for i in range(max(len(EXPERTS) * 3, len(counts) * len(ROUTINGS))):
@@ -207,6 +227,9 @@ def dispatcher_cases(
             yield ("live" if i % 5 == 4 else "dense"), case
         yield from _large(ranks, seed + repeat * 1000 + 200)
         yield from _equal_blocks(ranks, seed + repeat * 1000 + 300)
+        yield from _over_two_axes(ranks, seed + repeat * 1000 + 400)
+        if copies:
+            yield from _redundant(ranks, seed + repeat * 1000 + 500)
 
 
 def _large(ranks: int, seed: int) -> Iterator[tuple[str, DispatcherCase]]:
@@ -218,6 +241,36 @@ def _large(ranks: int, seed: int) -> Iterator[tuple[str, DispatcherCase]]:
             ids=("plain", "masked")[i % 2], dtype=DTYPES[i % len(DTYPES)], seed=seed + i,
         )  # fmt: skip
         yield "dense", case
+
+
+# (E, copies, k): one expert alone, fewer and more copies than experts, a released size
+REDUNDANT = ((1, 3, 1), (2, 2, 1), (3, 4, 2), (8, 8, 2), (5, 1, 5), (7, 9, 3), (60, 4, 4), (128, 32, 8))
+
+
+def _redundant(ranks: int, seed: int) -> Iterator[tuple[str, DispatcherCase]]:
+    counts = [*_token_counts(ranks), [9] * ranks]
+    for i in range(3 * len(REDUNDANT)):
+        experts, copies, top_k = REDUNDANT[i % len(REDUNDANT)]
+        case = DispatcherCase(
+            R=ranks, E=experts, k=top_k, T="+".join(map(str, counts[i % len(counts)])), H=(16, 8, 33)[i % 3],
+            owner=OWNERS[(i + i // len(OWNERS)) % len(OWNERS)], ids=ROUTINGS[i // 2 % len(ROUTINGS)], copies=copies,
+            dtype=DTYPES[i % len(DTYPES)], seed=seed + i,
+        )  # fmt: skip
+        yield ("live" if i % 4 == 3 else "dense"), case
+
+
+def _over_two_axes(ranks: int, seed: int) -> Iterator[tuple[str, DispatcherCase]]:
+    if ranks % 2:
+        return
+    counts = _token_counts(ranks // 2)
+    for i in range(2 * len(ROUTINGS)):
+        experts, top_k = ((4, 2), (7, 3), (16, 8))[i % 3]
+        case = DispatcherCase(
+            R=ranks, E=experts, k=top_k, T="+".join(map(str, counts[i % len(counts)])), H=(16, 8)[i % 2], groups=2,
+            owner=OWNERS[i % len(OWNERS)], ids=ROUTINGS[i % len(ROUTINGS)], dtype=DTYPES[i % len(DTYPES)],
+            seed=seed + i,
+        )  # fmt: skip
+        yield ("live" if i % 4 == 3 else "dense"), case
 
 
 def _equal_blocks(ranks: int, seed: int) -> Iterator[tuple[str, DispatcherCase]]:

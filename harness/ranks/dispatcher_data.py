@@ -22,7 +22,7 @@ TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bflo
 EXACT = {"fp16": 2**11, "bf16": 2**8}
 LARGEST_FP32 = 4095
 TAG_COLUMNS = 6
-_EXPERT_FIELDS = ("owner", "signs", "permutations", "constants")
+_EXPERT_FIELDS = ("owner", "logical", "signs", "permutations", "constants")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,9 @@ class World:
     """What all ranks hold together."""
 
     batches: list[Batch]  # one per rank, on the CPU
-    owner: Tensor  # [E]
+    owner: Tensor  # [P], of each physical expert
+    logical: Tensor  # [P], the expert that it holds; 0..E-1 where there are no copies
+    columns: Tensor  # [H], true where this rank's group computes an expert's output
     signs: Tensor  # [E, H]
     permutations: Tensor  # [E, H]
     constants: Tensor  # [E, H]
@@ -39,17 +41,23 @@ class World:
         """These tokens, the experts and their owners of `other`."""
         return replace(self, **{name: getattr(other, name) for name in _EXPERT_FIELDS})
 
+    @property
+    def has_copies(self) -> bool:
+        return len(self.logical) > len(self.signs)
+
     def expert(self, expert: int, rows: Tensor) -> Tensor:
-        """f_e of rows [n, H], in their dtype."""
+        """What this rank's group computes of f_e of rows [n, H], in their dtype: columns of others are 0."""
         rows = rows[:, self.permutations[expert]]
-        return self.signs[expert].to(rows.dtype) * rows + self.constants[expert].to(rows.dtype)
+        out = self.signs[expert].to(rows.dtype) * rows + self.constants[expert].to(rows.dtype)
+        return torch.where(self.columns, out, torch.zeros_like(out))
 
 
-def build(case: DispatcherCase, *, replicated: bool = False, values: int = 0) -> World:
+def build(case: DispatcherCase, *, replicated: bool = False, values: int = 0, group: int = 0) -> World:
     """Tensors of every rank from the spec alone.
 
     Args:
         replicated: every rank has the tokens of the longest.
+        group: of the case's groups, the one whose share of every expert is computed.
         values: other numbers draw other hidden states and weights for the very same ids, sizes and experts.
     """
     random = torch.Generator().manual_seed(case.seed * 7919 + case.E * 101 + case.R)
@@ -63,9 +71,12 @@ def build(case: DispatcherCase, *, replicated: bool = False, values: int = 0) ->
     weights = weights.masked_fill(ids < 0, torch.nan)  # a masked slot's weight must not matter
     batches = [Batch(*parts) for parts in zip(*(t.split(counts) for t in (hidden, weights, ids)), strict=True)]
     shape = (case.E, case.H)
+    owner = _owner(case, random)
     return World(
-        batches * case.R if replicated else batches,
-        _owner(case, random),
+        batches * case.members if replicated else batches,
+        owner,
+        _logical(case, random),
+        torch.arange(case.H) % case.groups == group,
         torch.randint(0, 2, shape, generator=random) * 2 - 1,
         torch.stack([torch.randperm(case.H, generator=random) for _ in range(case.E)]),
         torch.randint(-1, 2, shape, generator=random),
@@ -125,13 +136,21 @@ def _ids(case: DispatcherCase, total: int, random: torch.Generator) -> Tensor:
 
 
 def _owner(case: DispatcherCase, random: torch.Generator) -> Tensor:
-    experts, ranks = torch.arange(case.E), case.R
+    experts, ranks = torch.arange(case.E + case.copies), case.members
     if case.owner == "block":  # the first ranks hold one more where E does not divide
-        return torch.tensor([r for r in range(ranks) for _ in range(len(range(r, case.E, ranks)))])
+        return torch.tensor([r for r in range(ranks) for _ in range(len(range(r, len(experts), ranks)))])
     if case.owner == "cyclic":
         return experts % ranks
     if case.owner == "last_empty":
         return experts % max(ranks - 1, 1)
     if case.owner == "one":
         return torch.full_like(experts, ranks // 2)
-    return torch.randint(0, ranks, (case.E,), generator=random)
+    return torch.randint(0, ranks, (len(experts),), generator=random)
+
+
+def _logical(case: DispatcherCase, random: torch.Generator) -> Tensor:
+    """Which expert each physical one holds: every expert once, the others drawn, in no order."""
+    if not case.copies:
+        return torch.arange(case.E)
+    drawn = torch.randint(0, case.E, (case.copies,), generator=random)
+    return torch.cat([torch.arange(case.E), drawn])[torch.randperm(case.E + case.copies, generator=random)]

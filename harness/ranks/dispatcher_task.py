@@ -5,6 +5,7 @@ experts.  Distinct tokens per rank, distinct weights per slot, experts that do d
 known passes that.  The rows received are looked at only to say where it went wrong.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from moe_harness.harness.ranks import dispatcher_data, received_rows, volume
 from moe_harness.harness.ranks.cases import DispatcherCase, parse_id
 from moe_harness.harness.ranks.entering import Refused, enter
+from moe_harness.harness.ranks.groups import member_of_group
 from moe_harness.harness.ranks.loading import load_checked
 from moe_harness.harness.ranks.results import RankReport, differing_rows, digest
 from moe_harness.harness.ranks.worker import Rank
@@ -37,9 +39,16 @@ def run(me: Rank, spec: dict[str, Any], seed: int) -> dict[str, Any]:
     subject = load_checked("dispatcher", spec["impl"])
     replicated = bool(getattr(subject, "requires_replicated_tokens", False))
     report = RankReport(me.rank)
-    worlds = _worlds(check, case, replicated)
+    me, group = member_of_group(me, case.groups), me.rank % case.groups
+    worlds = _worlds(check, case, replicated, group)
+    keywords = {"num_experts": case.E, "owner": worlds[0].owner.clone()}
+    if case.copies:
+        if not supports_copies(subject):
+            report.rejected = "does not declare supports_copies, so it is not made with redundant experts"
+            return report.as_dict()
+        keywords["logical"] = worlds[0].logical.clone()
     try:
-        dispatcher = enter(me, subject, me.group, num_experts=case.E, owner=worlds[0].owner.clone())
+        dispatcher = enter(me, subject, me.group, **keywords)
         limit = getattr(dispatcher, "max_live", None)
         worlds = worlds[: None if limit is None else max(1, limit)]  # a class that allows none is judged all the same
         _judge(me, dispatcher, worlds, report, bool(spec.get("explain")))
@@ -48,15 +57,26 @@ def run(me: Rank, spec: dict[str, Any], seed: int) -> dict[str, Any]:
     return report.as_dict()
 
 
-def _worlds(check: str, case: DispatcherCase, replicated: bool) -> list[dispatcher_data.World]:
+def copies(me: Rank, spec: dict[str, str], seed: int) -> bool:
+    """Task: whether spec["impl"] is to be judged with redundant experts too."""
+    return supports_copies(load_checked("dispatcher", spec["impl"]))
+
+
+def supports_copies(subject: Any) -> bool:
+    """What a class declares."""
+    return bool(getattr(subject, "supports_copies", False))
+
+
+def _worlds(check: str, case: DispatcherCase, replicated: bool, group: int) -> list[dispatcher_data.World]:
     """What is dispatched before anything is combined: the case itself, for `live` two of other sizes and routing, and
     always one that differs from the case in its values alone, which fits wherever the case fits."""
-    worlds = [dispatcher_data.build(case, replicated=replicated)]
+    build = partial(dispatcher_data.build, replicated=replicated, group=group)
+    worlds = [build(case)]
     if check == "live":
         for number, tokens in enumerate((other_tokens(case), case.T), 1):
-            other = dispatcher_data.build(case.but(seed=case.seed + number, T=tokens), replicated=replicated)
+            other = build(case.but(seed=case.seed + number, T=tokens))
             worlds.append(other.with_experts_of(worlds[0]))
-    return [*worlds, dispatcher_data.build(case, replicated=replicated, values=1)]
+    return [*worlds, build(case, values=1)]
 
 
 def other_tokens(case: DispatcherCase) -> str:
@@ -75,7 +95,7 @@ def _judge(me: Rank, dispatcher: Any, worlds: list[dispatcher_data.World], repor
     dispatched = [enter(me, dispatcher.dispatch, *batch) for batch in inputs]
     for world, d in zip(worlds, dispatched, strict=True):
         sound = _check_contract(me, d, world, report)
-        if explain and hasattr(d, "topk_ids"):
+        if explain and hasattr(d, "topk_ids") and not world.has_copies:
             report.observed["received"] = received_rows.explain(d, world, me.rank)
         if not sound:
             return
@@ -87,7 +107,7 @@ def _judge(me: Rank, dispatcher: Any, worlds: list[dispatcher_data.World], repor
         if not torch.equal(given.view(torch.uint8), expert_output.view(torch.uint8)):
             report.fail("inputs", "expert_output was modified by combine", diagnosis=_IN_PLACE)
     for call in me.recorder.started.values():
-        told = f"rank {me.rank}, call {call}: started and never waited for, so that its result may come too late"
+        told = f"rank {report.rank}, call {call}: started and never waited for, so that its result may come too late"
         report.fail("contract", told)
     me.recorder.injector.injection = None  # what follows belongs to the harness
     for number, world in enumerate(worlds):
@@ -143,7 +163,7 @@ def _run_experts(d: Any, world: dispatcher_data.World, me: Rank) -> Tensor:
     at, slots = (ids >= 0).nonzero(as_tuple=True)
     order = ids[at, slots].long().argsort(stable=True)
     at, slots = at[order], slots[order]
-    owned = owned_experts(world.owner, me.rank)
+    owned = world.logical[owned_experts(world.owner, me.rank)]
     sizes = ids[at, slots].long().bincount(minlength=len(owned)).tolist()
     for expert, t, s in zip(owned.tolist(), at.split(sizes), slots.split(sizes), strict=True):
         if len(t):
@@ -171,11 +191,11 @@ def _check_result(me: Rank, out: Any, world: dispatcher_data.World, d: Any, repo
         column = int(differing_rows(got[token, :, None], expected[token, :, None])[0])
         report.fail(
             "dense",
-            f"{which}rank {me.rank}: {len(wrong)} of {len(expected)} tokens differ from the dense layer; first is "
+            f"{which}rank {report.rank}: {len(wrong)} of {len(expected)} tokens differ from the dense layer; first is "
             f"token {token}, column {column}: {got[token, column]:g}, but should be {expected[token, column]:g}",
-            where={"rank": me.rank, "token": token, "column": column, "tokens": wrong.tolist()[:32]},
+            where={"rank": report.rank, "token": token, "column": column, "tokens": wrong.tolist()[:32]},
             diagnosis=[
-                *received_rows.fit(got, parts, wrong),
+                *([] if world.has_copies else received_rows.fit(got, parts, wrong)),
                 *received_rows.displaced(got, world, me.rank, wrong),
             ],
         )
@@ -198,7 +218,7 @@ def _memory(tensor: Tensor) -> int:
 
 def _check_volume(me: Rank, dispatcher: Any, worlds: list[dispatcher_data.World], report: RankReport) -> None:
     """Bytes sent against what the declared scheme needs for these ids, over all dispatches of the case."""
-    scheme = getattr(dispatcher, "scheme", None)
+    scheme = None if worlds[0].has_copies else getattr(dispatcher, "scheme", None)
     sent = sum(call.sent for call in me.recorder.calls)
     report.observed |= {"sent": sent, "needed": None, "dispatches": len(worlds)}
     floors = [volume.floor(scheme, w.batches, w.owner, me.rank) for w in worlds] if isinstance(scheme, str) else []
@@ -207,5 +227,5 @@ def _check_volume(me: Rank, dispatcher: Any, worlds: list[dispatcher_data.World]
         return
     report.observed["needed"] = needed = sum(known)
     if sent >= needed + len(worlds) * volume.CONTROL_BYTES * (me.world_size - 1) + 1:
-        report.fail("volume", f"rank {me.rank} sent {sent:g} bytes, but {scheme} needs {needed:g} for these ids",
-                    headroom=sent / needed if needed else None, where={"rank": me.rank})  # fmt: skip
+        report.fail("volume", f"rank {report.rank} sent {sent:g} bytes, but {scheme} needs {needed:g} for these ids",
+                    headroom=sent / needed if needed else None, where={"rank": report.rank})  # fmt: skip

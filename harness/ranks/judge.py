@@ -89,19 +89,32 @@ def planned(
     """
     plan: Iterable[tuple[str, Case]]
     if stage == "dispatcher":
-        plan = cases.dispatcher_cases(worlds, profile=profile, seed=seed)
+        copies = _asked("dispatcher_task:copies", stage, spec, backend)
+        plan = cases.dispatcher_cases(worlds, profile=profile, seed=seed, copies=copies)
         return [cases.case_id(check, case) for check, case in plan]
     if stage == "reduction":
         plan = cases.reduction_cases(worlds, profile=profile, seed=seed)
         return [cases.case_id(check, case) for check, case in plan]
     if stage != "parallel_linear":
         raise errors.unknown("stage", stage, list(TASKS))
-    outcome = pool.run("moe_harness.harness.ranks.linear_task:kind", {"impl": spec}, ranks=1, backend=backend)
-    if outcome.failure is not None:
-        _raise_usage(outcome.failure)
-        raise errors.CannotJudge(f"{spec}: {outcome.failure.headline()}")
-    lines = cases.linear_cases(worlds, outcome.results[0], profile=profile, seed=seed)
+    kind = _asked("linear_task:kind", stage, spec, backend)
+    lines = cases.linear_cases(worlds, kind, profile=profile, seed=seed)
     return [cases.case_id(check, case) for check, case in lines]
+
+
+def _asked(task: str, stage: str, spec: str, backend: str) -> Any:
+    """What one rank says of an implementation, which is loaded there.
+
+    Raises:
+        UsageError, CannotJudge: it cannot be.
+    """
+    name, load = f"moe_harness.harness.ranks.{task}", (stage, spec)
+    outcome = pool.run(name, {"impl": spec}, ranks=1, backend=backend, load=load)
+    if outcome.failure is None:
+        return outcome.results[0]
+    _raise_not_theirs(outcome.failure)
+    _raise_usage(outcome.failure)
+    raise errors.CannotJudge(f"{spec}: {outcome.failure.headline()}")
 
 
 def judge_case(spec: str, case: str, *, backend: str = "gloo") -> list[Finding]:

@@ -26,7 +26,8 @@ def contributions(world: World, rank: int) -> Tensor:
     for expert in batch.topk_ids[batch.topk_ids >= 0].unique().tolist():
         tokens, slots = (batch.topk_ids == expert).nonzero(as_tuple=True)
         values = weights[tokens, slots, None] * world.expert(expert, rows[tokens])
-        parts[int(world.owner[expert])].index_add_(0, tokens, values)
+        holder = int((world.logical == expert).nonzero()[0])  # of several copies any: their sum is what counts
+        parts[int(world.owner[holder])].index_add_(0, tokens, values)
     return parts
 
 

@@ -155,7 +155,9 @@ class RankRun:
         check = cases.CHECKS[self.stage][0]
         drawn: Any
         if self.stage == "dispatcher":
-            drawn = strategies.dispatcher_cases(self.worlds)
+            planned_cases = [cases.parse_id(case_id)[1] for case_id in self.account.places]
+            copies = any(case.copies for case in planned_cases)  # type: ignore[attr-defined]
+            drawn = strategies.dispatcher_cases(self.worlds, copies=copies)
         elif self.stage == "reduction":
             drawn = strategies.reduction_cases(self.worlds)
         else:

@@ -18,12 +18,14 @@ from moe_harness.harness.ranks.cases import (
 
 @st.composite
 def dispatcher_cases(
-    draw: st.DrawFn, worlds: Sequence[int] = (1, 2, 4), dtypes: Sequence[str] = DTYPES
+    draw: st.DrawFn, worlds: Sequence[int] = (1, 2, 4), dtypes: Sequence[str] = DTYPES, copies: bool = False
 ) -> DispatcherCase:
-    """Cases that shrink to few ranks, experts, slots and tokens, and to the plainest routing."""
+    """Cases that shrink to few ranks, experts, slots and tokens, and to the plainest routing; with redundant experts
+    where `copies` says so."""
     ranks = draw(st.sampled_from(sorted(worlds)))
     experts = draw(st.integers(1, 9))
-    tokens = draw(st.lists(st.integers(0, 5), min_size=ranks, max_size=ranks))
+    groups = draw(st.sampled_from([count for count in (1, 2) if ranks % count == 0]))
+    tokens = draw(st.lists(st.integers(0, 5), min_size=ranks // groups, max_size=ranks // groups))
     return DispatcherCase(
         R=ranks,
         E=experts,
@@ -32,6 +34,8 @@ def dispatcher_cases(
         H=draw(st.sampled_from([8, 16])),
         owner=draw(st.sampled_from(OWNERS)),
         ids=draw(st.sampled_from(ROUTINGS)),
+        copies=draw(st.integers(0, 5)) if copies else 0,
+        groups=groups,
         dtype=draw(st.sampled_from(list(dtypes))),
         seed=draw(st.integers(0, 99)),
     )

@@ -29,6 +29,7 @@ class AllToAll(Dispatcher):
 
     def dispatch(self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Dispatched:
         """hidden_states [T_r, H], topk_weights and topk_ids [T_r, k] -> copies for own experts, k' = 1."""
+        topk_ids = self.physical(topk_ids)
         counts, copies = grouped(self.owners(topk_ids).flatten(), self.world_size)
         sent, received = exchange_counts(counts, self.group)
         copies = copies[: sum(sent)]

@@ -32,6 +32,7 @@ class AllToAllDedup(Dispatcher):
 
     def dispatch(self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Dispatched:
         """hidden_states [T_r, H], topk_weights and topk_ids [T_r, k] -> each token once, k' = k."""
+        topk_ids = self.physical(topk_ids)
         owners = self.owners(topk_ids)
         ranks = torch.arange(self.world_size, device=owners.device)
         needed = (owners[:, :, None] == ranks).any(1)  # [T, R]

@@ -20,8 +20,11 @@ class AllgatherReducescatter(Dispatcher):
 
     scheme = "allgather_reducescatter"
 
-    def __init__(self, group: dist.ProcessGroup, *, num_experts: int, owner: Tensor, equal_tokens: bool = False):
-        super().__init__(group, num_experts=num_experts, owner=owner)
+    def __init__(
+        self, group: dist.ProcessGroup, *, num_experts: int, owner: Tensor, logical: Tensor | None = None,
+        equal_tokens: bool = False,
+    ):  # fmt: skip
+        super().__init__(group, num_experts=num_experts, owner=owner, logical=logical)
         self.equal_tokens = equal_tokens
 
     def dispatch(self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Dispatched:
@@ -31,7 +34,7 @@ class AllgatherReducescatter(Dispatcher):
         counts = known or gather_counts(tokens, self.group, hidden_states.device)
         rows = gather_rows(hidden_states, counts, self.group)
         weights = gather_rows(topk_weights, counts, self.group)
-        ids = gather_rows(topk_ids, counts, self.group)
+        ids = gather_rows(self.physical(topk_ids), counts, self.group)
         return Dispatched(rows, weights, self.own_ids(ids), counts)
 
     def combine(self, expert_output: Tensor, d: Dispatched) -> Tensor:

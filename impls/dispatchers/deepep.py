@@ -21,6 +21,7 @@ class DeepEP(Dispatcher):
         NotImplementedError: the package is missing, the group is not on GPUs, or experts are placed unevenly.
     """
 
+    supports_copies = False
     scheme = "deepep"
     dtypes = ("bf16",)
     devices = ("cuda",)

@@ -23,8 +23,11 @@ class LocalAllreduce(Dispatcher):
     scheme = "local_allreduce"
     requires_replicated_tokens = True
 
-    def __init__(self, group: dist.ProcessGroup, *, num_experts: int, owner: Tensor, verify: bool = True):
-        super().__init__(group, num_experts=num_experts, owner=owner)
+    def __init__(
+        self, group: dist.ProcessGroup, *, num_experts: int, owner: Tensor, logical: Tensor | None = None,
+        verify: bool = True,
+    ):  # fmt: skip
+        super().__init__(group, num_experts=num_experts, owner=owner, logical=logical)
         self.verify = verify
 
     def dispatch(self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Dispatched:
@@ -35,7 +38,7 @@ class LocalAllreduce(Dispatcher):
         """
         if self.verify:
             self._check_replicated(hidden_states, topk_weights, topk_ids)
-        return Dispatched(hidden_states.clone(), topk_weights.clone(), self.own_ids(topk_ids))
+        return Dispatched(hidden_states.clone(), topk_weights.clone(), self.own_ids(self.physical(topk_ids)))
 
     def combine(self, expert_output: Tensor, d: Dispatched) -> Tensor:
         """expert_output [T, H] -> the sum over ranks, [T, H], on every rank."""

@@ -34,15 +34,18 @@ class Masked(Dispatcher):
 
     scheme = "masked"
 
-    def __init__(self, group: dist.ProcessGroup, *, num_experts: int, owner: Tensor, max_tokens: int | None = None):
-        super().__init__(group, num_experts=num_experts, owner=owner)
+    def __init__(
+        self, group: dist.ProcessGroup, *, num_experts: int, owner: Tensor, logical: Tensor | None = None,
+        max_tokens: int | None = None,
+    ):  # fmt: skip
+        super().__init__(group, num_experts=num_experts, owner=owner, logical=logical)
         self.max_tokens = max_tokens
         self.num_local = int((self.tables(torch.device("cpu")).owner[:-1] == self.rank).sum())
 
     def dispatch(self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Dispatched:
         """hidden_states [T_r, H], topk_weights and topk_ids [T_r, k] -> [E_local * max_tokens * R, H], k' = 1."""
         bound = self._bound(hidden_states)
-        weights, ids = merge_duplicates(topk_weights, topk_ids)
+        weights, ids = merge_duplicates(topk_weights, self.physical(topk_ids))
         places = self._places(ids, bound * topk_ids.shape[1])
         size = self.world_size * bound * topk_ids.shape[1]
         received_ids = self._exchange(_placed(self.owner_ids(ids)[..., None], places, size, fill=-1))

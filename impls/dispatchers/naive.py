@@ -23,7 +23,7 @@ class Naive(Dispatcher):
         counts = gather_counts(len(hidden_states), self.group, hidden_states.device)
         rows = self._broadcast(hidden_states, counts)
         weights = self._broadcast(topk_weights, counts)
-        ids = self._broadcast(topk_ids, counts)
+        ids = self._broadcast(self.physical(topk_ids), counts)
         return Dispatched(rows, weights, self.own_ids(ids), counts)
 
     def dispatch_logits(
@@ -33,7 +33,7 @@ class Naive(Dispatcher):
         counts = gather_counts(len(hidden_states), self.group, hidden_states.device)
         rows = self._broadcast(hidden_states, counts)
         weights, ids = route(self._broadcast(router_logits, counts))
-        return Dispatched(rows, weights, self.own_ids(ids), counts)
+        return Dispatched(rows, weights, self.own_ids(self.physical(ids)), counts)
 
     def combine(self, expert_output: Tensor, d: Dispatched) -> Tensor:
         """expert_output [S, H] -> this rank's tokens, [T_r, H]."""

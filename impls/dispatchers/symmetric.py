@@ -94,6 +94,7 @@ class Symmetric(Dispatcher):
         ValueError: on a rank with more than max_tokens tokens.
     """
 
+    supports_copies = False
     scheme = "symmetric"
     devices = ("cuda",)
     dtypes = ("fp32", "bf16", "fp16")

@@ -91,7 +91,8 @@ class Letters:
         pending = []
         for q in range(self.world):
             if q != self.me:
-                pending += [dist.isend(parts[q].contiguous(), q), dist.irecv(got[q], q)]
+                peer = dist.get_global_rank(self.group, q)
+                pending += [dist.isend(parts[q].contiguous(), peer, self.group), dist.irecv(got[q], peer, self.group)]
         for p in pending:
             p.wait()
         return got
