@@ -25,14 +25,15 @@ def test_right_where_it_is_hidden(fault: Fault) -> None:
         assert verdict.passed, format_findings(verdict)
 
 
-def _planned() -> Iterator[str]:
-    for check, case in cases.dispatcher_cases([1, 2, 4]):
+def _planned(copies: bool = False) -> Iterator[str]:
+    for check, case in cases.dispatcher_cases([1, 2, 4], copies=copies):
         yield cases.case_id(check, case)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_killed_by_the_planned_cases(fault: Fault) -> None:
-    assert any(judge.judge(fault.spec, case).findings for case in _planned()), f"{fault.name} survives"
+    planned = _planned(copies=fault.family == "EPLB")
+    assert any(judge.judge(fault.spec, case).findings for case in planned), f"{fault.name} survives"
 
 
 @pytest.mark.parametrize("base", BASES)
