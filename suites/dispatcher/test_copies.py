@@ -7,7 +7,7 @@ import pytest
 from moe_harness.harness.core.catalogue import Fault, all_faults
 from moe_harness.harness.diagnosis.ranked import named
 from moe_harness.harness.ranks import cases, judge
-from moe_harness.suites.dispatcher.subjects import told
+from moe_harness.suites.dispatcher.subjects import format_findings
 
 RIGHT = (
     *(f"dispatchers:{name}" for name in ("naive", "allgather_reducescatter", "all_to_all", "all_to_all_dedup", "masked",
@@ -29,7 +29,7 @@ def test_right_with_copies(impl: str) -> None:
     assert len(planned) > 20
     for case in planned[::2]:
         verdict = judge.judge(impl, case)
-        assert verdict.passed, verdict.unsupported or told(verdict)
+        assert verdict.passed, verdict.unsupported or format_findings(verdict)
 
 
 @pytest.mark.parametrize("impl", [*RIGHT, PADDED])
@@ -38,7 +38,7 @@ def test_right_in_groups(impl: str) -> None:
     assert len(planned) > 20
     for case in planned[::2]:
         verdict = judge.judge(impl, case)
-        assert verdict.passed, verdict.unsupported or told(verdict)
+        assert verdict.passed, verdict.unsupported or format_findings(verdict)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
