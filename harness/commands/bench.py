@@ -29,6 +29,7 @@ def bench(
     picture: Annotated[
         Path | None, typer.Option("--picture", help="Write roofline and times here, PNG or SVG.")
     ] = None,
+    baseline: options.Baseline = None,
 ) -> None:
     """Time implementations of a stage; one that is not right on the timed data is not timed."""
     from rich.console import Console
@@ -41,6 +42,7 @@ def bench(
     check_ep_size(model.num_experts, ep_size)
     for path in (json, picture):
         options.writable(path)
+    options.readable(baseline)
     _require(picture)
     from moe_harness.harness.bench import timing as library
     from moe_harness.harness.bench.data import TimedLayer
@@ -66,7 +68,14 @@ def bench(
     if report.stopped:
         raise CannotJudge(f"only what is listed was timed: {report.stopped}")
     timed = any(not timing.refused for timing in report.timings)
-    raise typer.Exit(EXIT_PASS if timed else EXIT_CANNOT_JUDGE)
+    status = EXIT_PASS if timed else EXIT_CANNOT_JUDGE
+    if baseline is not None:
+        from json import loads
+
+        from moe_harness.harness.record.against import against
+
+        status = against(baseline, loads(report.as_json()), status)
+    raise typer.Exit(status)
 
 
 def token_counts(text: str) -> list[int]:

@@ -32,6 +32,7 @@ def check(
     ] = False,
     json: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write a self-contained page here.")] = None,
+    baseline: options.Baseline = None,
     debug: options.Debug = False,
 ) -> None:
     """Judge one or more implementations of a stage."""
@@ -47,6 +48,7 @@ def check(
     worlds, specs = options.worlds([ranks]), options.specs(impl)
     options.writable(json)
     options.writable(html)
+    options.readable(baseline)
     prepare()
     results: list[report.Result] = []
     errors: list[HarnessError] = []
@@ -65,7 +67,16 @@ def check(
     _deliver(results, json, html)
     for told in errors:
         options.tell(told, debug)
-    raise typer.Exit(_status(results, errors))
+    raise typer.Exit(_compared(baseline, results, _status(results, errors)))
+
+
+def _compared(baseline: Path | None, results: list, status: int) -> int:
+    if baseline is None:
+        return status
+    from moe_harness.harness.record.against import against
+    from moe_harness.harness.report.results import to_json
+
+    return against(baseline, to_json(results), status)
 
 
 def _failed_last(stage: str, spec: str, progress: Any) -> tuple[str, ...] | None:

@@ -29,6 +29,9 @@ Seconds = Annotated[float, typer.Option("--timeout", help="Seconds that one batc
 Tp = Annotated[int, typer.Option("--tp", help="Ranks that share each expert, for a model that runs on several.", min=1)]
 Ep = Annotated[int, typer.Option("--ep", help="Ranks that share the experts among them.", min=1)]
 Dispatcher = Annotated[str | None, typer.Option("--dispatcher", help="The dispatcher that --ep runs with.")]
+Against = Annotated[
+    Path | None, typer.Option("--against", help="Compare the candidate with its recorded run, document by document.")
+]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the result here.")]
 Html = Annotated[Path | None, typer.Option("--html", help="Write a self-contained page here.")]
 
@@ -55,6 +58,7 @@ def gate(
     ledger: Folder = None,
     fresh: Fresh = False,
     timeout: Seconds = 1800.0,
+    against: Against = None,
     json: Json = None,
     html: Html = None,
     debug: options.Debug = False,
@@ -70,6 +74,7 @@ def gate(
     if baseline is None or candidate is None:
         raise UsageError("wanted are --baseline SPEC and --candidate SPEC (and --model DIR)")
     _outputs(json, html)
+    options.readable(against)
     from moe_harness.harness.gate import steps
     from moe_harness.harness.gate.task import Asked
 
@@ -91,7 +96,7 @@ def gate(
                 [str(requests), "--impl", spec, "--out", str(answers[-1]), *shared, *ranked], f"the {side} {spec}"
             )
         result = steps.make_result(requests, answers[0], answers[1], margin)
-    _deliver(result, json, html)
+    _deliver(result, json, html, against)
 
 
 @app.command()
@@ -167,7 +172,7 @@ def _outputs(json: Path | None, html: Path | None) -> None:
         options.writable(path)
 
 
-def _deliver(result: dict[str, Any], json: Path | None, html: Path | None) -> None:
+def _deliver(result: dict[str, Any], json: Path | None, html: Path | None, recorded: Path | None = None) -> None:
     from json import dumps
 
     from rich.console import Console
@@ -180,4 +185,9 @@ def _deliver(result: dict[str, Any], json: Path | None, html: Path | None) -> No
         json.write_text(dumps(result, indent=1) + "\n", "utf-8")
     if html is not None:
         view.write_html(result, html)
-    raise typer.Exit({"pass": EXIT_PASS, "fail": EXIT_FAIL}.get(result["verdict"], EXIT_CANNOT_JUDGE))
+    status = {"pass": EXIT_PASS, "fail": EXIT_FAIL}.get(result["verdict"], EXIT_CANNOT_JUDGE)
+    if recorded is not None:
+        from moe_harness.harness.record.against import against
+
+        status = against(recorded, result, status)
+    raise typer.Exit(status)

@@ -77,6 +77,10 @@ Checks = Annotated[
     list[str] | None,
     typer.Option("--check", help="Only these checks.", autocompletion=starting_with(lambda: CHECK_NAMES)),
 ]
+Baseline = Annotated[
+    Path | None,
+    typer.Option("--baseline", help="Compare with this recorded run (moe-harness record); a regression ends with 1."),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Other data, other combinations.", min=0)]
 Timeout = Annotated[float, typer.Option("--timeout", help="Seconds one case may take.", min=1)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback behind a message.")]
@@ -169,6 +173,14 @@ def writable(path: Path | None) -> None:
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
         why = "it is a folder" if path.is_dir() else "its folder does not exist"
         raise UsageError(f"cannot write {path}: {why}")
+
+
+def readable(path: Path | None) -> None:
+    """Find out before the run that there is nothing to compare with (UsageError)."""
+    if path is not None and not path.is_file():
+        raise UsageError(
+            f"--baseline {path}: there is no such file; `moe-harness record --into {path} -- ...` makes it"
+        )
 
 
 def tell(error: HarnessError, debug: bool) -> None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_harness.harness.core import contracts
+from moe_harness.harness.core import registry
 from moe_harness.harness.core.catalogue import Fault, all_faults, get
 from moe_harness.harness.gate.answerers import Settings
 from moe_harness.harness.gate.exchange import Gold, Request
@@ -46,7 +46,7 @@ class Planted:
 def plan(middle: int) -> list[Planted]:
     """Right implementations first, then faults in all layers, then in the middle one."""
     right = [Planted("right", "grouped_mm", "", None)]
-    right += [Planted("right", name, "experts", None) for name in contracts.registered("experts")]
+    right += [Planted("right", name, "experts", None) for name in registry.registered("experts")]
     faults = [found for found in all_faults() if found.stage in ("experts", "moe_block") and plantable(found)]
     return [*right, *(Planted("fault", f.name, f.stage, layer) for layer in (None, middle) for f in faults)]
 
@@ -106,7 +106,7 @@ def _with(model: Any, planted: Planted, asked: Sequence[Request]) -> list[Gold]:
             return model.golds(asked)
         finally:
             model.model.set_experts_implementation("eager")
-    function = get(planted.name).function if planted.kind == "fault" else contracts.find("experts", planted.name)
+    function = get(planted.name).function if planted.kind == "fault" else registry.find("experts", planted.name)
     take_out = plug(model.model, planted.stage, function, planted.layer)
     try:
         return model.golds(asked)

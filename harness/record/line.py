@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moe_harness.harness.core.errors import UsageError
+from moe_harness.harness.core.errors import HarnessError, UsageError
 from moe_harness.harness.gate.identity import PACKAGES, source_hash, version
 
 SCHEMA = 1
@@ -50,7 +50,7 @@ def _of(result: Any) -> Iterator[Line]:
         yield from _bench(result)
     elif "checks" in result:
         yield _check(result)
-    elif "faults" in result and "survivors" in result:
+    elif "rows" in result and "survivors" in result:
         yield _faults(result)
     else:
         raise UsageError(f"this is no result of check, bench, gate or faults: it has {', '.join(list(result)[:6])}")
@@ -81,7 +81,7 @@ def _statistics(found: dict[str, Any]) -> dict[str, Any]:
     edges, counts = histogram.get("edges") or [], histogram.get("counts") or []
     if not elements or len(edges) != len(counts) + 1:
         return {}
-    middles = [(a + b) / 2 for a, b in zip(edges, edges[1:], strict=False)]
+    middles = [a if b is None else (a + b) / 2 for a, b in zip(edges, edges[1:], strict=False)]  # the last is open
     square = sum(n * m * m for n, m in zip(counts, middles, strict=True)) / max(sum(counts), 1)
     return {"z": {"rms": math.sqrt(square), "elements": sum(counts)}}
 
@@ -118,11 +118,8 @@ def _gate(result: dict[str, Any]) -> Line:
 
 def _faults(result: dict[str, Any]) -> Line:
     """A fault that is killed is a pass of the suites."""
-    survivors = {found if isinstance(found, str) else found["name"] for found in result["survivors"]}
-    verdicts = {}
-    for fault in result["faults"]:
-        name = fault if isinstance(fault, str) else fault["name"]
-        verdicts[name] = {"verdict": "fail" if name in survivors else "pass"}
+    survivors = {found if isinstance(found, str) else found["fault"] for found in result["survivors"]}
+    verdicts = {row["fault"]: {"verdict": "fail" if row["fault"] in survivors else "pass"} for row in result["rows"]}
     return {"kind": "faults", "name": "catalogue", "source": None, "seed": result.get("seed"), "verdicts": verdicts}
 
 
@@ -150,9 +147,9 @@ def _output(*command: str) -> str:
 
 def _source(stage: str, spec: str) -> str | None:
     """The source behind a spec, where it can be imported here."""
-    from moe_harness.harness.core import contracts
+    from moe_harness.harness.core import registry
 
     try:
-        return source_hash(contracts.find(stage, spec))
-    except Exception:  # a library that is absent, a server, a file that moved: then there is no source to name
+        return source_hash(registry.find(stage, spec))
+    except HarnessError:  # a library that is absent, a file that moved: then there is no source to name
         return None

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from moe_harness.harness.core import contracts
+from moe_harness.harness.core import registry
 from moe_harness.harness.core.errors import CannotJudge, UsageError
 from moe_harness.harness.gate import exchange, identity
 from moe_harness.harness.gate.answering import answer_all, batches
@@ -135,7 +135,7 @@ def experts(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, *, a
 
 def source(folder, text, name="kernel.py"):
     (folder / name).write_text(text)
-    return identity.source_hash(contracts.find("experts", f"{folder / name}:experts"))
+    return identity.source_hash(registry.find("experts", f"{folder / name}:experts"))
 
 
 def test_an_edited_kernel_is_another_implementation(tmp_path):

@@ -180,7 +180,7 @@ CHECK = {
     "schema": 1, "verdict": "pass", "stage": "router", "impl": "torch:loop", "device": "cpu", "dtypes": ["fp32"],
     "seed": 0,
     "checks": [{"name": "numeric", "cases": 10, "failed": 0, "unsupported": 2, "skipped": 0}],
-    "statistics": {"z_histogram": {"edges": [0.0, 1.0, 2.0], "counts": [3, 1]}, "elements": 4},
+    "statistics": {"z_histogram": {"edges": [0.0, 1.0, 2.0, None], "counts": [3, 1, 0]}, "elements": 4},
 }  # fmt: skip
 BENCH = {
     "stage": "experts", "model": {"name": "qwen3"}, "ep_size": 1, "dtype": "bf16", "device": "NVIDIA H100",
@@ -199,11 +199,21 @@ GATE = {
 }  # fmt: skip
 
 
+FAULTS = {"rows": [{"fault": "a"}, {"fault": "b"}], "survivors": ["b"], "seed": 0}
+
+
+def test_a_matrix_of_faults_is_kept_by_fault():
+    (found,) = line.lines(FAULTS)
+    assert found["verdicts"] == {"a": {"verdict": "pass"}, "b": {"verdict": "fail"}}
+    assert levels(between(line.lines(FAULTS | {"survivors": []})[0], found)) == ["regression"]
+
+
 def test_lines_hold_what_the_commands_found():
     (checked,) = line.lines(CHECK)
     assert checked["verdicts"]["numeric"] == {"verdict": "pass", "cases": 10, "judged": 8}
     assert checked["statistics"]["z"] == {"rms": pytest.approx(((3 * 0.25 + 2.25) / 4) ** 0.5), "elements": 4}
     assert {"versions", "commit", "dirty", "device"} <= set(checked["environment"])
+    assert checked["source"]
     first, second = line.lines(BENCH)
     assert first["times"] == {"8 tokens": {"rounds": [1.0, 2.0, 3.0], "floor": 0.5}}
     assert (second["times"], second["verdicts"]["8 tokens"]["verdict"]) == ({}, "unsupported")
@@ -280,3 +290,16 @@ def test_the_commands_record_and_compare(tmp_path, capsys):
     assert run("compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--json", tmp_path / "c.json") == 1
     assert json.loads((tmp_path / "c.json").read_text())["verdict"] == "fail"
     assert "regression" in capsys.readouterr().out
+
+
+def test_a_command_compares_with_what_was_recorded(tmp_path):
+    """--baseline: the same run again is no regression, a check that was lost is one."""
+    from moe_harness.harness.record.against import against
+
+    file = tmp_path / "runs.jsonl"
+    store.append(file, [*line.lines(CHECK), *line.lines(BENCH)])
+    assert against(file, [CHECK], 0) == 0
+    assert against(file, [CHECK | {"verdict": "fail"}], 0) == 1
+    assert against(file, [CHECK], 3) == 3
+    with pytest.raises(CannotJudge, match="nothing in common"):
+        against(file, [CHECK | {"impl": "other"}], 0)

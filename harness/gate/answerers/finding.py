@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from moe_harness.harness.core import contracts
+from moe_harness.harness.core import contracts, registry
 from moe_harness.harness.core.errors import CannotJudge, UsageError, unknown
 from moe_harness.harness.gate.exchange import Answer, Request
 
@@ -86,12 +86,12 @@ def resolve(spec: str) -> tuple[str, Callable[..., Any], int | None]:
     if at and layer.isdigit():
         return (*resolve(plain)[:2], int(layer))
     for stage in ("model", "experts", "moe_block"):
-        if spec in contracts.registered(stage):
-            return stage, contracts.find(stage, spec), None
+        if spec in registry.registered(stage):
+            return stage, registry.find(stage, spec), None
     if ":" not in spec:
-        known = [name for stage in ("model", "experts", "moe_block") for name in contracts.registered(stage)]
+        known = [name for stage in ("model", "experts", "moe_block") for name in registry.registered(stage)]
         raise unknown("implementation", spec, [*known, "transformers:eager"])
-    function = contracts.find("experts", spec)
+    function = registry.find("experts", spec)
     if not callable(function):
         raise UsageError(f"{spec!r} is {type(function).__name__}, but should be a function")
     return _stage_of(spec, function), function, None
@@ -135,15 +135,15 @@ def _experts_name(name: str) -> str:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ours = {}
-    for registered in contracts.registered("hf"):
+    for registered in registry.registered("hf"):
         family, _, attribute = registered.partition(":")
         if attribute == "NAME":
             try:
-                ours[contracts.find("hf", registered)] = family
+                ours[registry.find("hf", registered)] = family
             except CannotJudge:  # a library that is not installed here
                 continue
     if name in ours:
-        contracts.find("hf", f"{ours[name]}:register")()
+        registry.find("hf", f"{ours[name]}:register")()
         return name
     known = ["eager", *ALL_EXPERTS_FUNCTIONS.valid_keys(), *ours]
     if name not in known:
