@@ -49,7 +49,7 @@ def batch_invariance(trial: Trial, case: Case) -> Record:
 
 def _together_and_alone(trial: Trial, call: Call) -> tuple:
     first, second = terms(call.case.stage, "row_alone", call)
-    return first.rows(trial.invoke(first.call)), trial.invoke(second.call)
+    return first.rows(trial.invoke(first.call)), second.rows(trial.invoke(second.call))
 
 
 def _report(record: Record, name: str, declared: bool, attribute: str, equal: int, count: int, what: str) -> None:

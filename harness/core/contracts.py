@@ -44,11 +44,12 @@ class Declarations:
     def of(cls, function: Callable, stage: str | None = None) -> "Declarations":
         """Read the attributes of `function`; a value outside the contract is a UsageError that names it.
 
-        A stage's `contract.py` may name its own permissive set (`ROUNDINGS`), and attributes that only it knows
-        (`DECLARATIONS`, the values that each may hold).
+        A stage's `contract.py` may name its own permissive set (`ROUNDINGS`), roundings that have to be declared to be
+        accepted (`DECLARED_ONLY`), and attributes that only it knows (`DECLARATIONS`, the values that each may hold).
         """
         contract = stage_part(stage, "contract") if stage else None
         rounds = (*getattr(contract, "ROUNDINGS", ROUNDINGS), *DECLARED_ROUNDINGS[len(ROUNDINGS) :])
+        rounds = (*rounds, *getattr(contract, "DECLARED_ONLY", ()))
         own = [name for name in cls.__dataclass_fields__ if name not in ("explicit", "extra")]
         found = {name: getattr(function, name) for name in own if getattr(function, name, None) is not None}
         for name, known in (("dtypes", DTYPES), ("devices", DEVICES), ("rounds", rounds)):

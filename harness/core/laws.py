@@ -23,7 +23,7 @@ class Term:
     """
 
     call: Call
-    coefficient: float = 1.0
+    coefficient: float | Tensor = 1.0
     rows: Callable[[Any], Any] = field(default=lambda result: result)
     output: int = 0  # which of several outputs it is about
 

@@ -139,7 +139,8 @@ class Stage(ABC):
         if module is not None:
             return module.wrong_outputs(call)
         if not isinstance(truth, tuple):
-            return {} if truth is None else common(matrix(_value(truth)))
+            value = None if truth is None else _value(truth)
+            return {} if value is None else {n: w.view(value.shape) for n, w in common(matrix(value)).items()}
         found: Wrong = {}
         right = [_value(of) for of in truth]
         for number, output in enumerate(self.outputs(call)):

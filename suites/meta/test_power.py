@@ -57,6 +57,10 @@ def zeros(stage: str) -> Trial:
             return torch.zeros(len(first), top_k), torch.arange(top_k).expand(len(first), top_k).clone()
         if stage == "grouped_linear":
             return first.new_zeros(len(first), others[0].shape[1])
+        if stage == "sampler":
+            return torch.zeros(len(first), dtype=torch.int64)
+        if options.get("residual") is not None:
+            return torch.zeros_like(first).contiguous(), torch.zeros_like(first).contiguous()
         return torch.zeros_like(others[-1] if stage == "shared_expert_gate" else first).contiguous()
 
     return trial_of(stage, function)
@@ -64,7 +68,7 @@ def zeros(stage: str) -> Trial:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_few_planned_data_sets_have_to_be_replaced(stage: str) -> None:
-    trial = Trial(load(stage, "torch:loop"), "cpu")
+    trial = Trial(load(stage, "torch" if "torch" in registered(stage) else "torch:loop"), "cpu")
     proofs = [data_power.prove(trial, item.case) for item in planned(stage)]
     assert all(proof.case is not None for proof in proofs)
     assert sum(bool(proof.accepted) for proof in proofs) <= REPLACED_PER_CENT / 100 * len(proofs)
@@ -149,10 +153,15 @@ def test_a_run_counts_what_it_replaced() -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_wrong_output_applies_somewhere(stage: str) -> None:
-    names = find_stage(stage).part("wrong").NAMES
+    module = find_stage(stage).part("wrong")
+    if module is None:
+        pytest.skip("made of the right result alone")
+    names = module.NAMES
     seen: set[str] = set()
     for item in planned(stage, MAIN_CHECK.get(stage, "numeric")):
-        seen |= set(find_stage(stage).wrong_outputs(find_stage(stage).build(item.case, "cpu")))
+        call = find_stage(stage).build(item.case, "cpu")
+        call.truth = find_stage(stage).truth(call, None)
+        seen |= set(find_stage(stage).wrong_outputs(call))
         if seen == set(names):
             break
     assert seen == set(names)

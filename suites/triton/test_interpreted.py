@@ -14,7 +14,10 @@ from moe_harness.suites.triton import CUDA, runnable
 
 pytestmark = [*runnable, pytest.mark.skipif(CUDA, reason="judged on the GPU itself: moe-harness check --device cuda")]
 
-PER_CHECK = {"router": 4, "experts": 1, "grouped_linear": 2, "shared_expert_gate": 4}
+PER_CHECK = {
+    "router": 4, "experts": 1, "grouped_linear": 2, "shared_expert_gate": 4,
+    "rms_norm": 3, "rope_cache": 2, "paged_attention": 1, "sampler": 1,
+}  # fmt: skip
 TOO_SLOW = ("leak", "determinism", "batch_invariance")  # many calls each
 
 

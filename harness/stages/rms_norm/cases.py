@@ -1,0 +1,133 @@
+"""Cases of the stage `rms_norm`."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar, Self
+
+from moe_harness.harness.core import boundaries as at
+from moe_harness.harness.core.case import Case
+from moe_harness.harness.core.pairwise import pairwise
+from moe_harness.harness.core.request import Request
+
+LEADS = ("1", "7", "33", "2x3", "5x1x4", "0", "129", "2x0x3", "", "300")
+SPECIALS = ("row_nan", "row_inf", "zero_row", "tiny", "huge", "offset", "spike", "cancelling", "outside_fp16")
+LAWS = ("row_permutation", "batch_split", "row_alone", "weight_times_four", "scale_with_eps", "residual_swapped",
+        "sum_then_norm")  # fmt: skip
+OPERANDS = ("x", "weight", "residual")
+HEADS = (64, 80, 96, 128, 256)  # widths of a head, which queries and keys are normalised over
+MODELS = (1024, 2048, 2560, 4096, 5120, 7168)  # hidden sizes
+EPS = (1e-6, 1e-5, 1e-3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RmsNormCase(Case):
+    stage: ClassVar[str] = "rms_norm"
+    lead: str = "16"  # leading dimensions, "2x3" is [2, 3, ...]; empty for none
+    H: int = 64
+    residual: bool = False
+    eps: float = 1e-6
+
+    def rows(self) -> int:
+        return prod(int(size) for size in self.lead.split("x") if size)
+
+    def resized(self) -> Self:
+        return self.but(lead="7", H=self.H + 8, seed=self.seed + 1)
+
+
+CaseType = RmsNormCase
+
+
+def plan(request: Request) -> dict[str, list[Case]]:
+    """Cases of every check, in the order in which they are judged."""
+    return {
+        "contract": request.numbered(_contract(request)),
+        "exact": request.numbered(_exact(request)),
+        "numeric": request.numbered(_numeric(request)),
+        "layouts": request.numbered(_layouts(request)),
+        "memory": request.numbered(_memory(request)),
+        "special": request.numbered(_special(request)),
+        "laws": request.numbered(_laws(request)),
+        "determinism": request.numbered(_memory(request)),
+        "batch_invariance": request.numbered([c for c in _memory(request) if not c.residual and "x" not in c.lead]),
+        "leak": request.numbered([RmsNormCase(lead="512", H=256, dtype=request.dtypes[0])]),
+        **request.on_cuda(_cuda_cases(request)),
+    }
+
+
+def _contract(request: Request) -> Iterator[RmsNormCase]:
+    for dtype in request.dtypes:
+        for lead in ("5", "0", "2x3", ""):
+            yield RmsNormCase(lead=lead, dtype=dtype, optional=not lead)
+        yield RmsNormCase(lead="5", dtype=dtype, residual=True)
+        yield RmsNormCase(lead="5", dtype=dtype, variant="defaults")
+
+
+def _exact(request: Request) -> Iterator[RmsNormCase]:
+    """In 16 bits, where they are asked for: there the last digit of a root in fp32 does not matter."""
+    for number, width in enumerate((1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 2048, 4096)):
+        for dtype in [d for d in request.dtypes if d != "fp32"] or request.dtypes:
+            lead = ("3", "17", "2x5", "1")[number % 4]
+            yield RmsNormCase(lead=lead, H=width, eps=3.0, data="exact", residual=bool(number % 2), dtype=dtype)
+            yield RmsNormCase(lead=lead, H=width, eps=3.0, data="exact", residual=not number % 2, dtype=dtype)
+
+
+def _numeric(request: Request) -> Iterator[RmsNormCase]:
+    for width in request.pick((128, 2048), (*HEADS, *MODELS)):
+        for dtype in request.dtypes:
+            for residual in (False, True):
+                yield RmsNormCase(lead="9" if width > 256 else "9x4", H=width, residual=residual, dtype=dtype)
+    axes = {
+        "lead": LEADS,
+        "H": request.pick(at.WIDTHS, at.WIDTHS_FULL),
+        "residual": (False, True),
+        "eps": EPS,
+        "dtype": request.dtypes,
+    }
+    for row in pairwise(axes, request.seed):
+        yield RmsNormCase(optional=not row["lead"], **row)
+    for rows in at.TOKENS:
+        yield RmsNormCase(
+            lead=str(rows), H=48, residual=bool(rows % 2), dtype=request.dtypes[rows % len(request.dtypes)]
+        )
+    for rows in (1023, 1025, 8193):
+        yield RmsNormCase(lead=str(rows), H=16, dtype=request.dtypes[-1], residual=bool(rows % 2))
+    for shape in request.model_shapes():
+        yield RmsNormCase(lead="9", H=shape.hidden_size, residual=True, dtype=request.dtypes[-1])
+
+
+def _layouts(request: Request) -> Iterator[RmsNormCase]:
+    for operand in OPERANDS:
+        for kind in at.LAYOUTS:
+            for dtype in request.dtypes:
+                lead = "1" if kind == "unit" else "13"
+                yield RmsNormCase(lead=lead, H=37, residual=True, layout=f"{operand}:{kind}", dtype=dtype)
+            yield RmsNormCase(lead="2x1x5", H=40, residual=operand == "residual", layout=f"{operand}:{kind}")
+
+
+def _memory(request: Request) -> list[RmsNormCase]:
+    cases = [RmsNormCase(lead="33", H=128, residual=added, dtype=d) for d in request.dtypes for added in (False, True)]
+    return [*cases, RmsNormCase(lead="3x4", H=33, residual=True, dtype=request.dtypes[-1])]
+
+
+def _special(request: Request) -> Iterator[RmsNormCase]:
+    for data in SPECIALS:
+        for dtype in request.dtypes_of(data):
+            for residual in (False, True):
+                yield RmsNormCase(lead="12", H=65, data=data, residual=residual, dtype=dtype)
+
+
+def _laws(request: Request) -> Iterator[RmsNormCase]:
+    for law in LAWS:
+        for dtype in request.dtypes:
+            for residual in (True,) if law in ("residual_swapped", "sum_then_norm") else (False, True):
+                yield RmsNormCase(lead="24", H=48, residual=residual, eps=2.0**-10, dtype=dtype, variant=law)
+
+
+def _cuda_cases(request: Request) -> dict[str, Sequence[Case]]:
+    small = [
+        RmsNormCase(lead=lead, H=2048, residual=added, dtype=dtype)
+        for lead in ("1", "33") for added in (False, True) for dtype in request.dtypes
+    ]  # fmt: skip
+    large = [RmsNormCase(lead="1050000", H=2056, dtype=request.dtypes[-1])]
+    return {"graph_replay": small, "side_stream": small, "large_offsets": large}

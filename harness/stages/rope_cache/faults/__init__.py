@@ -1,0 +1,1 @@
+"""Wrong implementations of the stage `rope_cache`."""

@@ -1,0 +1,1 @@
+"""The stage `sampler`: the next token, likeliest or drawn."""

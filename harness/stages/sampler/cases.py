@@ -1,0 +1,135 @@
+"""Cases of the stage `sampler`.
+
+Rows of the kind `draws` are many draws from few distributions, so that counts can be judged; in the others every row
+has logits of its own, and a token has to be one that may be drawn.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from moe_harness.harness.core import boundaries as at
+from moe_harness.harness.core.case import Case
+from moe_harness.harness.core.pairwise import pairwise
+from moe_harness.harness.core.request import Request
+
+WIDTHS = (1, 2, 3, 7, 16, 17, 33, 64, 129, 1000, 2049)
+CUTS = ("none", "k", "p", "both", "rows")  # "rows": each row in turn without a cut, with one, with both
+VARY = ("seeds", "positions", "grid")  # what tells the draws of one distribution apart
+SPECIALS = ("masked", "masked_hot", "ties", "all_equal", "peaked", "far_down", "large", "hot", "cold", "edge_values")
+LAWS = ("row_permutation", "row_alone", "batch_split", "repeated", "shifted", "logits_in_a_wider_buffer")
+OPERANDS = ("logits", "temperature", "top_k", "top_p", "seeds", "positions")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerCase(Case):
+    stage: ClassVar[str] = "sampler"
+    B: int = 64
+    V: int = 33
+    temperature: float = 0.8  # -1: of each row another, 0 among them
+    cut: str = "none"
+    vary: str = "seeds"
+    ids: str = "int64"  # dtype of top_k, seeds and positions
+
+    def rows(self) -> int:
+        return self.B
+
+    def steps(self) -> int:
+        return self.B * (1 + self.V // 64) * (8 if self.cut != "none" else 1)
+
+    def resized(self) -> Self:
+        return self.but(B=self.B // 2 + 3, V=self.V + 7, seed=self.seed + 1)
+
+
+CaseType = SamplerCase
+
+
+def plan(request: Request) -> dict[str, list[Case]]:
+    """Cases of every check, in the order in which they are judged."""
+    return {
+        "contract": request.numbered(_contract(request)),
+        "numeric": request.numbered(_draws(request)),
+        "exact": request.numbered(_greedy(request)),
+        "special": request.numbered(_special(request)),
+        "layouts": request.numbered(_layouts(request)),
+        "memory": request.numbered(_memory(request)),
+        "laws": request.numbered(_laws(request)),
+        "determinism": request.numbered(_memory(request)),
+        "batch_invariance": request.numbered(_memory(request)),
+        "leak": request.numbered([SamplerCase(B=4096, V=100, dtype=request.dtypes[0])]),
+        **request.on_cuda(_cuda_cases(request)),
+    }
+
+
+def _contract(request: Request) -> Iterator[SamplerCase]:
+    for dtype in request.dtypes:
+        yield SamplerCase(dtype=dtype)
+        yield SamplerCase(B=0, dtype=dtype)
+        yield SamplerCase(temperature=0.0, dtype=dtype, variant="defaults")
+        yield SamplerCase(B=7, V=1, cut="both", dtype=dtype)
+
+
+def _draws(request: Request) -> Iterator[SamplerCase]:
+    many = request.pick(4096, 65536)
+    for number, cut in enumerate(CUTS):
+        for place, vary in enumerate(VARY):
+            for ids in ("int64", "int32"):
+                dtype = request.dtypes[(number + place) % len(request.dtypes)]
+                yield SamplerCase(B=many, V=17, data="draws", cut=cut, vary=vary, ids=ids, dtype=dtype)
+    for width in (2, 5, 64, 300):
+        for temperature in (0.3, 1.0, 2.5):
+            yield SamplerCase(B=many, V=width, data="draws", temperature=temperature, dtype=request.dtypes[0])
+    for dtype in request.dtypes:
+        yield SamplerCase(B=many, V=17, data="draws", temperature=-1.0, cut="rows", vary="grid", dtype=dtype)
+    axes = {
+        "B": (1, 5, 33, 130), "V": WIDTHS, "temperature": (-1.0, 0.1, 1.0, 3.0), "cut": CUTS, "vary": VARY,
+        "ids": ("int64", "int32"), "dtype": request.dtypes,
+    }  # fmt: skip
+    for row in pairwise(axes, request.seed):
+        yield SamplerCase(**row)
+
+
+def _greedy(request: Request) -> Iterator[SamplerCase]:
+    """At temperature 0 there is one right token (of equal ones any)."""
+    for width in (*WIDTHS, *request.pick((20000,), (20000, 151936))):
+        for dtype in request.dtypes:
+            yield SamplerCase(B=9, V=width, temperature=0.0, data="greedy", dtype=dtype, cut=CUTS[width % 4])
+    for rows in at.TOKENS_FEW:
+        yield SamplerCase(
+            B=rows, V=50, temperature=0.0, data="greedy", dtype=request.dtypes[rows % len(request.dtypes)]
+        )
+
+
+def _special(request: Request) -> Iterator[SamplerCase]:
+    for data in SPECIALS:
+        for dtype in request.dtypes:
+            for cut in CUTS:
+                yield SamplerCase(data=data, cut=cut, dtype=dtype)
+            yield SamplerCase(data=data, temperature=0.0, dtype=dtype)
+
+
+def _layouts(request: Request) -> Iterator[SamplerCase]:
+    for operand in OPERANDS:
+        for kind in at.LAYOUTS:
+            if kind == "expanded" and operand not in ("logits", "temperature", "seeds"):
+                continue
+            for dtype in request.dtypes if operand == "logits" else request.dtypes[:1]:
+                rows = 1 if kind == "unit" else 40
+                yield SamplerCase(B=rows, temperature=-1.0, cut="both", layout=f"{operand}:{kind}", dtype=dtype)
+
+
+def _memory(request: Request) -> list[SamplerCase]:
+    return [SamplerCase(B=33, V=70, temperature=-1.0, cut=c, dtype=d) for d in request.dtypes for c in ("none", "both")]
+
+
+def _laws(request: Request) -> Iterator[SamplerCase]:
+    for law in LAWS:
+        for dtype in request.dtypes:
+            for cut in ("none", "both"):
+                yield SamplerCase(B=60, V=50, temperature=-1.0, cut=cut, vary="grid", dtype=dtype, variant=law)
+
+
+def _cuda_cases(request: Request) -> dict[str, Sequence[Case]]:
+    small = [SamplerCase(B=b, V=5000, temperature=-1.0, cut=c) for b in (1, 33) for c in ("none", "both")]
+    large = [SamplerCase(B=14200, V=151936, temperature=0.0, data="greedy", dtype=request.dtypes[-1])]
+    return {"graph_replay": small, "side_stream": small, "large_offsets": large}

@@ -1,0 +1,242 @@
+"""The stage `sampler`: logits and options whose faults show, and the judgement of tokens.
+
+A token has to be one that may be drawn, and tokens of equal distributions have to come as often as they should: every
+count is judged by its binomial distribution, all counts of a distribution by Pearson's statistic, with the limits of
+`core/bounds_attention.py`.  Whether draws at (seed, position) and its neighbours are independent is judged in the same
+way, by how often the two are equal.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_harness.harness.core import bounds_attention as bounds
+from moe_harness.harness.core.call import INTS, Builder, Call
+from moe_harness.harness.core.findings import Record
+from moe_harness.harness.core.stage import Declared, Output, Stage
+from moe_harness.harness.stages.sampler.cases import SamplerCase
+from moe_harness.reference.sampler import probabilities
+
+EDGE = 1e-3  # how near a sum of probabilities may come to top_p before either side of it is right
+FEW_KINDS = 4  # distributions among many draws
+SIDE = 64  # of the square of (seed, position)
+TEMPERATURES = (0.7, 0.0, 1.3, 0.4)
+TOP_K, TOP_P = (3, 0, 8, 1, 1000), (0.8, 1.0, 0.5, 0.95)
+
+
+class Sampler(Stage):
+    """Greedy and random choice of tokens."""
+
+    def build(self, case: SamplerCase, device: str) -> Call:
+        draw = Builder(case, device)
+        temperature, top_k, top_p = _options(case)
+        logits = _logits(case, draw)
+        if case.cut != "none":
+            logits = _clear_of_edges(case, draw, logits, temperature, top_k, top_p)
+        seeds, positions = _places(case, draw)
+        keywords: dict[str, Any] = {"temperature": draw.place("temperature", temperature, torch.float32)}
+        args = {"logits": draw.place("logits", logits)}
+        keywords["top_k"] = None if top_k is None else draw.place("top_k", top_k, INTS[case.ids])
+        keywords["top_p"] = None if top_p is None else draw.place("top_p", top_p, torch.float32)
+        keywords |= {n: draw.place(n, v, INTS[case.ids]) for n, v in (("seeds", seeds), ("positions", positions))}
+        return Call(case, args, keywords, draw.arena)
+
+    def outputs(self, call: Call) -> list[Output]:
+        return [Output("the tokens", (len(call.args["logits"]),), (torch.int64, torch.int32))]
+
+    def truth(self, call: Call, declared: Declared) -> None:
+        """None: many tokens are right."""
+
+    def judge(self, call: Call, result: Tensor, declared: Declared) -> Record:
+        record = Record(elements=len(result))
+        if not len(result):
+            return record
+        p = distribution(call)
+        tokens = result.long()
+        _judge_range(p, tokens, record)
+        if not record.findings:
+            _judge_support(call, p, tokens, record)
+        if not record.findings and call.case.data == "draws":
+            _judge_counts(call, p, tokens, record)
+        return record
+
+    def telling_rows(self, call: Call) -> Tensor:
+        return torch.arange(len(call.args["logits"]))
+
+
+STAGE = Sampler()
+
+
+def distribution(call: Call) -> Tensor:
+    """What each row is drawn from, fp64 [B, V]."""
+    keywords = {name: call.keywords.get(name) for name in ("temperature", "top_k", "top_p")}
+    return probabilities(call.args["logits"].double(), **keywords)
+
+
+def allowed(call: Call, p: Tensor) -> Tensor:
+    """Bool [B, V]: the tokens that may be drawn, with those that equal the least likely kept one.
+
+    At temperature 0 those are the largest logits.
+    """
+    logits = call.args["logits"].double()
+    least = logits.masked_fill(p <= 0, torch.inf).amin(1, keepdim=True)
+    return (logits >= least) & (logits > -torch.inf)
+
+
+def _judge_range(p: Tensor, tokens: Tensor, record: Record) -> None:
+    outside = (tokens < 0) | (tokens >= p.shape[1])
+    if bool(outside.any()):
+        row = int(outside.nonzero()[0])
+        record.fail(f"row {row} is token {int(tokens[row])}, but should be in [0, {p.shape[1]})",
+                    headroom=float("inf"), where={"row": row})  # fmt: skip
+
+
+def _judge_support(call: Call, p: Tensor, tokens: Tensor, record: Record) -> None:
+    wrong = ~allowed(call, p).gather(1, tokens[:, None])[:, 0]
+    if not bool(wrong.any()):
+        return
+    row = int(wrong.nonzero()[0])
+    told = {n: float(v[row]) for n in ("temperature", "top_k", "top_p") if (v := call.keywords.get(n)) is not None}
+    best = int(p[row].argmax())
+    options = ", ".join(f"{name} {value:.4g}" for name, value in told.items())
+    record.fail(
+        f"row {row} is token {int(tokens[row])}, which cannot be drawn with {options}: {int((p[row] > 0).sum())} "
+        f"tokens can, the likeliest is {best} ({int(wrong.sum())} of {len(tokens)} rows are wrong)",
+        headroom=float("inf"), where={"row": row},
+    )  # fmt: skip
+
+
+def _judge_counts(call: Call, p: Tensor, tokens: Tensor, record: Record) -> None:
+    """Counts of each distribution among the rows, and of equal neighbours on the square of (seed, position)."""
+    for kind in range(FEW_KINDS):
+        if float(p[kind].max()) >= 1:
+            continue
+        of_kind = tokens[kind::FEW_KINDS]
+        draws, rows = len(of_kind), f"rows {kind}, {kind + FEW_KINDS}, ..."
+        counts = torch.bincount(of_kind, minlength=p.shape[1]).double()
+        used = [bounds.count_headroom(int(c), draws, float(q)) for c, q in zip(counts, p[kind], strict=True)]
+        worst = max(range(len(used)), key=used.__getitem__)
+        told = (
+            f"was drawn {int(counts[worst])} times of {draws}, but should be {float(p[kind, worst]) * draws:.1f} times"
+        )
+        _tell(record, used[worst], f"token {worst} {told} ({rows})", {"token": worst})
+        for name, group in _groups(p[kind]).items():
+            share, count = float(p[kind, group].sum()), int(counts[group].sum())
+            told = f"{name} were drawn {count} times of {draws}, but should be {share * draws:.1f} times ({rows})"
+            _tell(record, bounds.count_headroom(count, draws, share), told, {"tokens": name})
+        together = bounds.spread_headroom(counts, draws, p[kind])
+        _tell(record, together, f"taken together, the counts of all tokens are too far off ({rows})", {"rows": kind})
+    if call.case.vary == "grid" and not record.findings:
+        _judge_neighbours(p, tokens, record)
+
+
+def _groups(p: Tensor) -> dict[str, Tensor]:
+    """Tokens that are judged together, since each of them is rare: bool [V] by name."""
+    order = p.argsort()
+    before = p[order].cumsum(0)
+    groups = {"the first half of the tokens": torch.arange(len(p)) < len(p) // 2}
+    for share in (16, 4, 2):
+        rare = torch.zeros(len(p), dtype=torch.bool)
+        rare[order[before <= 1 / share]] = True
+        groups[f"the least likely tokens, 1/{share} of all draws,"] = rare
+    return groups
+
+
+def _judge_neighbours(p: Tensor, tokens: Tensor, record: Record) -> None:
+    """Draws of one distribution at related (seed, position) are equal as often as independent ones."""
+    square = tokens[: len(tokens) // SIDE * SIDE].view(-1, SIDE)  # [seed, position]
+    for kind in range(FEW_KINDS):
+        chance, near = float(p[kind].square().sum()), square[:, kind::FEW_KINDS]
+        if chance >= 1 or len(near) < SIDE:
+            continue
+        lattice = near[kind::FEW_KINDS]  # [seed, position] with seeds of the kind too
+        above = torch.ones_like(lattice).triu(1).bool()
+        pairs = {
+            "at seeds next to each other": (near[1:], near[:-1]),
+            "at positions next to each other": (near[:, 1:], near[:, :-1]),
+            "of equal seed + position": (near[FEW_KINDS:, :-1], near[:-FEW_KINDS, 1:]),
+            "with seed and position exchanged": (lattice[above], lattice.T[above]),
+        }
+        for name, (first, second) in pairs.items():
+            equal, count = int((first == second).sum()), first.numel()
+            told = f"{equal} times of {count}, but independent ones would be {chance * count:.1f} times"
+            _tell(
+                record, bounds.count_headroom(equal, count, chance), f"draws {name} are equal {told}", {"draws": name}
+            )
+
+
+def _tell(record: Record, used: float, message: str, where: dict[str, Any]) -> None:
+    record.worst = max(record.worst, used)
+    if used > 1:
+        record.fail(message, headroom=used, where=where)
+
+
+def _options(case: SamplerCase) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    rows = torch.arange(case.B)
+    kind = rows % FEW_KINDS
+    temperature = torch.full((case.B,), case.temperature)
+    if case.temperature < 0:
+        temperature = torch.tensor(TEMPERATURES)[kind]
+    if case.data in ("hot", "masked_hot"):
+        temperature = temperature * 1e4
+    elif case.data == "cold":
+        temperature = temperature * 1e-6
+    top_k = torch.tensor(TOP_K)[rows % (FEW_KINDS if case.data == "draws" else len(TOP_K))]
+    top_p = torch.tensor(TOP_P)[(kind + rows // FEW_KINDS * (case.data != "draws")) % FEW_KINDS]
+    if case.cut == "rows":
+        top_k, top_p = torch.where(kind % 2 == 1, top_k, 0), torch.where(kind >= 2, top_p, 1.0)
+    return (
+        temperature,
+        top_k if case.cut in ("k", "both", "rows") else None,
+        (top_p if case.cut in ("p", "both", "rows") else None),
+    )
+
+
+def _logits(case: SamplerCase, draw: Builder) -> Tensor:
+    shape = (min(case.B, FEW_KINDS) if case.data == "draws" else case.B, case.V)
+    if case.data in ("ties", "all_equal"):
+        logits = draw.integers(-3, 1, shape).float() * (case.data == "ties")
+    else:
+        logits = draw.large_normal(*shape).float() * 1.5
+    if case.data in ("masked", "masked_hot"):
+        off = draw.uniform(*shape) < 0.5
+        off[:, 0] = False
+        logits = logits.masked_fill(off, -torch.inf)
+    elif case.data == "peaked":
+        logits[:, case.V // 2] += 25.0
+    elif case.data == "edge_values":
+        logits[::2, 0], logits[1::2, -1] = 12.0, 12.0
+    logits = logits + {"far_down": -1000.0, "large": 3000.0}.get(case.data, 0.0)
+    if case.data == "draws" and case.B:
+        logits = logits.repeat(-(-case.B // FEW_KINDS), 1)[: case.B]
+    return logits
+
+
+def _clear_of_edges(
+    case: SamplerCase, draw: Builder, logits: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None
+) -> Tensor:
+    """Logits none of whose sums of probabilities lies at top_p, where the last digit would decide who is kept."""
+    if top_p is None or case.data in ("ties", "all_equal"):
+        return logits
+    for _ in range(20):
+        stored = logits.to(draw.dtype).double()
+        p = probabilities(stored, temperature=temperature, top_k=top_k)
+        reached = p.sort(1, descending=True).values.cumsum(1)
+        near = ((reached - top_p.double()[:, None]).abs() < EDGE).any(1) & (top_p < 1)
+        if case.data == "draws":
+            near = near[:FEW_KINDS].repeat(-(-len(near) // FEW_KINDS))[: len(near)]
+        if not bool(near.any()):
+            break
+        nudge = draw.normal(FEW_KINDS, case.V).repeat(-(-len(logits) // FEW_KINDS), 1)[: len(logits)]
+        logits = torch.where(near[:, None], logits + 0.3 * nudge, logits)
+    return logits
+
+
+def _places(case: SamplerCase, draw: Builder) -> tuple[Tensor, Tensor]:
+    rows = torch.arange(case.B)
+    if case.vary == "seeds":
+        return rows + 12345, torch.full((case.B,), 7)
+    if case.vary == "positions":
+        return torch.full((case.B,), 42), rows
+    return rows // SIDE, rows % SIDE
