@@ -35,8 +35,8 @@ def _judge_sum(trial: Trial, call: Call, of_law: list[Term]) -> Record:
         parts = [term.coefficient * term.rows(result.double())]
         parts += [term.coefficient**2 * term.rows(v) for v in (bound.variance, bound.shared)]
         if bound.drift is not None:  # the terms need not be computed one way, so each lies anywhere in its own
-            low_and_high = sorted((0, 1), reverse=term.coefficient < 0)
-            parts += [term.coefficient * term.rows(bound.drift[end]) for end in low_and_high]
+            one, other = (term.coefficient * term.rows(end) for end in bound.drift)
+            parts += [torch.minimum(one, other), torch.maximum(one, other)]
         of_term = term.rows(bound.sources.reshape(*bound.value.shape[:-1], 2))
         if not sums:
             sums, sources = parts, of_term

@@ -12,6 +12,7 @@ from moe_harness.harness.core.contracts import STAGES as ALL_STAGES
 from moe_harness.harness.core.contracts import Declarations, Subject, load
 from moe_harness.harness.core.invocation import Trial
 from moe_harness.harness.core.plan import ON_CUDA_ONLY, Planned, plan
+from moe_harness.harness.core.registry import registered
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.core.stage import find_stage
 from moe_harness.harness.core.wrong_outputs import ALL, Excuse

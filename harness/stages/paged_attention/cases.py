@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from moe_harness.harness.core import boundaries as at
 from moe_harness.harness.core.case import Case
@@ -147,7 +147,7 @@ def _layouts(request: Request) -> Iterator[PagedAttentionCase]:
             if kind == "expanded" and operand not in ("q", "key_cache", "value_cache"):
                 continue  # starts and lengths that are all one
             for queries in ("decode", "mixed"):
-                shape = {"S": 1, "Hq": 1, "Hk": 1, "page": 1} if kind == "unit" else {}
+                shape: dict[str, Any] = {"S": 1, "Hq": 1, "Hk": 1, "page": 1} if kind == "unit" else {}
                 stale = "large" if kind == "expanded" else "nan"
                 for dtype in request.dtypes if queries == "decode" else request.dtypes[-1:]:
                     yield PagedAttentionCase(

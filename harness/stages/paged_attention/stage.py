@@ -69,9 +69,10 @@ class PagedAttention(Stage):
             count, length = rows.stop - rows.start, len(keys)
             position = torch.arange(length - count, length, device=q.device)
             visible = torch.arange(length, device=q.device) <= position[:, None]
-            wide = (x.double().repeat_interleave(q.shape[1] // key_cache.shape[2], dim=1) for x in (keys, values))
+            group = q.shape[1] // key_cache.shape[2]
+            wide, of_wide = (x.double().repeat_interleave(group, dim=1) for x in (keys, values))
             value[rows], variance[rows], shared[rows], extreme[rows], sources[rows] = bounds_attention.attention(
-                q[rows].double(), *wide, visible, scale=call.keywords["scale"], rounds=rounds, dtype=q.dtype
+                q[rows].double(), wide, of_wide, visible, scale=call.keywords["scale"], rounds=rounds, dtype=q.dtype
             )
         drift = bounds.drift_to(value, extreme) if bounds.in_tf32(rounds, q.dtype) else None
         return bounds.Bound(value, bounds.finish(value, variance, q.dtype), shared, sources.view(-1, 2), drift)

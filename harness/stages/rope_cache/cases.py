@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from moe_harness.harness.core import boundaries as at
 from moe_harness.harness.core.case import Case
@@ -41,7 +41,7 @@ class RopeCacheCase(Case):
         return self.T
 
     def steps(self) -> int:
-        return 2 * self.T * self.Hk
+        return self.T * self.Hk
 
     def resized(self) -> Self:
         return self.but(T=2 * self.T + 1, seed=self.seed + 1)
@@ -107,7 +107,7 @@ def _layouts(request: Request) -> Iterator[RopeCacheCase]:
             if kind == "expanded" and operand.endswith(("cache", "slots")):
                 continue  # one element under two names: which of two writes stays is nobody's promise
             for dtype in request.dtypes:
-                shape = {"T": 1, "Hq": 1, "Hk": 1, "page": 1} if kind == "unit" else {}
+                shape: dict[str, Any] = {"T": 1, "Hq": 1, "Hk": 1, "page": 1} if kind == "unit" else {}
                 yield RopeCacheCase(layout=f"{operand}:{kind}", dtype=dtype, **shape)
 
 

@@ -35,7 +35,7 @@ class SamplerCase(Case):
         return self.B
 
     def steps(self) -> int:
-        return self.B * (1 + self.V // 64) * (8 if self.cut != "none" else 1)
+        return -(-self.B // 4) * (1 + self.V // 64) * (4 if self.cut != "none" else 1)
 
     def resized(self) -> Self:
         return self.but(B=self.B // 2 + 3, V=self.V + 7, seed=self.seed + 1)

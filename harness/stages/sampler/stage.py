@@ -70,8 +70,11 @@ STAGE = Sampler()
 
 def distribution(call: Call) -> Tensor:
     """What each row is drawn from, fp64 [B, V]."""
-    keywords = {name: call.keywords.get(name) for name in ("temperature", "top_k", "top_p")}
-    return probabilities(call.args["logits"].double(), **keywords)
+    options = call.keywords
+    return probabilities(
+        call.args["logits"].double(), temperature=options["temperature"], top_k=options.get("top_k"),
+        top_p=options.get("top_p"),
+    )  # fmt: skip
 
 
 def allowed(call: Call, p: Tensor) -> Tensor:
