@@ -66,10 +66,14 @@ def dequantised(codes: Tensor, scale: Tensor | None, format: str, dtype: torch.d
         spread = scale.to(dtype).repeat_interleave(BLOCK, -2)[..., :rows, :].repeat_interleave(BLOCK, -1)
         return codes.to(dtype) * spread[..., :columns]
     if format == "int4_group":
-        return (unpacked(codes) - 8).to(dtype) * scale.to(dtype).repeat_interleave(BLOCK, -1)
-    table = torch.tensor([*E2M1, *(-value for value in E2M1)], dtype=dtype, device=codes.device)
-    powers = (scale.to(dtype) - MX_BIAS).exp2()
-    return table[unpacked(codes)] * powers.repeat_interleave(MX_BLOCK, -1)
+        values, width, factors = [float(n) for n in range(-8, 8)], BLOCK, scale.to(dtype)
+    else:
+        values, width, factors = [*E2M1, *(-v for v in E2M1)], MX_BLOCK, (scale.to(dtype) - MX_BIAS).exp2()
+    table = torch.tensor(values, dtype=dtype, device=codes.device)
+    byte = torch.arange(256, device=codes.device)
+    pairs = torch.stack([table[byte & 15], table[byte >> 4]], dim=-1)  # what each byte stands for
+    numbers = pairs[codes.int()].flatten(-2)
+    return (numbers.unflatten(-1, (-1, width)) * factors[..., None]).flatten(-2)
 
 
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:

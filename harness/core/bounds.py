@@ -197,7 +197,7 @@ def independent(sources: Tensor, width: int | Tensor) -> Tensor:
     return 1 / (1 / width + 1 / sources)
 
 
-def _sources(variance: Tensor, shared: Tensor, concentrated: Tensor) -> Tensor:
+def sources_of(variance: Tensor, shared: Tensor, concentrated: Tensor) -> Tensor:
     """How many sources of equal size would concentrate the variance of a row [T, H] as its own do, float64 [T].
 
     concentrated [T] is the sum over the sources of the square of the variance that each adds to an element on average.
@@ -318,7 +318,7 @@ def experts(
     partial = torch.maximum(value.abs(), squares.sqrt())
     sums = (slots_of - 1).clamp(min=0)[:, None] * store(partial, dtype if "partial_sum" in rounds else torch.float32)
     variance = finish(value, variance + sums + shared, dtype)
-    own, drift = _sources(variance, shared, concentrated), None
+    own, drift = sources_of(variance, shared, concentrated), None
     if in_tf32(rounds, dtype):
         own, drift = independent(own, _count(x)), drift_to(value, extreme)
     return Bound(value, variance, shared, torch.stack([own, slots_of.clamp(min=1)], dim=-1), drift)
@@ -441,7 +441,7 @@ def moe_block(
         value, variance, shared = value + extra[0], variance + extra[1], shared + extra[2]
         variance, concentrated = finish(value, variance, dtype), concentrated + extra[3]
         drift = None if drift is None else drift + drift_to(extra[0], _cut_shared_expert(x, wide, act))
-    sources = torch.stack([_sources(variance, shared, concentrated), routed.sources[:, 1]], dim=-1)
+    sources = torch.stack([sources_of(variance, shared, concentrated), routed.sources[:, 1]], dim=-1)
     return Bound(value, variance, shared, sources, drift)
 
 

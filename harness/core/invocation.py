@@ -87,6 +87,9 @@ class Trial:
         lacking = self.subject.missing_keywords(call.keywords)
         if lacking:
             raise Rejected(f"has no parameter {', '.join(lacking)}")
+        refused = self.stage.undeclared(call, self.subject.declared)
+        if refused is not None:
+            raise Rejected(refused)
         try:
             with torch.no_grad(), kept_defaults():
                 result = self.stage.run(self.subject, call)

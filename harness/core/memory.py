@@ -24,7 +24,9 @@ LAYOUTS = ("contiguous", "padded", "offset", "strided", "transposed", "outer_pad
 
 def poison_value(dtype: torch.dtype) -> float | int:
     """What unowned memory holds: NaN, or an index no tensor has."""
-    return float("nan") if dtype.is_floating_point else INT_POISON
+    if dtype.is_floating_point:
+        return float("nan")
+    return INT_POISON if dtype.itemsize >= 4 else torch.iinfo(dtype).max  # 255: also the e8m0 that is no number
 
 
 def _poison_behind(values: Tensor) -> float | int:

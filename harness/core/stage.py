@@ -19,7 +19,7 @@ from torch import Tensor
 from moe_harness.harness.core import compare
 from moe_harness.harness.core.bounds import Bound, max_limit
 from moe_harness.harness.core.call import Call
-from moe_harness.harness.core.contracts import Subject, check_stage
+from moe_harness.harness.core.contracts import Declarations, Subject, check_stage
 from moe_harness.harness.core.error_patterns import Places
 from moe_harness.harness.core.findings import Record
 from moe_harness.harness.core.folders import needed_part, stage_part
@@ -72,6 +72,10 @@ class Stage(ABC):
     @abstractmethod
     def outputs(self, call: Call) -> list[Output]:
         """What the call yields; what is returned comes first, in its order, then what is written in place."""
+
+    def undeclared(self, call: Call, declared: Declarations) -> str | None:
+        """Why an implementation does not take this call by its own word; None where it does."""
+        return None
 
     def expect(self, call: Call, declared: Declared) -> Any:
         """What a right result may be within the permitted roundings: a Bound, or a tuple, a Truth for each output."""

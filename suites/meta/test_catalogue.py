@@ -37,7 +37,7 @@ from moe_harness.reference.shared_expert_gate import shared_expert_gate
 # Those of one device; what is one of them inside a block has a suite of its own.
 FAULTS = tuple(fault for fault in all_faults() if fault.stage in SIGNATURES and fault.part is None)
 REFERENCES = {f.__name__: f for f in (experts, router, grouped_linear, shared_expert_gate, moe_block)}
-# Those of the other stages name fields of a case: suites/meta/test_examples.py.
+# Those of the other stages name fields of a case: suites/meta/test_examples.py, suites/quantized_experts.
 EXAMPLES = [
     fault for fault in FAULTS
     if fault.stage in REFERENCES and fault.shows is not None and fault.sign != "process" and "cpu" in fault.devices
@@ -443,7 +443,7 @@ def test_process_fault_does_not_return(fault: Fault) -> None:
     assert child.exitcode != RETURNED
 
 
-BUILDING_BLOCKS = [(stage, needed_part(stage, "disguise").RUN.__name__, "run") for stage in SIGNATURES]
+BUILDING_BLOCKS = [(stage, needed_part(stage, "disguise").RUN.__name__, "run") for stage in REFERENCES]
 BUILDING_BLOCKS += [("experts", "moe_harness.harness.stages.experts.faults.alignment", "run_aligned")]
 BUILDING_BLOCKS += [("experts", "moe_harness.harness.stages.experts.faults.cuda", "run_captured")]
 

@@ -146,7 +146,7 @@ def test_the_mean_square_of_a_row_varies_as_its_sources_say(unequal):
     noise = torch.randn(20_000, 64, generator=random, dtype=torch.float64) * of_hidden.sqrt()
     mean_squares = ((noise @ down.T).square() / variance).mean(1)
     concentrated = (of_hidden * squares.mean(0)).square().sum()[None]
-    sources = bounds._sources(variance, torch.zeros_like(variance), concentrated)
+    sources = bounds.sources_of(variance, torch.zeros_like(variance), concentrated)
     assert float(mean_squares.var()) == pytest.approx(2 / float(bounds.independent(sources, 256)), rel=0.15)
 
 

@@ -23,29 +23,36 @@ WEIGHTS = (1.0, 0.5, 0.25)
 
 
 def draw(
-    case: ExpertsCase, builder: Builder, ids: Tensor, weights: Tensor, expert_map: Tensor | None, local: Tensor
-) -> tuple:
-    """(hidden_states, gate_up_proj, down_proj, topk_weights), as CPU tensors in the dtype of the case."""
+    case: ExpertsCase, builder: Builder, ids: Tensor, weights: Tensor, expert_map: Tensor | None, local: Tensor,
+    parts: int = 1,
+) -> tuple:  # fmt: skip
+    """(hidden_states, gate_up_proj, down_proj, topk_weights), as CPU tensors in the dtype of the case.
+
+    `parts`: the 48 of a gate is that many times 48 / parts, for weights of few bits.
+    """
     ones = _constant_columns(case.H, builder)
     hidden = builder.signs(case.T, case.H)
     hidden[:, ones] = 1.0
     spread = max(1, min(-(-case.I // case.H), EXACT_INTEGERS[case.dtype] // (4 * LARGEST_GATE)))
     weights = _weights(case, ids, spread, builder)
     active = _active_columns(case, local_ids(ids, expert_map), weights, len(local), spread, builder)
-    gate_up = _gate_up(case, ones, len(local), builder)
+    gate_up = _gate_up(case, ones, len(local), builder, min(parts, len(ones)))
     down = _down(case, active, spread, builder)
     return hidden.to(builder.dtype), gate_up, down, weights
 
 
 def value(
     hidden_states: Tensor, gate_up_proj: Tensor, down_proj: Tensor, topk_weights: Tensor, topk_ids: Tensor,
-    *, activation: str, expert_map: Tensor | None,
+    *, activation: str, expert_map: Tensor | None, gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The exact result, [T, H] in fp64; act(g) is g here, so that the value owes nothing to any exp."""
     x, out = hidden_states.double(), torch.zeros(hidden_states.shape, dtype=torch.float64, device=hidden_states.device)
     for expert, tokens, slots in routed_rows(local_ids(topk_ids, expert_map)):
-        gate, up = (x[tokens] @ gate_up_proj[expert].double().T).chunk(2, dim=-1)
+        first = x[tokens] @ gate_up_proj[expert].double().T
+        gate, up = (first if gate_up_bias is None else first + gate_up_bias[expert].double()).chunk(2, dim=-1)
         rows = (gate * up) @ down_proj[expert].double().T
+        if down_bias is not None:
+            rows = rows + down_bias[expert].double()
         out.index_add_(0, tokens, topk_weights[tokens, slots, None].double() * rows)
     return out
 
@@ -79,17 +86,17 @@ def _constant_columns(width: int, builder: Builder) -> Tensor:
     return order[: max(1, width // 4)]
 
 
-def _gate_up(case: ExpertsCase, ones: Tensor, experts: int, builder: Builder) -> Tensor:
+def _gate_up(case: ExpertsCase, ones: Tensor, experts: int, builder: Builder, parts: int) -> Tensor:
     inner, width = case.I, case.H
     out = torch.zeros(experts, 2 * inner, width, dtype=builder.dtype)
     free = torch.tensor(sorted(set(range(width)) - set(ones.tolist())) or [0])
     shape = (experts, inner, 1)
-    bias_at = ones[builder.integers(0, len(ones), shape)]
+    bias_at = ones[(builder.integers(0, len(ones), shape) + torch.arange(parts)) % len(ones)]
     if width > 1:
         for _ in range(3):  # a column met twice adds to 2, -2 or 0: still an integer within 45..51
             at = free[builder.integers(0, len(free), shape)]
             out[:, :inner].scatter_add_(2, at, builder.signs(*shape).to(out.dtype))
-    out[:, :inner].scatter_(2, bias_at, 48.0)
+    out[:, :inner].scatter_(2, bias_at, 48.0 / parts)
     # The up rows walk the columns from the last one down, so that the end of every row is read.
     at = (width - 1 - (torch.arange(inner).view(1, -1, 1) + builder.integers(0, 2, (experts, 1, 1)))) % width
     out[:, inner:].scatter_(2, at, builder.signs(*shape).to(out.dtype))

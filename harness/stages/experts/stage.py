@@ -8,7 +8,7 @@ from torch import Tensor
 from moe_harness.harness.core import bounds
 from moe_harness.harness.core.call import INTS, Builder, Call
 from moe_harness.harness.core.stage import Declared, Output, Stage
-from moe_harness.harness.stages.experts import exact
+from moe_harness.harness.stages.experts import exact, routing
 from moe_harness.harness.stages.experts.cases import ExpertsCase
 from moe_harness.reference.experts import local_ids
 
@@ -23,9 +23,9 @@ class Experts(Stage):
     def build(self, case: ExpertsCase, device: str) -> Call:
         """The call of a case.  Masked slots carry NaN weights or large ones: neither may show."""
         draw = Builder(case, device)
-        expert_map, local = _expert_map(case)
-        topk_ids = _masked(case, _routing(case, draw), draw)
-        topk_weights = _weights(case, draw)
+        expert_map, local = routing.expert_map(case)
+        topk_ids = routing.masked(case, routing.ids(case, draw), draw)
+        topk_weights = routing.weights(case, draw)
         if case.data == "exact":
             hidden, gate_up, down, topk_weights = exact.draw(case, draw, topk_ids, topk_weights, expert_map, local)
         else:
@@ -79,54 +79,6 @@ class Experts(Stage):
 
 
 STAGE = Experts()
-
-
-def _expert_map(case: ExpertsCase) -> tuple[Tensor | None, Tensor]:
-    """(expert_map [E] or None, the global ids of the local experts)."""
-    everyone = torch.arange(case.E)
-    if case.map == "none":
-        return None, everyone
-    if case.map.startswith("rank"):
-        size = max(1, case.E // int(case.map.removeprefix("rank")))
-        local = everyone[size : 2 * size] if 2 * size <= case.E else everyone[:size]
-    else:
-        local = everyone[::2] if case.map == "alternate" else everyone[case.E // 4 : case.E // 4 + max(1, case.E // 2)]
-    expert_map = torch.full((case.E,), -1)
-    expert_map[local] = torch.arange(len(local))
-    return expert_map, local
-
-
-def _routing(case: ExpertsCase, draw: Builder) -> Tensor:
-    """Global ids [T, k] before masking."""
-    if case.routing == "one":
-        return draw.distinct(1, case.E, case.k).expand(case.T, case.k).clone()
-    if case.routing == "last":
-        return torch.arange(case.E - case.k, case.E).expand(case.T, case.k).clone()
-    if case.routing == "skewed" and case.T:
-        favour = torch.linspace(3, 0, case.E) + draw.uniform(case.T, case.E)
-        return favour.topk(case.k, dim=-1).indices
-    ids = draw.distinct(case.T, case.E, case.k)
-    if case.routing == "duplicates" and case.k > 1:
-        ids[::2, -1] = ids[::2, 0]
-    return ids
-
-
-def _masked(case: ExpertsCase, ids: Tensor, draw: Builder) -> Tensor:
-    if case.masked == "all":
-        return torch.full_like(ids, -1)
-    if case.masked == "some":
-        ids = ids.masked_fill(draw.uniform(*ids.shape) < 0.4, -1)
-    if case.masked == "one" and case.T:
-        ids[-1, 0] = -1
-    if case.masked == "rows":
-        ids[1::3] = -1
-    return ids
-
-
-def _weights(case: ExpertsCase, draw: Builder) -> Tensor:
-    """Distinct positive weights that sum to about one, [T, k]."""
-    raw = draw.uniform(case.T, case.k) + 0.2
-    return raw / raw.sum(-1, keepdim=True)
 
 
 def _normal(case: ExpertsCase, draw: Builder, local: Tensor) -> tuple[Tensor, Tensor, Tensor]:

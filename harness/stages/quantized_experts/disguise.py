@@ -1,0 +1,28 @@
+"""The steps of the stage `quantized_experts` as an implementation with other roundings has them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_harness.harness.stages.experts.faults.slots import live
+from moe_harness.harness.stages.quantized_experts.faults import _steps as right
+
+RUN = right  # its `run` is the right implementation that the faults of the stage change
+
+
+def other_steps(dtype: torch.dtype) -> dict[str, Callable[..., Any]]:
+    """Steps by name, rounded to `dtype` where the right ones are not."""
+
+    def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+        return right.glu(gate.to(dtype).float(), up.to(dtype).float(), activation).to(dtype).float()
+
+    def combine(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
+        weighted = live(topk_weights, ids, slots.dtype)[..., None] * slots
+        total = weighted.new_zeros(len(ids), slots.shape[-1], dtype=dtype)
+        for slot in weighted.unbind(1)[::-1]:
+            total = (total.double() + slot.to(dtype).double()).to(dtype)
+        return total.to(slots.dtype)
+
+    return {"glu": glu, "combine": combine}

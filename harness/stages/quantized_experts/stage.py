@@ -1,0 +1,115 @@
+"""The stage `quantized_experts`: data whose faults show, and what a right result is."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_harness.harness.core.bounds import Bound
+from moe_harness.harness.core.call import INTS, Builder, Call
+from moe_harness.harness.core.contracts import Declarations
+from moe_harness.harness.core.stage import Declared, Truths
+from moe_harness.harness.stages.experts import exact, routing
+from moe_harness.harness.stages.experts.stage import Experts
+from moe_harness.harness.stages.quantized_experts import encoding, special
+from moe_harness.harness.stages.quantized_experts.bound import quantized_experts as bound_of
+from moe_harness.harness.stages.quantized_experts.cases import QuantizedCase
+from moe_harness.reference.quantized_experts import dequantised
+
+GATE_PARTS = 16  # columns among which the 48 of an exact gate is shared: 3 is a value of every format
+CLAMPED = 3.0  # size of the hidden states where the activation clamps: a twelfth of gate and up lies beyond 7
+PLAIN = 1.5  # and elsewhere: |gate| around 1 to 4
+
+
+class QuantizedExperts(Experts):
+    """The routed experts, with weights as codes and scales."""
+
+    def build(self, case: QuantizedCase, device: str) -> Call:  # type: ignore[override]
+        """The call of a case.  Masked slots carry NaN weights or large ones: neither may show."""
+        draw = Builder(case, device)
+        expert_map, local = routing.expert_map(case)
+        topk_ids = routing.masked(case, routing.ids(case, draw), draw)
+        topk_weights = routing.weights(case, draw)
+        experts, hidden, inner = len(local), case.H, case.I
+        if case.data == "exact":
+            x, gate_up, down, topk_weights = exact.draw(
+                case, draw, topk_ids, topk_weights, expert_map, local, GATE_PARTS
+            )
+            first, second = (encoding.exact(matrix, case.format, draw) for matrix in (gate_up, down))
+            biases = _whole_biases(case, experts, draw)
+        else:
+            x = draw.large_normal(case.T, hidden, scale=CLAMPED if case.activation == "swiglu_oai" else PLAIN)
+            first = encoding.drawn(experts, 2 * inner, hidden, case.format, draw, hidden**-0.5)
+            second = encoding.drawn(experts, hidden, inner, case.format, draw, inner**-0.5)
+            biases = draw.large_normal(experts, 2 * inner, scale=0.5), draw.large_normal(experts, hidden, scale=0.5)
+            special.make(case, x, first, second, topk_ids, topk_weights)
+        hidden_slots = (topk_ids < 0) & (draw.uniform(*topk_ids.shape) < 0.5)
+        topk_weights = topk_weights.masked_fill(topk_ids < 0, 3.0).masked_fill(hidden_slots, float("nan"))
+        ints = INTS[case.ints]
+
+        def kept(name: str, values: Tensor | None) -> Tensor | None:
+            return None if values is None else draw.place(name, values, values.dtype)
+
+        args = {
+            "hidden_states": draw.place("hidden_states", x),
+            "gate_up_proj": kept("gate_up_proj", first[0]),
+            "gate_up_scale": kept("gate_up_scale", first[1]),
+            "down_proj": kept("down_proj", second[0]),
+            "down_scale": kept("down_scale", second[1]),
+            "topk_weights": draw.place("topk_weights", topk_weights, torch.float32 if case.weights == "fp32" else None),
+            "topk_ids": draw.place("topk_ids", topk_ids, ints),
+        }
+        keywords = {
+            "format": case.format,
+            "activation": case.activation,
+            "expert_map": None if expert_map is None else draw.place("expert_map", expert_map, ints),
+            "gate_up_bias": draw.place("gate_up_bias", biases[0]) if case.bias else None,
+            "down_bias": draw.place("down_bias", biases[1]) if case.bias else None,
+        }
+        return Call(case, args, keywords, draw.arena)
+
+    def undeclared(self, call: Call, declared: Declarations) -> str | None:
+        """Why an implementation does not take this call by its own word."""
+        formats = declared.extra.get("formats")
+        if formats is not None and call.keywords["format"] not in formats:
+            return f"declares the formats {', '.join(formats)}, not {call.keywords['format']}"
+        return None
+
+    def expect(self, call: Call, declared: Declared) -> Bound:
+        """What a right result may be, within the permitted roundings and those of activations that are declared."""
+        return bound_of(*call.args.values(), **call.keywords, declared=declared, quantizes=_quantizes(call))
+
+    def truth(self, call: Call, declared: Declared) -> Truths | None:
+        """Exact data are exact for activations that are not quantised."""
+        if _quantizes(call) is not None:
+            return self.expect(call, declared)
+        return super().truth(call, declared)
+
+    def exact_value(self, call: Call) -> Tensor:
+        """The only right result of an exact case, [T, H] in fp64; act(g) is g there."""
+        a, k = call.args, call.keywords
+        return exact.value(
+            a["hidden_states"], dequantised(a["gate_up_proj"], a["gate_up_scale"], k["format"]),
+            dequantised(a["down_proj"], a["down_scale"], k["format"]), a["topk_weights"], a["topk_ids"],
+            activation=k["activation"], expert_map=k["expert_map"], gate_up_bias=k["gate_up_bias"],
+            down_bias=k["down_bias"],
+        )  # fmt: skip
+
+    def place_of(self, call: Call, row: int, column: int) -> dict[str, Any]:
+        return super().place_of(call, row, column) | {"format": call.keywords["format"]}
+
+
+STAGE = QuantizedExperts()
+
+
+def _quantizes(call: Call) -> str | None:
+    """How the implementation of the call says that it quantises activations."""
+    found = () if call.declared is None else call.declared.extra.get("quantizes", ())
+    return found[0] if found else None
+
+
+def _whole_biases(case: QuantizedCase, experts: int, draw: Builder) -> tuple[Tensor, Tensor]:
+    """Small integers: of gates -3 to -1, of up rows 0, of outputs -1 to 1; with them no output grows beyond 51."""
+    first = draw.integers(-3, 0, (experts, 2 * case.I)).float()
+    first[:, case.I :] = 0
+    return first, draw.integers(-1, 2, (experts, case.H)).float()
