@@ -69,7 +69,9 @@ def zeros(stage: str) -> Trial:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_few_planned_data_sets_have_to_be_replaced(stage: str) -> None:
-    trial = Trial(load(stage, next(n for n in ("torch", "torch:loop", "torch:dequantized") if n in registered(stage))), "cpu")
+    trial = Trial(
+        load(stage, next(n for n in ("torch", "torch:loop", "torch:dequantized") if n in registered(stage))), "cpu"
+    )
     proofs = [data_power.prove(trial, item.case) for item in planned(stage)]
     assert all(proof.case is not None for proof in proofs)
     assert sum(bool(proof.accepted) for proof in proofs) <= REPLACED_PER_CENT / 100 * len(proofs)
