@@ -7,10 +7,3 @@ CHECK_NAMES = (
 
 # What a finding over many ranks is about; the first three are verdicts: of dispatcher, parallel_linear, reduction.
 RANK_CHECKS = ("dense", "shard", "reduction", "contract", "inputs", "volume", "refusal", "ranks")
-
-DESCRIBED_STAGES = (
-    "router",
-    "experts",
-    "grouped_linear",
-    "shared_expert_gate",
-)  # see harness.diagnosis.numerics_probes

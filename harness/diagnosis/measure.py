@@ -20,6 +20,7 @@ from moe_harness.harness.core.case import Case
 from moe_harness.harness.core.catalogue import Fault
 from moe_harness.harness.core.contracts import DTYPES, Declarations, Subject
 from moe_harness.harness.core.errors import HarnessError
+from moe_harness.harness.core.folders import stages_with
 from moe_harness.harness.core.invocation import Broken, Rejected, Trial
 from moe_harness.harness.core.plan import plan
 from moe_harness.harness.core.request import Request
@@ -28,7 +29,7 @@ from moe_harness.harness.diagnosis.datasets import probes
 from moe_harness.harness.diagnosis.disguise import hidden
 from moe_harness.harness.diagnosis.search import SECONDS, explain
 
-STAGES = ("experts", "router", "grouped_linear", "shared_expert_gate", "moe_block")
+STAGES = stages_with("datasets")
 SKIPPED = ("leak", "determinism", "batch_invariance", "graph_replay", "side_stream", "large_offsets")
 
 # Faults that are one function of the data, under every input the contract allows: the name of either is right.

@@ -29,7 +29,6 @@ from moe_harness.harness.stages.experts.faults.slots import live
 from moe_harness.harness.stages.grouped_linear.faults import products as grouped_linear
 from moe_harness.harness.stages.shared_expert_gate.faults import gates
 
-STAGES = ("experts", "grouped_linear", "shared_expert_gate")  # those whose sums the probes can see
 FULL = 24  # bits of fp32, the least that the contract allows
 FEW = 16  # bits: any sum that keeps fewer is a 16-bit one, and no order of an fp32 sum reads as so few
 RUNS = (1, 4, 8, 16, 32, 64, 128, 256)  # terms added beforehand, where the probes cannot tell

@@ -17,6 +17,7 @@ from moe_harness.harness.diagnosis import probed
 from moe_harness.harness.diagnosis.candidates import likely_first, results, suspects, wobbled
 from moe_harness.harness.diagnosis.datasets import Dataset, probes, relatives, sequences
 from moe_harness.harness.diagnosis.likelihood import Fit, Undiagnosable, likelihood_of
+from moe_harness.harness.diagnosis.numerics_probes import sees_sums
 
 SECONDS = 5.0
 SMALL = 0.02  # error over value, rms: bf16 sums of a thousand terms, one by one, err by that
@@ -90,7 +91,7 @@ class _Search:
         return float((got - want).square().sum()) < SMALL**2 * float(want.square().sum())
 
     def _probed(self) -> list[dict[str, str]]:
-        if self._out_of_time() or self.trial.subject.stage not in probed.STAGES:
+        if self._out_of_time() or not sees_sums(self.trial.subject.stage):
             return []
         told = probed.undeclared_store(self.trial, self.case)
         made = [] if told else probed.suspects(self.trial, self.case.dtype)

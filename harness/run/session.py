@@ -8,7 +8,7 @@ from typing import Any
 
 from moe_harness.harness.core.case import Case, parse_id
 from moe_harness.harness.core.errors import CannotJudge, HarnessError
-from moe_harness.harness.core.names import DESCRIBED_STAGES
+from moe_harness.harness.core.folders import stages_with
 from moe_harness.harness.core.plan import ON_CUDA_ONLY, Planned, plan
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.process.pool import EXPLAINED, Pool, worker_count
@@ -195,7 +195,7 @@ class Run:
 
     def _describe(self, pool: Pool) -> None:
         """Let the probes tell how a right implementation computes."""
-        if self.account.failures or self.stage not in DESCRIBED_STAGES or self.options.partial:
+        if self.account.failures or self.stage not in stages_with("probes") or self.options.partial:
             return
         text = pool.ask(2 * SEARCH_SECONDS["quick"], "describe")
         if text:

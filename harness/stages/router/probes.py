@@ -12,7 +12,7 @@ BITS = {"bf16": 8, "fp16": 11}  # fewest first
 SURE = 2.0**-18  # of a weight: an error below is that of fp32, one above of a narrower format
 
 
-def of_router(trial: Trial, dtype: str) -> list[str]:
+def sentences(trial: Trial, dtype: str) -> list[str]:
     """Sentences on one dtype of the logits; only what the probes establish."""
     return [*_ties(trial, dtype), *_weights(trial, dtype)]
 
