@@ -207,12 +207,16 @@ def test_a_parameter_that_nothing_writes_is_noticed(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("expert_parallel", [False, True])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "qwen3"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "qwen3", "qwen3 with biases"])
 def test_every_element_belongs_to_a_rank_and_is_written_once(
     family: str, ranks: int, expert_parallel: bool, tmp_path: Path
 ) -> None:
-    """Every rank's parameters are covered exactly; together the ranks hold every cut element of the checkpoint."""
-    checkpoints.make(tmp_path, family)
+    """Every rank's parameters are covered exactly; together the ranks hold every cut element of the checkpoint.
+
+    A bias behind a sum over ranks is one rank's alone (reported as a bug in nano-vllm's issue 99: it is none).
+    """
+    biased = {"attention_bias": True} if "biases" in family else {}
+    checkpoints.make(tmp_path, family.split()[0], **biased)
     config = Config.read(tmp_path)
     held: dict[str, int] = {}
     for rank in range(ranks):
@@ -227,7 +231,8 @@ def test_every_element_belongs_to_a_rank_and_is_written_once(
     for key, piece in Layout(config).pieces.items():
         copies = held[key] / torch.Size(piece.shape).numel()
         whole = piece.cut is None or "k_proj" in key or "v_proj" in key
-        assert copies in ({1, ranks, ranks // 2} if whole else {1}), f"{key} is held {copies} times"
+        wanted = {1} if not whole or "o_proj.bias" in key else {1, ranks, ranks // 2}
+        assert copies in wanted, f"{key} is held {copies} times"
 
 
 MEMORY = """

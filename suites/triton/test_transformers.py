@@ -135,6 +135,17 @@ def test_generate_gives_the_eager_paths_tokens(model: transformers.PreTrainedMod
     assert greedy(model, hf.NAME, TOKENS) == greedy(model, "eager", TOKENS)
 
 
+@pytest.mark.parametrize("family", ["Qwen2Moe", "Mixtral"])
+def test_other_families_generate_the_eager_paths_tokens(family: str) -> None:
+    """With a shared expert, without renormalised weights, under the names of another family."""
+    hf.register()
+    torch.manual_seed(1)
+    sizes = SIZES | {"norm_topk_prob": False, "shared_expert_intermediate_size": 24, "num_local_experts": 6}
+    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**sizes))
+    model = model.eval().to(DEVICE)
+    assert greedy(model, hf.NAME, TOKENS) == greedy(model, "eager", TOKENS)
+
+
 def greedy(model: transformers.PreTrainedModel, implementation: str, count: int) -> list[list[int]]:
     """Greedy continuations of PROMPTS, one call each."""
     model.set_experts_implementation(implementation)
