@@ -10,6 +10,10 @@ from moe_harness.harness.core import bounds
 from moe_harness.harness.core.plan import plan
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.core.stage import find_stage
+from moe_harness.harness.stages.experts.bound import experts_bound
+from moe_harness.harness.stages.grouped_linear.bound import grouped_linear_bound
+from moe_harness.harness.stages.moe_block.bound import _routing_variance
+from moe_harness.harness.stages.shared_expert_gate.bound import gate_bound
 from moe_harness.reference.experts import activate
 from moe_harness.reference.moe_block import RoutingRule
 from moe_harness.reference.router import combine_weights, expert_scores
@@ -108,7 +112,7 @@ def test_what_a_rounding_adds_is_what_it_does(name, activation):
     weights, ids = torch.rand(256, 4, generator=random) + 0.1, torch.rand(256, 8, generator=random).argsort(-1)[:, :4]
     data = hidden, gate_up, down, weights, ids
     error = experts_rounded(name, *data, activation) - experts_rounded("", *data, activation)
-    without, with_it = (bounds.experts(*data, activation=activation, expert_map=None, declared=declared)
+    without, with_it = (experts_bound(*data, activation=activation, expert_map=None, declared=declared)
                         for declared in ((), (name,)))  # fmt: skip
     measured = error.square().mean() / (with_it.variance - without.variance).mean()
     assert float(measured) == pytest.approx(MEASURED[name], rel=0.12)
@@ -153,7 +157,7 @@ def test_the_mean_square_of_a_row_varies_as_its_sources_say(unequal):
 def test_the_bound_of_a_gate_is_what_its_roundings_do():
     random = torch.Generator().manual_seed(3)
     hidden, weight, output = (torch.randn(s, generator=random).bfloat16() for s in ((2000, 8), (1, 8), (2000, 16)))
-    bound = bounds.shared_expert_gate(hidden, weight, output, declared=())
+    bound = gate_bound(hidden, weight, output, declared=())
     gate = bf16(bf16(hidden.double() @ weight.double().T).sigmoid())
     measured = (gate * output.double() - bound.value).square().mean() / bound.shared.mean()
     assert float(measured) == pytest.approx(1.0, rel=0.12)
@@ -164,7 +168,7 @@ def test_the_bound_of_a_grouped_linear_is_what_its_roundings_do(biased):
     random = torch.Generator().manual_seed(4)
     x, weight, bias = (torch.randn(s, generator=random).bfloat16() for s in ((300, 64), (3, 80, 64), (3, 80)))
     sizes = torch.tensor([100, 100, 100])
-    bound = bounds.grouped_linear(x, weight, sizes, bias=bias if biased else None, declared=())
+    bound = grouped_linear_bound(x, weight, sizes, bias=bias if biased else None, declared=())
     product = torch.einsum("esk,enk->esn", x.double().view(3, 100, 64), weight.double())
     out = bf16(bf16(product) + bias.double()[:, None] if biased else product).reshape(300, 80)
     assert float((out - bound.value).square().mean() / bound.variance.mean()) == pytest.approx(1.0, rel=0.12)
@@ -185,7 +189,7 @@ def test_errors_of_logits_move_routing_weights_as_the_bound_says(scoring, renorm
                                routed_scaling_factor=1.0)  # fmt: skip
 
     weights, rule = weights_of(logits), RoutingRule(3, scoring, renormalize)
-    own, common = bounds._routing_variance(logits, of_logits, ids, weights, rule)
+    own, common = _routing_variance(logits, of_logits, ids, weights, rule)
     noise = torch.randn(20_000, 30, 8, generator=random, dtype=torch.float64) * of_logits.sqrt()
     measured = (weights_of(logits + noise) / weights - 1).square().mean(0)
     own = own / weights.square()

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from moe_harness.harness.core.bounds import moe_block
 from moe_harness.harness.ranks.loading import load
 from moe_harness.harness.ranks.worker import Rank
+from moe_harness.harness.stages.moe_block.bound import block_bound
 
 
 def run(me: Rank, spec: dict[str, Any], seed: int) -> float:
@@ -18,5 +18,5 @@ def run(me: Rank, spec: dict[str, Any], seed: int) -> float:
     kind = load("moe_block", "moe_harness.impls.transformers.expert_parallel:ExpertParallel")
     block = kind(me.group, weights, top_k=3, experts_implementation=spec["experts"])
     config = {"model_type": "qwen3_moe", "num_experts_per_tok": 3, "norm_topk_prob": True}
-    bound = moe_block(x, weights, config, declared=None)
+    bound = block_bound(x, weights, config, declared=None)
     return float(bound.z(block(x)).abs().nan_to_num(float("inf")).max())

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from moe_harness.harness.core import bounds
+from moe_harness.harness.stages.experts.bound import experts_bound
 from moe_harness.impls.triton import configs, grouped_linear
 from moe_harness.impls.triton._common import on_hopper
 from moe_harness.impls.triton.experts import experts, run_entry
@@ -77,7 +78,7 @@ def run(entry: configs.Entry, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
 
 def worst(result: torch.Tensor, batch: tuple[torch.Tensor, ...], activation: str = "silu") -> float:
     """Largest error in sigmas of the bound."""
-    bound = bounds.experts(*batch, activation=activation, expert_map=None, declared=experts.rounds)
+    bound = experts_bound(*batch, activation=activation, expert_map=None, declared=experts.rounds)
     return float(bound.z(result).abs().nan_to_num(float("inf")).amax())
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from moe_harness.harness.core import bounds
+from moe_harness.harness.stages.experts.bound import experts_bound
 from moe_harness.impls.triton import hf
 from moe_harness.suites.triton import CUDA, DEVICE, runnable
 
@@ -62,7 +63,7 @@ def batch(tokens: int = 11) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def worst(module: torch.nn.Module, out: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, w: torch.Tensor) -> float:
     """Largest error of a layer's result in sigmas of the kernels' own bound."""
     args = (x, module.gate_up_proj, module.down_proj, w, ids)
-    bound = bounds.experts(*args, activation="silu", expert_map=None, declared=hf.experts.rounds)
+    bound = experts_bound(*args, activation="silu", expert_map=None, declared=hf.experts.rounds)
     return float(bound.z(out).abs().nan_to_num(float("inf")).amax())
 
 

@@ -9,6 +9,7 @@ from moe_harness.harness.core import bounds
 from moe_harness.harness.core.call import INTS, Builder, Call
 from moe_harness.harness.core.stage import Declared, Output, Stage
 from moe_harness.harness.stages.experts import exact, routing
+from moe_harness.harness.stages.experts.bound import experts_bound
 from moe_harness.harness.stages.experts.cases import ExpertsCase
 from moe_harness.reference.experts import local_ids
 
@@ -50,7 +51,7 @@ class Experts(Stage):
 
     def expect(self, call: Call, declared: Declared) -> bounds.Bound:
         """What a right result may be, within the permitted roundings."""
-        return bounds.experts(*call.args.values(), **call.keywords, declared=declared)
+        return experts_bound(*call.args.values(), **call.keywords, declared=declared)
 
     def exact_value(self, call: Call) -> Tensor:
         """The only right result of an exact case, [T, H] in fp64."""

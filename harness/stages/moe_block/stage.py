@@ -13,6 +13,7 @@ from torch import Tensor
 from moe_harness.harness.core import bounds
 from moe_harness.harness.core.call import DTYPES, Builder, Call
 from moe_harness.harness.core.stage import Declared, Output, Stage
+from moe_harness.harness.stages.moe_block.bound import block_bound
 from moe_harness.harness.stages.moe_block.cases import MoeBlockCase
 from moe_harness.reference import moe_block as reference
 from moe_harness.reference import router
@@ -46,7 +47,7 @@ class MoeBlock(Stage):
     def expect(self, call: Call, declared: Declared) -> bounds.Bound:
         """What a right result may be; where a router in tf32 may choose other experts, anything."""
         hidden, weights, config = call.args.values()
-        bound, rounds = bounds.moe_block(hidden, weights, config, declared=declared), bounds.permitted(declared)
+        bound, rounds = block_bound(hidden, weights, config, declared=declared), bounds.permitted(declared)
         if not bounds.in_tf32(rounds, hidden.dtype):
             return bound
         gate = {n: w.double() for n, w in weights.items() if n.startswith("gate.")}

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moe_harness.harness.core import bounds
 from moe_harness.harness.core.bounds import ACCUMULATOR, Bound, Declared, Rounds, accumulation, store
+from moe_harness.harness.stages.experts.bound import activation_derivative
 from moe_harness.harness.stages.quantized_experts.contract import ROUNDINGS
 from moe_harness.reference.experts import activate, local_ids, routed_rows
 from moe_harness.reference.quantized_experts import (
@@ -77,7 +78,7 @@ def slopes(steps: QuantizedSteps, activation: str, spread: Tensor) -> tuple[Tens
     """(dh/dg, dh/du), each the larger one where an error of `spread` sigmas may cross a clamp."""
     gate, up = steps.gate, steps.up
     if activation != "swiglu_oai":
-        return bounds.activation_derivative(gate, activation) * up, activate(gate, activation)
+        return activation_derivative(gate, activation) * up, activate(gate, activation)
     of_gate, of_up = (spread.sqrt() * bounds.max_limit()).chunk(2, dim=-1)
     g, u = gate.clamp(max=LIMIT), up.clamp(-LIMIT, LIMIT)
     s = (ALPHA * g).sigmoid()

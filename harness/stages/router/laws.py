@@ -14,6 +14,7 @@ from moe_harness.harness.core import bounds
 from moe_harness.harness.core.call import Call
 from moe_harness.harness.core.findings import Record
 from moe_harness.harness.core.laws import Term, changed, shuffled
+from moe_harness.harness.stages.router.bound import agreement_limit
 
 if TYPE_CHECKING:
     from moe_harness.harness.core.invocation import Trial
@@ -87,15 +88,11 @@ def judge(trial: "Trial", call: Call, law: Law) -> Record:
     if record.findings:
         return record
     same, difference = disagreement(*(term.rows(result) for term, result in zip(law, results, strict=True)))
-    keywords = law[0].call.keywords
-    of_scores = max(
-        float(bounds.score_error(term.call.args["router_logits"], keywords["scoring"]).max()) for term in law
-    )
-    dtypes = [results[0][0].dtype]
+    keywords, dtypes = law[0].call.keywords, [results[0][0].dtype]
     if "routing_weight" in bounds.permitted(trial.subject.declared.rounds):
         dtypes.append(call.args["router_logits"].dtype)
-    unit = max(torch.finfo(dtype).eps for dtype in dtypes)
-    limit = 4 * of_scores + 2 * (keywords["top_k"] + 4) * bounds.ACCUMULATOR + unit
+    logits = [term.call.args["router_logits"] for term in law]
+    limit = agreement_limit(logits, keywords["scoring"], keywords["top_k"], dtypes)
     used = torch.where(same, difference / limit, 0.0)
     record.worst = max(record.worst, float(used.max()))
     if record.worst > 1:

@@ -10,6 +10,7 @@ from moe_harness.harness.core import bounds
 from moe_harness.harness.core.call import Call
 from moe_harness.harness.core.stage import Stage
 from moe_harness.harness.diagnosis.likelihood import Fit, fit_of, z_of
+from moe_harness.harness.stages.router.bound import score_error
 from moe_harness.harness.stages.router.stage import Selection
 from moe_harness.reference import router as reference
 
@@ -21,7 +22,7 @@ class Likelihood:
         self.truth = Selection(call)
         self.logits, self.keywords = call.args["router_logits"], call.keywords
         self.experts = self.logits.shape[-1]
-        score = bounds.score_error(self.logits, self.keywords["scoring"]).amax(-1, keepdim=True)
+        score = score_error(self.logits, self.keywords["scoring"]).amax(-1, keepdim=True)
         self.relative = 2 * (score + (self.keywords["top_k"] + 4) * bounds.ACCUMULATOR)
         self.right = reference.router(self.logits.double(), **_in_fp64(self.keywords))
 

@@ -17,6 +17,7 @@ from moe_harness.harness.core.call import Builder, Call
 from moe_harness.harness.core.findings import Finding, Record
 from moe_harness.harness.core.stage import Declared, Output, Stage
 from moe_harness.harness.core.wrong_outputs import Wrong
+from moe_harness.harness.stages.router.bound import score_slack
 from moe_harness.harness.stages.router.cases import RouterCase
 from moe_harness.reference import router as reference
 
@@ -98,7 +99,7 @@ class Selection:
     def __init__(self, call: Call):
         logits, keywords = call.args["router_logits"], call.keywords
         self.scores = reference.expert_scores(logits.double(), keywords["scoring"])
-        self.error = bounds.score_slack(self.scores, logits, keywords["scoring"]) + TINY
+        self.error = score_slack(self.scores, logits, keywords["scoring"]) + TINY
         bias = keywords["correction_bias"]
         self.selection = reference.selection_scores(self.scores, bias)
         self.slack = self.error + (

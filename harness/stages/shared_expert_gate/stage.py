@@ -8,6 +8,7 @@ from torch import Tensor
 from moe_harness.harness.core import bounds
 from moe_harness.harness.core.call import Builder, Call
 from moe_harness.harness.core.stage import Declared, Output, Stage
+from moe_harness.harness.stages.shared_expert_gate.bound import gate_bound
 from moe_harness.harness.stages.shared_expert_gate.cases import GateCase
 
 SATURATED = 110.0  # sigmoid(110) is 1 and sigmoid(-110) is 0 in fp32; exp(110) overflows there
@@ -40,7 +41,7 @@ class SharedExpertGate(Stage):
         return [Output("the result", tuple(shared.shape), hidden.dtype)]
 
     def expect(self, call: Call, declared: Declared) -> bounds.Bound:
-        return bounds.shared_expert_gate(*call.args.values(), declared=declared)
+        return gate_bound(*call.args.values(), declared=declared)
 
     def exact_value(self, call: Call) -> Tensor:
         """In fp64: logits are 0 or beyond saturation, so gates are 1/2, 1 or 0."""
