@@ -121,14 +121,15 @@ class Session:
         from rich.console import Console
 
         from moe_harness.harness.report.html import write_html
-        from moe_harness.harness.report.terminal import checks_table, emit, ledger
+        from moe_harness.harness.report.terminal import checks_table, clusters, emit, ledger
 
         results = results_of(heard, self.request)
         terminal.section("moe-harness")
         console = Console(file=terminal._tw._file)
         for result in results:
+            head = f"{result['stage']}  {result['impl']}"
             coverage = {**result["coverage"], "axes": {}}
-            emit(console, [f"{result['stage']}  {result['impl']}", checks_table(result["checks"]), *ledger(coverage)])
+            emit(console, [head, *clusters(result["clusters"]), checks_table(result["checks"]), *ledger(coverage)])
         for line in report.annotations(results):
             terminal.line(line)
         if self.options.impl_json:

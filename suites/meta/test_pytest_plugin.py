@@ -116,6 +116,7 @@ def test_with_xdist_junit_stays_small_and_the_table_is_whole(project):
     assert done.returncode == 1, done.stderr
     result = json.loads((project / "out.json").read_text())
     assert result["verdict"] == "fail" and result["failures"]
+    assert "\n1. " in done.stdout.partition("= moe-harness =")[2]  # what all of them come down to
     tests = list(ElementTree.parse(project / "junit.xml").iter("testcase"))
     assert len(tests) > 50
     assert (project / "junit.xml").stat().st_size < 3000 * len(tests)
