@@ -135,18 +135,19 @@ def _made(
     return Cluster(kinds, condition, tuple(failing), inside, len(passing) - inside)
 
 
-def _passing(failing: Iterable[Outcome], outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Passing cases of the checks that saw the fault; those that see little only where nothing else failed.
+def _passing(failing: Iterable[Outcome], outcomes: Sequence[Outcome], *, seeing_little: bool = False) -> list[Outcome]:
+    """Passing cases of the checks that saw the fault, or those among them that see little, where others failed too.
 
     Without rows nothing can be wrong.  Exact data are sparse, so that with few columns many mistakes change nothing:
-    gate and up swapped pass one in ten of them.
+    gate and up swapped pass one in ten of them.  They only decide between conditions that explain the rest alike.
     """
     failing = list(failing)
     checks = {outcome.check for outcome in failing}
     empty = any(not outcome.case.shows() for outcome in failing)
     exact = all(outcome.case.data == "exact" for outcome in failing)
     told = [outcome for outcome in outcomes if outcome.kind is None and outcome.check in checks]
-    return [o for o in told if (empty or o.case.shows()) and (exact or o.case.data != "exact")]
+    shown = [outcome for outcome in told if empty or outcome.case.shows()]
+    return [o for o in shown if (not exact and o.case.data == "exact") is seeing_little]
 
 
 # -------------------------------------------------------------------------------------------------------------- search
@@ -157,9 +158,10 @@ def _whole(failing: list[Outcome], outcomes: Sequence[Outcome]) -> Condition | N
     passing = _passing(failing, outcomes)
     failed = [axes_of(outcome.case) for outcome in failing]
     terms = [term for term in _terms(failing, passing) if all(map(term.holds, failed))]
-    masks = _cheapest(terms, passing)
-    everything = (1 << len(passing)) - 1
-    best: tuple[tuple[int, float], tuple[AxisValue, ...]] = ((everything.bit_count(), 0.0), ())
+    little = [axes_of(outcome.case) for outcome in _passing(failing, outcomes, seeing_little=True)]
+    masks = [(term, mask, _bits(term, little)) for term, mask in _cheapest(terms, passing, little)]
+    everything, all_little = (1 << len(passing)) - 1, (1 << len(little)) - 1
+    best: tuple[tuple[int, int, float], tuple[AxisValue, ...]] = ((len(passing), len(little), 0.0), ())
     allowed = int(BLIND * len(failing))
     for size in range(1, MOST_TERMS + 1):
         if best[0][0] <= allowed and (best[0][0] == 0 or size > 1):
@@ -167,12 +169,13 @@ def _whole(failing: list[Outcome], outcomes: Sequence[Outcome]) -> Condition | N
         if size == MOST_TERMS:
             masks = sorted(masks, key=lambda entry: (entry[1].bit_count(), entry[0].cost))[:MOST_WITH_THREE]
         for chosen in combinations(masks, size):
-            left = everything
-            for _, mask in chosen:
+            left, unsure = everything, all_little
+            for _, mask, hint in chosen:
                 left &= mask
-            key = (left.bit_count(), sum(term.cost for term, _ in chosen))
+                unsure &= hint
+            key = (left.bit_count(), unsure.bit_count(), sum(term.cost for term, _, _ in chosen))
             if key < best[0]:
-                best = key, tuple(term for term, _ in chosen)
+                best = key, tuple(term for term, _, _ in chosen)
     return Condition(best[1]) if best[0][0] <= allowed else None
 
 

@@ -116,7 +116,7 @@ def failures(found: Sequence[dict[str, Any]]) -> Iterator[Any]:
             yield Text(sentence + "\n", style="yellow")
 
 
-def clusters(found: Sequence[dict[str, Any]]) -> Iterator[Any]:
+def clusters(found: Sequence[Any]) -> Iterator[Any]:
     """What the failures come down to, each with its smallest case: read first."""
     for number_, each in enumerate(found, 1):
         what, where = cluster_lines(each)

@@ -21,7 +21,7 @@ from moe_harness.harness.run.result_builder import Listener, ResultBuilder
 
 APART = 0.02
 MOST_ROWS = 600  # of a case; what is larger takes most of the time and adds little
-CHECKS = {"router": ("contract", "routing"), "experts": ("contract", "numeric", "layouts"),
+CHECKS = {"router": ("contract", "routing", "layouts"), "experts": ("contract", "exact", "numeric", "layouts"),
           "grouped_linear": ("contract", "numeric"), "shared_expert_gate": ("contract", "numeric")}  # fmt: skip
 Declared = Callable[[Any], bool]
 
