@@ -6,7 +6,9 @@ from moe_harness.harness.core.call import Call
 from moe_harness.harness.core.wrong_outputs import Excuse, Wrong
 from moe_harness.harness.stages.sampler.cases import SamplerCase
 
-NAMES = ("likeliest", "least_likely", "any_token", "row_of_next", "behind_the_last")
+NAMES = ("all_zeros", "likeliest", "least_likely", "any_token", "row_of_next", "behind_the_last")
+
+ANY = ("all_zeros", "least_likely", "any_token", "row_of_next")  # what may come of a draw that nothing cuts
 
 
 def _only_one(case: SamplerCase) -> bool:
@@ -16,11 +18,10 @@ def _only_one(case: SamplerCase) -> bool:
 
 EXCUSES = (
     Excuse("likeliest", lambda c: c.data != "draws", "the likeliest token may always be drawn"),
-    Excuse("likeliest", lambda c: c.data == "draws" and c.B < 256, "too few draws"),
-    *(Excuse(name, _only_one, "all tokens are alike") for name in ("least_likely", "any_token", "row_of_next")),
+    *(Excuse(name, _only_one, "all tokens are alike") for name in ANY),
     *(
         Excuse(name, lambda c: c.data != "draws" and c.temperature != 0.0, "without a cut any token may be drawn")
-        for name in ("least_likely", "any_token", "row_of_next")
+        for name in ANY
     ),
     Excuse("row_of_next", lambda c: c.layout == "logits:expanded" or c.B == 1, "all rows are one"),
     Excuse("row_of_next", lambda c: c.data in ("ties", "edge_values", "peaked"), "rows share their likeliest tokens"),
@@ -37,6 +38,7 @@ def wrong_outputs(call: Call) -> Wrong:
     best = logits.argmax(1)
     random = torch.Generator().manual_seed(call.case.seed)
     return {
+        "all_zeros": torch.zeros_like(best),
         "likeliest": best,
         "least_likely": logits.argmin(1),
         "any_token": torch.randint(0, width, (rows,), generator=random).to(best.device),
