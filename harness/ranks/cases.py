@@ -358,14 +358,17 @@ def _rows_of(members: int) -> list[list[int]]:
     return [[3] * members, [2, 0, 5, 1, 4, 0, 7, 1][:members], [0] * members, [*[1] * (members - 1), 257]]
 
 
-def draw(rng: random.Random, worlds: Sequence[int]) -> DispatcherCase:
-    """A random case, for counting false alarms without Hypothesis."""
+def draw(rng: random.Random, worlds: Sequence[int], *, copies: bool = False) -> DispatcherCase:
+    """A random case, for counting false alarms without Hypothesis; `copies`: redundant experts too."""
     ranks, experts = rng.choice(list(worlds)), rng.choice([1, 2, 3, 5, 8, 13])
+    groups = rng.choice([1, 1, 2]) if ranks % 2 == 0 else 1
     return DispatcherCase(
         R=ranks,
         E=experts,
         k=rng.randint(1, min(experts, 6)),
-        T="+".join(str(rng.choice([0, 0, 1, 2, 3, 7])) for _ in range(ranks)),
+        T="+".join(str(rng.choice([0, 0, 1, 2, 3, 7, 65])) for _ in range(ranks // groups)),
+        groups=groups,
+        copies=rng.choice([0, 0, 1, 3, 9]) if copies else 0,
         H=rng.choice([8, 16]),
         owner=rng.choice(OWNERS),
         ids=rng.choice(ROUTINGS),

@@ -104,7 +104,7 @@ class RankRun:
             result["coverage"]["skipped"].append({"what": check, "reason": "not judged", "cases": cases_left})
         if result["verdict"] == "pass" and +self.left:
             result["verdict"] = "error"
-        judged = {case.R for case in self.account.executed if case.core() and case.rows()}  # type: ignore[attr-defined]
+        judged = {_together(case) for case in self.account.executed if case.core() and case.rows()}
         missing = [str(ranks) for ranks in self.worlds if ranks not in judged]
         if result["verdict"] == "pass" and missing and self.options.cases is None:
             result["verdict"] = "unsupported"
@@ -177,6 +177,11 @@ class RankRun:
         for name, verdict in verdicts.items():
             if not verdict.findings or (smallest is not None and name == smallest.id()):
                 self.account.take({**as_answer(verdict), "counts_as": "property"})
+
+
+def _together(case: Any) -> int:
+    """How many ranks work together in a case."""
+    return case.R // getattr(case, "groups", 1)
 
 
 def as_answer(verdict: Verdict) -> dict[str, Any]:

@@ -19,10 +19,16 @@ from moe_harness.suites.dispatcher.subjects import REGISTERED
 
 WORLDS = (1, 2, 4)
 STRANGERS = Path(__file__).with_name("strangers") / "right.py"
+UNUSUAL = STRANGERS.with_name("unusual.py")
 DISPATCHERS = (
     *REGISTERED,
     *(f"{STRANGERS}:{name}" for name in ("Padded", "Pickled", "Letters", "Overlapped", "Wide", "OneAtATime", "Same")),
+    *(
+        f"{UNUSUAL}:{name}"
+        for name in ("Functional", "Method", "Threaded", "Defaults", "Silent", "Mesh", "NumpySplits")
+    ),
 )
+REDUCTIONS = ("parallel", "moe_harness.harness.stages.reduction.faults.reductions:finish")
 LINEARS = {
     "replicated": ("parallel:Replicated", f"{STRANGERS}:MyReplicatedLinear"),
     "column": ("parallel:ColumnParallel", f"{STRANGERS}:MyColumnParallel"),
@@ -32,9 +38,15 @@ LINEARS = {
 
 
 def drawn(rng: random.Random) -> tuple[str, str]:
-    """(implementation, case id); one case in four is a layer."""
-    if rng.random() < 0.75:
-        return rng.choice(DISPATCHERS), cases.case_id(rng.choice(cases.CHECKS["dispatcher"]), cases.draw(rng, WORLDS))
+    """(implementation, case id); one case in five is a layer, one in ten a reduction."""
+    kind_of_case = rng.random()
+    if kind_of_case < 0.7:
+        impl, check = rng.choice(DISPATCHERS), rng.choice(cases.CHECKS["dispatcher"])
+        return impl, cases.case_id(check, cases.draw(rng, WORLDS, copies=impl in REGISTERED))
+    if kind_of_case < 0.8:
+        planned = list(cases.reduction_cases([rng.choice(WORLDS)]))
+        check, reduction = rng.choice(planned)
+        return rng.choice(REDUCTIONS), cases.case_id(check, reduction.but(seed=rng.randrange(10**6)))
     ranks, experts, kind = rng.choice(WORLDS), rng.randint(1, 5), rng.choice(list(LINEARS))
     case = LinearCase(
         R=ranks,
@@ -68,10 +80,10 @@ def main() -> None:
                 flush=True,
             )
     command = f"python -m moe_harness.suites.dispatcher.false_alarms --cases {given.cases} --seed {given.seed}"
-    found = {"command": command, "torch": version("torch"), "worlds": WORLDS, "implementations": len(DISPATCHERS) + 8,
+    found = {"command": command, "torch": version("torch"), "worlds": WORLDS, "implementations": len(DISPATCHERS) + len(REDUCTIONS) + 8,
              "cases": given.cases, "outcomes": dict(sorted(counts.items())), "alarms": alarms}  # fmt: skip
     if given.json is not None:
-        text = json.dumps(found, indent=1).replace(str(STRANGERS), "suites/dispatcher/strangers/right.py")
+        text = json.dumps(found, indent=1).replace(str(STRANGERS.parent), "suites/dispatcher/strangers")
         given.json.write_text(text + "\n")
 
 
