@@ -35,6 +35,7 @@ LINEARS = {
     "merged_column": ("parallel:MergedColumnParallel", f"{STRANGERS}:GateUpMergedColumn"),
     "row": ("parallel:RowParallel", f"{STRANGERS}:RowSharded"),
 }
+IMPLEMENTATIONS = len(DISPATCHERS) + len(REDUCTIONS) + sum(map(len, LINEARS.values()))
 
 
 def drawn(rng: random.Random) -> tuple[str, str]:
@@ -80,7 +81,7 @@ def main() -> None:
                 flush=True,
             )
     command = f"python -m moe_harness.suites.dispatcher.false_alarms --cases {given.cases} --seed {given.seed}"
-    found = {"command": command, "torch": version("torch"), "worlds": WORLDS, "implementations": len(DISPATCHERS) + len(REDUCTIONS) + 8,
+    found = {"command": command, "torch": version("torch"), "worlds": WORLDS, "implementations": IMPLEMENTATIONS,
              "cases": given.cases, "outcomes": dict(sorted(counts.items())), "alarms": alarms}  # fmt: skip
     if given.json is not None:
         text = json.dumps(found, indent=1).replace(str(STRANGERS.parent), "suites/dispatcher/strangers")
