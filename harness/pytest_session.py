@@ -10,12 +10,10 @@ from moe_harness.harness.commands import options
 from moe_harness.harness.core.contracts import STAGES
 from moe_harness.harness.core.errors import HarnessError, UsageError
 from moe_harness.harness.core.plan import ON_CUDA_ONLY, Planned, plan
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.request import EXAMPLES, Request
 from moe_harness.harness.process.pool import EXPLAINED, Pool, prepare
 from moe_harness.harness.run.result_builder import Listener, ResultBuilder
 from moe_harness.harness.run.session import INTERPRETED_STEPS
-
-EXAMPLES = {"quick": 100, "full": 500, "exhaustive": 3000}
 
 
 class Session:
@@ -78,8 +76,8 @@ class Session:
             return answer["status"] not in ("failed", "died")
 
         dtypes = tuple(pool.workers[0].loaded["declared"]["dtypes"])
-        smallest = property_search.search(stage, dtypes, judge, examples=EXAMPLES[self.request.profile],
-                                     start=self.request.seed, out_of_time=lambda: False)  # fmt: skip
+        drawn = {"examples": EXAMPLES[self.request.profile], "start": self.request.seed}
+        smallest = property_search.search(stage, dtypes, judge, **drawn, out_of_time=lambda: False)
         if smallest is not None:
             self.conclude(item, stage, spec, answers[smallest.id()])
 

@@ -30,7 +30,7 @@ Row = dict[str, Any]
 Cell = dict[str, Any]
 
 AFTER_FIRST_KILL, OF_A_PART = 24, 4  # 24 for all took 11 minutes on 2 cores
-EXAMPLES = 60  # of the check `property`, as in a quick run
+EXAMPLES = 60  # of the check `property`, of those that a quick run draws
 WORLDS = (1, 2, 4)  # ranks over which the faults of many ranks are judged
 RANK_CHECKS_OF = {
     "dispatcher": ("dense", "contract", "inputs", "volume", "refusal", "ranks"),

@@ -7,7 +7,7 @@ from typing import Any
 
 from moe_harness.harness.core.case import Case
 from moe_harness.harness.core.errors import CannotJudge
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.request import OVER_RANKS, Request
 from moe_harness.harness.process.pool import EXPLAINED
 from moe_harness.harness.ranks import cases, pool, strategies
 from moe_harness.harness.ranks.judge import Verdict, judge, planned
@@ -19,7 +19,6 @@ ENOUGH = 10  # cases that ended the ranks' processes; each costs new ones, and t
 ENOUGH_SPENT = 3  # cases that used up their budget
 SPENT = ("hang", "timeout", "stopped")  # kinds of failure that did
 SHORTER = 4  # how many times shorter the budget is after one
-EXAMPLES = {"quick": 60, "full": 500, "exhaustive": 3000}
 
 
 class RankRun:
@@ -48,7 +47,7 @@ class RankRun:
         self.account.loaded = {"declared": {}, "versions": versions()}
         ids = self._planned_ids()
         self.account.expect(ids)
-        examples = EXAMPLES[self.request.profile] if self._searches() else 0
+        examples = OVER_RANKS[self.request.profile] if self._searches() else 0
         self.left = Counter(cases.parse_id(case_id)[0] for case_id in ids)
         self.left += Counter({"property": examples})
         self.listener.start(self.spec, dict(self.left))

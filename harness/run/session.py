@@ -10,12 +10,11 @@ from moe_harness.harness.core.case import Case, parse_id
 from moe_harness.harness.core.errors import CannotJudge, HarnessError
 from moe_harness.harness.core.folders import stages_with
 from moe_harness.harness.core.plan import ON_CUDA_ONLY, Planned, plan
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.request import EXAMPLES, Request
 from moe_harness.harness.process.pool import EXPLAINED, Pool, worker_count
 from moe_harness.harness.report import Result
 from moe_harness.harness.run.result_builder import COUNTED_AS, NEEDS_CUDA, Listener, ResultBuilder
 
-EXAMPLES = {"quick": 200, "full": 500, "exhaustive": 3000}
 SEARCH_SECONDS = {"quick": 15.0, "full": 120.0, "exhaustive": 900.0}
 CONFIRMED_PER_CHECK = 2  # failures judged once more, alone in a fresh process
 INTERPRETED_STEPS = 600  # a step of a Triton kernel takes some 10 ms in the interpreter

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from moe_harness.harness.ranks import cases, judge, strategies
 from moe_harness.harness.ranks.cases import DispatcherCase
 from moe_harness.suites.dispatcher.subjects import REGISTERED, format_findings
+from moe_harness.suites.drawing import examples
 
-NO_FALSE_ALARM = 400  # cases per run; the count grows with HYPOTHESIS_PROFILE=nightly through max_examples
+NO_FALSE_ALARM = examples(400)  # cases per run
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(impl=st.sampled_from(REGISTERED), case=strategies.dispatcher_cases(worlds=(1, 2, 4)))
 def test_every_scheme_equals_the_dense_layer(impl: str, case: DispatcherCase) -> None:
     verdict = judge.judge(impl, cases.case_id("dense", case))

@@ -14,6 +14,7 @@ from moe_harness.harness.ranks.cases import LinearCase
 from moe_harness.harness.ranks.loading import load
 from moe_harness.reference import parallel_linear as reference
 from moe_harness.suites.dispatcher.subjects import chosen, format_findings
+from moe_harness.suites.drawing import examples
 
 REGISTERED = ("Replicated", "ColumnParallel", "MergedColumnParallel", "RowParallel")
 OF_KIND = {
@@ -40,7 +41,7 @@ def test_keeps_and_computes_its_part(impl: str, world: int) -> None:
     assert judged, f"{impl} refuses every case: {verdict.unsupported}"
 
 
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 @given(case=strategies.linear_cases())
 def test_every_kind_on_drawn_cases(case: LinearCase) -> None:
     verdict = judge.judge(f"parallel:{OF_KIND[case.kind]}", cases.case_id("shard", case))
