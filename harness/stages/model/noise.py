@@ -38,14 +38,11 @@ class RandomRounding:
 
     def __call__(self, name: str, value: Tensor) -> Tensor:
         dtype = torch.float32 if name == "angle" else self.dtype
-        out = value + (self._draw(value) - 0.5) * bounds.ulp(value, dtype)
+        width = bounds.ulp(value, dtype)
         if name in PRODUCTS:
-            variance = self.accumulation * value.square().mean(-1, keepdim=True)
-            out += (self._draw(value) - 0.5) * (12 * variance).sqrt()
-        return out
-
-    def _draw(self, value: Tensor) -> Tensor:
-        return torch.rand(value.shape, generator=self.generator, dtype=torch.float64)
+            accumulated = self.accumulation * value.square().mean(-1, keepdim=True)
+            width = (width.square() + 12 * accumulated).sqrt()  # one draw with the variance of both
+        return value + (torch.rand(value.shape, generator=self.generator, dtype=torch.float64) - 0.5) * width
 
 
 @dataclass(frozen=True)

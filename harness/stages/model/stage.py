@@ -26,7 +26,7 @@ from moe_harness.harness.stages.model.cases import ModelCase
 from moe_harness.harness.stages.model.noise import NoiseBound, logit_bound, noise_bound
 from moe_harness.reference.model import Model, State
 
-CANDIDATES = 6  # random prompts for each that is asked
+CANDIDATES = 4  # random prompts for each that is asked
 LENGTHS = 3  # of the prompts of one call
 FLOOR = 0.5  # of the positions, that at least are judged
 
@@ -161,17 +161,19 @@ def ask(case: ModelCase) -> Question:
         changes["norm_topk_prob"] = case.renormalize
     keys = checkpoints.config(case.family, **changes) | {"torch_dtype": str(DTYPES[case.dtype]).removeprefix("torch.")}
     weights = checkpoints.tensors(keys, case.seed, DTYPES[case.dtype], decisive=True)
-    model = Model(keys, weights)
+    model = Model(keys, {name: weight.double() for name, weight in weights.items()})  # once, not in every run
     draw = torch.Generator().manual_seed(case.seed + 7)
     ids = torch.randint(0, keys["vocab_size"], (CANDIDATES * case.B, case.L), generator=draw)
     make = {"logits": _logits, "layers": _layers, "tokens": _tokens}[case.variant]
-    return make(case, model, ids)
+    question = make(case, model, ids)
+    question.weights = weights
+    return question
 
 
 def _logits(case: ModelCase, model: Model, ids: Tensor) -> Question:
     ids = ids[: case.B]
     bound = logit_bound(model, ids, DTYPES[case.dtype])
-    return _enough(Question(model.config, dict(model.weights), ids, bound), bound.routed)
+    return _enough(Question(model.config, {}, ids, bound), bound.routed)
 
 
 def _layers(case: ModelCase, model: Model, ids: Tensor) -> Question:
@@ -184,7 +186,7 @@ def _layers(case: ModelCase, model: Model, ids: Tensor) -> Question:
         found.append(noise_bound(model, partial(model.layer, i, streams[-1].double()), dtype))
         hidden = model.layer(i, hidden, state)
     bound = NoiseBound(*(torch.cat([getattr(one, part) for one in found]) for part in ("value", "sigma", "routed")))
-    return _enough(Question(model.config, dict(model.weights), ids, bound, streams), bound.routed)
+    return _enough(Question(model.config, {}, ids, bound, streams), bound.routed)
 
 
 def _tokens(case: ModelCase, model: Model, ids: Tensor) -> Question:
@@ -204,7 +206,7 @@ def _tokens(case: ModelCase, model: Model, ids: Tensor) -> Question:
             best = sure.sum(-1).argmax(0)
             each = torch.arange(len(here))
             tokens[here], certain[here], chosen[here] = found[best, each], sure[best, each], rows[best, here]
-    question = Question(model.config, dict(model.weights), chosen, None, tokens=tokens, certain=certain)
+    question = Question(model.config, {}, chosen, None, tokens=tokens, certain=certain)
     return _enough(question, certain)
 
 
