@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moe_harness.harness.core import bounds, bounds_attention
+from moe_harness.harness.core import bounds
 from moe_harness.harness.core.call import INTS, Builder, Call
 from moe_harness.harness.core.memory import FINITE_POISON
 from moe_harness.harness.core.stage import Declared, Output, Stage
+from moe_harness.harness.stages.paged_attention.bound import attention
 from moe_harness.harness.stages.paged_attention.cases import PagedAttentionCase
 from moe_harness.harness.stages.paged_attention.contract import ROUNDINGS
 from moe_harness.harness.stages.paged_attention.exact import picked, pointed
@@ -71,7 +72,7 @@ class PagedAttention(Stage):
             visible = torch.arange(length, device=q.device) <= position[:, None]
             group = q.shape[1] // key_cache.shape[2]
             wide, of_wide = (x.double().repeat_interleave(group, dim=1) for x in (keys, values))
-            value[rows], variance[rows], shared[rows], extreme[rows], sources[rows] = bounds_attention.attention(
+            value[rows], variance[rows], shared[rows], extreme[rows], sources[rows] = attention(
                 q[rows].double(), wide, of_wide, visible, scale=call.keywords["scale"], rounds=rounds, dtype=q.dtype
             )
         drift = bounds.drift_to(value, extreme) if bounds.in_tf32(rounds, q.dtype) else None

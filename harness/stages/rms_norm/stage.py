@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_harness.harness.core import bounds_attention
 from moe_harness.harness.core.call import Builder, Call
 from moe_harness.harness.core.stage import Declared, Output, Stage, Truths
+from moe_harness.harness.stages.rms_norm.bound import rms_norm_bound
 from moe_harness.harness.stages.rms_norm.cases import RmsNormCase
 from moe_harness.harness.stages.rms_norm.contract import ROUNDINGS
 
@@ -35,7 +35,7 @@ class RmsNorm(Stage):
 
     def expect(self, call: Call, declared: Declared) -> Any:
         rounds = frozenset(ROUNDINGS if declared is None else declared)
-        return bounds_attention.rms_norm(*call.args.values(), **call.keywords, rounds=rounds)
+        return rms_norm_bound(*call.args.values(), **call.keywords, rounds=rounds)
 
     def exact_value(self, call: Call) -> Truths:
         """In fp64: the mean of squares is 1 and eps 3, so everything is halved."""

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_harness.harness.core import bounds_attention
 from moe_harness.harness.core.call import INTS, Builder, Call
 from moe_harness.harness.core.stage import Declared, Output, Stage, Truths
+from moe_harness.harness.stages.rope_cache.bound import rotated_heads, untouched
 from moe_harness.harness.stages.rope_cache.cases import RopeCacheCase
 from moe_harness.harness.stages.rope_cache.contract import ROUNDINGS
 from moe_harness.reference.rope_cache import angles
@@ -52,10 +52,10 @@ class RopeCache(Stage):
 
         def turned(x: Tensor, weight: Tensor | None) -> Any:
             eps = keywords.get("eps", 1e-6)
-            return bounds_attention.rotated_heads(x, turn, weight, eps=eps, rounds=rounds, dtype=x.dtype)
+            return rotated_heads(x, turn, weight, eps=eps, rounds=rounds, dtype=x.dtype)
 
         result, keys = turned(q, keywords.get("q_norm")), turned(k, keywords.get("k_norm"))
-        cached = bounds_attention.untouched(key_cache)
+        cached = untouched(key_cache)
         kept = (slots >= 0).nonzero()[:, 0]
         at = slots[kept].long()
         page, offset = at // key_cache.shape[1], at % key_cache.shape[1]
@@ -65,7 +65,7 @@ class RopeCache(Stage):
         of_rows[page, offset] = keys.sources.view(*k.shape[:2], 2)[kept]
         values = value_cache.clone()
         values[page, offset] = v[kept]
-        return result, cached, bounds_attention.untouched(values)
+        return result, cached, untouched(values)
 
     def exact_value(self, call: Call) -> Truths:
         """Nothing is turned and nothing normalised."""

@@ -2,7 +2,7 @@
 
 A token has to be one that may be drawn, and tokens of equal distributions have to come as often as they should: every
 count is judged by its binomial distribution, all counts of a distribution by Pearson's statistic, with the limits of
-`core/bounds_attention.py`.  Whether draws at (seed, position) and its neighbours are independent is judged in the same
+`bound.py`.  Whether draws at (seed, position) and its neighbours are independent is judged in the same
 way, by how often the two are equal.
 """
 
@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_harness.harness.core import bounds_attention as bounds
 from moe_harness.harness.core.call import INTS, Builder, Call
 from moe_harness.harness.core.findings import Record
 from moe_harness.harness.core.stage import Declared, Output, Stage
+from moe_harness.harness.stages.sampler.bound import count_headroom, spread_headroom
 from moe_harness.harness.stages.sampler.cases import SamplerCase
 from moe_harness.reference.sampler import probabilities
 
@@ -118,7 +118,7 @@ def _judge_counts(call: Call, p: Tensor, tokens: Tensor, record: Record) -> None
         of_kind = tokens[kind::FEW_KINDS]
         draws, rows = len(of_kind), f"rows {kind}, {kind + FEW_KINDS}, ..."
         counts = torch.bincount(of_kind, minlength=p.shape[1]).double()
-        used = [bounds.count_headroom(int(c), draws, float(q)) for c, q in zip(counts, p[kind], strict=True)]
+        used = [count_headroom(int(c), draws, float(q)) for c, q in zip(counts, p[kind], strict=True)]
         worst = max(range(len(used)), key=used.__getitem__)
         told = (
             f"was drawn {int(counts[worst])} times of {draws}, but should be {float(p[kind, worst]) * draws:.1f} times"
@@ -127,8 +127,8 @@ def _judge_counts(call: Call, p: Tensor, tokens: Tensor, record: Record) -> None
         for name, group in _groups(p[kind]).items():
             share, count = float(p[kind, group].sum()), int(counts[group].sum())
             told = f"{name} were drawn {count} times of {draws}, but should be {share * draws:.1f} times ({rows})"
-            _tell(record, bounds.count_headroom(count, draws, share), told, {"tokens": name})
-        together = bounds.spread_headroom(counts, draws, p[kind])
+            _tell(record, count_headroom(count, draws, share), told, {"tokens": name})
+        together = spread_headroom(counts, draws, p[kind])
         _tell(record, together, f"taken together, the counts of all tokens are too far off ({rows})", {"rows": kind})
     if call.case.vary == "grid" and not record.findings:
         _judge_neighbours(p, tokens, record)
@@ -164,9 +164,7 @@ def _judge_neighbours(p: Tensor, tokens: Tensor, record: Record) -> None:
         for name, (first, second) in pairs.items():
             equal, count = int((first == second).sum()), first.numel()
             told = f"{equal} times of {count}, but independent ones would be {chance * count:.1f} times"
-            _tell(
-                record, bounds.count_headroom(equal, count, chance), f"draws {name} are equal {told}", {"draws": name}
-            )
+            _tell(record, count_headroom(equal, count, chance), f"draws {name} are equal {told}", {"draws": name})
 
 
 def _tell(record: Record, used: float, message: str, where: dict[str, Any]) -> None:

@@ -1,0 +1,42 @@
+"""How far a count of draws may be from its mean, with the false alarms of core/bounds."""
+
+from math import log, log10, sqrt
+
+from torch import Tensor
+
+from moe_harness.harness.core.bounds import FALSE_ALARMS, STATISTICS_PER_RUN
+
+
+def statistic_limit() -> float:
+    """Least probability of a count for which a right implementation is not to blame."""
+    return FALSE_ALARMS / STATISTICS_PER_RUN
+
+
+def count_headroom(count: int, draws: int, probability: float) -> float:
+    """How far a count is in the tail of its binomial distribution, as a share of the limit: above 1 it fails."""
+    from scipy.stats import binom
+
+    if probability <= 0:
+        return float("inf") if count else 0.0
+    mean = draws * min(probability, 1.0)
+    tail = binom.logsf(count - 1, draws, probability) if count > mean else binom.logcdf(count, draws, probability)
+    return max(0.0, -(float(tail) + log(2)) / log(10)) / -log10(statistic_limit())
+
+
+def spread_headroom(counts: Tensor, draws: int, probabilities: Tensor) -> float:
+    """As `count_headroom` for all tokens at once: Pearson's statistic over cells that expect at least 20 draws.
+
+    At 20 the tail of a cell is heavier than a Gaussian's; the statistic is corrected by its known excess of variance,
+    so that the limit stays on the safe side.
+    """
+    from scipy.stats import chi2
+
+    expected = probabilities * draws
+    kept = expected >= 20
+    cells = int(kept.sum())
+    if cells < 2:
+        return 0.0
+    statistic = float(((counts - expected).square() / expected)[kept].sum())
+    excess = sqrt(1 + float((1 / expected[kept]).sum()) / (2 * cells))
+    tail = float(chi2.logsf(cells + (statistic - cells) / excess, cells))
+    return max(0.0, -tail / log(10)) / -log10(statistic_limit())
