@@ -79,7 +79,7 @@ def gate(
     from moe_harness.harness.gate.task import Asked
 
     asked = Asked(task, None if data is None else str(data), limit, shots, seed, max_new_tokens)
-    with tempfile.TemporaryDirectory(prefix="moe-harness-gate-") as folder:
+    with tempfile.TemporaryDirectory(prefix="accuracy-gate-") as folder:
         requests = Path(folder) / "requests.jsonl"
         steps.make_requests(asked, requests)
         answers = []

@@ -37,7 +37,7 @@ def record(
 def _run(command: list[str], into: Path) -> int:
     from moe_harness.harness.record import line, store
 
-    with tempfile.TemporaryDirectory(prefix="moe-harness-record-") as folder:
+    with tempfile.TemporaryDirectory(prefix="recorded-") as folder:
         written = Path(folder) / "result.json"
         asked = [*command, "--json", str(written)]
         if "--json" in command:

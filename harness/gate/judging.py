@@ -115,6 +115,7 @@ def _gold(pairs: Sequence[tuple[Row, Row]]) -> dict[str, Any] | None:
     return {
         "difference": None if shift is None else shift.mean,
         "interval": None if shift is None else list(shift.interval),
+        "p": None if shift is None else shift.p,
         "largest": None if shift is None else shift.largest, "not_finite": spoiled,
         "baseline": _mean([b.loglikelihood for b, _ in both]),
         "per_token": None if shift is None else shift.mean * len(both) / max(1, sum(len(b.tokens) for b, _ in both)),

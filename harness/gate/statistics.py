@@ -115,11 +115,16 @@ def _sure(worse: float, better: float) -> bool:
 
 @dataclass(frozen=True)
 class Shift:
-    """The mean of paired differences, with the interval that holds it at twice LEVEL outside."""
+    """The mean of paired differences, with the interval that holds it at twice LEVEL outside.
+
+    `p`: Wilcoxon's one-sided signed-rank test that they lie below zero.  A few questions that suffer much widen the
+    interval, so that it holds zero where nearly all differences are below it.
+    """
 
     mean: float
     interval: tuple[float, float]
     largest: float
+    p: float
 
     @classmethod
     def of(cls, differences: Sequence[float]) -> "Shift | None":
@@ -128,8 +133,9 @@ class Shift:
             return None
         n, mean = len(differences), math.fsum(differences) / len(differences)
         largest = max(abs(x) for x in differences)
+        p = float(stats.wilcoxon(differences, alternative="less").pvalue) if largest else 1.0
         if n == 1:
-            return cls(mean, (-math.inf, math.inf), largest)
+            return cls(mean, (-math.inf, math.inf), largest, p)
         deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in differences) / (n - 1) / n)
         reach = float(stats.t.isf(LEVEL, n - 1)) * deviation
-        return cls(mean, (mean - reach, mean + reach), largest)
+        return cls(mean, (mean - reach, mean + reach), largest, p)

@@ -42,7 +42,7 @@ def facts(result: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         spoiled = f"; not finite in {gold['not_finite']}" if gold["not_finite"] else ""
         rows.append(("gold log-likelihood, nats per answer", f"{gold['baseline']:.4g}",
                      f"{gold['baseline'] + gold['difference']:.4g}",
-                     f"{gold['difference']:+.3g}  [{low:+.3g}, {high:+.3g}]{spoiled}"))  # fmt: skip
+                     f"{gold['difference']:+.3g}  [{low:+.3g}, {high:+.3g}], p {gold['p']:.2g}{spoiled}"))  # fmt: skip
     flips = result["flips"]
     rows.append(("answers that differ", "", "", f"{flips['answers']} of {result['documents']}"))
     if "tokens" in flips:

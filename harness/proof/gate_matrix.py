@@ -9,7 +9,7 @@ it, which is exactly where the greedy answer is the worked one word for word.  (
 model gives; a fault that shows in decoding alone is not seen here, whichever measure.)
 
 The accuracy sees a fault where the gate's statistics say fail, the gold log-likelihood where its mean shift is
-significant and larger than NOISE times that of any right implementation, or no number at all.
+significant (Wilcoxon's signed-rank test) and larger than NOISE times that of any right implementation, or no number.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from moe_harness.harness.core import registry
 from moe_harness.harness.core.catalogue import Fault, all_faults, get
 from moe_harness.harness.gate.answerers import Settings
 from moe_harness.harness.gate.exchange import Gold, Request
-from moe_harness.harness.gate.statistics import Paired, Shift, verdict
+from moe_harness.harness.gate.statistics import LEVEL, Paired, Shift, verdict
 
 NOISE = 3.0
 SIGNS = ("value", "dtype", "shape")  # what changes answers; the others are for checks that look for them
@@ -125,6 +125,7 @@ def compared(trusted: Sequence[Gold], found: Sequence[Gold], margin: float = 0.0
     return {
         "accuracy": [sum(side) / len(side) for side in right], "verdict": verdict(counted, margin),
         "gold": None if shift is None else shift.mean, "interval": None if shift is None else list(shift.interval),
+        "p": None if shift is None else shift.p,
         "largest": None if shift is None else shift.largest, "not_finite": len(shifts) - len(finite),
     }  # fmt: skip
 
@@ -134,7 +135,7 @@ def seen(rows: list[dict[str, Any]]) -> dict[str, Any]:
     floor = NOISE * max((abs(r["gold"]) for r in rows if r["kind"] == "right" and "error" not in r), default=0.0)
     for row in rows:
         if "error" not in row:
-            significant = row["gold"] is not None and row["interval"][1] < 0 and row["gold"] < -floor
+            significant = row["gold"] is not None and row["p"] < LEVEL and row["gold"] < -floor
             row["by_accuracy"] = row["verdict"] == "fail"
             row["by_gold"] = bool(row["not_finite"] or significant)
     counts = {}

@@ -244,6 +244,52 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
             find("transformers:eager", replace(SETTINGS, model=folder))
 
 
+RANKED = """
+import torch
+
+def load_model(model_dir, *, device, dtype, group=None, expert_parallel=False, dispatcher="x"):
+    return Model(group, expert_parallel, dispatcher)
+
+class Model:
+    def __init__(self, group, *told):
+        self.group, self.told = group, told
+
+    def __call__(self, input_ids):
+        seen = torch.ones(1)
+        torch.distributed.all_reduce(seen, group=self.group)
+        logits = torch.zeros(*input_ids.shape, 640)
+        logits[..., int(seen)] = 5.0
+        return logits
+
+    def generate(self, prompts, *, max_new_tokens, **options):
+        ranks = [None] * self.group.size()
+        torch.distributed.all_gather_object(ranks, (self.group.rank(), *self.told), group=self.group)
+        if FAILS and self.group.rank() == 1:
+            raise RuntimeError("rank one is lost")
+        return [[100 + len(ranks)] for _ in prompts]
+"""
+
+
+@pytest.mark.parametrize("shared", [{"tp": 2}, {"ep": 2, "dispatcher": "naive"}])
+def test_a_model_over_ranks_answers(tmp_path, shared):
+    (tmp_path / "m.py").write_text(RANKED.replace("FAILS", "False"))
+    ranks = find(f"{tmp_path / 'm.py'}:load_model", replace(SETTINGS, **shared))
+    try:
+        answers = ranks.answer([replace(request, max_new_tokens=1) for request in requests(2)])
+        assert [answer.length for answer in answers] == [1, 1]
+        assert answers[0].gold.greedy[0] == 2  # the sum over two ranks
+        assert {name: ranks.identity()[name] for name in shared} == shared
+    finally:
+        ranks.close()
+
+
+def test_a_rank_that_fails_is_told_and_no_wrong_answer(tmp_path):
+    (tmp_path / "m.py").write_text(RANKED.replace("FAILS", "True"))
+    ranks = find(f"{tmp_path / 'm.py'}:load_model", replace(SETTINGS, tp=2))
+    with pytest.raises(CannotJudge, match=r"rank 1 of 2(.|\n)*rank one is lost"):
+        ranks.answer(requests(1))
+
+
 class Completions(BaseHTTPRequestHandler):
     """A server that answers every question with 42."""
 

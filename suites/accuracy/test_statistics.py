@@ -85,3 +85,12 @@ def test_a_shift_is_told_from_noise():
     assert low < 0 < high
     assert Shift.of(list(noise - 0.3)).interval[1] < 0
     assert Shift.of([]) is None
+
+
+def test_one_question_that_suffers_much_does_not_hide_that_all_suffer():
+    differences = [-0.001 * (1 + i % 5) for i in range(23)] + [-60.0]
+    shift = Shift.of(differences)
+    assert shift.interval[1] > 0
+    assert shift.p < 1e-4
+    assert Shift.of([0.0] * 24).p == 1.0
+    assert Shift.of([-x for x in differences]).p > 0.99

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from moe_harness.harness.core.errors import CannotJudge, UsageError
+from moe_harness.harness.core.errors import CannotJudge
 from moe_harness.harness.gate import identity
 from moe_harness.harness.gate.answerers.finding import DTYPES, Settings
 from moe_harness.harness.gate.answerers.tokens import Tokens, forced
@@ -16,15 +16,15 @@ GOLD_ROWS = 32
 class ContractModel:
     """Answers by `generate`; where a stop string has not come after some tokens, it goes on from there."""
 
-    def __init__(self, spec: str, function: Callable[..., Any], settings: Settings):
+    def __init__(self, spec: str, function: Callable[..., Any], settings: Settings, group: Any = None):
         import torch
 
         assert settings.model is not None
         self.spec, self.settings, self.function = spec, settings, function
         self.tokens = Tokens(settings.model)
-        options = {} if settings.dispatcher is None else {"dispatcher": settings.dispatcher}
-        if settings.tp * settings.ep > 1:
-            raise UsageError("--tp and --ep need as many processes: `moe-harness gate` starts them")
+        options: dict[str, Any] = {} if settings.dispatcher is None else {"dispatcher": settings.dispatcher}
+        if group is not None:
+            options |= {"group": group, "expert_parallel": settings.ep > 1}
         self.model = function(
             str(settings.model), device=settings.device, dtype=getattr(torch, DTYPES[settings.dtype]), **options
         )
@@ -36,7 +36,7 @@ class ContractModel:
             "spec": self.spec, "source": identity.source_hash(self.function),
             "model": identity.model_hash(settings.model), "dtype": settings.dtype, "batch_size": settings.batch_size,
             "tp": settings.tp, "ep": settings.ep, "dispatcher": settings.dispatcher,
-            **identity.surroundings(settings.device),
+            **identity.surroundings(settings.device.partition(":")[0]),
         }  # fmt: skip
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:

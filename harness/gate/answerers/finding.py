@@ -61,6 +61,10 @@ def find(spec: str, settings: Settings) -> Answerer:
         name = spec.partition(":")[2]
         return _hflm(name, settings) if spec.startswith("hflm") else _transformers(spec, name, settings)
     stage, function, layer = resolve(spec)
+    if stage == "model" and settings.tp * settings.ep > 1:
+        from moe_harness.harness.gate.answerers.ranks import Ranks
+
+        return Ranks(spec, settings)
     if stage == "model":
         from moe_harness.harness.gate.answerers.contract import ContractModel
 
