@@ -1,11 +1,8 @@
 """Why an implementation is wrong: the catalogue's fault whose output equals its output, with evidence in numbers.
 
-`explain` is called in the process that has just judged a failing case.  A fault is named only where its output equals
+`search.explain` is called in the process that has just judged a failing case.  A fault is named only where its output equals
 the implementation's within the statistical limits of `harness.core.bounds`, where the right answer does not, and where
-a second, different data set says the same.  `looks` reads the error itself, for failures that no fault explains too.
+a second, different data set says the same.  `patterns.looks` reads the error itself, for failures that no fault explains too.
+
+`clusters` puts failures together; it imports no torch, and the controlling process asks for it.
 """
-
-from moe_harness.harness.diagnosis.patterns import looks
-from moe_harness.harness.diagnosis.search import explain
-
-__all__ = ["explain", "looks"]

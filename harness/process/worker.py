@@ -96,7 +96,8 @@ def _is_device_lost(device: str) -> bool:
 def explain_id(trial: Trial, case_id: str, seconds: float) -> dict[str, Any]:
     """Known faults that explain what a failing case yields, best first, and what its error looks like."""
     from moe_harness.harness.core.catalogue import all_faults
-    from moe_harness.harness.diagnosis import explain, looks
+    from moe_harness.harness.diagnosis.patterns import looks
+    from moe_harness.harness.diagnosis.search import explain
 
     case = parse_id(case_id)[2]
     try:

@@ -15,8 +15,8 @@ from moe_harness.harness.core.contracts import Declarations, Subject
 from moe_harness.harness.core.invocation import Broken, Trial
 from moe_harness.harness.core.plan import plan
 from moe_harness.harness.core.request import Request
-from moe_harness.harness.diagnosis import explain
 from moe_harness.harness.diagnosis.candidates import forget
+from moe_harness.harness.diagnosis.search import explain
 from moe_harness.harness.stages.experts.faults import slots
 from moe_harness.harness.stages.moe_block.cases import FAMILIES, MoeBlockCase
 from moe_harness.harness.stages.moe_block.faults.parts import LEFT_OUT, inside

@@ -17,11 +17,11 @@ from moe_harness.harness.core.error_patterns import structure
 from moe_harness.harness.core.invocation import Trial
 from moe_harness.harness.core.plan import plan
 from moe_harness.harness.core.request import Request
-from moe_harness.harness.diagnosis import explain, looks
 from moe_harness.harness.diagnosis.disguise import hidden
 from moe_harness.harness.diagnosis.likelihood import likelihood_of
 from moe_harness.harness.diagnosis.measure import STAGES, measure, measured, summary, trial_of
-from moe_harness.harness.diagnosis.patterns import ratios, tiles
+from moe_harness.harness.diagnosis.patterns import looks, ratios, tiles
+from moe_harness.harness.diagnosis.search import explain
 from moe_harness.harness.process.pool import prepare
 from moe_harness.harness.run.session import RunOptions, judge
 from moe_harness.harness.stages.experts.cases import ExpertsCase

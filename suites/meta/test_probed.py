@@ -10,8 +10,9 @@ from torch import Tensor
 from moe_harness.harness.core.case import Case
 from moe_harness.harness.core.contracts import Declarations, Subject, load
 from moe_harness.harness.core.invocation import Trial
-from moe_harness.harness.diagnosis import explain, probed
+from moe_harness.harness.diagnosis import probed
 from moe_harness.harness.diagnosis.numerics_probes import sees_sums
+from moe_harness.harness.diagnosis.search import explain
 from moe_harness.harness.stages.experts.cases import ExpertsCase
 from moe_harness.harness.stages.grouped_linear.cases import GroupedLinearCase
 from moe_harness.harness.stages.shared_expert_gate.cases import GateCase
