@@ -23,6 +23,7 @@ MOST_TERMS = 3
 MOST_CLUSTERS = 5  # of one kind of failure; what is left is told as one, without a condition
 MOST_WITH_THREE = 60  # terms of which triples are tried: 34,000 take 20 ms
 BLIND = 0.05
+LOOSE = 0.4  # ... where one term would otherwise be many clusters, or none; the passing cases are counted beside it
 # What a term costs a reader; the cheapest conjunction is the condition.
 EQUAL, LIMIT, UNEQUAL, PROPERTY, SET = 1.0, 1.1, 1.2, 1.4, 1.6
 MULTIPLES = (2, 4, 8, 16, 32, 64, 128)
@@ -103,6 +104,15 @@ def _of_kind(kind: str, failing: list[Outcome], outcomes: Sequence[Outcome]) -> 
     if whole is not None:
         yield _made((kind,), whole, failing, outcomes)
         return
+    parts = list(_parts(kind, failing, outcomes))
+    if len(parts) > 2 or parts[-1].condition is None:
+        loose = _whole(failing, outcomes, loose=True)
+        parts = parts if loose is None else [_made((kind,), loose, failing, outcomes)]
+    yield from parts
+
+
+def _parts(kind: str, failing: list[Outcome], outcomes: Sequence[Outcome]) -> Iterator[Cluster]:
+    """The failing cases split by conditions of their own, the largest first; what none holds for comes last."""
     left = failing
     for _ in range(MOST_CLUSTERS):
         part = _part(left, outcomes)
@@ -153,8 +163,8 @@ def _passing(failing: Iterable[Outcome], outcomes: Sequence[Outcome], *, seeing_
 # -------------------------------------------------------------------------------------------------------------- search
 
 
-def _whole(failing: list[Outcome], outcomes: Sequence[Outcome]) -> Condition | None:
-    """The cheapest condition that all failing cases meet and (nearly) no passing one."""
+def _whole(failing: list[Outcome], outcomes: Sequence[Outcome], *, loose: bool = False) -> Condition | None:
+    """The cheapest condition that all failing cases meet and (nearly) no passing one; `loose` lets more of these in."""
     passing = _passing(failing, outcomes)
     failed = [axes_of(outcome.case) for outcome in failing]
     terms = [term for term in _terms(failing, passing) if all(map(term.holds, failed))]
@@ -162,8 +172,8 @@ def _whole(failing: list[Outcome], outcomes: Sequence[Outcome]) -> Condition | N
     masks = [(term, mask, _bits(term, little)) for term, mask in _cheapest(terms, passing, little)]
     everything, all_little = (1 << len(passing)) - 1, (1 << len(little)) - 1
     best: tuple[tuple[int, int, float], tuple[AxisValue, ...]] = ((len(passing), len(little), 0.0), ())
-    allowed = int(BLIND * len(failing))
-    for size in range(1, MOST_TERMS + 1):
+    allowed = int((LOOSE if loose else BLIND) * len(failing))
+    for size in range(1, 2 if loose else MOST_TERMS + 1):
         if best[0][0] <= allowed and (best[0][0] == 0 or size > 1):
             break
         if size == MOST_TERMS:
