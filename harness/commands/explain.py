@@ -90,12 +90,14 @@ def _rounding(name: str, told: dict[str, str]) -> Lines:
 
 
 def _stage(name: str) -> Lines:
+    from moe_harness.harness.commands.init import stages
     from moe_harness.harness.commands.list import signature
 
     yield "contract", signature(name)
     yield "checks", ", ".join(_checks(name))
     yield "registered", ", ".join(registry.registered(name)) or "nothing"
-    yield "to begin", f"moe-harness init {name}"
+    if name in stages():
+        yield "to begin", f"moe-harness init {name}"
 
 
 def _request() -> Any:
