@@ -2,7 +2,7 @@ r"""Bound of the stage `quantized_experts`, of the pieces of `core.bounds`.
 
 Codes and scales are exact, and so are the weights W that they stand for.  Beside the roundings of the stage `experts`:
 
-- `weight`: W may be rounded to the dtype of hidden_states; one that is a number of that dtype has no error.
+- `weight`: W may be rounded to the dtype of hidden_states; what that changes is known, its effect on a sum is random.
 - biases may be added before or behind the store that `gate_up` or `expert_output` permits.
 - activations, where an implementation declares `quantizes`: each row that enters a product becomes codes times s, with
   s = max |x| / largest code, or that rounded up to a power of two.  A code's error is uniform over its spacing; between
@@ -68,10 +68,13 @@ def _spacing(codes: Tensor) -> Tensor:
 
 
 def weight_variance(weights: Tensor, rounds: Rounds, dtype: torch.dtype) -> Tensor:
-    """Variance of rounding weights to `dtype` where that is permitted; 0 where they are numbers of it."""
+    """Square of what rounding weights to `dtype` changes, where that is permitted.
+
+    It is known, and not uniform over an ulp: a code of four bits times a scale of eight has many ties.
+    """
     if "weight" not in rounds:
         return torch.zeros_like(weights)
-    return torch.where(weights.to(dtype).double() == weights, 0.0, store(weights, dtype))
+    return (weights.to(dtype).double() - weights).square().nan_to_num(nan=0.0)
 
 
 def slopes(steps: QuantizedSteps, activation: str, spread: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,1 @@
+"""Released checkpoints, their tensors turned into the form that the kernels take."""
