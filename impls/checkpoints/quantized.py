@@ -25,6 +25,7 @@ __all__ = ["Weights", "load"]
 BLOCK, GROUP, MX_BLOCK = 128, 128, 32
 PER_INT32 = 8
 Find = Callable[[str], Tensor]
+Lists = tuple[list[Tensor], list[Tensor]]  # codes and scales, expert after expert
 
 
 class Weights(NamedTuple):
@@ -78,7 +79,8 @@ def load(folder: Path, prefix: str) -> Weights:
 
 def of_fp8(find: Find, experts: int) -> Weights:
     """e4m3 with a scale for each 128 x 128; up's blocks begin anew behind gate's, so I is a multiple of 128."""
-    first, second = ([], []), ([], [])
+    first: Lists = ([], [])
+    second: Lists = ([], [])
     for expert in range(experts):
         gate, up, down = (_fp8(find, f"{expert}.{name}_proj") for name in ("gate", "up", "down"))
         rows = gate[0].shape[0]
@@ -103,13 +105,15 @@ def _fp8(find: Find, name: str) -> tuple[Tensor, Tensor]:
 
 def of_packed(find: Find, experts: int) -> Weights:
     """Eight codes of four bits an int32, the first in the lowest bits, 8 standing for 0; a scale for each 128."""
-    first, second = ([], []), ([], [])
+    first: Lists = ([], [])
+    second: Lists = ([], [])
     for expert in range(experts):
         gate, up, down = (_packed(find, f"{expert}.{name}_proj") for name in ("gate", "up", "down"))
         for kept, parts in ((first, (gate, up)), (second, (down,))):
             kept[0].append(torch.cat([codes for codes, _ in parts]))
             kept[1].append(torch.cat([scale for _, scale in parts]))
-    return Weights(*(torch.stack(part) for part in (*first, *second)), "int4_group")
+    up, up_scale, down, down_scale = (torch.stack(part) for part in (*first, *second))
+    return Weights(up, up_scale, down, down_scale, "int4_group")
 
 
 def _packed(find: Find, name: str) -> tuple[Tensor, Tensor]:
