@@ -112,8 +112,9 @@ def of_packed(find: Find, experts: int) -> Weights:
         for kept, parts in ((first, (gate, up)), (second, (down,))):
             kept[0].append(torch.cat([codes for codes, _ in parts]))
             kept[1].append(torch.cat([scale for _, scale in parts]))
-    up, up_scale, down, down_scale = (torch.stack(part) for part in (*first, *second))
-    return Weights(up, up_scale, down, down_scale, "int4_group")
+    return Weights(
+        torch.stack(first[0]), torch.stack(first[1]), torch.stack(second[0]), torch.stack(second[1]), "int4_group"
+    )
 
 
 def _packed(find: Find, name: str) -> tuple[Tensor, Tensor]:
