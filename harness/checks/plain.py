@@ -1,15 +1,19 @@
 """One call, judged against its bound."""
 
+from contextlib import nullcontext
+
 from moe_harness.harness.core.call import Call
 from moe_harness.harness.core.case import Case
 from moe_harness.harness.core.contracts import SIGNATURES
 from moe_harness.harness.core.findings import Record
 from moe_harness.harness.core.invocation import Trial
+from moe_harness.harness.core.memory import poisoned_allocations
 
 
 def plain(trial: Trial, case: Case) -> Record:
-    """Call once and judge the result."""
-    return judged_call(trial, trial.build(case))
+    """Call once and judge the result; the variant "poisoned" in fresh memory full of NaN."""
+    with poisoned_allocations(trial.device) if case.variant == "poisoned" else nullcontext():
+        return judged_call(trial, trial.build(case))
 
 
 def contract(trial: Trial, case: Case) -> Record:

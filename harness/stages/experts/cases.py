@@ -142,6 +142,43 @@ def _exact(request: Request) -> Iterator[Case]:
     for shape in request.model_shapes():
         for tokens in request.pick((1, 4, 33), (1, 2, 3, 4, 8, 16, 33, 64, 129)):
             yield _of_model(request, shape, T=tokens, data="exact")
+    yield from _turning(request)
+
+
+def _turning(request: Request) -> Iterator[Case]:
+    """Sizes at which published kernels turned wrong, each in several shapes; exact, so that one row is enough."""
+    small: dict[str, Any] = {"H": 16, "I": 16, "data": "exact"}
+    dtypes = cycle(request.dtypes)
+    for experts, top_k in at.LARGE_K:
+        for tokens in (1, 5, 40, 257):
+            yield ExpertsCase(T=tokens, E=experts, k=top_k, dtype=next(dtypes), **small)
+    for experts in at.EXPERTS_MANY:
+        for tokens, routing, kind in ((3, "last", "none"), (40, "last", "none"), (60, "uniform", "none"),
+                                      (130, "last", "block"), (33, "uniform", "alternate")):  # fmt: skip
+            yield ExpertsCase(T=tokens, E=experts, k=8, routing=routing, map=kind, dtype=next(dtypes), **small)
+    pairs = cycle(((8, 2), (128, 8), (60, 4), (64, 6)))
+    for tokens in at.TOKENS_TURNING:
+        for routing in ("uniform", "skewed"):
+            experts, top_k = next(pairs)
+            yield ExpertsCase(T=tokens, E=experts, k=top_k, routing=routing, dtype=next(dtypes), **small)
+    for experts, top_k in ((8, 2), (5, 3)):
+        tiny: dict[str, Any] = {"H": 4, "I": 8, "data": "exact", "dtype": next(dtypes)}
+        yield ExpertsCase(T=at.TOKENS_BEYOND_16_BITS, E=experts, k=top_k, **tiny)
+    for experts, top_k, tokens in ((4, 4, 128), (16, 8, 256), (2, 1, 256), (4, 2, 256), (32, 4, 1024)):
+        yield ExpertsCase(T=tokens, E=experts, k=top_k, dtype=next(dtypes), **small)  # 128 rows an expert on average
+    for width, tokens in zip(at.WIDTHS_BEYOND_4096, (2, 17, 33, 5), strict=True):
+        yield ExpertsCase(T=tokens, H=width, I=8, E=3, data="exact", dtype=next(dtypes))
+        yield ExpertsCase(T=tokens, H=8, I=width, E=3, data="exact", dtype=next(dtypes))
+    for tokens, experts, top_k, width, inner in (
+        (1, 8, 2, 32, 24), (5, 128, 8, 33, 17), (33, 6, 3, 40, 24), (17, 60, 4, 64, 64), (130, 16, 4, 21, 33),
+        (257, 300, 8, 24, 40), (2, 256, 8, 48, 16),
+    ):  # fmt: skip
+        for masked, kind in (("none", "none"), ("rows", "block"), ("some", "alternate")):
+            fields: dict[str, Any] = {"H": width, "I": inner, "masked": masked, "map": kind, "data": "exact"}
+            dtype = next(dtypes)
+            yield ExpertsCase(T=tokens, E=experts, k=top_k, dtype=dtype, variant="poisoned", **fields)
+    for tokens, top_k in ((5, 3), (3, 4), (33, 3), (70, 8), (129, 4)):
+        yield ExpertsCase(T=tokens, E=8, k=top_k, routing="crowded", dtype=next(dtypes), **small)
 
 
 def _numeric(request: Request) -> Iterator[Case]:
@@ -162,6 +199,13 @@ def _numeric(request: Request) -> Iterator[Case]:
     for shape in request.model_shapes():
         for tokens in request.pick((1, 17), (1, 4, 17, 64, 129)):
             yield _of_model(request, shape, T=tokens)
+    for dtype in request.dtypes:
+        for top_k in (
+            2,
+            3,
+            4,
+        ):  # of few partial sums each weighs little: many elements show one that is rounded too often
+            yield ExpertsCase(T=1200, H=96, I=32, E=8, k=top_k, dtype=dtype, weights="model")
 
 
 def _of_model(request: Request, shape: Any, **fields: Any) -> Case:
@@ -196,6 +240,27 @@ def _layouts(request: Request) -> Iterator[Case]:
             yield ExpertsCase(T=13, H=37, I=21, layout=f"gate_up_proj:{kind}", dtype=dtype, data="exact")
             yield ExpertsCase(T=13, H=37, I=21, layout=f"down_proj:{kind}", dtype=dtype, data="exact")
             yield ExpertsCase(T=13, H=37, I=21, layout=f"all:{kind}", dtype=dtype, data="exact", map="block")
+
+    yield from _odd_strides(request)
+
+
+def _odd_strides(request: Request) -> Iterator[Case]:
+    """Strides that a shape hides: those of square weights, and those of a dimension of size 1 among many rows."""
+    for width, inner in ((32, 32), (32, 16), (48, 48)):  # I == H, 2I == H: transposed, a matrix fits as it is
+        for operand in (*OPERANDS[:3], "all"):
+            for kind in at.LAYOUTS[:5]:
+                dtype = request.dtypes[-1 if width == 32 else 0]
+                yield ExpertsCase(T=33, H=width, I=inner, layout=f"{operand}:{kind}", data="exact", dtype=dtype)
+    flat: dict[str, dict[str, int]] = {
+        "hidden_states": {"H": 1}, "gate_up_proj": {"E": 1, "k": 1}, "down_proj": {"I": 1}, "topk_weights": {"k": 1},
+        "topk_ids": {"k": 1}, "all": {"T": 1},
+    }  # fmt: skip
+    for operand, sizes in flat.items():
+        for kind in ("unit", "padded", "strided", "outer_padded", "transposed"):
+            for others in ("", "all"):
+                shape: dict[str, Any] = {"T": 29, "H": 24, "I": 16, "E": 5} | sizes
+                layout = f"{others or operand}:{kind}"
+                yield ExpertsCase(layout=layout, data="exact", dtype=request.dtypes[-1], **shape)
 
 
 def _memory(request: Request) -> Iterator[Case]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any, ClassVar, Self
 
 from moe_harness.harness.core import boundaries as at
@@ -95,6 +96,31 @@ def _exact(request: Request) -> Iterator[Case]:
     for shape in request.model_shapes():
         for rows in (8, 65):
             yield _of_model(request, shape, S=rows, data="exact")
+    yield from _turning(request)
+
+
+def _turning(request: Request) -> Iterator[Case]:
+    """Sizes at which published kernels turned wrong."""
+    dtypes = cycle(request.dtypes)
+    for experts in at.EXPERTS_MANY:
+        for sizes, rows in (("last", 40), ("sparse", 300), ("random", 70), ("ones", 1409)):
+            yield GroupedLinearCase(
+                S=rows, K=16, N=16, E=experts, sizes=sizes, bias=rows == 70, data="exact", dtype=next(dtypes)
+            )
+    for rows in at.TOKENS_TURNING:
+        for sizes in ("random", "sparse", "even"):
+            yield GroupedLinearCase(S=rows, K=16, N=16, E=7, sizes=sizes, data="exact", dtype=next(dtypes))
+    for sizes in ("random", "even"):
+        yield GroupedLinearCase(
+            S=at.TOKENS_BEYOND_16_BITS, K=8, N=8, E=5, sizes=sizes, data="exact", dtype=next(dtypes)
+        )
+    for rows, width, inner in ((1, 32, 24), (17, 33, 40), (70, 64, 21), (257, 16, 16), (1409, 8, 8)):
+        for sizes in ("sparse", "last", "random"):
+            fields: dict[str, Any] = {"K": width, "N": inner, "E": 9, "sizes": sizes, "data": "exact"}
+            yield GroupedLinearCase(S=rows, dtype=next(dtypes), variant="poisoned", **fields)
+    for width, rows in zip(at.WIDTHS_BEYOND_4096, (2, 17, 33, 70), strict=True):
+        yield GroupedLinearCase(S=rows, K=width, N=8, E=3, data="exact", dtype=next(dtypes))
+        yield GroupedLinearCase(S=rows, K=8, N=width, E=3, bias=True, data="exact", dtype=next(dtypes))
 
 
 def _of_model(request: Request, shape: Any, **fields: Any) -> Case:
@@ -129,6 +155,17 @@ def _layouts(request: Request) -> Iterator[Case]:
         for dtype in request.dtypes:
             yield GroupedLinearCase(S=32, K=32, N=32, E=3, layout=f"x:{kind}", data="exact", dtype=dtype)
             yield GroupedLinearCase(S=32, K=32, N=32, E=3, layout=f"weight:{kind}", data="exact", dtype=dtype)
+
+    for rows in (64, 70, 130):  # enough of them for a path that sorts or tiles
+        for operand in ("x", "weight"):
+            for kind in at.LAYOUTS[:5]:
+                yield GroupedLinearCase(S=rows, K=37, N=24, E=3, layout=f"{operand}:{kind}", data="exact")
+    flat: dict[str, dict[str, int]] = {"x": {"K": 1}, "weight": {"E": 1}, "bias": {"N": 1}, "all": {"S": 1}}
+    for operand, sizes in flat.items():
+        for kind in ("unit", "padded", "strided", "outer_padded", "transposed"):
+            for layout in dict.fromkeys((f"{operand}:{kind}", f"all:{kind}")):
+                shape: dict[str, Any] = {"S": 29, "K": 24, "N": 16, "E": 4} | sizes
+                yield GroupedLinearCase(layout=layout, bias=True, data="exact", dtype=request.dtypes[-1], **shape)
 
 
 def _memory(request: Request) -> Iterator[Case]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any, ClassVar, Self
 
 from moe_harness.harness.core import boundaries as at
@@ -91,6 +92,34 @@ def _numeric(request: Request) -> Iterator[Case]:
     for dtype in request.dtypes:
         for shape in SHAPES:
             yield MoeBlockCase(**shape, dtype=dtype)
+    yield from _turning(request)
+
+
+def _turning(request: Request) -> Iterator[Case]:
+    """Sizes at which published blocks turned wrong: routers on either side of a threshold, one slot, many experts."""
+    dtypes, turning = cycle(request.dtypes), cycle(at.TOKENS_TURNING[2:])
+    for family in FAMILIES:
+        few = (1, 2, 4, 8) if family.startswith("deepseek") else ()  # a router in fp32: 16 bits choose otherwise
+        for tokens in (*few, 16, 17, 127, 128, 129):
+            yield MoeBlockCase(family=family, T=tokens, E=64, k=6, H=32, I=16, shared=16, dtype=request.dtypes[-1])
+        for dtype in request.dtypes:
+            for tokens in (3, 18):
+                yield MoeBlockCase(family=family, T=tokens, k=1, renorm="no", H=48, I=24, shared=24, dtype=dtype)
+        yield MoeBlockCase(family=family, T=next(turning), H=16, I=16, shared=16, dtype=next(dtypes))
+    for experts, top_k in at.LARGE_K:
+        for family in ("qwen3_moe", "deepseek_v3"):
+            if family == "qwen3_moe" or 2 * top_k <= experts:  # half of the groups can be chosen from
+                yield MoeBlockCase(family=family, T=9, E=experts, k=top_k, H=32, I=16, shared=16, dtype=next(dtypes))
+    for experts in at.EXPERTS_MANY:
+        yield MoeBlockCase(T=9, E=experts, k=8, H=16, I=8, dtype=next(dtypes))
+    for family, width in zip(("qwen3_moe", "qwen2_moe", "mixtral", "deepseek_v3"), at.WIDTHS_BEYOND_4096, strict=True):
+        yield MoeBlockCase(family=family, T=5, E=8, k=2, H=width, I=8, shared=8, dtype=next(dtypes))
+    for family in FAMILIES:
+        for tokens, width in ((1, 64), (19, 40), (65, 33)):
+            fields: dict[str, Any] = {"H": width, "I": 24, "shared": 17, "dtype": next(dtypes)}
+            yield MoeBlockCase(family=family, T=tokens, variant="poisoned", **fields)
+    for family in ("qwen2_moe", "qwen3_moe", "deepseek_v2"):
+        yield MoeBlockCase(family=family, T=7, E=256, k=8, H=32, I=16, shared=16, dtype=next(dtypes))
 
 
 def _layouts(request: Request) -> Iterator[Case]:
@@ -107,6 +136,16 @@ def _layouts(request: Request) -> Iterator[Case]:
                 yield MoeBlockCase(
                     family="qwen2_moe", T=13, H=37, I=21, layout=f"{operand}:{kind}", dtype=request.dtypes[-1]
                 )
+
+    for width, inner in ((32, 32), (32, 16)):  # I == H, 2I == H
+        for operand in (*operands[:4], "all"):
+            for kind in at.LAYOUTS[:5]:
+                layout = f"{operand}:{kind}"
+                yield MoeBlockCase(family="qwen2_moe", T=13, H=width, I=inner, layout=layout, dtype=request.dtypes[-1])
+    for sizes in ({"I": 1}, {"T": 1}, {"shared": 1}, {"E": 1, "k": 1}):
+        for kind in ("unit", "padded", "strided"):
+            shape: dict[str, Any] = {"T": 13, "H": 24, "I": 16, "E": 8, "k": 2} | sizes
+            yield MoeBlockCase(family="qwen2_moe", layout=f"all:{kind}", dtype=request.dtypes[-1], **shape)
 
 
 def _small(request: Request) -> Iterator[Case]:

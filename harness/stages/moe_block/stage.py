@@ -121,6 +121,9 @@ def _decided_tokens(case: MoeBlockCase, draw: Builder, weights: dict[str, Tensor
     pool = draw.normal(4 * case.T + 16, case.H, scale=2.0**-6 if case.data == "tiny" else 1.0).to(dtype)
     margin = _margin(pool.double(), gate, config, dtype)
     clear = (margin > MARGIN).nonzero()[:, 0]
+    if reference.family(config).router_in_fp32:  # logits of 16 bits choose wrongly between near ties only
+        nearest = clear[margin[clear].argsort()][: (case.T + 1) // 2]
+        clear = torch.cat([nearest, clear[~torch.isin(clear, nearest)]])
     order = clear if len(clear) >= case.T else margin.argsort(descending=True)
     return pool[order[: case.T]].float()
 
@@ -134,8 +137,10 @@ def _margin(
     scores = router.expert_scores(logits, rule.scoring)
     selection = router.selection_scores(scores, reference.correction_bias(gate, config))
     slope = scores * (1 - scores) if rule.scoring == "sigmoid" else scores
-    variance = bounds.store(logits, dtype) + bounds.product_variance(x, gate["gate.weight"], rounds, dtype)
-    error = slope * variance.sqrt() + 2.0**-30
+    in_fp32 = reference.family(config).router_in_fp32
+    kept_in, of_score = (torch.float32, 2.0**-24) if in_fp32 else (dtype, 2.0**-30)
+    variance = bounds.store(logits, kept_in) + bounds.product_variance(x, gate["gate.weight"], rounds, dtype)
+    error = slope * variance.sqrt() + of_score
     margin = torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)
     if rule.num_expert_group is not None and rule.topk_group is not None:
         by_group = router.group_scores(selection, rule.num_expert_group, biased=rule.scoring == "sigmoid")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any, ClassVar, Self
 
 from moe_harness.harness.core import boundaries as at
@@ -14,6 +15,14 @@ SPECIALS = (
     "nan_row", "nan_element", "inf", "minus_inf", "ties", "constant", "peaked", "negative", "far_negative", "underflow",
     "overflow",
 )  # fmt: skip
+# Ways to route of released models that `_models` has not.
+MORE_WAYS: tuple[dict[str, Any], ...] = (
+    {"E": 256, "k": 8},  # Qwen3.5
+    {"E": 64, "k": 8, "renorm": False},  # OLMoE
+    {"E": 128, "k": 1, "scoring": "sigmoid", "renorm": False},  # Llama 4
+    {"E": 128, "k": 8, "scoring": "sigmoid", "bias": "small"},  # GLM-4.5
+    {"E": 256, "k": 8, "scoring": "sigmoid", "bias": "small"},  # MiniMax-M2
+)
 GROUPS = ("none", "8x4", "4x2", "2x1", "1x1", "8x3")
 BIASES = ("none", "small", "negative", "offset", "zero")
 
@@ -131,6 +140,39 @@ def _routing(request: Request) -> Iterator[Case]:
         yield RouterCase(T=tokens, dtype=request.dtypes[tokens % len(request.dtypes)], renorm=bool(tokens % 2))
     for tokens in (*at.TOKENS_MANY, 4095, 4097, *request.pick((), (65537,))):
         yield RouterCase(T=tokens, E=16, k=2)
+    yield from _turning(request)
+
+
+def _turning(request: Request) -> Iterator[Case]:
+    """Every way to route at every small T and at sizes where published kernels turned wrong."""
+    ways, dtypes = [*_models(request), *MORE_WAYS], cycle(request.dtypes)
+    for fields in ways:
+        for tokens in range(1, 18):  # what decodes runs at these
+            yield RouterCase(T=tokens, dtype=next(dtypes), **fields)
+    turning = cycle(at.TOKENS_TURNING)
+    for fields in ways:
+        for _ in range(request.pick(3, 6)):
+            yield RouterCase(T=next(turning), dtype=next(dtypes), **fields)
+        next(turning)  # so that six ways meet all sizes
+    for scoring in ("softmax", "sigmoid"):
+        for tokens in (1409, 4097, at.TOKENS_BEYOND_16_BITS):
+            yield RouterCase(T=tokens, E=8, k=2, scoring=scoring, dtype=next(dtypes))
+            yield RouterCase(T=tokens, E=12, k=3, scoring=scoring, bias="small", renorm=False, dtype=next(dtypes))
+    for experts, top_k in at.LARGE_K:
+        for scoring, bias in (("softmax", "none"), ("sigmoid", "small"), ("sigmoid", "none")):
+            for tokens in (3, 33):
+                yield RouterCase(T=tokens, E=experts, k=top_k, scoring=scoring, bias=bias, dtype=next(dtypes))
+    for experts in at.EXPERTS_MANY:
+        for scoring, data in (("softmax", "last"), ("sigmoid", "last"), ("softmax", "normal")):
+            for tokens in (2, 40):
+                yield RouterCase(T=tokens, E=experts, data=data, scoring=scoring, dtype=next(dtypes))
+    for bias in ("small", "negative", "offset"):  # without groups, and E no power of two
+        for experts in (7, 60, 128, 160):
+            for scoring in ("softmax", "sigmoid"):
+                yield RouterCase(T=17, E=experts, k=4, scoring=scoring, bias=bias, renorm=experts != 60)
+    for experts, top_k, tokens in ((8, 2, 5), (60, 4, 33), (128, 8, 65), (64, 6, 130), (256, 8, 1409)):
+        for scoring in ("softmax", "sigmoid"):
+            yield RouterCase(T=tokens, E=experts, k=top_k, scoring=scoring, dtype=next(dtypes), variant="poisoned")
 
 
 def _special(request: Request) -> Iterator[Case]:
@@ -150,6 +192,16 @@ def _layouts(request: Request) -> Iterator[Case]:
         yield RouterCase(
             T=6, E=32, k=4, layout=f"correction_bias:{kind}", bias="small", scoring="sigmoid", groups="4x2"
         )
+
+    for kind in at.LAYOUTS[:5]:  # T == E: transposed, the table fits as it is
+        for dtype in request.dtypes:
+            yield RouterCase(T=32, E=32, k=4, layout=f"router_logits:{kind}", dtype=dtype)
+    for kind in ("unit", "padded", "strided", "outer_padded", "transposed"):  # one expert, one row
+        yield RouterCase(T=19, E=1, k=1, layout=f"router_logits:{kind}", dtype=request.dtypes[-1])
+        yield RouterCase(T=1, E=24, k=3, layout=f"router_logits:{kind}", dtype=request.dtypes[-1])
+        for bias in ("small", "negative"):
+            fields: dict[str, Any] = {"bias": bias, "scoring": "sigmoid", "layout": f"correction_bias:{kind}"}
+            yield RouterCase(T=19, E=24, k=3, **fields)
 
 
 def _memory(request: Request) -> Iterator[Case]:

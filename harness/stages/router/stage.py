@@ -304,6 +304,8 @@ def _logits(case: RouterCase, draw: Builder) -> Tensor:
             logits = logits * 0.5 - (1000.0 if softmax else 12.0)
         case "peaked" if case.T:
             logits[torch.arange(case.T), draw.integers(0, case.E, (case.T,))] += 25.0 if softmax else 8.0
+        case "last":  # the last experts are chosen
+            logits[:, -(case.k + 1) :] += 25.0 if softmax else 8.0
         case "ties":
             logits = (logits * 2).round() / 2
         case "constant":

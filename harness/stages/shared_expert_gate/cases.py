@@ -74,6 +74,17 @@ def _exact(request: Request) -> Iterator[Case]:
     for rows in at.TOKENS_MANY:
         yield GateCase(lead=str(rows), H=16, D=16, data="exact", dtype=request.dtypes[rows % len(request.dtypes)])
     yield GateCase(lead="33000", H=8, D=8, data="exact", dtype=request.dtypes[-1])
+    for place, rows in enumerate((*at.TOKENS_TURNING, at.TOKENS_BEYOND_16_BITS)):
+        dtype = request.dtypes[place % len(request.dtypes)]
+        yield GateCase(lead=str(rows), H=16, D=24, data="exact", dtype=dtype)
+        yield GateCase(lead=f"{rows // 8}x8", H=24, D=8, data="exact", dtype=dtype)
+    for place, lead in enumerate(("1", "7", "33", "2x3", "130", "1409", "5x1x4")):
+        dtype = request.dtypes[place % len(request.dtypes)]
+        yield GateCase(lead=lead, H=40, D=21 + 12 * (place % 2), data="exact", dtype=dtype, variant="poisoned")
+    for place, width in enumerate(at.WIDTHS_BEYOND_4096):
+        dtype = request.dtypes[place % len(request.dtypes)]
+        yield GateCase(lead="33", H=width, D=16, data="exact", dtype=dtype)
+        yield GateCase(lead="17", H=16, D=width, data="exact", dtype=dtype)
 
 
 def _numeric(request: Request) -> Iterator[Case]:
@@ -101,6 +112,17 @@ def _layouts(request: Request) -> Iterator[Case]:
                     lead="1" if kind == "unit" else "13", H=37, D=21, layout=f"{operand}:{kind}", dtype=dtype
                 )
                 yield GateCase(lead="2x1x5", H=40, D=24, layout=f"{operand}:{kind}", dtype=dtype)
+
+    for kind in at.LAYOUTS[:5]:  # rows == H == D
+        for operand in (*OPERANDS, "all"):
+            yield GateCase(lead="32", H=32, D=32, layout=f"{operand}:{kind}", dtype=request.dtypes[-1])
+    for operand, lead, width, depth in (
+        ("hidden_states", "29", 1, 24), ("shared_output", "29", 24, 1), ("all", "1x29", 24, 1), ("all", "29x1", 1, 1),
+        ("gate_weight", "29", 40, 24), ("all", "1", 24, 40),
+    ):  # fmt: skip
+        for kind in ("unit", "padded", "strided", "outer_padded", "transposed"):
+            dtype = request.dtypes[-1]
+            yield GateCase(lead=lead, H=width, D=depth, layout=f"{operand}:{kind}", data="exact", dtype=dtype)
 
 
 def _memory(request: Request) -> Iterator[Case]:
