@@ -53,6 +53,10 @@ class Case:
         """Whether this is an ordinary input that every implementation of the stage is for."""
         return not self.layout and not self.optional
 
+    def part(self) -> str:
+        """Which part of the core it belongs to: an implementation passes that is judged in all of one part."""
+        return self.dtype
+
 
 def tile_steps(rows: int, experts: int, depth: int, columns: int) -> int:
     """Tiles of 16 x 32 x 32 in a grouped product whose rows are spread over experts."""

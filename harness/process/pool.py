@@ -16,8 +16,10 @@ from typing import Any
 from moe_harness.harness.core.errors import CannotJudge, HarnessError, UsageError
 from moe_harness.harness.core.findings import unfinished
 from moe_harness.harness.process import scratch
+from moe_harness.harness.process.deaths import Deaths
 
 POLL = 0.1  # seconds between looks at the clock and at the memory of the workers
+HANGS = "it hangs"
 START_BUDGET = 180.0  # seconds for importing an implementation
 HINT = "no case needs that much; NotImplementedError refuses what an implementation cannot hold"
 ENOUGH = 4 << 30  # bytes; the largest case holds 0.5 GiB, and one of a released model up to 2.5
@@ -27,7 +29,7 @@ COMPILE_BUDGET = 600.0  # seconds that compilers of one case may take beyond its
 COMPILE_LOOK = 5.0  # seconds between looks at whether they are still at work
 # Files of Triton's and Inductor's compilers and of torch's C++ extensions, as they stand in a stack.
 COMPILERS = re.compile(r"triton/(compiler/|backends/\w+/compiler)|torch/(_inductor/|_dynamo/|utils/cpp_extension)")
-DEATHS = 3  # after so many crashes and hangs the implementation is judged no further
+DEATHS = 3  # crashes and hangs after which the kill matrix judges a fault no further; a run goes by `Deaths`
 
 
 class Worker:
@@ -107,6 +109,7 @@ class Pool:
         self.size, self.budget = workers, budget
         self.workers: list[Worker] = []
         self.deaths = self.explained = 0
+        self.causes = Deaths()
         self.memory_limit = _memory_limit(workers) if device == "cpu" else None
 
     def __enter__(self) -> "Pool":
@@ -129,24 +132,36 @@ class Pool:
         return self.workers[0].loaded
 
     def judge(self, case_ids: Iterable[str]) -> Iterator[dict[str, Any]]:
-        """Answers as they come, in no fixed order.  After too many deaths the rest is answered "skipped"."""
-        waiting = deque(case_ids)
+        """Answers as they come, in no fixed order.  What is like cases that died is answered "skipped"."""
+        waiting, put_off = deque(case_ids), list[str]()
         busy: list[Worker] = []
         while waiting or busy:
             idle = [w for w in self.workers if w not in busy]
-            while idle and waiting and self.deaths < DEATHS:
+            while idle and waiting:
+                case_id = waiting.popleft()
+                if self.causes.why_not(case_id):
+                    put_off.append(case_id)
+                    continue
                 worker = idle.pop()
-                worker.give(waiting.popleft(), self._budget_now())
+                worker.give(case_id, self._budget_now())
                 busy.append(worker)
-            if not busy:
-                yield from (_not_judged(case_id) for case_id in waiting)
-                return
-            wait([w.connection for w in busy], POLL)
+            if busy:
+                wait([w.connection for w in busy], POLL)
             for worker in list(busy):
                 answer = self._answer(worker)
                 if answer is not None:
                     busy.remove(worker)
+                    self._note(answer)
                     yield answer
+            if not waiting and not busy:  # what is to blame may have changed since they were put off
+                waiting.extend(case_id for case_id in put_off if not self.causes.why_not(case_id))
+                put_off = [case_id for case_id in put_off if case_id not in waiting]
+        for case_id in put_off:
+            yield unfinished(case_id, "skipped", self.causes.why_not(case_id) or "")
+
+    def _note(self, answer: dict[str, Any]) -> None:
+        died = answer["status"] == "died" or bool(answer.get("device_lost"))
+        self.causes.note(answer["id"], died=died, hung=died and HANGS in (answer["reason"] or ""))
 
     def judge_one(self, case_id: str) -> dict[str, Any]:
         return next(iter(self.judge([case_id])))
@@ -227,7 +242,7 @@ class Pool:
             worker.tell_where()
             if self._may_compile(worker):
                 return None
-            told = f"no answer within its budget of {self._budget_now():.0f} s: it hangs"
+            told = f"no answer within its budget of {self._budget_now():.0f} s: {HANGS}"
             if worker.compiling_since is not None:
                 told = f"it was still being compiled after {COMPILE_BUDGET:.0f} s"
             return self._bury(worker, told, replace)
@@ -296,10 +311,6 @@ def _serve(environment: dict[str, str], *arguments: Any) -> None:
 def _ended(worker: Worker) -> str:
     cause = worker.cause_of_death()
     return cause if cause.startswith("killed") else f"gone: it {cause}"
-
-
-def _not_judged(case_id: str) -> dict[str, Any]:
-    return unfinished(case_id, "skipped", f"not judged after {DEATHS} crashes or hangs")
 
 
 def _memory_limit(workers: int) -> int:

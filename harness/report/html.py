@@ -8,7 +8,7 @@ from moe_harness.harness.report import figures
 from moe_harness.harness.report.failure import SHOWN_PER_CHECK, by_check, cluster_lines, details, number, signature
 from moe_harness.harness.report.ledger import cell, facts, power_summary
 from moe_harness.harness.report.results import Result, completed, verdict_of, worst_verdict
-from moe_harness.harness.report.terminal import verdict_reason
+from moe_harness.harness.report.terminal import colour, verdict_reason
 
 TEMPLATE = "page.html.j2"
 
@@ -53,6 +53,7 @@ def run(result: dict[str, Any]) -> dict[str, Any]:
         "impl": result["impl"],
         "verdict": verdict_of(result),  # type: ignore[arg-type]
         "reason": verdict_reason(result),
+        "colour": colour(result),
         "error": result["error"],
         "interrupted": result["interrupted"],
         "not_judged": result["not_judged"],

@@ -6,17 +6,20 @@ AXIS_VALUES_SHOWN = 12
 
 
 def cell(check: dict[str, Any] | None) -> tuple[str, str]:
-    """(status, text) of one check on one implementation; status is fail, pass, unsupported, skipped or none."""
+    """(status, text) of one check on one implementation; status is fail, pass, partly, unsupported, skipped or none.
+
+    "partly" passed what was judged, and not all was.
+    """
     if check is None:
         return "none", "not run"
     cases, failed = check.get("cases", 0), check.get("failed", 0)
     unsupported, skipped = check.get("unsupported", 0), check.get("skipped", 0)
     ran = max(failed, cases - unsupported - skipped)
-    refused = f", {unsupported} unsupported" if unsupported else ""
+    refused = (f", {unsupported} unsupported" if unsupported else "") + (f", {skipped} skipped" if skipped else "")
     if failed:
         return "fail", f"{failed} of {ran} failed{refused}"
     if ran > 0:
-        return "pass", f"{ran} passed{refused}"
+        return "partly" if refused else "pass", f"{ran} passed{refused}"
     if unsupported:
         return "unsupported", f"{unsupported} unsupported"
     return ("skipped", f"{skipped} skipped") if skipped else ("none", "no cases")

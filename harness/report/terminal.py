@@ -180,13 +180,18 @@ def observations(found: Sequence[dict[str, str]]) -> Iterator[Any]:
 def verdict(result: dict[str, Any]) -> Iterator[Any]:
     """The verdict line, with the reason where it is not a pass, and a warning where the run was cut short."""
     name = verdict_of(result)  # type: ignore[arg-type]
-    style = STYLES["partly" if name == "pass" and (result.get("judged") or 1) < WHOLE else name]
-    yield Text.assemble((name.upper(), style), f"  {result['impl']}  {verdict_reason(result)}")
+    yield Text.assemble((name.upper(), STYLES[colour(result)]), f"  {result['impl']}  {verdict_reason(result)}")
     for told in result["not_judged"]:
         yield Text(told, style="yellow")
     if result["interrupted"]:
         yield Text("interrupted: only what is listed above was judged", style="yellow")
     yield Text("")
+
+
+def colour(result: dict[str, Any]) -> str:
+    """The verdict, or "partly" where it is a pass of less than what was planned."""
+    name = verdict_of(result)  # type: ignore[arg-type]
+    return "partly" if name == "pass" and (result.get("judged") or 1) < WHOLE else name
 
 
 def verdict_reason(result: dict[str, Any]) -> str:
@@ -199,7 +204,7 @@ def verdict_reason(result: dict[str, Any]) -> str:
     if name == "error":
         return result["error"] or (f"interrupted after {ran} cases" if ran else "nothing was executed")
     if name == "unsupported":
-        return result["error"] or "supports none of the stage's core cases"
+        return result["error"] or "not all of the stage's core cases are supported in any dtype (listed above)"
     refused = sum(entry["cases"] for entry in result["coverage"]["unsupported"])
     share = result.get("judged")
     told = f"{ran} cases passed" + (f", {refused} unsupported (listed above)" if refused else "")

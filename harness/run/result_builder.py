@@ -36,15 +36,26 @@ class Tally:
     """Everything heard about one check."""
 
     counts: Counter = field(default_factory=Counter)
+    reasons: Counter = field(default_factory=Counter)  # why cases were not judged
     seconds: float = 0.0
     worst: float = 0.0
 
     def as_check(self, name: str) -> Check:
         return {
-            "name": name, "cases": self.counts.total(), "failed": self.counts["failed"],
-            "unsupported": self.counts["unsupported"], "skipped": self.counts["skipped"],
+            "name": name, "cases": self.counts.total(), "judged": self.counts["passed"] + self.counts["failed"],
+            "failed": self.counts["failed"], "unsupported": self.counts["unsupported"],
+            "skipped": self.counts["skipped"],
+            "reasons": [{"reason": reason, "cases": cases} for reason, cases in self.reasons.most_common()],
             "seconds": round(self.seconds, 3), "worst": self.worst,
         }  # fmt: skip
+
+
+def why_skipped(answer: dict[str, Any]) -> str:
+    """The reason in one line, never none: of a traceback the last line that says something."""
+    lines = [line.strip() for line in (answer["reason"] or "").splitlines() if line.strip()]
+    if not lines:
+        return "the judge gave no reason"
+    return lines[-1] if answer["status"] == "error" else lines[0]
 
 
 def check_and_case(case_id: str) -> tuple[str, Case]:
@@ -79,6 +90,7 @@ class ResultBuilder:
         self.reasons: dict[str, str] = {}
         self.skipped: dict[tuple[str, str], int] = Counter()
         self.executed: list[Case] = []
+        self.core: set[tuple[str, bool]] = set()  # parts of the contract's core of which a case was, or was not, judged
         self.outcomes: list[Outcome] = []
         self._clustered: tuple[int, list[Cluster]] | None = None
         self.histogram = [0] * len(HISTOGRAM_EDGES)
@@ -109,6 +121,8 @@ class ResultBuilder:
         """Count one answer of a worker."""
         check, case = self.parse(answer["id"])
         self.answered.add(answer["id"])
+        if check == "contract" and case.core() and case.rows():
+            self.core.add((case.part(), answer["status"] in ("passed", "failed", "died")))
         check = answer.get("counts_as", check)
         tally = self.tallies.setdefault(check, Tally())
         status = COUNTED_AS.get(answer["status"], answer["status"])
@@ -119,10 +133,11 @@ class ResultBuilder:
             alike = re.sub(r"\d+", "#", answer["reason"])  # one entry for messages that differ in sizes only
             self.reasons.setdefault(alike, answer["reason"])
             self.refused[alike].append(answer["id"])
+            tally.reasons[self.reasons[alike]] += 1
         elif status == "skipped":
-            self.skipped[
-                check, answer["reason"].splitlines()[-1] if answer["status"] == "error" else answer["reason"]
-            ] += 1
+            reason = why_skipped(answer)
+            self.skipped[check, reason] += 1
+            tally.reasons[reason] += 1
             if answer["status"] == "error":
                 self.error = answer["reason"]
         else:
@@ -239,7 +254,14 @@ class ResultBuilder:
         if self.error or self.interrupted:
             return "error"
         core = any(c.core() and c.rows() and c.variant.split(":")[0] in CORE_CHECKS for c in self.executed)
-        return "pass" if core or (self.executed and self.partial) else "unsupported" if self.refused else "error"
+        if (core and self._core_is_whole()) or (self.executed and self.partial):
+            return "pass"
+        return "unsupported" if self.refused else "error"
+
+    def _core_is_whole(self) -> bool:
+        """Whether one part of the core, such as a dtype, was judged in all of its cases."""
+        missing = {part for part, judged in self.core if not judged}
+        return not self.core or any(part not in missing for part, _ in self.core)
 
     def _coverage(self) -> Coverage:
         axes: dict[str, Counter] = defaultdict(Counter)

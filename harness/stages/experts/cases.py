@@ -51,6 +51,10 @@ class ExpertsCase(Case):
     def steps(self) -> int:
         return tile_steps(self.rows(), self.E, self.H, self.I)
 
+    def core(self) -> bool:
+        plain = self.activation == "silu" and self.masked == self.map == "none" and self.ints == "int64"
+        return super().core() and plain
+
     def resized(self) -> Self:
         return self.but(T=2 * self.T + 1, H=self.H + 8, I=self.I + 8, seed=self.seed + 1)
 
@@ -154,11 +158,11 @@ def _turning(request: Request) -> Iterator[Case]:
             yield ExpertsCase(T=tokens, E=experts, k=top_k, dtype=next(dtypes), **small)
     for experts in at.EXPERTS_MANY:
         for tokens, routing, kind in ((3, "last", "none"), (40, "last", "none"), (60, "uniform", "none"),
-                                      (130, "last", "block"), (33, "uniform", "alternate")):  # fmt: skip
+                                      (130, "last", "alternate"), (33, "uniform", "block")):  # fmt: skip
             yield ExpertsCase(T=tokens, E=experts, k=8, routing=routing, map=kind, dtype=next(dtypes), **small)
     pairs = cycle(((8, 2), (128, 8), (60, 4), (64, 6)))
     for tokens in at.TOKENS_TURNING:
-        for routing in ("uniform", "skewed"):
+        for routing in ("uniform", "skewed", "last"):
             experts, top_k = next(pairs)
             yield ExpertsCase(T=tokens, E=experts, k=top_k, routing=routing, dtype=next(dtypes), **small)
     for experts, top_k in ((8, 2), (5, 3)):

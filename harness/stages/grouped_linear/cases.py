@@ -36,6 +36,9 @@ class GroupedLinearCase(Case):
     def steps(self) -> int:
         return tile_steps(self.S, self.E, self.K, self.N)
 
+    def core(self) -> bool:
+        return super().core() and not self.bias
+
     def resized(self) -> Self:
         return self.but(S=2 * self.S + 1, K=self.K + 8, N=self.N + 8, seed=self.seed + 1)
 
@@ -164,8 +167,8 @@ def _layouts(request: Request) -> Iterator[Case]:
     for operand, sizes in flat.items():
         for kind in ("unit", "padded", "strided", "outer_padded", "transposed"):
             for layout in dict.fromkeys((f"{operand}:{kind}", f"all:{kind}")):
-                shape: dict[str, Any] = {"S": 29, "K": 24, "N": 16, "E": 4} | sizes
-                yield GroupedLinearCase(layout=layout, bias=True, data="exact", dtype=request.dtypes[-1], **shape)
+                fields: dict[str, Any] = {"S": 29, "K": 24, "N": 16, "E": 4, "bias": True, "data": "exact"} | sizes
+                yield GroupedLinearCase(layout=layout, dtype=request.dtypes[-1], **fields)
 
 
 def _memory(request: Request) -> Iterator[Case]:

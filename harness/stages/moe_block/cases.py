@@ -47,6 +47,9 @@ class MoeBlockCase(Case):
     def rows(self) -> int:
         return self.T * self.k
 
+    def part(self) -> str:
+        return self.family
+
     def resized(self) -> Self:
         return self.but(T=2 * self.T + 1, H=self.H + 8, I=self.I + 8, seed=self.seed + 1)
 

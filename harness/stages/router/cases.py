@@ -42,6 +42,9 @@ class RouterCase(Case):
     def rows(self) -> int:
         return self.T
 
+    def core(self) -> bool:
+        return super().core() and self.groups == self.bias == "none" and self.scoring == "softmax"
+
     def resized(self) -> Self:
         return self.but(T=2 * self.T + 1, seed=self.seed + 1)
 
