@@ -217,8 +217,9 @@ def sum_checks(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     sums: dict[str, dict[str, Any]] = {}
     for check in (check for result in results for check in result["checks"]):
         into = sums.setdefault(check["name"], {"name": check["name"], "worst": None})
-        for key in ("cases", "judged", "failed", "unsupported", "skipped", "seconds"):
+        for key in ("cases", "failed", "unsupported", "skipped", "seconds"):
             into[key] = into.get(key, 0) + check.get(key, 0)
+        into["judged"] = into["cases"] - into["unsupported"] - into["skipped"]
         add_entries(into.setdefault("reasons", []), check.get("reasons") or [], ("reason",))
         if check.get("worst") is not None:
             into["worst"] = max(check["worst"], into["worst"] or 0.0)
