@@ -46,6 +46,13 @@ class QuantizedCase(ExpertsCase):
     format: str = "fp8_block"
     bias: bool = False
 
+    def core(self) -> bool:
+        """Formats and activations are the implementation's choice."""
+        return not self.layout and not self.optional and self.masked == self.map == "none" and self.ints == "int64"
+
+    def part(self) -> str:
+        return f"{self.format}, {self.activation}, {self.dtype}"
+
     def resized(self) -> Self:
         return self.but(T=2 * self.T + 1, H=self.H + 128, I=self.I + 128, seed=self.seed + 1)
 
