@@ -4,7 +4,7 @@ from pathlib import Path
 
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.process.deaths import OF_A_CHECK, OF_A_RUN, Deaths
-from moe_harness.harness.run.session import Options, judge
+from moe_harness.harness.run.session import RunOptions, judge
 
 
 def after(*died: str, lived: tuple[str, ...] = ()) -> Deaths:
@@ -62,7 +62,7 @@ def experts(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, *, a
 
 def test_one_kind_of_bad_input_hides_no_other_check(tmp_path: Path) -> None:
     (tmp_path / "kernel.py").write_text(ABORTS)
-    asked = Options(checks=("contract", "sentinels", "numeric"))
+    asked = RunOptions(checks=("contract", "sentinels", "numeric"))
     result = judge("experts", f"{tmp_path / 'kernel.py'}:experts", Request(dtypes=("fp32",)), asked)
     by_name = {check["name"]: check for check in result["checks"]}
     assert by_name["contract"]["judged"] == by_name["contract"]["cases"]
@@ -89,5 +89,5 @@ def experts(hidden_states, *call, **options):
 def test_pass_needs_every_case_of_the_core(tmp_path: Path) -> None:
     (tmp_path / "kernel.py").write_text(REFUSES)
     spec = f"{tmp_path / 'kernel.py'}:experts"
-    result = judge("experts", spec, Request(dtypes=("fp32",)), Options())
+    result = judge("experts", spec, Request(dtypes=("fp32",)), RunOptions())
     assert result["verdict"] == "unsupported" and result["judged"] < 0.2
