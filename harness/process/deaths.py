@@ -48,11 +48,12 @@ class Deaths:
         """Kinds to blame, each with the deaths it has: the one with most first, then of the deaths left, and so on."""
         left, found = [kinds(case_id) for case_id in self.died], dict[str, int]()
         while True:
-            counts = Counter(kind for each in left for kind in sorted(each, key=_sizes_last) if not self.lived[kind])
-            kind, most = counts.most_common(1)[0] if counts else ("", 0)
-            if most < OF_A_KIND:
+            counts = Counter(kind for each in left for kind in sorted(each) if not self.lived[kind])
+            often = [kind for kind, deaths in counts.most_common() if deaths >= OF_A_KIND]
+            if not often:
                 return found
-            found[kind] = most
+            kind = min(often, key=_is_size)  # the first that is none, or the first
+            found[kind] = counts[kind]
             left = [each for each in left if kind not in each]
 
 
@@ -62,5 +63,5 @@ def kinds(case_id: str) -> set[str]:
     return {item for item in told if "=" in item and not item.startswith("seed=")}
 
 
-def _sizes_last(kind: str) -> tuple[bool, str]:
-    return kind.partition("=")[2].replace(".", "", 1).isdigit(), kind
+def _is_size(kind: str) -> bool:
+    return kind.partition("=")[2].replace(".", "", 1).isdigit()
