@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_harness.harness.commands.app import COMMANDS
+from moe_harness.harness.commands.app import COMMANDS, app
 from moe_harness.suites.docs.blocks import PAGES, PICTURE, ROOT, blocks, folder, masked, run
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)#]+)(?:#[^)]*)?\)")
@@ -49,7 +49,7 @@ def test_links_of_a_page_lead_to_files(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_of_a_page_exist(page):
     named = set(re.findall(r"moe-harness ([a-z]+)", re.sub(r"moe-harness\[", "", (ROOT / page).read_text())))
-    assert named - set(COMMANDS) <= {"check"} | set(COMMANDS), named - set(COMMANDS)
+    assert named <= {*COMMANDS, *(group.name for group in app.registered_groups)}
 
 
 def test_the_action_judges_a_project_step_by_step(tmp_path):
