@@ -7,20 +7,20 @@ import fcntl
 import os
 import shutil
 import tempfile
-import time
 from contextlib import suppress
 from pathlib import Path
 
-PREFIX = "moe-harness-"
+PREFIX, NEW = "moe-harness-run-", "moe-harness-new-"
 LOCK = "owner.lock"
-FRESH = 60.0  # seconds in which a folder without a lock may still be about to get one
 
 
 def make() -> str:
     """A new folder for this process alone; removes those whose owners are gone."""
     _sweep(Path(tempfile.gettempdir()))
-    folder = tempfile.mkdtemp(prefix=PREFIX)
-    _HELD[folder] = _locked(Path(folder))
+    fresh = Path(tempfile.mkdtemp(prefix=NEW))
+    held = _locked(fresh)
+    folder = str(fresh.rename(fresh.with_name(PREFIX + fresh.name.removeprefix(NEW))))  # swept only from now on
+    _HELD[folder] = held
     return folder
 
 
@@ -47,9 +47,10 @@ def _locked(folder: Path) -> int | None:
 
 
 def _sweep(parent: Path) -> None:
+    """Remove what `make` made and nobody holds; a folder without our file is somebody's own."""
     for folder in parent.glob(f"{PREFIX}*"):
         with suppress(OSError):
-            if folder.stat().st_uid != os.getuid() or time.time() - folder.stat().st_mtime < FRESH:
+            if folder.stat().st_uid != os.getuid() or not (folder / LOCK).is_file():
                 continue
             held = _locked(folder)
             if held is not None:

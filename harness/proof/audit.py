@@ -243,7 +243,7 @@ def _experts(audit: Audit, shape: dict[str, Any]) -> Data:
     plain, ids = scores.topk(top_k)
     normal = plain / plain.sum(-1, keepdim=True)
     weights, flipped = (normal, plain) if audit.renormalize else (plain, normal)
-    layer = experts_wrong.Layer(
+    layer = experts_wrong.Parts(
         hidden.double(), gate_up, down, weights.double(), ids, audit.activation, flipped.double()
     )
     call = (hidden, gate_up, down, weights, ids, audit.activation)

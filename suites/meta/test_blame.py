@@ -4,7 +4,6 @@ import errno
 import fcntl
 import os
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -78,15 +77,14 @@ def test_folders_of_killed_runs_are_removed_and_those_of_others_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    old = time.time() - 2 * scratch.FRESH
-    left, held, fresh = (tmp_path / f"{scratch.PREFIX}{name}" for name in ("left", "held", "fresh"))
-    for folder in (left, held, fresh):
+    left, held, foreign = (tmp_path / f"{scratch.PREFIX}{name}" for name in ("left", "held", "foreign"))
+    for folder in (left, held, foreign):
         folder.mkdir()
+    (left / scratch.LOCK).touch()
+    (foreign / "a user's own file").touch()
     with open(held / scratch.LOCK, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for folder in (left, held):
-            os.utime(folder, (old, old))
         made = scratch.make()
-        assert not left.exists() and held.exists() and fresh.exists() and Path(made).exists()
+        assert not left.exists() and held.exists() and foreign.exists() and Path(made).exists()
     scratch.remove(made)
     assert not Path(made).exists()

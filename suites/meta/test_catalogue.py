@@ -391,7 +391,7 @@ def hidden_examples() -> Iterator[Any]:
 
 def test_enough_faults_of_every_stage() -> None:
     assert len(FAULTS) >= 120
-    assert {fault.stage for fault in FAULTS} == set(SIGNATURES)
+    assert {fault.stage for fault in FAULTS} == set(SIGNATURES) - {"model"}  # whose faults are planted in suites/model
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
