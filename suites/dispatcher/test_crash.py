@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from moe_harness.harness.ranks import judge
 from moe_harness.harness.report.results import exit_status
 from moe_harness.suites import outcome_log
 
