@@ -62,7 +62,8 @@ def python(wheel, tmp_path_factory):
     packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     executable = folder / "bin" / "python"
-    install = [sys.executable, "-m", "pip", "--python", str(executable), "install", "-q", "--no-deps", str(wheel)]
+    install = [sys.executable, "-m", "pip", "--python", str(executable), "install", "-q", "--no-deps"]
+    install += ["--ignore-installed", str(wheel)]  # also where that environment holds the project itself
     done = subprocess.run(install, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     return executable
