@@ -54,6 +54,18 @@ def test_a_model_without_layers_is_unsupported_there_only(monkeypatch: pytest.Mo
     assert list(found.values()) == ["unsupported", "passed", "passed"]
 
 
+@pytest.mark.parametrize(("error", "status"), [(RuntimeError, "failed"), (ValueError, "unsupported")])
+def test_what_a_loaded_model_raises_is_its_own(monkeypatch: pytest.MonkeyPatch, error: type, status: str) -> None:
+    """Never an error of the judge, whichever method of the model it comes from."""
+
+    def raises(*given: object, **options: object) -> None:
+        raise error("not today")
+
+    for method in ("layer", "__call__", "generate"):
+        monkeypatch.setattr(wrong_models.Model, method, raises)
+    assert set(statuses(f"{FILE}:right", CASES[:3]).values()) == {status}
+
+
 def test_most_of_what_is_planned_can_be_judged() -> None:
     """No case's data leave less than half of its positions to be judged; CannotJudge would say so."""
     trial = Trial(load("model", f"{FILE}:right"), "cpu")

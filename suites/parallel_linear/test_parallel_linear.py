@@ -72,8 +72,9 @@ def test_the_row_parallel_gate_is_caught_by_name() -> None:
 def test_what_the_faults_are_made_from_is_right(base: str) -> None:
     spec = f"moe_harness.harness.stages.parallel_linear.faults.shards:{base}"
     kind = {"Layer": "replicated", "Column": "column", "Merged": "merged_column", "Row": "row"}[base]
-    for entry in cases.linear_cases([1, 2, 4], kind):
-        assert judge.judge(spec, cases.case_id(*entry)).passed
+    for check, case in cases.linear_cases([1, 2, 4], kind):
+        verdict = judge.judge(spec, cases.case_id(check, case))
+        assert verdict.passed or (case.optional and verdict.unsupported and not verdict.findings), case.id()
 
 
 @pytest.mark.parametrize(

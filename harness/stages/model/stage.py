@@ -16,11 +16,12 @@ from torch import Tensor
 
 from moe_harness.fixtures import checkpoints
 from moe_harness.harness.core import bounds
+from moe_harness.harness.core.blame import hand_over
 from moe_harness.harness.core.call import DTYPES, Call
 from moe_harness.harness.core.contracts import Subject
 from moe_harness.harness.core.errors import CannotJudge
 from moe_harness.harness.core.findings import Record
-from moe_harness.harness.core.invocation import Broken
+from moe_harness.harness.core.invocation import Broken, Rejected
 from moe_harness.harness.core.stage import Declared, Output, Stage, Truths
 from moe_harness.harness.stages.model.cases import ModelCase
 from moe_harness.harness.stages.model.noise import NoiseBound, logit_bound, noise_bound
@@ -65,14 +66,14 @@ class WholeModel(Stage):
         """Load, then ask."""
         model, question, device = subject.call(call.args, call.keywords), _question(call), call.keywords["device"]
         if call.case.variant == "logits":
-            return _flat("model(input_ids)", model(question.ids.to(device)), question)
+            return _flat("model(input_ids)", hand_over(model, question.ids.to(device)), question)
         if call.case.variant == "layers":
             if not hasattr(model, "layer"):
-                raise NotImplementedError("the model has no method `layer`")
-            found = [model.layer(i, stream.to(device)) for i, stream in enumerate(question.streams)]
+                raise Rejected("the model has no method `layer`")
+            found = [hand_over(model.layer, i, stream.to(device)) for i, stream in enumerate(question.streams)]
             return _flat("model.layer(i, hidden_states)", torch.cat(found), question)
         prompts = prompts_of(question.ids)
-        generated = model.generate(prompts, max_new_tokens=call.case.new, ignore_eos=True)
+        generated = hand_over(model.generate, prompts, max_new_tokens=call.case.new, ignore_eos=True)
         lengths = [len(tokens) for tokens in generated]
         if lengths != [call.case.new] * len(prompts):
             raise Broken(f"generate gave {lengths} tokens, wanted {call.case.new} for each of {len(prompts)}")
