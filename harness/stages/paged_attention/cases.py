@@ -50,6 +50,11 @@ class PagedAttentionCase(Case):
     def rows(self) -> int:
         return sum(count for count, _ in self.sequences())
 
+    def part(self) -> str:
+        """A kernel for decoding alone is whole in itself."""
+        alone = self.queries == "decode" and not self.empties
+        return f"{'one query a sequence' if alone else 'any queries'}, {self.dtype}"
+
     def steps(self) -> int:
         return self.Hk * sum((1 + count // 4) * (1 + length // 16) for count, length in self.sequences())
 

@@ -31,6 +31,9 @@ class RmsNormCase(Case):
     def rows(self) -> int:
         return prod(int(size) for size in self.lead.split("x") if size)
 
+    def part(self) -> str:
+        return f"{'with' if self.residual else 'without'} residual, {self.dtype}"
+
     def resized(self) -> Self:
         return self.but(lead="7", H=self.H + 8, seed=self.seed + 1)
 
