@@ -34,6 +34,9 @@ class SamplerCase(Case):
     def rows(self) -> int:
         return self.B
 
+    def part(self) -> str:
+        return f"{'without cuts' if self.cut == 'none' else 'with cuts'}, {self.dtype}"
+
     def steps(self) -> int:
         return -(-self.B // 4) * (1 + self.V // 64) * (4 if self.cut != "none" else 1)
 

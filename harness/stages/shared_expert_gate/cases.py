@@ -28,6 +28,10 @@ class GateCase(Case):
     def rows(self) -> int:
         return prod(int(size) for size in self.lead.split("x") if size)
 
+    def part(self) -> str:
+        """A kernel for [T, H] alone is whole in itself."""
+        return f"{'any leading dimensions' if 'x' in self.lead or not self.lead else 'two dimensions'}, {self.dtype}"
+
     def resized(self) -> Self:
         return self.but(lead="7", H=self.H + 8, D=self.D + 8, seed=self.seed + 1)
 
