@@ -2,7 +2,7 @@
 
 import torch
 
-from moe_harness.impls.torch.quantized_experts import dequantise
+from moe_harness.reference.quantized_experts import dequantised
 
 
 def _rows(x, gate_up, down, biases, activation, store, entering):
@@ -34,7 +34,7 @@ def _experts(store, weight, entering, x, up, up_scale, down, down_scale, weights
             if expert >= 0:
                 rows = local[:, slot] == expert
                 matrices = [
-                    weight(dequantise(codes[expert], None if scale is None else scale[expert], format))
+                    weight(dequantised(codes[expert], None if scale is None else scale[expert], format).float())
                     for codes, scale in ((up, up_scale), (down, down_scale))
                 ]
                 biases = [None if bias is None else bias[expert] for bias in (gate_up_bias, down_bias)]
