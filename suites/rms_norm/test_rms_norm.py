@@ -5,79 +5,9 @@ pytest suites/rms_norm --impl my_kernel.py:function -n auto
 
 import pytest
 
+from moe_harness.suites.checks import checks_of
+
 IMPLEMENTATIONS = ("torch",)  # judged when no --impl is given
 
 pytestmark = pytest.mark.stage("rms_norm")
-
-
-def test_contract(verdict):
-    """Shapes, dtype, device, aliasing, exceptions; the forms every caller uses."""
-    verdict()
-
-
-def test_exact(verdict):
-    """Bitwise, on data for which every rounding is exact."""
-    verdict()
-
-
-def test_numeric(verdict):
-    """Within the elementwise bound, by its largest value and by rms."""
-    verdict()
-
-
-def test_layouts(verdict):
-    """Each operand's strides varied alone, with NaN behind every row."""
-    verdict()
-
-
-def test_memory(verdict):
-    """Inputs, earlier results, poisoned allocations, state left by other calls."""
-    verdict()
-
-
-def test_special(verdict):
-    """NaN, infinity, rows of zeros, tiny rows beside eps, spikes beyond fp16, sums that cancel."""
-    verdict()
-
-
-def test_laws(verdict):
-    """Relations that hold without a reference."""
-    verdict()
-
-
-def test_determinism(verdict):
-    """Same call, same bits, where declared."""
-    verdict()
-
-
-def test_batch_invariance(verdict):
-    """Same row, same bits, where declared."""
-    verdict()
-
-
-def test_leak(verdict):
-    """Memory does not grow from call to call."""
-    verdict()
-
-
-@pytest.mark.gpu
-def test_graph_replay(verdict):
-    """CUDA graph replay with changed inputs and poisoned outputs."""
-    verdict()
-
-
-@pytest.mark.gpu
-def test_side_stream(verdict):
-    """Late inputs on a stream of its own."""
-    verdict()
-
-
-@pytest.mark.gpu
-def test_large_offsets(verdict):
-    """More than 2^31 elements in one operand."""
-    verdict()
-
-
-def test_property(falsify):
-    """Hypothesis over specs finds no case that fails."""
-    falsify()
+vars().update(checks_of("rms_norm"))
