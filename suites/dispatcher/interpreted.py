@@ -28,10 +28,10 @@ class Symmetric(_Symmetric):
     def _mapped(self, size: int, device: torch.device) -> Workspace:
         size = min(size, 1 << 20)
         path = [f"{tempfile.mkdtemp()}/memory"]
-        dist.broadcast_object_list(path, src=0)
+        dist.broadcast_object_list(path, src=dist.get_global_rank(self.group, 0), group=self.group)
         if self.rank == 0:
             Path(path[0]).write_bytes(bytes(size * self.world_size))
-        dist.barrier()
+        dist.barrier(self.group)
         whole = torch.UntypedStorage.from_file(path[0], True, size * self.world_size)
         buffers: Tensor = torch.empty(0, dtype=torch.uint8).set_(whole).view(self.world_size, size)
         peers = torch.tensor([buffers[q].data_ptr() for q in range(self.world_size)])
