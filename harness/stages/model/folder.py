@@ -47,7 +47,7 @@ def reference_of(folder: Path) -> Model:
     try:
         keys, tensors = json.loads((folder / "config.json").read_text()), Tensors(folder)
         model = Model(keys, tensors)
-        missing = [name for name in ("model.embed_tokens.weight", "model.norm.weight") if name not in tensors]
+        missing = [name for name in ("model.embed_tokens.weight", "model.norm.weight") if name not in model.weights]
     except ImportError as error:
         raise CannotJudge("reading a checkpoint needs safetensors: pip install safetensors") from error
     except (ValueError, KeyError) as error:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moe_harness.harness.core import bounds
+from moe_harness.reference import moe_block
 from moe_harness.reference.model import Model, Routing, State
 
 RUNS = 12
@@ -85,7 +86,8 @@ def noise_bound(
     value = run(state)
     clean = {layer: logits for layer, (logits, _, _) in state.routed.items()}
     routing = {layer: (weights, ids) for layer, (_, weights, ids) in state.routed.items()}
-    sizes = ("hidden_size", "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
+    sizes = ("hidden_size", "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size",
+             "kv_lora_rank", "q_lora_rank")  # fmt: skip
     depth = max(model.config["num_attention_heads"] * model.head_dim, *(model.config.get(key) or 0 for key in sizes))
     errors, wandering = [], {layer: torch.zeros_like(logits) for layer, logits in clean.items()}
     for seed in range(RUNS):
@@ -100,17 +102,34 @@ def noise_bound(
     routed = torch.ones(value.shape[:2], dtype=torch.bool)
     if forced is None:
         for layer, logits in clean.items():
-            routed &= _settled(logits, wandering[layer], routing[layer][1]).view(routed.shape)
+            settled = _settled(
+                logits, wandering[layer], routing[layer][1].shape[-1], moe_block.routing_rule(model.config)
+            )
+            routed &= settled.view(routed.shape)
     return NoiseBound(value, sigma, routed.long().cumprod(-1).bool())
 
 
-def _settled(logits: Tensor, variance: Tensor, ids: Tensor) -> Tensor:
-    """Rows [T] whose choice is certain: the worst chosen and the best other expert are far enough apart."""
-    k = ids.shape[-1]
-    if k == logits.shape[-1]:
-        return torch.ones(len(logits), dtype=torch.bool)
-    gap = logits.topk(k + 1, dim=-1).values[:, k - 1 : k + 1]
+def _settled(logits: Tensor, variance: Tensor, k: int, rule: moe_block.RoutingRule) -> Tensor:
+    """Rows [T] whose choice is certain: the worst chosen and the best other are far enough apart, groups and experts.
+
+    Scores grow with their logits, so the largest logit stands for a group.
+    """
     spread = (2 * variance.mean(-1)).sqrt()
+    settled = torch.ones(len(logits), dtype=torch.bool)
+    if rule.num_expert_group is not None and rule.topk_group is not None:
+        best = logits.unflatten(-1, (rule.num_expert_group, -1)).amax(-1)
+        settled &= _apart(best, rule.topk_group, spread)
+        chosen = torch.zeros_like(best, dtype=torch.bool).scatter(-1, best.topk(rule.topk_group).indices, True)
+        size = logits.shape[-1] // rule.num_expert_group
+        logits = logits.masked_fill(~chosen.repeat_interleave(size, dim=-1), -torch.inf)
+    return settled & _apart(logits, k, spread)
+
+
+def _apart(values: Tensor, k: int, spread: Tensor) -> Tensor:
+    """Rows [T] whose k-th and next largest value [T, n] differ by more than roundings of size `spread` [T]."""
+    if k == values.shape[-1]:
+        return torch.ones(len(values), dtype=torch.bool)
+    gap = values.topk(k + 1, dim=-1).values[:, k - 1 : k + 1]
     return gap[:, 0] - gap[:, 1] > bounds.max_limit() * spread
 
 
