@@ -1,0 +1,128 @@
+"""The quantised experts of Triton: the judge on small cases, interpreted, and what they compile to for a Hopper GPU.
+
+What is compiled is what the rules choose at few, some and many rows per expert; how fast it is only a GPU can tell.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from moe_harness.harness.core.contracts import load
+from moe_harness.harness.core.invocation import Trial
+from moe_harness.harness.stages.quantized_experts.cases import QuantizedCase
+from moe_harness.suites.triton import DEVICE, runnable
+
+ONE_SLOT_A_TILE = {"T": 2, "k": 2}
+TOGETHER = {"T": 21, "k": 2, "E": 4}  # under the interpreter such batches take the way of large ones
+CASES: dict[str, list[dict[str, Any]]] = {
+    "triton": [
+        *({"format": f, "T": 6, "bias": True, "activation": "swiglu_oai", "dtype": "bf16"} for f in ("plain", "mxfp4")),
+        {"format": "int4_group", "data": "exact", "dtype": "fp16", **ONE_SLOT_A_TILE},
+        {"format": "int8_channel", "data": "exact", "map": "alternate", "masked": "some", "bias": True, **TOGETHER},
+        {"format": "mxfp4", "data": "exponents", "dtype": "fp16", **ONE_SLOT_A_TILE},
+        {"format": "mxfp4", "data": "largest_code", "dtype": "fp32", "T": 3},
+        {"format": "fp8_block", "H": 200, "I": 72, "dtype": "bf16", "activation": "gelu_tanh", "T": 5},
+        {"format": "fp8_channel", "data": "nan_code", "dtype": "bf16", "T": 7},
+        {"format": "fp8_block", "layout": "down_scale:transposed", "bias": True, "data": "exact", "T": 7},
+    ],
+    "triton:fp8_group128": [
+        {"format": "fp8_block", "dtype": "bf16", "bias": True, **ONE_SLOT_A_TILE},
+        {"format": "fp8_block", "dtype": "bf16", "H": 200, "I": 200, "activation": "swiglu_oai", **TOGETHER},
+        {"format": "fp8_block", "dtype": "bf16", "data": "token_nan", **TOGETHER},
+        {"format": "fp8_channel", "dtype": "fp16", "data": "zero_rows", "masked": "some", **TOGETHER},
+        {"format": "fp8_block", "dtype": "fp32", "data": "outlier", "T": 6},
+    ],
+}
+GIVEN = [pytest.param(spec, QuantizedCase(**fields), id=f"{spec}-{n}") for spec, all_of in CASES.items()
+         for n, fields in enumerate(all_of)]  # fmt: skip
+
+COMPILE = """
+import itertools, torch, triton
+from triton.backends.compiler import GPUTarget
+
+class NoDevice:
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+
+triton.runtime.driver.set_active(NoDevice())
+from triton.tools.tensor_descriptor import TensorDescriptor
+from moe_harness.impls.triton import _quantized_product as q, configs
+
+E, H, I, k, bf16, fp8 = 128, 2048, 768, 8, torch.bfloat16, torch.float8_e4m3fn
+found = []
+q.launch = lambda kernel, grid, *given, **constants: found.append(kernel.warmup(*given, grid=grid, **constants))
+q.early_start = lambda device: True
+q.tile_source = lambda t, block, wanted: (
+    TensorDescriptor(t, list(t.shape), [t.shape[1] * t.shape[2], t.shape[2], 1], block), True)
+
+def matrix(rows, columns, format):
+    codes = fp8 if format == "fp8_block" else torch.uint8
+    width = columns if format == "fp8_block" else columns // 2
+    run = 32 if format == "mxfp4" else 128
+    by = {"fp8_block": torch.float32, "int4_group": bf16, "mxfp4": torch.uint8}[format]
+    scale = torch.empty(E, rows // (128 if format == "fp8_block" else 1), columns // run, dtype=by)
+    return q.Matrix(torch.empty(1, rows, width, dtype=codes).expand(E, -1, -1), scale, torch.empty(E, rows), format)
+
+for format, quantize, tokens in (("fp8_block", True, 1), ("fp8_block", True, 4096), ("int4_group", False, 64),
+                                 ("mxfp4", False, 1024)):
+    plan = configs.quantized(format, E, tokens * k, 2, quantize, torch.device("cuda"))
+    ids = torch.empty(tokens, k, dtype=torch.int64)
+    ints = None if plan.few else torch.empty(3 * E, dtype=torch.int32)
+    routing = q.Routing(ids, None, ints, ints)
+    rows = q.quantise(torch.empty(tokens, H, dtype=bf16)) if plan.ahead else q.Rows(torch.empty(tokens, H, dtype=bf16))
+    act = q.quantized_product(rows, matrix(2 * I, H, format), routing, plan.gate_up, tokens * k, bf16,
+                              activation="silu", quantize=quantize, codes=plan.ahead)
+    q.quantized_product(act, matrix(H, I, format), routing, plan.down, tokens * k, bf16, quantize=quantize)
+for kernel in found:
+    text = kernel.asm["ptx"]
+    print(kernel.metadata.shared, ".local" in text, *sorted({word for word in text.split() if "mma_async" in word}))
+"""
+SHARED_MEMORY = 232448  # bytes a program may have
+
+
+def judged(test: Callable[..., None]) -> Callable[..., None]:
+    """Run on a GPU or interpreted; what compiles alone needs neither."""
+    for mark in runnable:
+        test = mark(test)
+    return test
+
+
+@judged
+@pytest.mark.parametrize(("spec", "case"), GIVEN)
+def test_small_cases_pass(spec: str, case: QuantizedCase) -> None:
+    trial = Trial(load("quantized_experts", spec), DEVICE)
+    call = trial.build(case)
+    assert not trial.judge(call, trial.invoke(call)).findings
+
+
+@judged
+def test_what_does_not_fit_is_refused() -> None:
+    trial = Trial(load("quantized_experts", "triton"), DEVICE)
+    call = trial.build(QuantizedCase(T=2, format="int4_group"))
+    for name, wrong in (("gate_up_scale", None), ("down_scale", call.args["down_scale"][:, :-1]),
+                        ("gate_up_proj", call.args["gate_up_proj"].float())):  # fmt: skip
+        with pytest.raises((ValueError, TypeError), match=name.replace("_scale", "_proj")):
+            trial.subject.function(*(call.args | {name: wrong}).values(), **call.keywords)
+    other = load("quantized_experts", "triton:fp8_group128").function
+    with pytest.raises(NotImplementedError, match="fp8_block"):
+        other(*call.args.values(), **call.keywords)
+
+
+def test_products_compile_for_hopper() -> None:
+    """In a process of its own: Triton keeps one driver, and reads TRITON_INTERPRET when it is imported."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    kernels = [set(words[2:]) for words in lines]
+    assert all(int(words[0]) <= SHARED_MEMORY and words[1] == "False" for words in lines), done.stdout
+    wide = "wgmma.mma_async.sync.aligned.m64n{}k{}.f32.{}.{}"
+    e4m3, bf16 = (lambda n: {wide.format(n, 32, "e4m3", "e4m3")}), (lambda n: {wide.format(n, 16, "bf16", "bf16")})
+    assert kernels == [e4m3(16), e4m3(16), set(), e4m3(64), e4m3(128), bf16(16), bf16(16), bf16(64), bf16(64)]
