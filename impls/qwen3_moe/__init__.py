@@ -1,6 +1,8 @@
-"""Qwen3-MoE, Qwen2-MoE and dense Qwen3 from safetensors to tokens: a small inference engine over our kernels.
+"""Decoders of Qwen3-MoE and its kin from safetensors to tokens: a small inference engine over our kernels.
 
-In the order to read it:  config, weights, loader (a folder becomes tensors)  ·  kernels, network (tensors become
-logits) ·  pages, sequence, scheduler (who runs next)  ·  batch, runner, engine (steps on the device)  ·  model (the
-contract).
+Families: Qwen3-MoE, Qwen2-MoE, dense Qwen3, the Qwen3-Omni talker, DeepSeek-V2 (`config.ARCHITECTURES`).
+
+In the order to read it:  config, rope, weights, loader (a folder becomes tensors)  ·  kernels, network, latent (tensors
+become logits) ·  pages, sequence, scheduler (who runs next)  ·  batch, runner, engine (steps on the device)  ·  model
+(the contract).
 """

@@ -5,12 +5,44 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ARCHITECTURES = {"qwen3_moe": "Qwen3MoeForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+from moe_harness.impls.qwen3_moe.rope import Angles, yarn
+
+OMNI, TALKER, DEEPSEEK = "qwen3_omni_moe", "qwen3_omni_moe_talker_text", "deepseek_v2"
+ARCHITECTURES = {
+    "qwen3_moe": "Qwen3MoeForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM", "qwen3": "Qwen3ForCausalLM",
+    TALKER: "Qwen3OmniMoeTalkerModel", DEEPSEEK: "DeepseekV2ForCausalLM",
+}  # fmt: skip
+GATED_SHARED = ("qwen2_moe", TALKER)  # families whose shared expert has a gate
+# transformers' class defaults; DeepSeek's has none
+TOP_K = {"qwen2_moe": 4, "qwen3_moe": 8, TALKER: 8}
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 class CheckpointError(ValueError):
     """A folder that cannot be loaded; the message says the file, the key, what was got and what was wanted."""
+
+
+@dataclass(frozen=True)
+class Latent:
+    """DeepSeek's attention over a compressed cache: dimensions of a head, and of what all heads share.
+
+    Attributes:
+        query_rank: of the queries' low rank; 0 where they come from the hidden states at once.
+        rank: R, of the latent that keys and values come from.
+        nope, turned, value: dimensions of a head's key without and with a rotation, and of its value.
+    """
+
+    query_rank: int
+    rank: int
+    nope: int
+    turned: int
+    value: int
+    angles: Angles
+
+    @property
+    def query(self) -> int:
+        """Width of a query head."""
+        return self.nope + self.turned
 
 
 @dataclass(frozen=True)
@@ -40,6 +72,33 @@ class Config:
     tied: bool
     max_positions: int
     stop_ids: frozenset[int]
+    shared_expert: str = "shared_expert"  # its name in the checkpoint
+    shared_gate: bool = True
+    num_groups: int | None = None  # of experts, of which the best top_groups can be chosen
+    top_groups: int | None = None
+    routed_scale: float = 1.0
+    router_in_fp32: bool = False
+    latent: Latent | None = None  # None: grouped queries
+
+    def routing(self) -> dict[str, Any]:
+        """Keywords of the stage `router`."""
+        return {
+            "top_k": self.top_k, "scoring": "softmax", "renormalize": self.renormalize,
+            "num_expert_group": self.num_groups, "topk_group": self.top_groups,
+            "routed_scaling_factor": self.routed_scale,
+        }  # fmt: skip
+
+    def released(self, name: str) -> str:
+        """The checkpoint's name of a decoder's tensor: the talker lies in a whole Qwen3-Omni."""
+        if self.model_type != TALKER:
+            return name
+        return "talker." + name.replace("model.embed_tokens.", "model.codec_embedding.").replace(
+            "lm_head.", "codec_head."
+        )
+
+    def foreign(self, key: str) -> bool:
+        """Whether a key belongs to what stands around the talker in a whole Qwen3-Omni."""
+        return self.model_type == TALKER and not key.startswith(("talker.model.", "talker.codec_head."))
 
     @classmethod
     def read(cls, folder: Path) -> "Config":
@@ -67,11 +126,13 @@ class _Reader:
     """Reads keys and complains with the name of the file."""
 
     def __init__(self, file: Path, keys: dict[str, Any]):
-        self.file, self.keys = file, keys
+        self.file, self.keys, self.whole = file, keys, False
 
     def config(self) -> Config:
+        if self.keys.get("model_type") == OMNI:
+            self._enter_the_talker()
         kind = self._choice("model_type", ARCHITECTURES)
-        self._refuse_what_is_lacking()
+        self._refuse_what_is_lacking(kind)
         hidden, heads, layers = (
             self._size("hidden_size"),
             self._size("num_attention_heads"),
@@ -80,37 +141,93 @@ class _Reader:
         kv_heads = self._size("num_key_value_heads", heads)
         if heads % kv_heads:
             raise self._error("num_key_value_heads", kv_heads, f"a divisor of the {heads} attention heads")
-        experts = 0 if kind == "qwen3" else self._size("num_experts")
-        sparse = self._sparse(layers) if experts else frozenset()
-        top_k = self._size("num_experts_per_tok", {"qwen2_moe": 4, "qwen3_moe": 8}[kind]) if experts else 0
+        count = "n_routed_experts" if kind == DEEPSEEK else "num_experts"
+        experts = 0 if kind == "qwen3" else self._size(count)
+        sparse = self._sparse(kind, layers) if experts else frozenset()
+        top_k = self._size("num_experts_per_tok", TOP_K.get(kind)) if experts else 0
         if top_k > experts:
-            raise self._error("num_experts_per_tok", top_k, f"at most num_experts = {experts}")
+            raise self._error("num_experts_per_tok", top_k, f"at most {count} = {experts}")
         bias = bool(self.keys.get("attention_bias", False))
+        latent = self._latent() if kind == DEEPSEEK else None
+        groups, top_groups = self._groups(experts, top_k) if kind == DEEPSEEK else (None, None)
         return Config(
             model_type=kind,
             vocab_size=self._size("vocab_size"),
             hidden_size=hidden,
             layers=layers,
             heads=heads,
-            kv_heads=kv_heads,
-            head_dim=self._size("head_dim", hidden // heads),
+            kv_heads=heads if latent else kv_heads,
+            head_dim=latent.query if latent else self._size("head_dim", hidden // heads),
             intermediate_size=self._size("intermediate_size") if len(sparse) < layers else 0,
             num_experts=experts,
             top_k=top_k,
             expert_size=self._size("moe_intermediate_size") if sparse else 0,
-            shared_expert_size=self._size("shared_expert_intermediate_size") if kind == "qwen2_moe" else 0,
-            renormalize=bool(self.keys.get("norm_topk_prob", False)),  # False is the default of both classes
+            shared_expert_size=self._shared(kind) if sparse else 0,
+            # False is the default of all classes; transformers never looks at DeepSeek-V2's.
+            renormalize=bool(self.keys.get("norm_topk_prob", False)) and kind != DEEPSEEK,
             sparse_layers=sparse,
             activation=ACTIVATIONS[self._choice("hidden_act", ACTIVATIONS, "silu")],
             eps=float(self.keys.get("rms_norm_eps", 1e-6)),
-            theta=self._theta(),
+            theta=latent.angles.theta if latent else self._theta(),
             qkv_bias=bool(self.keys.get("qkv_bias", True)) if kind == "qwen2_moe" else bias,
             output_bias=bias and kind != "qwen2_moe",
             qk_norm=kind != "qwen2_moe",
             tied=bool(self.keys.get("tie_word_embeddings", False)),
             max_positions=self._size("max_position_embeddings", 32768),
             stop_ids=self._stop_ids(),
+            shared_expert="shared_experts" if kind == DEEPSEEK else "shared_expert",
+            shared_gate=kind in GATED_SHARED,
+            num_groups=groups,
+            top_groups=top_groups,
+            routed_scale=float(self.keys.get("routed_scaling_factor", 1.0)) if kind == DEEPSEEK else 1.0,
+            router_in_fp32=kind == DEEPSEEK,
+            latent=latent,
         )
+
+    def _enter_the_talker(self) -> None:
+        """Read the talker's text model in the config of a whole Qwen3-Omni, with the codec's end of sequence."""
+        talker = self.keys.get("talker_config")
+        if not isinstance(talker, dict) or not isinstance(text := talker.get("text_config"), dict):
+            raise self._error("talker_config", talker, "an object with text_config: of a Qwen3-Omni the talker is run")
+        self.keys, self.whole = {"eos_token_id": talker.get("codec_eos_token_id"), **text}, True
+
+    def _shared(self, kind: str) -> int:
+        if kind == DEEPSEEK:
+            count = self.keys.get("n_shared_experts", 2)
+            return self._size("n_shared_experts", 2) * self._size("moe_intermediate_size") if count else 0
+        return self._size("shared_expert_intermediate_size") if kind in GATED_SHARED else 0
+
+    def _groups(self, experts: int, top_k: int) -> tuple[int | None, int | None]:
+        method = self._choice("topk_method", {"greedy": "", "group_limited_greedy": ""}, "greedy")
+        if method == "greedy":
+            return None, None
+        groups, top = self._size("n_group"), self._size("topk_group")
+        if experts % groups:
+            raise self._error("n_group", groups, f"a divisor of the {experts} experts")
+        if top > groups or top * (experts // groups) < top_k:
+            raise self._error("topk_group", top, f"at most {groups} groups, with {top_k} experts among them")
+        return groups, top
+
+    def _latent(self) -> Latent:
+        rank = self.keys.get("q_lora_rank", 1536)
+        return Latent(
+            0 if rank is None else self._size("q_lora_rank", 1536), self._size("kv_lora_rank", 512),
+            self._size("qk_nope_head_dim", 128), self._size("qk_rope_head_dim", 64), self._size("v_head_dim", 128),
+            self._angles(self._size("qk_rope_head_dim", 64)),
+        )  # fmt: skip
+
+    def _angles(self, width: int) -> Angles:
+        for key in ("rope_parameters", "rope_scaling"):
+            keys = self.keys.get(key) or {}
+            if keys.get("rope_type", keys.get("type", "default")) == "yarn":
+                theta = float(keys.get("rope_theta", self.keys.get("rope_theta", 10000.0)))
+                try:
+                    return yarn({"original_max_position_embeddings": self.keys.get("max_position_embeddings")} | keys,
+                                theta, width)  # fmt: skip
+                except (KeyError, TypeError, ValueError) as error:
+                    wanted = "factor and original_max_position_embeddings, both numbers"
+                    raise self._error(key, keys, wanted) from error
+        return Angles(self._theta(), width)
 
     def _error(self, key: str, got: Any, wanted: str) -> CheckpointError:
         return CheckpointError(f"{self.file}: {key} is {got!r}, wanted {wanted}")
@@ -128,13 +245,18 @@ class _Reader:
             raise self._error(key, value, "a positive whole number")
         return value
 
-    def _refuse_what_is_lacking(self) -> None:
+    def _refuse_what_is_lacking(self, kind: str) -> None:
         for key in ("quantization_config", "compression_config"):
             if self.keys.get(key):
                 kind = self.keys[key].get("quant_method") if isinstance(self.keys[key], dict) else self.keys[key]
                 raise self._error(key, kind, "none: weights in bf16, fp16 or fp32")
         if self.keys.get("use_sliding_window"):
             raise self._error("use_sliding_window", True, "false: every layer attends to all positions")
+        if kind == DEEPSEEK:  # what no released DeepSeek-V2 has
+            for key, wanted in (("attention_bias", False), ("mlp_bias", False), ("moe_layer_freq", 1)):
+                if self.keys.get(key, wanted) != wanted:
+                    raise self._error(key, self.keys[key], repr(wanted))
+            self._choice("scoring_func", {"softmax": ""}, "softmax")
 
     def _theta(self) -> float:
         """transformers 5 writes rope_parameters, the released configs rope_theta and rope_scaling."""
@@ -145,7 +267,15 @@ class _Reader:
                 raise self._error(key, kind, "no scaling of rotary angles (null, or rope_type 'default')")
         return float((self.keys.get("rope_parameters") or {}).get("rope_theta", self.keys.get("rope_theta", 10000.0)))
 
-    def _sparse(self, layers: int) -> frozenset[int]:
+    def _sparse(self, kind: str, layers: int) -> frozenset[int]:
+        """Layers with experts; all of the talker's, whatever mlp_only_layers says."""
+        if kind == DEEPSEEK:
+            first = self.keys.get("first_k_dense_replace", 0)
+            if not isinstance(first, int) or not 0 <= first <= layers:
+                raise self._error("first_k_dense_replace", first, f"a whole number from 0 to {layers}")
+            return frozenset(range(first, layers))
+        if kind == TALKER:
+            return frozenset(range(layers))
         dense, step = self.keys.get("mlp_only_layers") or [], self._size("decoder_sparse_step", 1)
         return frozenset(i for i in range(layers) if i not in dense and (i + 1) % step == 0)
 
@@ -153,7 +283,7 @@ class _Reader:
         """End-of-sequence ids of generation_config.json, which may list several, and of config.json."""
         found = [self.keys.get("eos_token_id")]
         generation = self.file.with_name("generation_config.json")
-        if generation.is_file():
+        if generation.is_file() and not self.whole:  # that of a whole Qwen3-Omni is the thinker's
             try:
                 found.append(json.loads(generation.read_text()).get("eos_token_id"))
             except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:

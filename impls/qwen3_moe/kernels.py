@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NAMES = ("rms_norm", "rope_cache", "paged_attention", "sampler", "router", "experts")
+NAMES = ("rms_norm", "rope_cache", "paged_attention", "sampler", "router", "experts", "latent_attention")
 # Functions of impls.torch that do not have their stage's name.
 VARIANTS = {("torch", "router"): "loop", ("torch", "experts"): "loop"}
+ELSEWHERE = {("triton", "latent_attention"): "torch"}  # libraries that lack a function take it from another one
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Kernels:
     sampler: Callable[..., Tensor]
     router: Callable[..., tuple[Tensor, Tensor]]
     experts: Callable[..., Tensor]
+    latent_attention: Callable[..., Tensor]  # of no stage: `impls.torch.latent_attention` says what it takes
 
     @classmethod
     def of(cls, library: str) -> "Kernels":
@@ -31,7 +33,7 @@ class Kernels:
             raise ValueError(f"kernels is {library!r}, wanted 'triton' or 'torch'")
         found = {}
         for name in NAMES:
-            module = import_module(f"moe_harness.impls.{library}.{name}")
+            module = import_module(f"moe_harness.impls.{ELSEWHERE.get((library, name), library)}.{name}")
             found[name] = getattr(module, VARIANTS.get((library, name), name))
         return cls(**found)
 

@@ -38,7 +38,7 @@ def load(folder: Path, layout: Layout, parameters: dict[str, Tensor], progress: 
     for file in files:
         with _open(file) as shard:
             for key in shard.keys():  # noqa: SIM118 - not a dict
-                if key in layout.copies:
+                if key in layout.copies or layout.config.foreign(key):
                     continue
                 piece = layout.pieces[key]
                 if piece.parameter is not None:
@@ -100,6 +100,8 @@ def _look(files: list[Path], layout: Layout) -> dict[str, Path]:
     for file in files:
         with _open(file) as shard:
             for key in shard.keys():  # noqa: SIM118
+                if layout.config.foreign(key):
+                    continue
                 if key in owners:
                     wrong.append(f"{file}: {key} is in {owners[key].name} too, wanted once")
                     continue

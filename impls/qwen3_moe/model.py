@@ -1,5 +1,6 @@
 """The contract's `model`: a folder on disk becomes an object that gives logits, single layers and generated tokens."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from moe_harness.impls.qwen3_moe.config import Config
 from moe_harness.impls.qwen3_moe.engine import Engine
 from moe_harness.impls.qwen3_moe.kernels import Kernels
 from moe_harness.impls.qwen3_moe.loader import load
-from moe_harness.impls.qwen3_moe.network import Cache, Flat, Network
+from moe_harness.impls.qwen3_moe.network import Cache, Flat, Network, cache_shape
 from moe_harness.impls.qwen3_moe.pages import Pages
 from moe_harness.impls.qwen3_moe.runner import Runner
 from moe_harness.impls.qwen3_moe.sequence import Request
@@ -162,11 +163,9 @@ class Model:
 
     def _alone(self, batch: int, length: int) -> tuple[Flat, Cache]:
         """A batch of `batch` whole sequences, and a cache for one layer at a time."""
-        c, page = self.config, self.options.page_size
+        page = self.options.page_size
         columns = -(-length // page)
-        cache = Cache(
-            c.layers, batch * columns, page, self.layout.kv_heads, c.head_dim, self.dtype, self.device, shared=True
-        )
+        cache = Cache(self.layout, batch * columns, page, self.dtype, self.device, shared=True)
         tables = self._whole(torch.arange(batch * columns)).view(batch, columns)
         positions = self._whole(torch.arange(length))
         slots = tables[:, positions.long() // page] * page + positions % page
@@ -192,14 +191,13 @@ class Model:
         return Engine(runner, pool, max_sequences=o.max_sequences, max_tokens=o.max_tokens, max_length=length)
 
     def _cache(self, pages: int) -> Cache:
-        c = self.config
-        return Cache(c.layers, pages, self.options.page_size, self.layout.kv_heads, c.head_dim, self.dtype, self.device)
+        return Cache(self.layout, pages, self.options.page_size, self.dtype, self.device)
 
     def _pages_that_fit(self, length: int) -> int:
         """As many pages as memory allows, and no more than all sequences can fill."""
         o, c = self.options, self.config
         element = torch.empty((), dtype=self.dtype).element_size()
-        page_bytes = 2 * c.layers * self.layout.kv_heads * o.page_size * c.head_dim * element
+        page_bytes = math.prod(cache_shape(self.layout)) * c.layers * o.page_size * element
         most = o.max_sequences * -(-length // o.page_size)
         if self.device.type != "cuda":
             return max(1, min(most, CPU_CACHE // page_bytes))
@@ -221,7 +219,7 @@ def load_model(
     expert_parallel: bool = False, dispatcher: str = "local_allreduce", progress: PROGRESS | None = None,
     **options: Any,
 ) -> Model:  # fmt: skip
-    """The stage `model`: Qwen3-MoE, Qwen2-MoE or dense Qwen3 from a Hugging Face folder.
+    """The stage `model`: a decoder of one of the families in `config.ARCHITECTURES` from a Hugging Face folder.
 
     Args:
         dtype: what it computes in, whatever the checkpoint holds: fp32, fp16, bf16, or torch's own.

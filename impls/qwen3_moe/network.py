@@ -6,6 +6,7 @@ r"""The decoder on flat batches: token ids to the residual stream to logits, ove
 The residual is added where the next norm reads it, so a layer passes on the pair (last output, stream before it).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -13,25 +14,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_harness.impls.qwen3_moe.kernels import Kernels
+from moe_harness.impls.qwen3_moe.latent import LatentAttention
 from moe_harness.impls.qwen3_moe.weights import Layout
 
 
 class Cache:
-    """Keys and values of `layers` layers in pages, [pages, page_size, Hk, D] each; inside a page head by head.
+    """What attention keeps, in pages.  `shared`: all layers use the same pages, for who goes back to none.
 
-    A program of attention reads one head's part of a page, which so is one run of page_size * D elements.  `shared`:
-    all layers use the same pages, for who computes one layer after the other and goes back to none.
+    Keys and values are [pages, page_size, Hk, D] each, inside a page head by head: a program of attention reads one
+    head's part of a page, which so is one run of page_size * D elements.  Latent attention keeps rows of R + D_rope
+    numbers, [pages + 1, page_size, 1, R + D_rope], keys and values in one; slot -1 lies in the page too many.
     """
 
     def __init__(
-        self, layers: int, pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype,
-        device: torch.device, shared: bool = False,
-    ):  # fmt: skip
+        self, layout: Layout, pages: int, page_size: int, dtype: torch.dtype, device: torch.device, shared: bool = False
+    ):
+        layers = layout.config.layers
         held = 1 if shared else layers
-        self.storage = torch.zeros(held, 2, pages, kv_heads, page_size, head_dim, dtype=dtype, device=device)
+        parts, heads, width = cache_shape(layout)
+        if parts == 1:
+            self.storage = torch.zeros(held, pages + 1, page_size, heads, width, dtype=dtype, device=device)
+            self.keys = self.values = [self.storage[i % held] for i in range(layers)]
+            return
+        self.storage = torch.zeros(held, parts, pages, heads, page_size, width, dtype=dtype, device=device)
         views = self.storage.transpose(3, 4)
         self.keys = [views[i % held, 0] for i in range(layers)]
         self.values = [views[i % held, 1] for i in range(layers)]
+
+
+def cache_shape(layout: Layout) -> tuple[int, int, int]:
+    """What a layer keeps of a token: 2 (keys and values) or 1, times heads of this rank, times their width."""
+    c = layout.config
+    return (1, 1, c.latent.rank + c.latent.turned) if c.latent else (2, layout.kv_heads, c.head_dim)
 
 
 @dataclass(frozen=True)
@@ -71,6 +85,7 @@ class Network:
         self.layout, self.config, self.kernels = layout, layout.config, kernels
         self.p = parameters
         self.head = parameters["model.embed_tokens.weight" if layout.config.tied else "lm_head.weight"]
+        self.latent = LatentAttention(self) if layout.config.latent else None
 
     def reduced(self, partial: Tensor) -> Tensor:
         """The sum of all ranks' partial results; one rank's is whole."""
@@ -107,6 +122,8 @@ class Network:
 
     def attention(self, name: str, x: Tensor, flat: Flat, keys: Tensor, values: Tensor) -> Tensor:
         """[T, H] -> [T, H], without the residual."""
+        if self.latent is not None:
+            return self.latent(name, x, flat, keys)
         c, heads, kv_heads = self.config, self.layout.heads, self.layout.kv_heads
         qkv = F.linear(x, self.p[f"{name}.qkv_proj.weight"], self.p.get(f"{name}.qkv_proj.bias"))
         q, k, v = qkv.unflatten(-1, (-1, c.head_dim)).split((heads, kv_heads, kv_heads), dim=1)
@@ -119,28 +136,36 @@ class Network:
         return self.reduced(F.linear(mixed, self.p[f"{name}.o_proj.weight"], self.p.get(f"{name}.o_proj.bias")))
 
     def _attend(self, q: Tensor, flat: Flat, keys: Tensor, values: Tensor) -> Tensor:
-        """Decoding sequences and the others go to the kernel apart: it has another grid for each."""
-        first, scale, attend = flat.decoding, self.config.head_dim**-0.5, self.kernels.paged_attention
+        scale, attend = self.config.head_dim**-0.5, self.kernels.paged_attention
+        return self.apart(q, flat, lambda q, *batch: attend(q, keys, values, *batch, scale=scale))
+
+    def apart(self, q: Tensor, flat: Flat, attend: Callable[..., Tensor]) -> Tensor:
+        """Decoding sequences and the others go to the kernel apart: it has another grid for each.
+
+        Args:
+            attend: takes queries, tables, query_start and context of a batch.
+        """
+        first = flat.decoding
         if flat.rest_start is None:
-            return attend(q, keys, values, flat.tables, flat.query_start, flat.context, scale=scale)
-        decoded = attend(
-            q[:first], keys, values, flat.tables[:first], flat.query_start[: first + 1], flat.context[:first],
-            scale=scale,
-        )  # fmt: skip
-        rest = attend(q[first:], keys, values, flat.tables[first:], flat.rest_start, flat.context[first:], scale=scale)
-        return torch.cat((decoded, rest))
+            return attend(q, flat.tables, flat.query_start, flat.context)
+        decoded = attend(q[:first], flat.tables[:first], flat.query_start[: first + 1], flat.context[:first])
+        return torch.cat((decoded, attend(q[first:], flat.tables[first:], flat.rest_start, flat.context[first:])))
 
     def sparse(self, name: str, x: Tensor, flat: Flat) -> Tensor:
         """Router, experts, and the shared expert where there is one: [T, H] -> [T, H]."""
         c = self.config
-        logits = F.linear(x, self.p[f"{name}.gate.weight"])
-        weights, ids = self.kernels.router(logits, top_k=c.top_k, scoring="softmax", renormalize=c.renormalize)
+        gate = self.p[f"{name}.gate.weight"]
+        wide = torch.promote_types(x.dtype, torch.float32) if c.router_in_fp32 else x.dtype
+        logits = F.linear(x.to(wide), gate.to(wide))
+        weights, ids = self.kernels.router(logits, **c.routing())
         if flat.dead is not None:  # pad rows read no expert's weights
             ids = ids.masked_fill_(flat.dead, -1)
         out = self._experts(name, x, weights, ids)
         if c.shared_expert_size:
-            gate = torch.sigmoid(F.linear(x, self.p[f"{name}.shared_expert_gate.weight"]))
-            out = out + gate * self._gated(f"{name}.shared_expert", x)
+            shared = self._gated(f"{name}.{c.shared_expert}", x)
+            if c.shared_gate:
+                shared = torch.sigmoid(F.linear(x, self.p[f"{name}.shared_expert_gate.weight"])) * shared
+            out = out + shared
         return self.reduced(out)
 
     def _experts(self, name: str, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moe_harness.impls.qwen3_moe import latent
 from moe_harness.impls.qwen3_moe.config import Config
 
 
@@ -69,9 +70,10 @@ class Layout:
         self.experts = self._share("num_experts", config.num_experts) if expert_parallel else config.num_experts
         self.expert_first = rank * self.experts if expert_parallel else 0
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.pieces: dict[str, Piece] = dict(self._pieces())
+        self.pieces: dict[str, Piece] = {config.released(name): piece for name, piece in self._pieces()}
         # Some released checkpoints hold the head although it is the embedding; then both have to be equal.
-        self.copies: dict[str, str] = {"lm_head.weight": "model.embed_tokens.weight"} if config.tied else {}
+        head, embedding = config.released("lm_head.weight"), config.released("model.embed_tokens.weight")
+        self.copies: dict[str, str] = {head: embedding} if config.tied else {}
 
     def empty(self, dtype: torch.dtype, device: torch.device | str) -> dict[str, Tensor]:
         """New parameters, poisoned with NaN: what is never written shows."""
@@ -85,22 +87,24 @@ class Layout:
 
     def _pieces(self) -> Iterator[tuple[str, Piece]]:
         c = self.config
-        yield self._whole("model.embed_tokens.weight", c.vocab_size, c.hidden_size)
+        yield self.whole("model.embed_tokens.weight", c.vocab_size, c.hidden_size)
         for i in range(c.layers):
-            yield from self._attention(f"model.layers.{i}")
+            layer = f"model.layers.{i}"
+            yield from latent.pieces(self, layer) if c.latent else self._attention(layer)
             yield from self._sparse(i) if i in c.sparse_layers else self._dense(i)
-        yield self._whole("model.norm.weight", c.hidden_size)
+        yield self.whole("model.norm.weight", c.hidden_size)
         if not c.tied:
-            yield self._whole("lm_head.weight", c.vocab_size, c.hidden_size)
+            yield self.whole("lm_head.weight", c.vocab_size, c.hidden_size)
 
-    def _whole(self, name: str, *shape: int) -> tuple[str, Piece]:
+    def whole(self, name: str, *shape: int) -> tuple[str, Piece]:
+        """A tensor that every rank has."""
         self.shapes[name] = shape
         return name, Piece(shape, name)
 
     def _attention(self, layer: str) -> Iterator[tuple[str, Piece]]:
         c, d, attention = self.config, self.config.head_dim, f"{layer}.self_attn"
-        yield self._whole(f"{layer}.input_layernorm.weight", c.hidden_size)
-        yield self._whole(f"{layer}.post_attention_layernorm.weight", c.hidden_size)
+        yield self.whole(f"{layer}.input_layernorm.weight", c.hidden_size)
+        yield self.whole(f"{layer}.post_attention_layernorm.weight", c.hidden_size)
         rows = (self.heads + 2 * self.kv_heads) * d
         kinds: list[tuple[str, tuple[int, ...]]] = [("weight", (c.hidden_size,))]
         kinds += [("bias", ())] if c.qkv_bias else []
@@ -125,8 +129,8 @@ class Layout:
             self.shapes |= {name: (c.hidden_size,)} if self.rank == 0 else {}
             yield name, Piece((c.hidden_size,), name if self.rank == 0 else None)
         if c.qk_norm:
-            yield self._whole(f"{attention}.q_norm.weight", d)
-            yield self._whole(f"{attention}.k_norm.weight", d)
+            yield self.whole(f"{attention}.q_norm.weight", d)
+            yield self.whole(f"{attention}.k_norm.weight", d)
 
     def _dense(self, i: int) -> Iterator[tuple[str, Piece]]:
         return self._gated(f"model.layers.{i}.mlp", self.config.intermediate_size)
@@ -146,7 +150,7 @@ class Layout:
 
     def _sparse(self, i: int) -> Iterator[tuple[str, Piece]]:
         c, mlp = self.config, f"model.layers.{i}.mlp"
-        yield self._whole(f"{mlp}.gate.weight", c.num_experts, c.hidden_size)
+        yield self.whole(f"{mlp}.gate.weight", c.num_experts, c.hidden_size)
         held = c.expert_size if self.expert_parallel else self._share("moe_intermediate_size", c.expert_size)
         first = 0 if self.expert_parallel else self.rank * held
         up, down = f"{mlp}.experts.gate_up_proj", f"{mlp}.experts.down_proj"
@@ -169,5 +173,6 @@ class Layout:
                 Piece((c.hidden_size, c.expert_size), down if here else None, whole, Cut(1, first, held)),
             )
         if c.shared_expert_size:
-            yield from self._gated(f"{mlp}.shared_expert", c.shared_expert_size)
-            yield self._whole(f"{mlp}.shared_expert_gate.weight", 1, c.hidden_size)
+            yield from self._gated(f"{mlp}.{c.shared_expert}", c.shared_expert_size)
+            if c.shared_gate:
+                yield self.whole(f"{mlp}.shared_expert_gate.weight", 1, c.hidden_size)

@@ -26,6 +26,10 @@ VARIANTS = {
     "fp32": ("qwen3_moe", {"dtype": torch.float32}), "shared expert": ("qwen2_moe", {}), "dense": ("qwen3", {}),
     "dense layers": ("qwen3_moe", {"mlp_only_layers": [1]}), "biases": ("qwen3_moe", {"attention_bias": True}),
     "square experts": ("qwen3_moe", {"moe_intermediate_size": 64}),
+    "talker": ("qwen3_omni_moe_talker_text", {}), "tied talker": (
+        "qwen3_omni_moe_talker_text", {"tie_word_embeddings": True}),
+    "latent": ("deepseek_v2_lite", {}), "groups": ("deepseek_v2", {}), "first layers dense": (
+        "deepseek_v2_lite", {"first_k_dense_replace": 2, "num_hidden_layers": 3, "rope_scaling": None}),
 }  # fmt: skip
 
 
@@ -207,7 +211,18 @@ def test_a_parameter_that_nothing_writes_is_noticed(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("expert_parallel", [False, True])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "qwen3", "qwen3 with biases"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "qwen3_moe",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3 with biases",
+        "deepseek_v2",
+        "deepseek_v2_lite",
+        "qwen3_omni_moe_talker_text",
+    ],
+)
 def test_every_element_belongs_to_a_rank_and_is_written_once(
     family: str, ranks: int, expert_parallel: bool, tmp_path: Path
 ) -> None:
