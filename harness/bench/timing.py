@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from moe_harness.harness.bench.data import Draw, TimedBatch, TimedLayer, problem
+from moe_harness.harness.core.bounds import DTYPES
 from moe_harness.harness.core.contracts import REJECTIONS, Subject, load
 from moe_harness.harness.core.cuda_graphs import captured
 from moe_harness.harness.core.folders import needed_part, stage_part, stages_with
@@ -31,7 +32,6 @@ from moe_harness.harness.core.memory import poison_value
 
 TARGET_US = 2000.0  # a graph holds calls worth about this much
 MAX_CALLS = 64
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass

@@ -13,6 +13,7 @@ import typer
 from moe_harness.harness.commands import options
 from moe_harness.harness.core import contracts, registry
 from moe_harness.harness.core.errors import unknown
+from moe_harness.harness.core.folders import needed_part
 
 SOURCE_LINES = 12  # of a fault's code
 
@@ -74,13 +75,8 @@ def _example(stage: str, check: str) -> str | None:
     from moe_harness.harness.core.plan import plan
     from moe_harness.harness.core.request import Request
 
-    if stage in contracts.RANK_STAGES:
-        from moe_harness.harness.ranks.cases import CHECKS, case_id, dispatcher_cases
-
-        if stage == "dispatcher" and check in CHECKS[stage]:
-            return next(case_id(name, case) for name, case in dispatcher_cases([2]) if name == check)
-        return None
-    return next((planned.id for planned in plan(stage, Request()) if planned.check == check), None)
+    cases = needed_part(stage, "cases").plan([2]) if stage in contracts.RANK_STAGES else plan(stage, Request())
+    return next((planned.id for planned in cases if planned.check == check), None)
 
 
 def _rounding(name: str, told: dict[str, str]) -> Lines:

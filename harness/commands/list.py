@@ -7,6 +7,7 @@ import typer
 
 from moe_harness.harness.commands import options
 from moe_harness.harness.core import contracts, registry
+from moe_harness.harness.core.ranked_stage import find_ranked
 
 
 def list_(
@@ -37,17 +38,12 @@ def list_(
     console.print("models for --config: " + ", ".join(names()))
 
 
-RANK_CALLS = {
-    "dispatcher": "a class, one object per rank",
-    "parallel_linear": "a class, one object per rank",
-    "reduction": "(routed, shared, group, *, routed_state, shared_state=None, rows=None), called on every rank",
-}
-
-
 def signature(stage: str) -> str:
     """The call of a stage on one line: names and defaults, without types."""
     if stage in contracts.RANK_STAGES:
-        return f"{stage}: {RANK_CALLS[stage]}"
+        asked = find_ranked(stage)
+        kind = "a function, called on every rank" if asked.is_function else "a class, one object per rank"
+        return f"{stage}{asked.call}: {kind}"
     bare = contracts.SIGNATURES[stage]
     parameters = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in bare.parameters.values()]
     return f"{stage}{bare.replace(parameters=parameters, return_annotation=inspect.Signature.empty)}"

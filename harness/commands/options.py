@@ -142,9 +142,9 @@ def request(
 def known_checks(stage: str, asked: Request) -> list[str]:
     """Names of the checks that a run of the stage makes."""
     if stage in contracts.RANK_STAGES:
-        from moe_harness.harness.ranks.cases import CHECKS
+        from moe_harness.harness.core.ranked_stage import find_ranked
 
-        return [*CHECKS[stage], "property"]
+        return [*find_ranked(stage).checks, "property"]
     from moe_harness.harness.core.plan import plan
 
     return [*dict.fromkeys(planned.check for planned in plan(stage, asked)), "property"]

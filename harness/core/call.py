@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_harness.harness.core.bounds import DTYPES
 from moe_harness.harness.core.case import Case
 from moe_harness.harness.core.contracts import Declarations
 from moe_harness.harness.core.memory import Arena
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 INTS = {"int64": torch.int64, "int32": torch.int32}
 PERIOD = 99991  # prime, so that no two experts see the same run of the repeated base
 LARGE = 1 << 24  # values; more of them are repeated, since 2^31 drawn one by one take a minute and 17 GB

@@ -24,7 +24,7 @@ STAGES = stages_with("contract")
 SIGNATURES: dict[str, inspect.Signature] = {
     stage: inspect.signature(getattr(needed_part(stage, "contract"), stage)) for stage in STAGES
 }
-RANK_STAGES = ("dispatcher", "parallel_linear", "reduction")  # one object or one call per rank; see harness.ranks
+RANK_STAGES = stages_with("ranked")  # one object or one call per rank; see core.ranked_stage
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,3 @@ CHECK_NAMES = (
     "contract", "exact", "numeric", "routing", "sentinels", "layouts", "memory", "special", "laws", "determinism",
     "batch_invariance", "leak", "property", "graph_replay", "side_stream", "large_offsets",
 )  # fmt: skip
-
-# What a finding over many ranks is about; the first three are verdicts: of dispatcher, parallel_linear, reduction.
-RANK_CHECKS = ("dense", "shard", "reduction", "contract", "inputs", "volume", "refusal", "ranks")

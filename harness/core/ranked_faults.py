@@ -14,9 +14,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from moe_harness.harness.core.catalogue import Fault, consequence_of, enter, stage_of, url
-from moe_harness.harness.core.names import RANK_CHECKS
+from moe_harness.harness.core.ranked_stage import find_ranked, rank_checks
 
-FIRST_CHECK = {"dispatcher": "dense", "parallel_linear": "shard", "reduction": "reduction"}
 SIGNS = {"ranks": "process", "inputs": "inputs"}
 
 Kind = TypeVar("Kind", bound=Callable)
@@ -42,12 +41,12 @@ def ranked(
     Raises:
         ValueError: unknown `seen_by`, or a name that is taken.
     """
-    if seen_by and seen_by not in RANK_CHECKS:
-        raise ValueError(f"seen_by is {seen_by!r}, but should be one of {', '.join(RANK_CHECKS)}")
+    if seen_by and seen_by not in rank_checks():
+        raise ValueError(f"seen_by is {seen_by!r}, but should be one of {', '.join(rank_checks())}")
 
     def decorate(kind: Kind) -> Kind:
         stage = stage_of(kind)
-        first = FIRST_CHECK[stage]
+        first = find_ranked(stage).checks[0]
         example = {"case": f"{stage}/{check or first}/{shows}", "seen_by": seen_by or first}
         cases = tuple(f"{stage}/{first}/{case}" for case in hidden)
         sign = SIGNS.get(seen_by, "value")

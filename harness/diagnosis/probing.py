@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_harness.harness.core.call import DTYPES, Call
+from moe_harness.harness.core.bounds import DTYPES
+from moe_harness.harness.core.call import Call
 from moe_harness.harness.core.case import Case
 from moe_harness.harness.core.invocation import Broken, Rejected, Trial
 

@@ -9,12 +9,13 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from moe_harness.harness.core.case import parse_id
 from moe_harness.harness.core.catalogue import Fault, all_faults
 from moe_harness.harness.core.errors import HarnessError
-from moe_harness.harness.core.ranked_faults import FIRST_CHECK
+from moe_harness.harness.core.plan import Planned
+from moe_harness.harness.core.ranked_stage import find_ranked
 from moe_harness.harness.ranks import pool
-from moe_harness.harness.ranks.cases import case_id, parse_id
-from moe_harness.harness.ranks.judge import TASKS, planned
+from moe_harness.harness.ranks.judge import planned, task_of
 
 SECONDS = 5.0
 BUDGET = 5.0  # seconds of one run: a fault that hangs on this case is none that explains it
@@ -27,7 +28,7 @@ ANOTHER_SEED = 501
 def named(spec: str, case: str, seconds: float = SECONDS, backend: str = "gloo") -> list[dict[str, str]]:
     """The faults that explain what an implementation does on a failing case; [] where none does."""
     end = time.monotonic() + seconds
-    stage, ranks = case.split("/")[0], parse_id(case)[1].R  # type: ignore[attr-defined]
+    stage, ranks = case.split("/")[0], parse_id(case)[2].R  # type: ignore[attr-defined]
     got = _run(spec, case, backend)
     if got is None or not got[1]:
         return []
@@ -47,17 +48,17 @@ def named(spec: str, case: str, seconds: float = SECONDS, backend: str = "gloo")
 
 def _run(spec: str, case: str, backend: str) -> tuple[tuple[str | None, ...], bool] | None:
     """(digest of every rank's result, whether a value is wrong); None where it refuses or returns another form."""
-    stage, ranks = case.split("/")[0], parse_id(case)[1].R  # type: ignore[attr-defined]
+    stage, ranks = case.split("/")[0], parse_id(case)[2].R  # type: ignore[attr-defined]
     task = {"impl": spec, "case": case}
     try:
-        outcome = pool.run(TASKS[stage], task, ranks=ranks, backend=backend, budget=BUDGET, load=(stage, spec))
+        outcome = pool.run(task_of(stage), task, ranks=ranks, backend=backend, budget=BUDGET, load=(stage, spec))
     except HarnessError:
         return None
     if not outcome.ok:
         return None
     digests = tuple(report["observed"].get("digest") for report in outcome.results)
     found = {finding["check"] for report in outcome.results for finding in report["findings"]}
-    return None if None in digests else (digests, FIRST_CHECK[stage] in found)
+    return None if None in digests else (digests, find_ranked(stage).checks[0] in found)
 
 
 def _equal(suspects: list[Fault], case: str, got: Any, end: float, backend: str) -> list[Fault]:
@@ -74,11 +75,11 @@ def _equal(suspects: list[Fault], case: str, got: Any, end: float, backend: str)
 
 def _others(stage: str, spec: str, case: str, ranks: int, backend: str) -> Iterator[str]:
     """The same kind of data drawn anew, then planned cases over as many ranks."""
-    check, parsed = parse_id(case)
+    _, check, parsed = parse_id(case)
     for turn in (1, 2):
-        yield case_id(check, parsed.but(seed=parsed.seed + turn * ANOTHER_SEED))
+        yield Planned(check, parsed.but(seed=parsed.seed + turn * ANOTHER_SEED)).id
     planned_ids = [other for other in planned(stage, spec, [ranks], backend=backend) if other != case]
-    yield from [other for other in planned_ids if parse_id(other)[0] == check][:OTHERS]
+    yield from [other for other in planned_ids if parse_id(other)[1] == check][:OTHERS]
 
 
 def _told(fault: Fault, alive: list[Fault], confirmed: list[str]) -> dict[str, str]:

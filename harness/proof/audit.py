@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_harness.harness.core.call import DTYPES
+from moe_harness.harness.core import contracts
+from moe_harness.harness.core.bounds import DTYPES
 from moe_harness.harness.core.errors import UsageError, unknown
 from moe_harness.harness.stages.experts import wrong as experts_wrong
 from moe_harness.harness.stages.grouped_linear import wrong as linear_wrong
@@ -124,7 +125,7 @@ def checked(found: Any, where: str) -> Audit:
             raise UsageError(f"{where} lacks the field {name!r}")
     audit = Audit(**found)
     _one_of(where, "stage", audit.stage, list(STAGES))
-    _one_of(where, "dtype", audit.dtype, list(DTYPES))
+    _one_of(where, "dtype", audit.dtype, list(contracts.DTYPES))
     _one_of(where, "reference", audit.reference, list(REFERENCES))
     _check_rule(where, audit.rule)
     scales, sizes = STAGES[audit.stage]

@@ -19,8 +19,9 @@ from typing import Any
 
 from moe_harness.harness.core.catalogue import RANKED, Fault
 from moe_harness.harness.core.errors import HarnessError
-from moe_harness.harness.core.names import CHECK_NAMES, RANK_CHECKS
+from moe_harness.harness.core.names import CHECK_NAMES
 from moe_harness.harness.core.plan import ON_CUDA_ONLY, Planned, plan
+from moe_harness.harness.core.ranked_stage import find_ranked, rank_checks
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.process.pool import DEATHS, Pool
 from moe_harness.harness.run import property_search
@@ -32,11 +33,6 @@ Cell = dict[str, Any]
 AFTER_FIRST_KILL, OF_A_PART = 24, 4  # 24 for all took 11 minutes on 2 cores
 EXAMPLES = 60  # of the check `property`, of those that a quick run draws
 WORLDS = (1, 2, 4)  # ranks over which the faults of many ranks are judged
-RANK_CHECKS_OF = {
-    "dispatcher": ("dense", "contract", "inputs", "volume", "refusal", "ranks"),
-    "parallel_linear": ("shard", "contract", "inputs", "ranks"),
-    "reduction": ("reduction", "contract", "inputs", "ranks"),
-}
 MEMORY_LIMIT = 2 << 30  # bytes a worker may hold: one fault leaks on purpose
 
 # What a check is for that kills no fault first; a check with neither a first kill nor a line here fails the command.
@@ -145,7 +141,7 @@ def _fill_ranked(row: Row, fault: Fault, options: MatrixOptions) -> None:
             check = verdict.findings[0]["check"]
             row["first_killer"] = {"check": check, "case": case_id, "cases": judged, "of_check": judged}
             row["status"], ids = "killed", spread(ids, options.after_first)
-    for check in RANK_CHECKS_OF[fault.stage]:
+    for check in find_ranked(fault.stage).findings:
         row["checks"].setdefault(check, _cell("survived", judged, judged, None))
 
 
@@ -252,4 +248,4 @@ def _kills(row: Row, check: str) -> bool:
 
 
 def _check_order() -> Iterator[str]:
-    yield from dict.fromkeys((*CHECK_NAMES, *RANK_CHECKS))
+    yield from dict.fromkeys((*CHECK_NAMES, *rank_checks()))

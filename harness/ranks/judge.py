@@ -5,24 +5,22 @@ verdict.findings       plain dicts: check, case, message, where, headroom, diagn
 verdict.unsupported    why every rank refused the case, or None
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from moe_harness.harness.core import blame, errors
-from moe_harness.harness.core.case import Case
-from moe_harness.harness.ranks import cases, pool
+from moe_harness.harness.core.case import parse_id
+from moe_harness.harness.core.contracts import RANK_STAGES, check_stage
+from moe_harness.harness.core.folders import PACKAGE, needed_part
+from moe_harness.harness.core.ranked_cases import one_of
+from moe_harness.harness.core.ranked_stage import find_ranked
+from moe_harness.harness.ranks import pool
 from moe_harness.harness.ranks.calls import RecordedCall
-from moe_harness.harness.ranks.cases import parse_id
 from moe_harness.harness.ranks.failure import RankFailure
 from moe_harness.harness.ranks.jobs import Injection
 
 Finding = dict[str, Any]
-TASKS = {
-    "dispatcher": "moe_harness.harness.ranks.dispatcher_task:run",
-    "parallel_linear": "moe_harness.harness.ranks.linear_task:run",
-    "reduction": "moe_harness.harness.ranks.reduction_task:run",
-}
 
 
 @dataclass(frozen=True)
@@ -51,12 +49,11 @@ def judge(
     Raises:
         UsageError, CannotJudge: the case or the implementation cannot be found or imported.
     """
-    _, parsed = parse_id(case)
+    stage, check, parsed = parse_id(case)
+    one_of("check", check, find_ranked(check_stage(stage, RANK_STAGES)).checks)
     ranks: int = parsed.R  # type: ignore[attr-defined]
-    task = {"impl": spec, "case": case}
-    stage = parsed.stage
-    load = (stage, spec)
-    outcome = pool.run(TASKS[stage], task, ranks=ranks, backend=backend, injection=injection, budget=budget, load=load)
+    name, task, load = task_of(stage), {"impl": spec, "case": case}, (stage, spec)
+    outcome = pool.run(name, task, ranks=ranks, backend=backend, injection=injection, budget=budget, load=load)
     _raise_not_theirs(outcome.failure)
     reports = [result for result in outcome.results if result is not None]
     findings = [{**finding, "case": case} for report in reports for finding in report["findings"]]
@@ -72,7 +69,7 @@ def judge(
         findings.insert(0, _from_failure(outcome.failure, case))
     explained = findings and findings[0]["check"] == "inputs"
     if findings and not explained and outcome.ok and stage == "dispatcher" and injection is None:
-        again = pool.run(TASKS[stage], {**task, "explain": True}, ranks=ranks, backend=backend, budget=budget)
+        again = pool.run(name, {**task, "explain": True}, ranks=ranks, backend=backend, budget=budget)
         findings[0]["diagnosis"] += _received(again.results)
     observed = [report["observed"] for report in reports]
     return Verdict(case, findings, unsupported, outcome.failure, observed, outcome.traces, outcome.seconds,
@@ -87,19 +84,23 @@ def planned(
     Raises:
         UsageError, CannotJudge: the stage or the implementation cannot be found, or is of no known kind.
     """
-    plan: Iterable[tuple[str, Case]]
-    if stage == "dispatcher":
-        copies = _asked("dispatcher_task:copies", stage, spec, backend)
-        plan = cases.dispatcher_cases(worlds, profile=profile, seed=seed, copies=copies)
-        return [cases.case_id(check, case) for check, case in plan]
-    if stage == "reduction":
-        plan = cases.reduction_cases(worlds, profile=profile, seed=seed)
-        return [cases.case_id(check, case) for check, case in plan]
-    if stage != "parallel_linear":
-        raise errors.unknown("stage", stage, list(TASKS))
-    kind = _asked("linear_task:kind", stage, spec, backend)
-    lines = cases.linear_cases(worlds, kind, profile=profile, seed=seed)
-    return [cases.case_id(check, case) for check, case in lines]
+    traits = traits_of(check_stage(stage, RANK_STAGES), spec, backend)
+    plan = needed_part(stage, "cases").plan(worlds, profile=profile, seed=seed, **traits)
+    return [planned.id for planned in plan]
+
+
+def traits_of(stage: str, spec: str, backend: str = "gloo") -> dict[str, Any]:
+    """What the plan has to know of an implementation.
+
+    Raises:
+        UsageError, CannotJudge: it cannot be found, or is of no known kind.
+    """
+    return _asked(task_of(stage, "traits"), stage, spec, backend) if find_ranked(stage).has_traits else {}
+
+
+def task_of(stage: str, name: str = "run") -> str:
+    """What runs on every rank."""
+    return f"{PACKAGE}.{stage}.rank_task:{name}"
 
 
 def _asked(task: str, stage: str, spec: str, backend: str) -> Any:
@@ -108,8 +109,7 @@ def _asked(task: str, stage: str, spec: str, backend: str) -> Any:
     Raises:
         UsageError, CannotJudge: it cannot be.
     """
-    name, load = f"moe_harness.harness.ranks.{task}", (stage, spec)
-    outcome = pool.run(name, {"impl": spec}, ranks=1, backend=backend, load=load)
+    outcome = pool.run(task, {"impl": spec}, ranks=1, backend=backend, load=(stage, spec))
     if outcome.failure is None:
         return outcome.results[0]
     _raise_not_theirs(outcome.failure)

@@ -111,7 +111,7 @@ class RankPool:
         if (stage, spec) in self.loaded:
             return None
         self.loaded.add((stage, spec))
-        outcome = self.run(Job("moe_harness.harness.ranks.loading:warm", {"stage": stage, "impl": spec}), LOAD)
+        outcome = self.run(Job("moe_harness.harness.core.ranked_subject:warm", {"stage": stage, "impl": spec}), LOAD)
         return None if outcome.ok else outcome
 
     def close(self) -> list[str]:

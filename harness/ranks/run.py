@@ -5,12 +5,16 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from moe_harness.harness.core.case import Case
+from moe_harness.harness.core.case import Case, parse_id
 from moe_harness.harness.core.errors import CannotJudge
+from moe_harness.harness.core.folders import needed_part
+from moe_harness.harness.core.plan import Planned
+from moe_harness.harness.core.ranked_cases import DTYPES
+from moe_harness.harness.core.ranked_stage import find_ranked
 from moe_harness.harness.core.request import OVER_RANKS, Request
 from moe_harness.harness.process.pool import EXPLAINED
-from moe_harness.harness.ranks import cases, pool, strategies
-from moe_harness.harness.ranks.judge import Verdict, judge, planned
+from moe_harness.harness.ranks import pool
+from moe_harness.harness.ranks.judge import Verdict, judge, planned, traits_of
 from moe_harness.harness.report import Result
 from moe_harness.harness.run.result_builder import Listener, ResultBuilder
 from moe_harness.harness.run.session import RunOptions
@@ -31,7 +35,7 @@ class RankRun:
         self.stage, self.spec, self.request, self.options = stage, spec, request, options
         self.listener, self.keep = listener, keep
         self.worlds, self.backend = worlds, "nccl" if request.device == "cuda" else "gloo"
-        self.account = ResultBuilder(stage, spec, request, listener, partial=options.partial, parse=cases.parse_id)
+        self.account = ResultBuilder(stage, spec, request, listener, partial=options.partial)
         self.left: Counter[str] = Counter()  # cases of each check that are planned and not judged yet
         self.broken: Counter[str] = Counter()  # kinds of failure that ended the ranks' processes
         self.told: set[str] = set()
@@ -48,7 +52,7 @@ class RankRun:
         ids = self._planned_ids()
         self.account.expect(ids)
         examples = OVER_RANKS[self.request.profile] if self._searches() else 0
-        self.left = Counter(cases.parse_id(case_id)[0] for case_id in ids)
+        self.left = Counter(parse_id(case_id)[1] for case_id in ids)
         self.left += Counter({"property": examples})
         self.listener.start(self.spec, dict(self.left))
         self._keep_unfinished()
@@ -67,7 +71,7 @@ class RankRun:
     def _judge_all(self, ids: list[str], examples: int) -> None:
         for case_id in ids:
             self._judge_one(case_id)
-            self.left[cases.parse_id(case_id)[0]] -= 1
+            self.left[parse_id(case_id)[1]] -= 1
             self._keep_unfinished()
             if self.options.fail_fast and self.account.failures:
                 self._name_causes()
@@ -120,8 +124,8 @@ class RankRun:
             return list(self.options.cases)
         profile, seed = self.request.profile, self.request.seed
         ids = planned(self.stage, self.spec, self.worlds, profile=profile, seed=seed, backend=self.backend)
-        wanted = self.options.dtypes or cases.DTYPES
-        parsed = [(case_id, *cases.parse_id(case_id)) for case_id in ids]
+        wanted = self.options.dtypes or DTYPES
+        parsed = [(case_id, *parse_id(case_id)[1:]) for case_id in ids]
         return [case_id for case_id, check, case in parsed if case.dtype in wanted and self._wants(check)]
 
     def _judge_one(self, case_id: str) -> Verdict:
@@ -151,21 +155,13 @@ class RankRun:
     def _search_ranks(self, examples: int) -> None:
         from moe_harness.harness.run.property_search import falsify
 
-        check = cases.CHECKS[self.stage][0]
-        drawn: Any
-        if self.stage == "dispatcher":
-            planned_cases = [cases.parse_id(case_id)[1] for case_id in self.account.places]
-            copies = any(case.copies for case in planned_cases)  # type: ignore[attr-defined]
-            drawn = strategies.dispatcher_cases(self.worlds, copies=copies)
-        elif self.stage == "reduction":
-            drawn = strategies.reduction_cases(self.worlds)
-        else:
-            kinds = {cases.parse_id(case_id)[1].kind for case_id in self.account.places}  # type: ignore[attr-defined]
-            drawn = strategies.linear_cases(self.worlds, sorted(kinds))
+        check = find_ranked(self.stage).checks[0]
+        traits = traits_of(self.stage, self.spec, self.backend)
+        drawn = needed_part(self.stage, "strategy").cases(self.worlds, **traits)
         verdicts: dict[str, Verdict] = {}
 
         def holds(case: Case) -> bool:
-            verdict = judge(self.spec, cases.case_id(check, case), backend=self.backend, budget=self._budget())
+            verdict = judge(self.spec, Planned(check, case).id, backend=self.backend, budget=self._budget())
             verdicts[case.id()] = verdict
             self.listener.advance("property", "failed" if verdict.findings else "passed")
             return not verdict.findings

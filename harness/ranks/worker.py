@@ -5,7 +5,6 @@ import importlib
 import os
 import sys
 import traceback
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from moe_harness.harness.core import blame
 from moe_harness.harness.core.contracts import REJECTIONS
 from moe_harness.harness.core.environment import what_is_missing
 from moe_harness.harness.core.errors import HarnessError
+from moe_harness.harness.core.ranked_task import Rank
 from moe_harness.harness.ranks import comm
 from moe_harness.harness.ranks.heartbeat import State
 from moe_harness.harness.ranks.inject import InjectedError, Injector
@@ -26,21 +26,6 @@ from moe_harness.harness.ranks.jobs import Home, Job, Reply
 # The controller judges long before this; it only ends workers whose controller was killed.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 LOG_LIMIT = 1 << 20  # bytes that a worker may have printed before its log starts anew with the next job
-
-
-@dataclass(frozen=True)
-class Rank:
-    """What a task is given: who it is and where its tensors live."""
-
-    rank: int
-    world_size: int
-    backend: str
-    recorder: comm.Recorder
-    group: dist.ProcessGroup
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cuda", torch.cuda.current_device()) if self.backend == "nccl" else torch.device("cpu")
 
 
 def serve(connection: Any, rank: int, home: Home) -> None:
@@ -68,7 +53,7 @@ def serve(connection: Any, rank: int, home: Home) -> None:
         except (EOFError, OSError):
             os._exit(0)  # the controller is gone; a clean shutdown would wait for peers
         log.renew()
-        connection.send(run_job(me, job))
+        connection.send(run_job(me, recorder, job))
 
 
 def _gpu(rank: int, home: Home) -> torch.device:
@@ -109,9 +94,9 @@ class Log:
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
 
 
-def run_job(me: Rank, job: Job) -> Reply:
+def run_job(me: Rank, recorder: comm.Recorder, job: Job) -> Reply:
     """Run one job; every exception becomes a reply, those that ask a process to end as well."""
-    recorder, task = me.recorder, find(job.task)
+    task = find(job.task)
     mine = job.injection is not None and job.injection.rank == me.rank
     try:
         recorder.start(job.number, Injector(job.injection if mine else None))
@@ -128,7 +113,7 @@ def run_job(me: Rank, job: Job) -> Reply:
     return reply
 
 
-JUDGE = "moe_harness.harness.ranks."
+JUDGE = "moe_harness.harness."
 
 
 GONE = "the process group that it was given was destroyed or replaced, but belongs to the caller"

@@ -9,14 +9,16 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from moe_harness.harness.core.case import Case, parse_id
+from moe_harness.harness.core.contracts import RANK_STAGES
 from moe_harness.harness.core.findings import HISTOGRAM_EDGES, MAX_Z
+from moe_harness.harness.core.ranked_stage import find_ranked
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.diagnosis.clusters import Cluster, Outcome, cluster, kind_of, most_common
 from moe_harness.harness.report import Result
 from moe_harness.harness.report.results import Check, Coverage, Failure, FailureCluster, Power
 
 HEATMAPS_PER_CHECK = 5
-CORE_CHECKS = ("contract", "exact", "numeric", "routing", "dense", "live", "shard", "reduction")
+CORE_CHECKS = ("contract", "exact", "numeric", "routing")  # on one device; over ranks all that are planned
 NEEDS_CUDA = "needs --device cuda"
 COUNTED_AS = {"died": "failed", "error": "skipped"}  # the other statuses of an answer count as themselves
 
@@ -58,24 +60,16 @@ def why_skipped(answer: dict[str, Any]) -> str:
     return lines[-1] if answer["status"] == "error" else lines[0]
 
 
-def check_and_case(case_id: str) -> tuple[str, Case]:
-    """(check, case) of an id of a stage on one device."""
-    return parse_id(case_id)[1:]
-
-
 class ResultBuilder:
     """What is known of one implementation.
 
-    `request` is what is judged, `partial` whether only some checks were asked for, and `parse` takes a case's id to its
-    check and case.
+    `request` is what is judged, `partial` whether only some checks were asked for.
     """
 
-    def __init__(
-        self, stage: str, spec: str, request: Request, listener: Any, *, partial: bool = False,
-        parse: Callable[[str], tuple[str, Case]] = check_and_case,
-    ):  # fmt: skip
+    def __init__(self, stage: str, spec: str, request: Request, listener: Any, *, partial: bool = False):
         self.stage, self.spec, self.request, self.listener = stage, spec, request, listener
-        self.partial, self.parse = partial, parse
+        self.partial = partial
+        self.core_checks = find_ranked(stage).checks if stage in RANK_STAGES else CORE_CHECKS
         self.explain: Callable[[Failure], None] = lambda failure: None  # adds the cause to the first, before it is told
         self.started = time.monotonic()
         self.loaded: dict[str, Any] = {"declared": {}, "versions": {}}
@@ -102,7 +96,7 @@ class ResultBuilder:
         """What is planned: checks and failures are told in this order, whatever comes back first."""
         self.planned = len(ids)
         self.places = {case_id: place for place, case_id in enumerate(ids)}
-        self.tallies = {self.parse(case_id)[0]: Tally() for case_id in ids}
+        self.tallies = {parse_id(case_id)[1]: Tally() for case_id in ids}
 
     def leave_out(self, case_ids: Iterable[str], reason: str) -> None:
         """Enter the cases of these that nothing was heard of as skipped."""
@@ -119,7 +113,7 @@ class ResultBuilder:
 
     def take(self, answer: dict[str, Any]) -> None:
         """Count one answer of a worker."""
-        check, case = self.parse(answer["id"])
+        _, check, case = parse_id(answer["id"])
         self.answered.add(answer["id"])
         if check == "contract" and case.core() and case.rows():
             self.core.add((case.part(), answer["status"] in ("passed", "failed", "died")))
@@ -147,7 +141,7 @@ class ResultBuilder:
 
     def _take_executed(self, check: str, case: Case, answer: dict[str, Any]) -> None:
         judged = self._judged_as(answer)
-        case = self.parse(judged)[1]
+        case = parse_id(judged)[2]
         self.executed.append(case.but(variant=f"{check}:{case.variant}"))
         self.elements += answer["elements"]
         self.histogram = [a + b for a, b in zip(self.histogram, answer["histogram"] or self.histogram, strict=True)]
@@ -253,7 +247,7 @@ class ResultBuilder:
             return "fail"
         if self.error or self.interrupted:
             return "error"
-        core = any(c.core() and c.rows() and c.variant.split(":")[0] in CORE_CHECKS for c in self.executed)
+        core = any(c.core() and c.rows() and c.variant.split(":")[0] in self.core_checks for c in self.executed)
         if (core and self._core_is_whole()) or (self.executed and self.partial):
             return "pass"
         return "unsupported" if self.refused else "error"

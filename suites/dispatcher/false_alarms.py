@@ -13,8 +13,13 @@ from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
-from moe_harness.harness.ranks import cases, judge
-from moe_harness.harness.ranks.cases import DTYPES, LinearCase
+from moe_harness.harness.core.plan import Planned
+from moe_harness.harness.core.ranked_cases import DTYPES
+from moe_harness.harness.ranks import judge
+from moe_harness.harness.stages.dispatcher import cases
+from moe_harness.harness.stages.dispatcher.ranked import RANKED
+from moe_harness.harness.stages.parallel_linear.cases import LinearCase
+from moe_harness.harness.stages.reduction import cases as reduction_cases
 from moe_harness.suites.dispatcher.subjects import REGISTERED
 
 WORLDS = (1, 2, 4)
@@ -42,12 +47,12 @@ def drawn(rng: random.Random) -> tuple[str, str]:
     """(implementation, case id); one case in five is a layer, one in ten a reduction."""
     kind_of_case = rng.random()
     if kind_of_case < 0.7:
-        impl, check = rng.choice(DISPATCHERS), rng.choice(cases.CHECKS["dispatcher"])
-        return impl, cases.case_id(check, cases.draw(rng, WORLDS, copies=impl in REGISTERED))
+        impl, check = rng.choice(DISPATCHERS), rng.choice(RANKED.checks)
+        return impl, Planned(check, cases.draw(rng, WORLDS, copies=impl in REGISTERED)).id
     if kind_of_case < 0.8:
-        planned = list(cases.reduction_cases([rng.choice(WORLDS)]))
+        planned = list(reduction_cases.plan([rng.choice(WORLDS)]))
         check, reduction = rng.choice(planned)
-        return rng.choice(REDUCTIONS), cases.case_id(check, reduction.but(seed=rng.randrange(10**6)))
+        return rng.choice(REDUCTIONS), Planned(check, reduction.but(seed=rng.randrange(10**6))).id
     ranks, experts, kind = rng.choice(WORLDS), rng.randint(1, 5), rng.choice(list(LINEARS))
     case = LinearCase(
         R=ranks,
@@ -59,7 +64,7 @@ def drawn(rng: random.Random) -> tuple[str, str]:
         dtype=rng.choice(DTYPES),
         seed=rng.randrange(10**6),
     )
-    return rng.choice(LINEARS[kind]), cases.case_id("shard", case)
+    return rng.choice(LINEARS[kind]), Planned("shard", case).id
 
 
 def main() -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_harness.harness.ranks.loading import load
-from moe_harness.harness.ranks.worker import Rank
+from moe_harness.harness.core.ranked_subject import load
+from moe_harness.harness.core.ranked_task import Rank
 from moe_harness.suites.parallel_linear.layout_tasks import parts_of, tokens_of, weights_of
 
 EXPERTS, TOP_K = 8, 2

@@ -3,8 +3,8 @@
 import torch
 import torch.distributed as dist
 
-from moe_harness.harness.ranks.loading import load
-from moe_harness.harness.ranks.worker import Rank
+from moe_harness.harness.core.ranked_subject import load
+from moe_harness.harness.core.ranked_task import Rank
 
 
 def two_sums(me: Rank, spec: object, seed: int) -> list[float]:

@@ -6,7 +6,8 @@ import pytest
 
 from moe_harness.harness.core.catalogue import Fault, all_faults
 from moe_harness.harness.diagnosis.ranked import named
-from moe_harness.harness.ranks import cases, judge
+from moe_harness.harness.ranks import judge
+from moe_harness.harness.stages.dispatcher import cases
 from moe_harness.suites.dispatcher.subjects import format_findings
 
 RIGHT = (
@@ -19,8 +20,8 @@ PADDED = f"{Path(__file__).parent / 'strangers' / 'right.py'}:Padded"
 
 
 def _planned(of: str, worlds: list[int], copies: bool) -> list[str]:
-    plan = cases.dispatcher_cases(worlds, copies=copies)
-    return [cases.case_id(check, case) for check, case in plan if getattr(case, of) != (of == "groups")]
+    plan = cases.plan(worlds, copies=copies)
+    return [planned.id for planned in plan if getattr(planned.case, of) != (of == "groups")]
 
 
 @pytest.mark.parametrize("impl", RIGHT)

@@ -5,7 +5,9 @@ pytest suites/dispatcher/test_dispatcher.py --impl my_dispatcher.py:MyDispatcher
 
 import pytest
 
-from moe_harness.harness.ranks import cases, judge, pool
+from moe_harness.harness.core.plan import Planned
+from moe_harness.harness.ranks import judge, pool
+from moe_harness.harness.stages.dispatcher import cases
 from moe_harness.suites.dispatcher.subjects import REGISTERED, chosen, format_findings
 
 WORLDS = (1, 2, 3, 4)
@@ -19,8 +21,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.mark.parametrize("world", WORLDS)
 def test_equals_the_dense_layer(impl: str, world: int) -> None:
     judged = 0
-    for check, case in cases.dispatcher_cases([world]):
-        verdict = judge.judge(impl, cases.case_id(check, case))
+    for planned in cases.plan([world]):
+        verdict = judge.judge(impl, planned.id)
         judged += verdict.unsupported is None
         assert not verdict.findings, format_findings(verdict)
     if not judged:
@@ -31,16 +33,16 @@ def test_equals_the_dense_layer(impl: str, world: int) -> None:
 @pytest.mark.parametrize("world", [2, 4])
 def test_sends_exactly_what_the_formula_says(impl_exact: str, world: int) -> None:
     """Beyond the formula there is one 64-bit count for each other rank of the group and dispatch."""
-    for _, case in list(cases.dispatcher_cases([world]))[::5]:
-        verdict = judge.judge(f"dispatchers:{impl_exact}", cases.case_id("dense", case))
+    for _, case in list(cases.plan([world]))[::5]:
+        verdict = judge.judge(f"dispatchers:{impl_exact}", Planned("dense", case).id)
         for rank in verdict.observed:
             counts = 8 * (world // case.groups - 1) * rank["dispatches"]
             assert rank["sent"] == pytest.approx(rank["needed"] + counts, abs=0.5), format_findings(verdict)
 
 
 def test_eight_ranks() -> None:
-    for _, case in list(cases.dispatcher_cases([8]))[::9]:
-        verdict = judge.judge("dispatchers:all_to_all_dedup", cases.case_id("dense", case))
+    for _, case in list(cases.plan([8]))[::9]:
+        verdict = judge.judge("dispatchers:all_to_all_dedup", Planned("dense", case).id)
         assert verdict.passed, format_findings(verdict)
 
 

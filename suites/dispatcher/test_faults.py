@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import pytest
 
 from moe_harness.harness.core.catalogue import Fault, all_faults
-from moe_harness.harness.ranks import cases, judge
+from moe_harness.harness.ranks import judge
+from moe_harness.harness.stages.dispatcher import cases
 from moe_harness.suites.dispatcher.subjects import format_findings
 
 FAULTS = all_faults("dispatcher")
@@ -26,8 +27,8 @@ def test_right_where_it_is_hidden(fault: Fault) -> None:
 
 
 def _planned(copies: bool = False) -> Iterator[str]:
-    for check, case in cases.dispatcher_cases([1, 2, 4], copies=copies):
-        yield cases.case_id(check, case)
+    for planned in cases.plan([1, 2, 4], copies=copies):
+        yield planned.id
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)

@@ -7,8 +7,10 @@ import random
 
 import pytest
 
-from moe_harness.harness.ranks import cases, judge
+from moe_harness.harness.core.plan import Planned
+from moe_harness.harness.ranks import judge
 from moe_harness.harness.ranks.jobs import Injection
+from moe_harness.harness.stages.dispatcher import cases
 from moe_harness.suites.dispatcher.subjects import GPU_WORLDS, REGISTERED, chosen, format_findings
 
 MORE = 20  # random cases for each number of ranks
@@ -23,10 +25,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.mark.parametrize("world", GPU_WORLDS)
 def test_equals_the_dense_layer(impl: str, world: int) -> None:
     rng = random.Random(world)
-    planned = list(cases.dispatcher_cases([world])) + [("dense", cases.draw(rng, [world])) for _ in range(MORE)]
+    planned = list(cases.plan([world])) + [Planned("dense", cases.draw(rng, [world])) for _ in range(MORE)]
     judged, wrong = 0, []
     for check, case in planned:
-        verdict = judge.judge(impl, cases.case_id(check, case), backend="nccl", budget=20)
+        verdict = judge.judge(impl, Planned(check, case).id, backend="nccl", budget=20)
         judged += verdict.unsupported is None
         if verdict.findings:
             wrong.append(format_findings(verdict))

@@ -6,8 +6,10 @@ import time
 from hypothesis import HealthCheck, find, given, settings
 from hypothesis import strategies as st
 
-from moe_harness.harness.ranks import cases, judge, strategies
-from moe_harness.harness.ranks.cases import DispatcherCase
+from moe_harness.harness.core.plan import Planned
+from moe_harness.harness.ranks import judge
+from moe_harness.harness.stages.dispatcher import cases, strategy
+from moe_harness.harness.stages.dispatcher.cases import DispatcherCase
 from moe_harness.suites.dispatcher.subjects import REGISTERED, format_findings
 from moe_harness.suites.drawing import examples
 
@@ -15,20 +17,20 @@ NO_FALSE_ALARM = examples(400)  # cases per run
 
 
 @settings(max_examples=examples(200))
-@given(impl=st.sampled_from(REGISTERED), case=strategies.dispatcher_cases(worlds=(1, 2, 4)))
+@given(impl=st.sampled_from(REGISTERED), case=strategy.cases(worlds=(1, 2, 4)))
 def test_every_scheme_equals_the_dense_layer(impl: str, case: DispatcherCase) -> None:
-    verdict = judge.judge(impl, cases.case_id("dense", case))
+    verdict = judge.judge(impl, Planned("dense", case).id)
     assert verdict.passed, format_findings(verdict)
 
 
 def _fails(spec: str):
-    return lambda case: bool(judge.judge(spec, cases.case_id("dense", case)).findings)
+    return lambda case: bool(judge.judge(spec, Planned("dense", case).id).findings)
 
 
 def _minimal(fault: str) -> DispatcherCase:
     options = settings(max_examples=300, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
     spec = f"moe_harness.harness.stages.dispatcher.faults.schemes:{fault}"
-    return find(strategies.dispatcher_cases(), _fails(spec), settings=options)
+    return find(strategy.cases(), _fails(spec), settings=options)
 
 
 def test_a_planted_deadlock_shrinks_to_its_minimal_case() -> None:
@@ -47,5 +49,5 @@ def test_no_false_alarm_on_random_cases() -> None:
     rng = random.Random(0)
     for number in range(NO_FALSE_ALARM):
         impl = REGISTERED[number % len(REGISTERED)]
-        verdict = judge.judge(impl, cases.case_id("dense", cases.draw(rng, (1, 2, 3, 4))))
+        verdict = judge.judge(impl, Planned("dense", cases.draw(rng, (1, 2, 3, 4))).id)
         assert verdict.passed, format_findings(verdict)

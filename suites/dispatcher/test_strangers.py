@@ -7,11 +7,11 @@ import pytest
 from moe_harness.harness.core.errors import HarnessError
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.ranks import judge
-from moe_harness.harness.ranks.linear_task import kind_of
 from moe_harness.harness.ranks.run import ENOUGH, RankRun, as_answer, judge_ranks
 from moe_harness.harness.report.results import verdict_of
 from moe_harness.harness.run.result_builder import Listener
 from moe_harness.harness.run.session import RunOptions
+from moe_harness.harness.stages.parallel_linear.rank_task import kind_of
 from moe_harness.suites.dispatcher.strangers import wrong
 
 FOLDER = Path(__file__).parent / "strangers"

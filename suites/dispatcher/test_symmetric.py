@@ -4,8 +4,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-from moe_harness.harness.ranks import cases, judge
-from moe_harness.harness.ranks.loading import load
+from moe_harness.harness.core.ranked_subject import load
+from moe_harness.harness.ranks import judge
+from moe_harness.harness.stages.dispatcher import cases
 from moe_harness.suites.dispatcher.subjects import format_findings
 
 FILE = "suites/dispatcher/interpreted.py"
@@ -17,9 +18,9 @@ _Prepared = load("dispatcher", "moe_harness.impls.launching:Prepared")
 @pytest.mark.parametrize("world", [2, 3])
 def test_interpreted_equals_the_dense_layer(name: str, world: int) -> None:
     """Also where some ranks hold more tokens than are written directly: all ranks fall back then."""
-    planned = [(check, case) for check, case in cases.dispatcher_cases([world]) if max(case.tokens) <= MOST_TOKENS]
-    for check, case in planned[::4]:
-        verdict = judge.judge(f"{FILE}:{name}", cases.case_id(check, case))
+    planned = [planned for planned in cases.plan([world]) if max(planned.case.tokens) <= MOST_TOKENS]
+    for each in planned[::4]:
+        verdict = judge.judge(f"{FILE}:{name}", each.id)
         assert verdict.passed, f"{format_findings(verdict)} {verdict.unsupported}"
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from moe_harness.harness.core.errors import CannotJudge
 from moe_harness.harness.core.request import Request
-from moe_harness.harness.ranks import cases, judge
+from moe_harness.harness.ranks import judge
 from moe_harness.harness.ranks.calls import RecordedCall
 from moe_harness.harness.ranks.failure import Evidence, classify
 from moe_harness.harness.ranks.heartbeat import RankStatus, State
@@ -17,6 +17,7 @@ from moe_harness.harness.ranks.jobs import Reply
 from moe_harness.harness.ranks.run import ENOUGH_SPENT, SHORTER, judge_ranks
 from moe_harness.harness.report.results import verdict_of
 from moe_harness.harness.run.session import RunOptions
+from moe_harness.harness.stages.dispatcher import cases
 
 FILE = Path(__file__).parent / "strangers" / "unusual.py"
 CASE = "dispatcher/dense/R=3,E=6,k=2,T=3+0+2"
@@ -142,7 +143,7 @@ def test_who_has_replied_does_not_hang() -> None:
 
 
 def test_planned_cases_hold_large_batches_and_many_experts() -> None:
-    plan = [case for _, case in cases.dispatcher_cases((1, 2, 3, 4))]
+    plan = [case for _, case in cases.plan((1, 2, 3, 4))]
     for ranks in (1, 2, 3, 4):
         of_world = [case for case in plan if ranks == case.R]
         assert {256, 257, 513} <= {n for case in of_world for n in case.tokens}

@@ -6,9 +6,9 @@ from itertools import combinations
 import pytest
 import torch
 
-from moe_harness.harness.core import bounds
+from moe_harness.harness.core import bounds, contracts
 from moe_harness.harness.core.boundaries import LAYOUTS
-from moe_harness.harness.core.call import DTYPES
+from moe_harness.harness.core.bounds import DTYPES
 from moe_harness.harness.core.case import parse_id
 from moe_harness.harness.core.contracts import STAGES
 from moe_harness.harness.core.findings import MAX_Z
@@ -38,13 +38,13 @@ def test_a_plan_repeats_and_its_seed_matters(stage):
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_only_the_dtypes_that_are_asked_for_are_planned(stage, device):
-    for dtype in DTYPES:
+    for dtype in contracts.DTYPES:
         assert {p.case.dtype for p in plan(stage, Request(device=device, dtypes=(dtype,)))} == {dtype}
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("profile", ["quick", "full"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", contracts.DTYPES)
 def test_every_check_of_a_suite_has_cases_whatever_the_dtype(stage, profile, dtype):
     """A check without a case would be skipped, and skipped looks green."""
     suite = import_module(f"moe_harness.suites.{stage}.test_{stage}")

@@ -6,7 +6,7 @@ import pytest
 from torch import Tensor
 
 from moe_harness.harness.core.catalogue import RANKED, Fault, all_faults
-from moe_harness.harness.core.ranked_faults import FIRST_CHECK
+from moe_harness.harness.core.ranked_stage import find_ranked
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.diagnosis import ranked
 from moe_harness.harness.diagnosis.ranked import named
@@ -15,7 +15,7 @@ from moe_harness.harness.run.session import RunOptions
 from moe_harness.harness.stages.dispatcher.faults.schemes import Copies, Gathered, Rows
 
 GENEROUS = 60.0
-SEEN_IN_VALUES = [f for f in all_faults() if f.stage in RANKED and f.shows["seen_by"] == FIRST_CHECK[f.stage]]
+SEEN_IN_VALUES = [f for f in all_faults() if f.stage in RANKED and f.shows["seen_by"] == find_ranked(f.stage).checks[0]]
 # One function of the data each: without a reduction nothing is seen of the rest, and slots are summed in either order.
 EQUAL = ({"never_reduced", "no_op_base_class"}, {"results_in_order_of_arrival", "permutation_for_inverse"})
 

@@ -9,9 +9,9 @@ import pytest
 from moe_harness.harness.core.catalogue import RANKED, all_faults
 from moe_harness.harness.core.contracts import SIGNATURES
 from moe_harness.harness.core.errors import UsageError
-from moe_harness.harness.core.names import CHECK_NAMES, RANK_CHECKS
+from moe_harness.harness.core.names import CHECK_NAMES
 from moe_harness.harness.core.plan import ON_CUDA_ONLY
-from moe_harness.harness.core.ranked_faults import FIRST_CHECK
+from moe_harness.harness.core.ranked_stage import find_ranked, rank_checks
 from moe_harness.harness.proof import kill_matrix
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +34,7 @@ def test_nothing_survives_and_only_a_gpu_is_missing() -> None:
     assert MATRIX["killed"] + len(MATRIX["skipped"]) == len(MATRIX["rows"])
 
 
-@pytest.mark.parametrize("check", dict.fromkeys((*CHECK_NAMES, *RANK_CHECKS)))
+@pytest.mark.parametrize("check", dict.fromkeys((*CHECK_NAMES, *rank_checks())))
 def test_a_check_kills_something_first_or_is_justified(check: str) -> None:
     entry = SUMMARY[check]
     assert entry["first"] or entry["justification"]
@@ -72,7 +72,7 @@ def test_the_readme_tells_the_measured_diagnosis() -> None:
 def test_every_stage_of_many_ranks_has_faults_that_its_first_check_sees(stage: str) -> None:
     rows = [row for row in MATRIX["rows"] if row["stage"] == stage]
     assert 5 < len(rows) <= len(all_faults(stage))
-    assert any(row["first_killer"]["check"] == FIRST_CHECK[stage] for row in rows)
+    assert any(row["first_killer"]["check"] == find_ranked(stage).checks[0] for row in rows)
 
 
 def test_an_unknown_stage_or_fault_is_told_with_what_there_is() -> None:

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_harness.harness.ranks.loading import load
-from moe_harness.harness.ranks.worker import Rank, find
+from moe_harness.harness.core.ranked_subject import load
+from moe_harness.harness.core.ranked_task import Rank
+from moe_harness.harness.ranks.worker import find
 from moe_harness.harness.stages.reduction.faults.reductions import fit
 from moe_harness.reference import moe_block, router
 from moe_harness.reference.experts import experts

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from moe_harness.harness.core.bounds import EXACT_FIT
+from moe_harness.harness.core.case import parse_id
 from moe_harness.harness.core.catalogue import Fault, all_faults
 from moe_harness.harness.ranks import pool
-from moe_harness.harness.ranks.cases import parse_id
 from moe_harness.harness.stages.reduction.faults.reductions import name_fit
 
 TASK = "moe_harness.suites.parallel_linear.layout_tasks:run"
@@ -105,7 +105,7 @@ BLOCK_FAULTS = [fault for fault in all_faults("reduction") if fault.name in FITS
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("fault", BLOCK_FAULTS, ids=lambda fault: fault.name)
 def test_a_misplaced_reduction_is_seen_and_named(fault: Fault, ranks: int) -> None:
-    shared = {"partial": "sharded"}.get(parse_id(fault.shows["case"])[1].shared, "replicated")
+    shared = {"partial": "sharded"}.get(parse_id(fault.shows["case"])[2].shared, "replicated")
     spec = {**BASE, "layout": "tp", "tokens": [7], "shared": shared, "reduce": fault.spec}
     outcome = pool.run(TASK, spec, ranks=ranks)
     assert outcome.ok, outcome.failure

@@ -9,9 +9,11 @@ from hypothesis import given, settings
 
 from moe_harness.harness.core.catalogue import Fault, all_faults
 from moe_harness.harness.core.errors import UsageError
-from moe_harness.harness.ranks import cases, judge, strategies
-from moe_harness.harness.ranks.cases import LinearCase
-from moe_harness.harness.ranks.loading import load
+from moe_harness.harness.core.plan import Planned
+from moe_harness.harness.core.ranked_subject import load
+from moe_harness.harness.ranks import judge
+from moe_harness.harness.stages.parallel_linear import cases, strategy
+from moe_harness.harness.stages.parallel_linear.cases import LinearCase
 from moe_harness.reference import parallel_linear as reference
 from moe_harness.suites.dispatcher.subjects import chosen, format_findings
 from moe_harness.suites.drawing import examples
@@ -42,9 +44,9 @@ def test_keeps_and_computes_its_part(impl: str, world: int) -> None:
 
 
 @settings(max_examples=examples(100))
-@given(case=strategies.linear_cases())
+@given(case=strategy.cases())
 def test_every_kind_on_drawn_cases(case: LinearCase) -> None:
-    verdict = judge.judge(f"parallel:{OF_KIND[case.kind]}", cases.case_id("shard", case))
+    verdict = judge.judge(f"parallel:{OF_KIND[case.kind]}", Planned("shard", case).id)
     assert verdict.passed, format_findings(verdict)
 
 
@@ -58,8 +60,8 @@ def test_faults_are_seen_and_hidden_where_they_say(fault: Fault) -> None:
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_faults_are_killed_by_the_planned_cases(fault: Fault) -> None:
-    planned = cases.linear_cases([1, 2, 4], fault.function.kind)
-    assert any(judge.judge(fault.spec, cases.case_id(*entry)).findings for entry in planned), f"{fault.name} survives"
+    planned = cases.plan([1, 2, 4], kind=fault.function.kind)
+    assert any(judge.judge(fault.spec, entry.id).findings for entry in planned), f"{fault.name} survives"
 
 
 def test_the_row_parallel_gate_is_caught_by_name() -> None:
@@ -72,8 +74,8 @@ def test_the_row_parallel_gate_is_caught_by_name() -> None:
 def test_what_the_faults_are_made_from_is_right(base: str) -> None:
     spec = f"moe_harness.harness.stages.parallel_linear.faults.shards:{base}"
     kind = {"Layer": "replicated", "Column": "column", "Merged": "merged_column", "Row": "row"}[base]
-    for check, case in cases.linear_cases([1, 2, 4], kind):
-        verdict = judge.judge(spec, cases.case_id(check, case))
+    for planned in cases.plan([1, 2, 4], kind=kind):
+        verdict, case = judge.judge(spec, planned.id), planned.case
         assert verdict.passed or (case.optional and verdict.unsupported and not verdict.findings), case.id()
 
 

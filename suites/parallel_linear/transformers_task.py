@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from moe_harness.harness.ranks.loading import load
-from moe_harness.harness.ranks.worker import Rank
+from moe_harness.harness.core.ranked_subject import load
+from moe_harness.harness.core.ranked_task import Rank
 from moe_harness.harness.stages.moe_block.bound import block_bound
 
 

@@ -9,10 +9,11 @@ import pytest
 
 from moe_harness.harness.core.catalogue import Fault, all_faults
 from moe_harness.harness.core.request import Request
-from moe_harness.harness.ranks import cases, judge
+from moe_harness.harness.ranks import judge
 from moe_harness.harness.ranks.run import judge_ranks
 from moe_harness.harness.report.results import verdict_of
 from moe_harness.harness.run.session import RunOptions
+from moe_harness.harness.stages.reduction import cases
 from moe_harness.suites.dispatcher.subjects import chosen, format_findings
 
 RIGHT = ("parallel", "moe_harness.harness.stages.reduction.faults.reductions:finish")
@@ -27,8 +28,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_equals_the_layer_on_one_rank(impl: str, world: int) -> None:
-    for check, case in cases.reduction_cases([world]):
-        verdict = judge.judge(impl, cases.case_id(check, case))
+    for planned in cases.plan([world]):
+        verdict = judge.judge(impl, planned.id)
         assert not verdict.findings, format_findings(verdict)
 
 
@@ -39,8 +40,8 @@ def test_a_fault_shows_in_three_cases_and_hides_where_it_says(fault: Fault) -> N
     for case in fault.hidden:
         assert judge.judge(fault.spec, case).passed, case
     killed = 0
-    for check, case in cases.reduction_cases([2, 4]):
-        killed += bool(judge.judge(fault.spec, cases.case_id(check, case)).findings)
+    for planned in cases.plan([2, 4]):
+        killed += bool(judge.judge(fault.spec, planned.id).findings)
         if killed == 3:
             return
     raise AssertionError(f"{killed} planned cases see it")
@@ -77,8 +78,8 @@ SAID = {
 @pytest.mark.parametrize("name", SAID)
 def test_what_strangers_do_wrong(name: str) -> None:
     check, words = SAID[name]
-    for number, case in cases.reduction_cases([2]):
-        verdict = judge.judge(f"{FILE}:{name}", cases.case_id(number, case), budget=10.0)
+    for planned in cases.plan([2]):
+        verdict = judge.judge(f"{FILE}:{name}", planned.id, budget=10.0)
         if verdict.findings:
             assert verdict.findings[0]["check"] == check and words in verdict.findings[0]["message"], format_findings(
                 verdict

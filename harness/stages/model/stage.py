@@ -17,7 +17,8 @@ from torch import Tensor
 from moe_harness.fixtures import checkpoints
 from moe_harness.harness.core import bounds
 from moe_harness.harness.core.blame import hand_over
-from moe_harness.harness.core.call import DTYPES, Call
+from moe_harness.harness.core.bounds import DTYPES
+from moe_harness.harness.core.call import Call
 from moe_harness.harness.core.contracts import Subject
 from moe_harness.harness.core.errors import CannotJudge
 from moe_harness.harness.core.findings import Record

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from moe_harness.harness.core import bounds
-from moe_harness.harness.core.call import DTYPES, Builder, Call
+from moe_harness.harness.core.bounds import DTYPES
+from moe_harness.harness.core.call import Builder, Call
 from moe_harness.harness.core.stage import Declared, Output, Stage
 from moe_harness.harness.stages.moe_block.bound import block_bound
 from moe_harness.harness.stages.moe_block.cases import MoeBlockCase

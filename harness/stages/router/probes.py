@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from moe_harness.harness.core.call import DTYPES, Call
+from moe_harness.harness.core.bounds import DTYPES
+from moe_harness.harness.core.call import Call
 from moe_harness.harness.core.invocation import Broken, Rejected, Trial
 from moe_harness.harness.stages.router.cases import RouterCase
 
@@ -41,7 +42,7 @@ def _weights(trial: Trial, dtype: str) -> list[str]:
     if found is None:
         return []
     weights, ids = found
-    returned = next(name for name, kind in {**DTYPES, "fp64": torch.float64}.items() if kind == weights.dtype)
+    returned = next(name for name, kind in DTYPES.items() if kind == weights.dtype)
     told = f"returns weights in {returned}"
     narrow = [name for name in BITS if torch.equal(weights.to(DTYPES[name]).to(weights.dtype), weights)]
     if returned in BITS:

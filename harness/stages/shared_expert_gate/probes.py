@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from moe_harness.harness.core.call import DTYPES
+from moe_harness.harness.core.bounds import DTYPES
 from moe_harness.harness.core.invocation import Trial
 from moe_harness.harness.diagnosis.probing import BITS, Sum, first_column, split_terms
 from moe_harness.harness.stages.shared_expert_gate.cases import GateCase

@@ -11,13 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_harness.harness.ranks import dispatcher_data, received_rows, volume
-from moe_harness.harness.ranks.cases import DispatcherCase, parse_id
-from moe_harness.harness.ranks.entering import Refused, enter
-from moe_harness.harness.ranks.groups import member_of_group
-from moe_harness.harness.ranks.loading import load_checked
-from moe_harness.harness.ranks.results import RankReport, differing_rows, digest
-from moe_harness.harness.ranks.worker import Rank
+from moe_harness.harness.core.case import parse_id
+from moe_harness.harness.core.ranked_subject import load_checked
+from moe_harness.harness.core.ranked_task import (
+    Rank,
+    RankReport,
+    Refused,
+    differing_rows,
+    digest,
+    enter,
+    member_of_group,
+)
+from moe_harness.harness.stages.dispatcher import data, received_rows, volume
+from moe_harness.harness.stages.dispatcher.cases import DispatcherCase
 from moe_harness.reference.dispatcher import Batch, owned_experts
 
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -34,7 +40,7 @@ def run(me: Rank, spec: dict[str, Any], seed: int) -> dict[str, Any]:
 
     With "explain" every rank tells what is odd about the rows it received, also where its own tokens are right.
     """
-    check, case = parse_id(spec["case"])
+    _, check, case = parse_id(spec["case"])
     assert isinstance(case, DispatcherCase)
     subject = load_checked("dispatcher", spec["impl"])
     replicated = bool(getattr(subject, "requires_replicated_tokens", False))
@@ -57,9 +63,9 @@ def run(me: Rank, spec: dict[str, Any], seed: int) -> dict[str, Any]:
     return report.as_dict()
 
 
-def copies(me: Rank, spec: dict[str, str], seed: int) -> bool:
+def traits(me: Rank, spec: dict[str, str], seed: int) -> dict[str, bool]:
     """Task: whether spec["impl"] is to be judged with redundant experts too."""
-    return supports_copies(load_checked("dispatcher", spec["impl"]))
+    return {"copies": supports_copies(load_checked("dispatcher", spec["impl"]))}
 
 
 def supports_copies(subject: Any) -> bool:
@@ -67,10 +73,10 @@ def supports_copies(subject: Any) -> bool:
     return bool(getattr(subject, "supports_copies", False))
 
 
-def _worlds(check: str, case: DispatcherCase, replicated: bool, group: int) -> list[dispatcher_data.World]:
+def _worlds(check: str, case: DispatcherCase, replicated: bool, group: int) -> list[data.World]:
     """What is dispatched before anything is combined: the case itself, for `live` two of other sizes and routing, and
     always one that differs from the case in its values alone, which fits wherever the case fits."""
-    build = partial(dispatcher_data.build, replicated=replicated, group=group)
+    build = partial(data.build, replicated=replicated, group=group)
     worlds = [build(case)]
     if check == "live":
         for number, tokens in enumerate((other_tokens(case), case.T), 1):
@@ -84,7 +90,7 @@ def other_tokens(case: DispatcherCase) -> str:
     return "+".join(str(max(0, tokens - 1)) for tokens in reversed(case.tokens))
 
 
-def _judge(me: Rank, dispatcher: Any, worlds: list[dispatcher_data.World], report: RankReport, explain: bool) -> None:
+def _judge(me: Rank, dispatcher: Any, worlds: list[data.World], report: RankReport, explain: bool) -> None:
     """Dispatch all, combine in reverse order, then look at everything."""
     for name in ("dispatch", "combine"):
         if not callable(getattr(dispatcher, name, None)):
@@ -117,7 +123,7 @@ def _judge(me: Rank, dispatcher: Any, worlds: list[dispatcher_data.World], repor
     _check_volume(me, dispatcher, worlds, report)
 
 
-def _check_contract(me: Rank, d: Any, world: dispatcher_data.World, report: RankReport) -> bool:
+def _check_contract(me: Rank, d: Any, world: data.World, report: RankReport) -> bool:
     """Attributes, shapes, dtypes and the range of the ids of what dispatch returned."""
     before = len(report.findings)
     tensors: list[Any] = [getattr(d, name, None) for name in Batch._fields]
@@ -156,7 +162,7 @@ def _kind(value: Any) -> str:
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def _run_experts(d: Any, world: dispatcher_data.World, me: Rank) -> Tensor:
+def _run_experts(d: Any, world: data.World, me: Rank) -> Tensor:
     """The local weighted sum of every received row, [S, H], exact; a row without a local slot is 0."""
     rows, weights, ids = d.hidden_states.cpu().double(), d.topk_weights.cpu().double(), d.topk_ids.cpu()
     out = torch.zeros_like(rows)
@@ -171,7 +177,7 @@ def _run_experts(d: Any, world: dispatcher_data.World, me: Rank) -> Tensor:
     return out.to(d.hidden_states.dtype).to(me.device)
 
 
-def _check_result(me: Rank, out: Any, world: dispatcher_data.World, d: Any, report: RankReport, which: str) -> None:
+def _check_result(me: Rank, out: Any, world: data.World, d: Any, report: RankReport, which: str) -> None:
     own = world.batches[me.rank]
     before = len(report.findings)
     _check_form(f"{which}combine returned", out, me, report)
@@ -216,7 +222,7 @@ def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _check_volume(me: Rank, dispatcher: Any, worlds: list[dispatcher_data.World], report: RankReport) -> None:
+def _check_volume(me: Rank, dispatcher: Any, worlds: list[data.World], report: RankReport) -> None:
     """Bytes sent against what the declared scheme needs for these ids, over all dispatches of the case."""
     scheme = None if worlds[0].has_copies else getattr(dispatcher, "scheme", None)
     sent = sum(call.sent for call in me.recorder.calls)

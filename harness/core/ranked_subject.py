@@ -6,14 +6,7 @@ from typing import Any
 
 from moe_harness.harness.core import registry
 from moe_harness.harness.core.errors import UsageError
-
-# How the contract calls what it takes of each stage: positional arguments, and the names of the others.
-CALLED_BY = {
-    "dispatcher": (("group",), ("num_experts", "owner")),
-    "parallel_linear": (("num_experts", "in_features", "out_features"), ("rank", "world_size", "dtype", "device")),
-    "reduction": (("routed", "shared", "group"), ("routed_state", "shared_state", "rows")),
-}
-FUNCTIONS = ("reduction",)
+from moe_harness.harness.core.ranked_stage import find_ranked
 
 
 @functools.cache
@@ -39,15 +32,16 @@ def load_checked(stage: str, spec: str) -> Any:
     Raises:
         UsageError: as `load`, and where it cannot be called, or takes other arguments.
     """
-    subject, (positional, named) = load(stage, spec), CALLED_BY[stage]
-    call = f"({', '.join([*positional, *(f'{name}=...' for name in named)])})"
-    kind, how = ("function", "called") if stage in FUNCTIONS else ("class", "made")
+    subject, asked = load(stage, spec), find_ranked(stage)
+    kind, how = ("function", "called") if asked.is_function else ("class", "made")
     if not callable(subject):
-        raise UsageError(f"{spec!r} is {type(subject).__name__}, but the stage {stage} takes a {kind}, {how} by {call}")
+        raise UsageError(
+            f"{spec!r} is {type(subject).__name__}, but the stage {stage} takes a {kind}, {how} by {asked.call}"
+        )
     try:
-        inspect.signature(subject).bind(*positional, **dict.fromkeys(named))
+        inspect.signature(subject).bind(*asked.made_from, **dict.fromkeys(asked.named))
     except TypeError as error:
-        raise UsageError(f"{spec!r} cannot be {how} by {call}, as the stage {stage} does: {error}") from None
+        raise UsageError(f"{spec!r} cannot be {how} by {asked.call}, as the stage {stage} does: {error}") from None
     except ValueError:  # built in C, nothing is known of its arguments
         pass
     return subject

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moe_harness.harness.ranks.cases import DispatcherCase
+from moe_harness.harness.core.bounds import DTYPES
+from moe_harness.harness.stages.dispatcher.cases import DispatcherCase
 from moe_harness.reference.dispatcher import Batch
 
-TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Integers up to here are exact.  In fp32 the hidden states take 12 bits of the 24, so that half of them do not survive
 # fp16, and the weights what is left behind the point.
 EXACT = {"fp16": 2**11, "bf16": 2**8}
@@ -87,7 +87,7 @@ def _hidden(case: DispatcherCase, total: int, random: torch.Generator) -> Tensor
     largest = largest_hidden(case)
     hidden = torch.randint(-largest, largest + 1, (total, case.H), generator=random)
     hidden[:, :TAG_COLUMNS] = tags(total)
-    hidden = hidden.to(TORCH_DTYPES[case.dtype])
+    hidden = hidden.to(DTYPES[case.dtype])
     if case.ids == "nan" and total:
         hidden[total // 2, -1] = torch.nan  # one token of one rank; no other row may change
     return hidden

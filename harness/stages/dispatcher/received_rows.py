@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from moe_harness.harness.core.bounds import EXACT_FIT
-from moe_harness.harness.ranks.dispatcher_data import World, tagged_token
-from moe_harness.harness.ranks.results import differing_rows
+from moe_harness.harness.core.ranked_task import differing_rows
+from moe_harness.harness.stages.dispatcher.data import World, tagged_token
 from moe_harness.reference.dispatcher import owned_experts
 
 Statement = dict[str, str]

@@ -11,13 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_harness.harness.ranks.cases import ReductionCase, parse_id
-from moe_harness.harness.ranks.dispatcher_data import TORCH_DTYPES
-from moe_harness.harness.ranks.entering import Refused, enter
-from moe_harness.harness.ranks.groups import member_of_group
-from moe_harness.harness.ranks.loading import load_checked
-from moe_harness.harness.ranks.results import RankReport, differing_rows, digest
-from moe_harness.harness.ranks.worker import Rank
+from moe_harness.harness.core.bounds import DTYPES
+from moe_harness.harness.core.case import parse_id
+from moe_harness.harness.core.ranked_subject import load_checked
+from moe_harness.harness.core.ranked_task import (
+    Rank,
+    RankReport,
+    Refused,
+    differing_rows,
+    digest,
+    enter,
+    member_of_group,
+)
+from moe_harness.harness.stages.reduction.cases import ReductionCase
 from moe_harness.harness.stages.reduction.faults.reductions import fit, name_fit
 from moe_harness.reference.reduction import Partial, Placed, Replicated, Sharded
 
@@ -26,7 +32,7 @@ SECOND = 5003  # added to the seed for a second call, whose result must not touc
 
 def run(me: Rank, spec: dict[str, str], seed: int) -> dict[str, Any]:
     """Task: spec = {"impl": ..., "case": id}.  Returns a RankReport as plain data."""
-    _, case = parse_id(spec["case"])
+    _, _, case = parse_id(spec["case"])
     assert isinstance(case, ReductionCase)
     subject, report = load_checked("reduction", spec["impl"]), RankReport(me.rank)
     here = member_of_group(me, case.groups)
@@ -56,7 +62,7 @@ def _call(
     me: Rank, subject: Any, case: ReductionCase, routed: Placed, shared: Placed | None, report: RankReport
 ) -> Any:
     """The result of one call, whose inputs are looked at afterwards."""
-    dtype = TORCH_DTYPES[case.dtype]
+    dtype = DTYPES[case.dtype]
     given = [None if part is None else part.parts[me.rank].to(dtype).to(me.device) for part in (routed, shared)]
     before = [None if tensor is None else tensor.clone() for tensor in given]
     keywords = {"routed_state": case.routed, "shared_state": None if shared is None else case.shared}
@@ -105,7 +111,7 @@ def _compare(
 ) -> None:
     routed_value, shared_value = _value(routed, me.rank, case), _value(shared, me.rank, case)
     expected = torch.as_tensor(routed_value + shared_value)
-    dtype = TORCH_DTYPES[case.dtype]
+    dtype = DTYPES[case.dtype]
     if not isinstance(out, Tensor) or out.shape != expected.shape or out.dtype != dtype:
         found = f"{out.dtype} {list(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
         report.fail("contract", f"the result is {found}, but should be {dtype} {list(expected.shape)}")

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from moe_harness.harness.core import blame
+from moe_harness.harness.core.bounds import DTYPES
+from moe_harness.harness.core.case import parse_id
 from moe_harness.harness.core.errors import UsageError
-from moe_harness.harness.ranks.cases import LinearCase, parse_id
-from moe_harness.harness.ranks.dispatcher_data import TORCH_DTYPES
-from moe_harness.harness.ranks.entering import Refused, enter
-from moe_harness.harness.ranks.loading import load_checked
-from moe_harness.harness.ranks.results import RankReport, differing_rows, digest
-from moe_harness.harness.ranks.worker import Rank
+from moe_harness.harness.core.ranked_subject import load_checked
+from moe_harness.harness.core.ranked_task import Rank, RankReport, Refused, differing_rows, digest, enter
+from moe_harness.harness.stages.parallel_linear.cases import LinearCase
 from moe_harness.reference import parallel_linear as reference
 from moe_harness.reference.grouped_linear import grouped_linear
 
@@ -39,14 +38,14 @@ def kind_of(subject: Any) -> str:
     return found
 
 
-def kind(me: Rank, spec: dict[str, str], seed: int) -> str:
+def traits(me: Rank, spec: dict[str, str], seed: int) -> dict[str, str]:
     """Task: which kind of layer spec["impl"] is."""
-    return kind_of(load_checked("parallel_linear", spec["impl"]))
+    return {"kind": kind_of(load_checked("parallel_linear", spec["impl"]))}
 
 
 def run(me: Rank, spec: dict[str, str], seed: int) -> dict[str, Any]:
     """Task: spec = {"impl": ..., "case": id}.  Returns a RankReport as plain data."""
-    _, case = parse_id(spec["case"])
+    _, _, case = parse_id(spec["case"])
     subject = load_checked("parallel_linear", spec["impl"])
     report = RankReport(me.rank)
     assert isinstance(case, LinearCase)
@@ -73,7 +72,7 @@ def run(me: Rank, spec: dict[str, str], seed: int) -> dict[str, Any]:
 def weights_of(case: LinearCase) -> tuple[list[list[Tensor]], Tensor]:
     """Checkpoint tensors [expert][part] of [N, K], and x [S, K]; small integers, so that products are exact."""
     random = torch.Generator().manual_seed(case.seed * 31 + case.K)
-    dtype, parts = TORCH_DTYPES[case.dtype], 2 if case.kind == "merged_column" else 1
+    dtype, parts = DTYPES[case.dtype], 2 if case.kind == "merged_column" else 1
     # Each column of the weights has few entries, so that sums over K stay within the 8 bits of bf16, or 11.
     keep = max(1, min(case.K, 16))
     weights = []

@@ -1,0 +1,112 @@
+"""What the task of one rank is written with: who it is, how it enters code under judgement, and what it reports."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha1
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_harness.harness.core import blame
+from moe_harness.harness.core.contracts import REJECTIONS
+from moe_harness.harness.core.defaults import kept_defaults
+
+_MADE: dict[tuple[int, int], list[dist.ProcessGroup]] = {}  # by world size and number of groups
+
+
+class Recording(Protocol):
+    """What is known of the collectives of a job so far."""
+
+    calls: list[Any]  # in the order in which they were entered
+    started: dict[int, Any]  # those that nobody has waited for yet, by their number
+    failed: Any  # the one that raised, if any
+    injector: Any  # what disturbs them on purpose
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What a task is given: who it is and where its tensors live."""
+
+    rank: int
+    world_size: int
+    backend: str
+    recorder: Recording
+    group: dist.ProcessGroup
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", torch.cuda.current_device()) if self.backend == "nccl" else torch.device("cpu")
+
+
+def member_of_group(me: Rank, groups: int) -> Rank:
+    """This rank as a member of one of `groups` equal groups of the world, with its number in there.
+
+    Group g holds the ranks g, g + groups, g + 2 groups, ...: no rank but the first is what it is in the world.
+    """
+    if groups == 1:
+        return me
+    if (me.world_size, groups) not in _MADE:  # every rank makes all of them, in the same order
+        _MADE[me.world_size, groups] = [
+            dist.new_group(list(range(first, me.world_size, groups))) for first in range(groups)
+        ]
+    group = _MADE[me.world_size, groups][me.rank % groups]
+    return replace(me, rank=me.rank // groups, world_size=me.world_size // groups, group=group)
+
+
+class Refused(Exception):
+    """The implementation refuses the case, as the contract allows."""
+
+
+def enter(me: Rank, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    """Call `function`, which is judged, and put back what it sets for the whole process.
+
+    Raises:
+        Refused: it raised one of the contract's exceptions, by a `raise` of its own and not out of a collective.
+    """
+    try:
+        with kept_defaults():
+            return blame.hand_over(function, *arguments, **keywords)
+    except REJECTIONS as error:
+        if me.recorder.failed is not None or blame.is_judges(error) or not blame.own_refusal(error):
+            raise
+        raise Refused(f"{type(error).__name__}: {error}") from error
+
+
+@dataclass
+class RankReport:
+    """Collected on one rank; crosses to the controller as a dict."""
+
+    rank: int
+    findings: list[dict[str, Any]] = field(default_factory=list)
+    rejected: str | None = None
+    observed: dict[str, Any] = field(default_factory=dict)
+
+    def fail(
+        self,
+        check: str,
+        message: str,
+        *,
+        headroom: float | None = None,
+        where: dict[str, Any] | None = None,
+        diagnosis: list[dict[str, str]] | None = None,
+    ) -> None:
+        place = {"rank": self.rank} if where is None else where
+        finding = {"check": check, "message": message, "headroom": headroom, "where": place}
+        self.findings.append({**finding, "diagnosis": diagnosis or []})
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def digest(result: Tensor) -> str:
+    """A name of the values of a result: equal results, whatever their dtype and layout, have the same one."""
+    values = result.detach().cpu().double().nan_to_num(nan=1e300) + 0.0  # one zero, one NaN
+    return sha1(values.contiguous().numpy().tobytes()).hexdigest()
+
+
+def differing_rows(got: Tensor, expected: Tensor) -> Tensor:
+    """Indices of the rows that differ anywhere; NaN equals NaN, which is right only where it is expected."""
+    same = (got == expected) | (got.isnan() & expected.isnan())
+    return (~same).any(1).nonzero().flatten()

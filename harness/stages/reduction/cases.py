@@ -1,0 +1,87 @@
+"""Cases of the stage `reduction`: frozen specs with ids that replay, and the plan of a run; no torch.
+
+reduction/reduction/R=2,T=3+3,routed=partial,shared=replicated      rows of rank 0 and rank 1
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moe_harness.harness.core.case import Case
+from moe_harness.harness.core.errors import UsageError
+from moe_harness.harness.core.plan import Planned
+from moe_harness.harness.core.ranked_cases import DTYPES, numbers, one_of
+
+STATES = ("partial", "replicated", "complete")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReductionCase(Case):
+    """The one reduction of a layer over R ranks: each holds its own part of the routed and of the shared output.
+
+    T tells the rows that belong to each rank of a group.  A part that is "complete" over the rank's own rows has those
+    alone, every other part has all of them; with `sequence` each rank keeps its own of the result.
+    """
+
+    stage: ClassVar[str] = "reduction"
+    R: int
+    T: str
+    H: int = 16
+    routed: str = "partial"
+    shared: str = "replicated"
+    sequence: bool = False
+    groups: int = 1  # into how many groups the ranks are split; each reduces for itself
+
+    def __post_init__(self) -> None:
+        one_of("routed", self.routed, STATES)
+        one_of("shared", self.shared, (*STATES, "none"))
+        one_of("dtype", self.dtype, DTYPES)
+        if self.groups < 1 or self.R % self.groups:
+            raise UsageError(f"groups is {self.groups}, which does not divide R, {self.R}")
+        if len(self.tokens) != self.members:
+            raise UsageError(f"T is {self.T!r}, which is {len(self.tokens)} ranks, but a group has {self.members}")
+        if self.shared == "complete" and self.routed != "complete":
+            raise UsageError(f"a shared part of own rows cannot be added to a routed part that is {self.routed}")
+
+    @property
+    def members(self) -> int:
+        """Ranks of one group."""
+        return self.R // self.groups
+
+    @property
+    def tokens(self) -> list[int]:
+        return numbers(self.T)
+
+    def rows(self) -> int:
+        return sum(self.tokens)
+
+
+CaseType = ReductionCase
+
+# (routed, shared) of every legal sum; with sequence parallel rows the last two hold parts of unequal height
+SUMS = (
+    *(("partial", shared) for shared in ("none", "partial", "replicated")),
+    *(("replicated", shared) for shared in ("none", "partial", "replicated")),
+    *(("complete", shared) for shared in ("none", "complete", "partial", "replicated")),
+)
+
+
+def plan(worlds: Sequence[int], *, profile: str = "quick", seed: int = 0) -> Iterator[Planned]:
+    """Every sum of states, with and without sequence parallel rows, on even, ragged and no rows, over
+    all ranks and over each half of them."""
+    for ranks, repeat in itertools.product(worlds, range(1 if profile == "quick" else 3)):
+        for groups in (1, 2) if ranks % 2 == 0 else (1,):
+            for i, ((routed, shared), sequence, counts) in enumerate(
+                itertools.product(SUMS, (False, True), _rows_of(ranks // groups))
+            ):
+                case = ReductionCase(
+                    R=ranks, T="+".join(map(str, counts)), H=(16, 8, 33)[i % 3], routed=routed, shared=shared,
+                    sequence=sequence, groups=groups, dtype=DTYPES[i % len(DTYPES)], seed=seed + repeat * 1000 + i,
+                    optional=sequence and routed == "complete" and shared in ("partial", "replicated"),
+                )  # fmt: skip
+                yield Planned("reduction", case)
+
+
+def _rows_of(members: int) -> list[list[int]]:
+    return [[3] * members, [2, 0, 5, 1, 4, 0, 7, 1][:members], [0] * members, [*[1] * (members - 1), 257]]
