@@ -50,3 +50,11 @@ def test_a_wrong_output_of_any_kind_is_found(tmp_path: Path, name: str) -> None:
     check, message = WRONG[name]
     assert (found["verdict"], found["status"]) == ("fail", 1)
     assert any(f["check"] == check and f["message"].startswith(message) for f in found["failures"])
+
+
+def test_a_stage_over_many_ranks_is_added_alike(tmp_path: Path) -> None:
+    asked = ("check", "--stage", "gather", "--ranks", "1,2", "--impl", "own", "--impl", "own:own_rows_first")
+    done = run(tmp_path, *asked, "--json", str(tmp_path / "found.json"))
+    right, wrong = json.loads((tmp_path / "found.json").read_text())["runs"]
+    assert (right["verdict"], wrong["verdict"], done.returncode) == ("pass", "fail", 1)
+    assert {failure["check"] for failure in wrong["failures"]} == {"rows"}

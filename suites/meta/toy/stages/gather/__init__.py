@@ -1,0 +1,1 @@
+"""The stage `gather`: rows of all ranks, of rank 0 first."""
