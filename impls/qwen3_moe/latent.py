@@ -11,7 +11,7 @@ heads; what is in front of them (the low ranks of queries and of keys and values
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -78,32 +78,36 @@ class LatentAttention:
         q, latent, k_rope = self._projected(name, x)
         angles = self.turns[:, flat.positions.long()]
         q_nope, q_rope = q.split((sizes.nope, sizes.turned), dim=-1)
-        row = torch.cat((latent, turned(k_rope, *angles)), dim=-1)
+        row = torch.cat((latent, self.turned(k_rope, *angles)), dim=-1)
         cache.view(-1, row.shape[-1])[flat.slots.long()] = row  # slot -1 is the last row of a page of its own
         keys, values = network.p[f"{name}.kv_b_proj.weight"].unflatten(0, (q.shape[1], -1)).split(
             (sizes.nope, sizes.value), dim=1
         )  # fmt: skip
         absorbed = torch.bmm(q_nope.transpose(0, 1), keys).transpose(0, 1)
-        query = torch.cat((absorbed, turned(q_rope, *angles[:, :, None])), dim=-1)
+        query = torch.cat((absorbed, self.turned(q_rope, *angles[:, :, None])), dim=-1)
         mixed = network.apart(query, flat, self._attend(cache))
         heads = torch.bmm(mixed.transpose(0, 1), values.transpose(1, 2)).transpose(0, 1)
         return network.reduced(F.linear(heads.flatten(1), network.p[f"{name}.o_proj.weight"]))
 
     def _projected(self, name: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, Hq, D_nope + D_rope], normed latents [T, R], parts of the key to be turned [T, D_rope]."""
-        p, norm, sizes = self.network.p, self.network.kernels.rms_norm, self.sizes
+        p, sizes = self.network.p, self.sizes
         entered = F.linear(x, p[f"{name}.qkv_a_proj.weight"])
         q, latent, k_rope = entered.tensor_split((-sizes.rank - sizes.turned, -sizes.turned), dim=-1)
         if sizes.query_rank:
-            q = F.linear(norm(q, p[f"{name}.q_a_layernorm.weight"], eps=EPS), p[f"{name}.q_b_proj.weight"])
-        return q.unflatten(-1, (-1, sizes.query)), norm(latent, p[f"{name}.kv_a_layernorm.weight"], eps=EPS), k_rope
+            q = F.linear(self.norm(q, f"{name}.q_a_layernorm"), p[f"{name}.q_b_proj.weight"])
+        return q.unflatten(-1, (-1, sizes.query)), self.norm(latent, f"{name}.kv_a_layernorm"), k_rope
 
-    def _attend(self, cache: Tensor):  # noqa: ANN202
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        """Of a low rank, [T, n] -> [T, n]."""
+        return self.network.kernels.rms_norm(x, self.network.p[f"{name}.weight"], eps=EPS)
+
+    def _attend(self, cache: Tensor) -> Callable[..., Tensor]:
         attend, scale, rank = self.network.kernels.latent_attention, self.scale, self.sizes.rank
         return lambda q, tables, start, context: attend(q, cache, tables, start, context, scale=scale, rank=rank)
 
-
-def turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """x [..., D] with each pair of neighbours turned, in the dtype of the angles [..., D / 2], then in its own."""
-    even, odd = x[..., 0::2].to(cosine.dtype), x[..., 1::2].to(cosine.dtype)
-    return torch.stack((even * cosine - odd * sine, odd * cosine + even * sine), dim=-1).flatten(-2).to(x.dtype)
+    @staticmethod
+    def turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        """x [..., D] with each pair of neighbours turned, in the dtype of the angles [..., D / 2], then in its own."""
+        even, odd = x[..., 0::2].to(cosine.dtype), x[..., 1::2].to(cosine.dtype)
+        return torch.stack((even * cosine - odd * sine, odd * cosine + even * sine), dim=-1).flatten(-2).to(x.dtype)

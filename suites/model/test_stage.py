@@ -74,3 +74,27 @@ def test_most_of_what_is_planned_can_be_judged() -> None:
         assert answer["status"] == "passed", answer
         share = int(answer["observations"]["share judged"].rstrip("%")) if answer["observations"] else 100
         assert share >= 50
+
+
+FAMILIES = ("deepseek_v2", "deepseek_v2_lite", "qwen3_omni_moe_talker_text")
+WRONG_IN = {
+    "halves_turned": FAMILIES[:2], "latent_not_normed": FAMILIES[:2], "yarn_not_sharp": FAMILIES[:2],
+    "key_parts_in_another_order": FAMILIES[:1], "angles_not_scaled": FAMILIES[1:2],
+    "group_limit_ignored": FAMILIES[:1], "routed_scale_forgotten": FAMILIES[:1], "weights_renormalised": FAMILIES[:2],
+    "shared_expert_twice": FAMILIES[:2], "shared_expert_twice_behind_its_gate": FAMILIES[2:],
+    "shared_expert_ungated": FAMILIES[2:], "gate_half_open": FAMILIES[2:],
+}  # fmt: skip
+FURTHER = ("variant=layers", "variant=layers,dtype=bf16", "variant=tokens,L=17,new=4")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_further_families_are_judged(family: str) -> None:
+    """The right engine passes, transformers too where it has the family, and each wrong model fails."""
+    cases = [f"model/numeric/{rest},family={family},seed={5 + place}" for place, rest in enumerate(FURTHER)]
+    assert set(statuses(f"{FILE}:right", cases).values()) == {"passed"}
+    if family.startswith("deepseek"):
+        pytest.importorskip("transformers")
+        assert set(statuses("transformers", cases).values()) == {"passed"}
+    for name in (name for name, families in WRONG_IN.items() if family in families):
+        found = statuses(f"{FILE}:{name}", cases)
+        assert "failed" in found.values() and set(found.values()) <= {"failed", "passed"}, (name, found)

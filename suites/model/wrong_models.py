@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from moe_harness.impls.qwen3_moe.latent import LatentAttention
 from moe_harness.impls.qwen3_moe.model import Model, load_model
 
 SMALL = {"pages": 64, "page_size": 4, "max_sequences": 8, "max_tokens": 16, "max_length": 120}
@@ -96,3 +98,66 @@ not_greedy = calls(generate=sampled)
 one_token_short = calls(generate=one_short)
 backwards = calls(__call__=not_causal)
 one_layer_scaled = calls(layer=drifting_layer)
+
+
+def latent(**methods: Callable[..., Any]) -> Callable[..., Model]:
+    """Loads as it should, then attends through other methods."""
+
+    def load(model_dir: str, *, device: str, dtype: torch.dtype) -> Any:
+        model = right(model_dir, device=device, dtype=dtype)
+        attention = model.network.latent
+        assert attention is not None
+        attention.__class__ = type("Changed", (LatentAttention,), methods)
+        return model
+
+    return load
+
+
+def reads(**changes: Any) -> Callable[..., Model]:
+    """Loads as it should, then believes another config."""
+
+    def load(model_dir: str, *, device: str, dtype: torch.dtype) -> Any:
+        model = right(model_dir, device=device, dtype=dtype)
+        model.network.config = replace(model.network.config, **changes)
+        return model
+
+    return load
+
+
+def scaled(held: dict, part: str, by: float) -> None:
+    for name in held:
+        if part in name:
+            held[name] = held[name] * by
+
+
+def halves(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    first, second = x.to(cosine.dtype).chunk(2, dim=-1)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)
+
+
+def without_norm_of_the_latent(self: LatentAttention, x: torch.Tensor, name: str) -> torch.Tensor:
+    return x if name.endswith("kv_a_layernorm") else LatentAttention.norm(self, x, name)
+
+
+def blunt(self: LatentAttention, cache: torch.Tensor) -> Callable[..., torch.Tensor]:
+    self.scale = self.sizes.query**-0.5
+    return LatentAttention._attend(self, cache)
+
+
+def flipped_key(self: LatentAttention, name: str, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    q, normed, k_rope = LatentAttention._projected(self, name, x)
+    return q, normed, k_rope.flip(-1)
+
+
+halves_turned = latent(turned=staticmethod(halves))
+latent_not_normed = latent(norm=without_norm_of_the_latent)
+yarn_not_sharp = latent(_attend=blunt)
+key_parts_in_another_order = latent(_projected=flipped_key)
+angles_not_scaled = over(lambda keys, held: keys.update(rope_scaling=None))
+group_limit_ignored = over(lambda keys, held: keys.update(topk_method="greedy"))
+routed_scale_forgotten = over(lambda keys, held: keys.update(routed_scaling_factor=1.0))
+weights_renormalised = reads(renormalize=True)
+shared_expert_twice = over(lambda keys, held: scaled(held, "shared_experts.down_proj", 2.0))
+shared_expert_twice_behind_its_gate = over(lambda keys, held: scaled(held, "shared_expert.down_proj", 2.0))
+shared_expert_ungated = reads(shared_gate=False)
+gate_half_open = over(lambda keys, held: scaled(held, "shared_expert_gate", 0.0))

@@ -12,6 +12,9 @@ from moe_harness.harness.core.case import Case
 from moe_harness.harness.core.request import Request
 
 FAMILIES = ("qwen3_moe", "qwen2_moe", "qwen3")
+# Latent attention without and with a low rank of queries and groups of experts; a gated shared expert beside norms of
+# queries and keys.  What they share with FAMILIES is judged there, so that fewer cases are enough.
+FURTHER = ("deepseek_v2_lite", "deepseek_v2", "qwen3_omni_moe_talker_text")
 LENGTHS = (1, 2, 15, 16, 17, 33)  # around pages of 16 and chunks
 
 
@@ -68,6 +71,12 @@ def _numeric(request: Request) -> Iterator[Case]:
         yield ModelCase(variant="logits", B=2, L=length, dtype=dtype)
         yield ModelCase(variant="tokens", B=6, L=length, new=request.pick(6, 20), dtype=dtype)
     yield ModelCase(variant="tokens", B=request.pick(20, 40), L=5, new=3, dtype=request.dtypes[0])
+    for place, family in enumerate(FURTHER):
+        for dtype in request.dtypes:
+            yield ModelCase(variant="layers", family=family, dtype=dtype, optional=True)
+        dtype = request.dtypes[place % len(request.dtypes)]
+        yield ModelCase(variant="logits", family=family, B=2, L=33, dtype=dtype)
+        yield ModelCase(variant="tokens", family=family, L=17, new=4, dtype=dtype)
 
 
 def _special(request: Request) -> Iterator[Case]:

@@ -159,7 +159,7 @@ def prompts_of(ids: Tensor) -> list[list[int]]:
 def ask(case: ModelCase) -> Question:
     """The checkpoint of a case, its question and the right answers; CannotJudge where too little can be judged."""
     changes: dict[str, Any] = {"tie_word_embeddings": case.tied, "rope_theta": case.theta, "num_hidden_layers": 2}
-    if case.family != "qwen3":
+    if case.family != "qwen3" and not case.family.startswith("deepseek"):  # no released DeepSeek-V2 renormalises
         changes["norm_topk_prob"] = case.renormalize
     keys = checkpoints.config(case.family, **changes) | {"torch_dtype": str(DTYPES[case.dtype]).removeprefix("torch.")}
     weights = checkpoints.tensors(keys, case.seed, DTYPES[case.dtype], decisive=True)
@@ -168,7 +168,7 @@ def ask(case: ModelCase) -> Question:
     ids = torch.randint(0, keys["vocab_size"], (CANDIDATES * case.B, case.L), generator=draw)
     make = {"logits": _logits, "layers": _layers, "tokens": _tokens}[case.variant]
     question = make(case, model, ids)
-    question.weights = weights
+    question.keys, question.weights = keys, weights
     return question
 
 
