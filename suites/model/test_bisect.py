@@ -167,3 +167,24 @@ def test_generate_says_what_is_wrong(folders: tuple, tmp_path: Path) -> None:
     }.items():
         code, out = call(*arguments)
         assert code == 2 and message in out, (arguments, out)
+
+
+@pytest.mark.parametrize(
+    ("change", "half", "layer", "explained"),
+    [
+        ({"topk_method": "greedy"}, "mlp", 1, "mlp: router: the limit of groups ignored"),
+        ({"routed_scaling_factor": 1.0}, "mlp", 1, "mlp: router: routed_scaling_factor left out"),
+        ({"rope_scaling": None}, "attention", 0, "attention: rope: yarn's scaling left out"),
+    ],
+)
+def test_what_deepseek_does_otherwise_is_explained(
+    change: dict, half: str, layer: int, explained: str, tmp_path: Path
+) -> None:
+    keys = checkpoints.config("deepseek_v2")
+    weights = checkpoints.tensors(keys, decisive=True)
+    checkpoints.write(tmp_path / "right", keys, weights, 1)
+    checkpoints.write(tmp_path / "suspect", keys | change, weights, 1)
+    found = located(tmp_path / "right", tmp_path / "suspect", torch.float32)
+    assert found.first is not None and found.first.layer == layer
+    assert [name for name, judged in found.halves.items() if judged.wrong] == [half]
+    assert explained in found.explained
