@@ -4,6 +4,8 @@ Every field has a fixed place in one block of bytes, so that the block on the de
 host has two blocks, in pinned memory where there is a GPU: one may still be on its way while the next step is written.
 """
 
+import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +16,7 @@ from moe_harness.impls.qwen3_moe.scheduler import Step
 
 ON_DEVICE = -1  # instead of a token id: the row's last sampled token
 BLOCKS = 2
+SAMPLED = ("last", "rows", "temperature", "seeds", "top_k", "top_p", "draws")  # fields per sequence that samples
 
 
 @dataclass(frozen=True)
@@ -29,15 +32,17 @@ class Limits:
         """Every field of a block.
 
         ids, positions, slots per token.  query_start, context, tables per sequence, in the order of the step's work.
+        plan: a fingerprint of the step, by which ranks find out that they do the same.
         last (index of its last token), rows, temperature, top_k, top_p, seeds and draws (position that is drawn) per
         sequence that samples, in order.
         """
         t, s, whole = self.tokens, self.sequences, torch.int32
         return {
-            "seeds": (torch.int64, (s,)), "draws": (torch.int64, (s,)), "last": (torch.int64, (s,)), "rows":
-            (torch.int64, (s,)), "ids": (torch.int64, (t,)), "positions": (whole, (t,)), "slots": (whole, (t,)),
-            "query_start": (whole, (s + 1,)), "context": (whole, (s,)), "tables": (whole, (s, self.columns)),
-            "temperature": (torch.float32, (s,)), "top_k": (whole, (s,)), "top_p": (torch.float32, (s,)),
+            "plan": (torch.int64, (1,)), "seeds": (torch.int64, (s,)), "draws": (torch.int64, (s,)),
+            "last": (torch.int64, (s,)), "rows": (torch.int64, (s,)), "ids": (torch.int64, (t,)),
+            "positions": (whole, (t,)), "slots": (whole, (t,)), "query_start": (whole, (s + 1,)),
+            "context": (whole, (s,)), "tables": (whole, (s, self.columns)), "temperature": (torch.float32, (s,)),
+            "top_k": (whole, (s,)), "top_p": (torch.float32, (s,)),
         }  # fmt: skip
 
 
@@ -65,6 +70,12 @@ class Filled:
     decoding: int
     sampling: int
     cut: bool  # some row asks for top_k or top_p
+
+
+def _fingerprint(parts: Iterable[np.ndarray], start: int) -> int:
+    for part in parts:
+        start = zlib.crc32(part.tobytes(), start)
+    return start
 
 
 class Builder:
@@ -130,6 +141,8 @@ class Builder:
                 to["draws"][sampling] = stop
                 cut |= request.top_k is not None or request.top_p is not None
                 sampling += 1
+        used = {"ids": at, "positions": at, "slots": at, "context": n} | dict.fromkeys(SAMPLED, sampling)
+        to["plan"][0] = _fingerprint((to[name][:count] for name, count in used.items()), d)
         return Filled(at, n, d, sampling, cut)
 
     def _row(self, row: int | None, table: list[int]) -> int:

@@ -25,6 +25,7 @@ class Kernels:
     router: Callable[..., tuple[Tensor, Tensor]]
     experts: Callable[..., Tensor]
     latent_attention: Callable[..., Tensor]  # of no stage: `impls.torch.latent_attention` says what it takes
+    best_in_shard: Callable[..., tuple[Tensor, Tensor, Tensor]]  # the sampler's, of a part of the vocabulary
 
     @classmethod
     def of(cls, library: str) -> "Kernels":
@@ -35,7 +36,8 @@ class Kernels:
         for name in NAMES:
             module = import_module(f"moe_harness.impls.{ELSEWHERE.get((library, name), library)}.{name}")
             found[name] = getattr(module, VARIANTS.get((library, name), name))
-        return cls(**found)
+        sampling = import_module(f"moe_harness.impls.{library}.sampler")
+        return cls(**found, best_in_shard=sampling.best_in_shard)
 
     @classmethod
     def for_device(cls, device: torch.device) -> "Kernels":

@@ -1,12 +1,13 @@
 """Checkpoints into parameters, strictly: every key is used, every element of every parameter is written exactly once.
 
 All files are looked at before the first byte is copied, so that a wrong checkpoint is refused in a moment and its
-message lists everything that is wrong.  Then one tensor after the other is mapped, copied and let go of: beside the
-parameters the host never holds more than one shard.
+message lists everything that is wrong.  Then of one tensor after the other this rank's slice is mapped, copied and let
+go of: beside the parameters the host holds MAPPED of them, and of what other ranks hold nothing is read.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from moe_harness.impls.qwen3_moe.weights import Layout
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = ("BF16", "F16", "F32")
 LISTED = 6  # complaints of one message
+MAPPED = 1 / 16  # of this rank's bytes that may stay mapped before the file is opened anew, which lets go of them
+CHUNK = 1 << 20  # elements that are looked at together
 REASONS = "was the download complete, and is config.json this checkpoint's own?"
 
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
@@ -35,23 +38,39 @@ def load(folder: Path, layout: Layout, parameters: dict[str, Tensor], progress: 
     owners = _look(files, layout)
     total, done = sum(file.stat().st_size for file in files), 0
     written = dict.fromkeys(parameters, 0)
+    limit = MAPPED * sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
     for file in files:
-        with _open(file) as shard:
-            for key in shard.keys():  # noqa: SIM118 - not a dict
-                if key in layout.copies or layout.config.foreign(key):
-                    continue
-                piece = layout.pieces[key]
-                if piece.parameter is not None:
-                    kept = piece.take(shard.get_tensor(key))
-                    place = piece.place(parameters)
-                    assert place.shape == kept.shape, f"{key}: {kept.shape} goes into {place.shape}"
-                    place.copy_(kept)
-                    written[piece.parameter] += kept.numel()
+        for key, stored in _stored(file, layout, limit):
+            piece = layout.pieces[key]
+            assert piece.parameter is not None
+            kept, place = piece.read(stored), piece.place(parameters)
+            assert place.shape == kept.shape, f"{key}: {kept.shape} goes into {place.shape}"
+            place.copy_(kept)
+            written[piece.parameter] += kept.numel()
+            del kept, stored
         done += file.stat().st_size
         if progress is not None:
             progress(done, total)
     _all_written(folder, parameters, written)
     _copies_equal(owners, layout)
+
+
+def _stored(file: Path, layout: Layout, limit: float) -> Iterator[tuple[str, Any]]:
+    """Each key of `file` of which this rank keeps something, with the file's own slice of it.
+
+    What was read stays mapped as long as the file is open, and so counts as memory of this process.
+    """
+    with _open(file) as shard:
+        keys = [key for key in shard.keys() if key not in layout.copies]  # noqa: SIM118 - not a dict
+    keys = [key for key in keys if not layout.config.foreign(key) and layout.pieces[key].parameter is not None]
+    while keys:
+        mapped = 0.0
+        with _open(file) as shard:
+            while keys and mapped <= limit:
+                stored = shard.get_slice(keys[0])
+                mapped += prod(layout.pieces[keys[0]].shape) * (4 if stored.get_dtype() == "F32" else 2)
+                yield keys.pop(0), stored
+                del stored
 
 
 def shards(folder: Path) -> list[Path]:
@@ -139,7 +158,8 @@ def _all_written(folder: Path, parameters: dict[str, Tensor], written: dict[str,
     for name, parameter in parameters.items():
         if written[name] != parameter.numel():
             raise CheckpointError(f"{folder}: {name} got {written[name]} elements, wanted {parameter.numel()}")
-        if bool(torch.isnan(parameter).any()):
+        parts = parameter.flatten().split(CHUNK)  # what is looked at takes memory of its own
+        if bool(torch.stack([part.isnan().any() for part in parts]).any()):
             raise CheckpointError(f"{folder}: {name} holds NaN after loading, wanted numbers")
 
 
@@ -149,7 +169,8 @@ def _copies_equal(owners: dict[str, Path], layout: Layout) -> None:
         if key not in owners:
             continue
         with _open(owners[key]) as copy, _open(owners[original]) as source:
-            if not torch.equal(copy.get_tensor(key), source.get_tensor(original)):
+            own = layout.pieces[original]  # each rank looks at its own part
+            if not torch.equal(own.read(copy.get_slice(key)), own.read(source.get_slice(original))):
                 raise CheckpointError(
                     f"{owners[key]}: {key} differs from {original}, wanted equal ones: tie_word_embeddings is true"
                 )

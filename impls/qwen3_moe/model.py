@@ -12,10 +12,12 @@ from torch import Tensor
 from moe_harness.impls.qwen3_moe.batch import Limits
 from moe_harness.impls.qwen3_moe.config import Config
 from moe_harness.impls.qwen3_moe.engine import Engine
+from moe_harness.impls.qwen3_moe.expert_layouts import ExpertLayout, alone, expert_layout, splits_tokens
 from moe_harness.impls.qwen3_moe.kernels import Kernels
 from moe_harness.impls.qwen3_moe.loader import load
 from moe_harness.impls.qwen3_moe.network import Cache, Flat, Network, cache_shape
 from moe_harness.impls.qwen3_moe.pages import Pages
+from moe_harness.impls.qwen3_moe.ranks import Ranks
 from moe_harness.impls.qwen3_moe.runner import Runner
 from moe_harness.impls.qwen3_moe.sequence import Request
 from moe_harness.impls.qwen3_moe.weights import Layout
@@ -52,26 +54,33 @@ class Options:
     kernels: str | None = None
 
 
+DISABLED = "disabled"
 CPU_CACHE = 1 << 30
 GRAPHS = 2 << 30  # left free for graphs and what cuBLAS keeps
 
 
 class Model:
-    """A loaded model on one device.
+    """A loaded model on one device, or one rank of it.  Over ranks every call is made on all of them alike.
 
     Args:
         parameters: as `layout.empty` makes them, filled.
+        ranks: those of the model; None where there is one.
+        experts: how sparse layers run over them.
+
+    Attributes:
+        expert_parallel_backend: the dispatcher, or "disabled" where experts are not spread.
     """
 
     def __init__(
         self, layout: Layout, parameters: dict[str, Tensor], device: torch.device, dtype: torch.dtype,
-        options: Options | None = None,
+        options: Options | None = None, ranks: Ranks | None = None, experts: ExpertLayout = alone,
     ):  # fmt: skip
         self.config, self.layout, self.device, self.dtype = layout.config, layout, device, dtype
         self.options = options or Options()
         chosen = self.options.kernels
         kernels = Kernels.for_device(device) if chosen is None else Kernels.of(chosen)
-        self.network = Network(layout, parameters, kernels)
+        self.ranks, self.expert_parallel_backend = ranks, DISABLED
+        self.network = Network(layout, parameters, kernels, ranks, experts)
         self._engine: Engine | None = None
 
     @property
@@ -96,9 +105,12 @@ class Model:
             ValueError: counts that do not fit the prompts, token ids outside the vocabulary, a prompt that could never
                 finish (Refused).
         """
-        return self.engine.generate(
-            self.requests(prompts, max_new_tokens, temperature, seed, stop_token_ids, ignore_eos), progress
-        )
+        requests = self.requests(prompts, max_new_tokens, temperature, seed, stop_token_ids, ignore_eos)
+        if self.ranks is None:
+            return self.engine.generate(requests, progress)
+        with self.ranks.naming_the_lost():
+            self.ranks.same("the prompts and options of generate", requests)
+            return self.engine.generate(requests, progress)
 
     def stream(self, prompt: Sequence[int], *, max_new_tokens: int, **options: Any) -> Iterator[int]:
         """The new tokens of one prompt as they come; arguments as for `generate`."""
@@ -132,7 +144,7 @@ class Model:
         if input_ids.numel() == 0:
             return torch.zeros(*input_ids.shape, self.config.vocab_size, dtype=self.dtype, device=self.device)
         flat, cache = self._alone(*input_ids.shape)
-        logits = self.network(input_ids.to(self.device).flatten(), flat, cache)
+        logits = self.network.whole(self.network(input_ids.to(self.device).flatten(), flat, cache))
         return logits.unflatten(0, tuple(input_ids.shape))
 
     @torch.inference_mode()
@@ -182,6 +194,8 @@ class Model:
         o, c = self.options, self.config
         length = o.max_length or c.max_positions
         pages = o.pages or self._pages_that_fit(length)
+        if self.ranks is not None:  # ranks plan alike, with as many pages as the one with the fewest has
+            pages = self.ranks.smallest(pages)
         length = min(length, pages * o.page_size)
         columns = max(1, -(-(length - 1) // o.page_size))  # the last token is never an input
         limits = Limits(o.max_tokens, o.max_sequences, columns, o.page_size)
@@ -223,24 +237,36 @@ def load_model(
 
     Args:
         dtype: what it computes in, whatever the checkpoint holds: fp32, fp16, bf16, or torch's own.
-        group: a torch.distributed process group; only one rank can run so far.
+        group: a torch.distributed process group whose ranks share the model; each calls this and reads its own part.
+        expert_parallel: ranks hold whole experts; otherwise columns of all of them.
+        dispatcher: how tokens come to experts under expert parallelism: a name of impls.dispatchers.
         progress: called with bytes read and bytes in all, after every file.
-        options: of `Options`.
+        options: of `Options`, and of `Placement` (expert_shards, copies).
 
     Raises:
         CheckpointError (a ValueError): a folder that cannot be loaded; file, key, got and wanted are in the message.
-        ValueError: unknown dtype.  TypeError: unknown options.  NotImplementedError: more than one rank.
+        ValueError: unknown dtype or dispatcher; sizes that the ranks cannot share.  TypeError: unknown options.
     """
-    if group is not None and group.size() > 1:
-        raise NotImplementedError(f"the group has {group.size()} ranks, but the engine runs on one so far")
     found = DTYPES.get(str(dtype), dtype)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f"dtype is {dtype!r}, wanted one of {', '.join(DTYPES)}")
-    folder, place, chosen = Path(model_dir), torch.device(device), Options(**options)
-    layout = Layout(Config.read(folder), rank=0, world_size=1, expert_parallel=expert_parallel)
+    folder, place = Path(model_dir), torch.device(device)
+    placed = {key: options.pop(key) for key in PLACED if key in options}
+    chosen, config = Options(**options), Config.read(folder)
+    spread = group is not None and group.size() > 1
+    if expert_parallel and config.num_experts:
+        placed |= {"expert_parallel": True, "split_tokens": spread and splits_tokens(dispatcher, placed)}
+    elif not config.num_experts:
+        placed = {}  # a dense model has no experts to place
+    layout = Layout(config, *((group.rank(), group.size()) if spread else (0, 1)), **placed)
+    ranks = Ranks(group, place) if spread else None
+    experts = expert_layout(layout.placement, config.num_experts, dispatcher, ranks)
     parameters = layout.empty(found, place)
     load(folder, layout, parameters, progress)
-    return Model(layout, parameters, place, found, chosen)
+    model = Model(layout, parameters, place, found, chosen, ranks, experts)
+    model.expert_parallel_backend = dispatcher if layout.placement.expert_parallel else DISABLED
+    return model
 
 
+PLACED = ("expert_shards", "copies", "data_parallel")
 model = load_model  # registered as qwen3_moe

@@ -13,9 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_harness.impls.qwen3_moe.expert_layouts import ExpertLayout, alone
 from moe_harness.impls.qwen3_moe.kernels import Kernels
 from moe_harness.impls.qwen3_moe.latent import LatentAttention
+from moe_harness.impls.qwen3_moe.ranks import Ranks
 from moe_harness.impls.qwen3_moe.weights import Layout
+from moe_harness.impls.torch.sampler import inverse_of
 
 
 class Cache:
@@ -79,24 +82,35 @@ class Network:
     Args:
         layout: sizes and this rank's share of them.
         parameters: as `layout.empty` makes them, filled.
+        ranks: those that share attention, dense layers and the vocabulary; None where one rank holds them whole.
+        experts: how sparse layers run over ranks.
     """
 
-    def __init__(self, layout: Layout, parameters: dict[str, Tensor], kernels: Kernels):
+    def __init__(
+        self, layout: Layout, parameters: dict[str, Tensor], kernels: Kernels, ranks: Ranks | None = None,
+        experts: ExpertLayout = alone,
+    ):  # fmt: skip
         self.layout, self.config, self.kernels = layout, layout.config, kernels
+        self.ranks, self.experts = ranks, experts
         self.p = parameters
         self.head = parameters["model.embed_tokens.weight" if layout.config.tied else "lm_head.weight"]
         self.latent = LatentAttention(self) if layout.config.latent else None
 
     def reduced(self, partial: Tensor) -> Tensor:
         """The sum of all ranks' partial results; one rank's is whole."""
-        return partial
+        return partial if self.ranks is None else self.ranks.reduced(partial)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """[T] -> [T, H]."""
-        return F.embedding(ids, self.p["model.embed_tokens.weight"])
+        """[T] -> [T, H]; each rank knows the tokens of its own shard."""
+        rows, own = self.p["model.embed_tokens.weight"], self.layout.vocabulary
+        if self.ranks is None:
+            return F.embedding(ids, rows)
+        foreign = (ids < own.start) | (ids >= own.stop)
+        found = F.embedding((ids - own.start).masked_fill_(foreign, 0), rows)
+        return self.reduced(found.masked_fill_(foreign[..., None], 0))
 
     def __call__(self, ids: Tensor, flat: Flat, cache: Cache, rows: Tensor | None = None) -> Tensor:
-        """Logits [T, V] of ids [T], or [R, V] of the chosen rows int [R] alone."""
+        """Logits [T, V] of ids [T], or [R, V] of the chosen rows int [R] alone; V is the rank's share of tokens."""
         output, stream = self.embed(ids), None
         for i in range(self.config.layers):
             output, stream = self.layer(i, output, stream, flat, cache.keys[i], cache.values[i])
@@ -108,6 +122,25 @@ class Network:
             output, stream = output[rows], None if stream is None else stream[rows]
         x, _ = self.norm("model.norm.weight", output, stream)
         return F.linear(x, self.head)
+
+    def whole(self, logits: Tensor) -> Tensor:
+        """Logits [T, V] of all tokens from each rank's share of them."""
+        if self.ranks is None:
+            return logits
+        shares = [len(self.layout.shares(rank)) for rank in range(self.ranks.size)]
+        return self.ranks.columns(logits, shares)
+
+    def sample(self, logits: Tensor, given: dict[str, Tensor], cuts: dict[str, Tensor], plan: Tensor) -> Tensor:
+        """Tokens [R] of the logits of this rank's shard; only of rows that are cut are all logits brought together.
+
+        Args:
+            given: temperature, seeds and positions of the stage `sampler`; `cuts`: top_k and top_p, or nothing.
+            plan: the step's fingerprint, int64 [1].
+        """
+        if self.ranks is None or cuts:
+            return self.kernels.sampler(self.whole(logits), **given, **cuts)
+        candidates = self.kernels.best_in_shard(logits, **given, first=self.layout.vocabulary.start)
+        return self.ranks.winner(*candidates, inverse_of(given["temperature"], torch.float64), plan)
 
     def layer(
         self, i: int, output: Tensor, stream: Tensor | None, flat: Flat, keys: Tensor, values: Tensor
@@ -153,24 +186,31 @@ class Network:
 
     def sparse(self, name: str, x: Tensor, flat: Flat) -> Tensor:
         """Router, experts, and the shared expert where there is one: [T, H] -> [T, H]."""
+        return self.experts(self, name, x, flat.dead)
+
+    def route(self, name: str, x: Tensor, dead: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Weights and ids [T, k]; -1 in pad rows, which read no expert's weights."""
         c = self.config
         gate = self.p[f"{name}.gate.weight"]
         wide = torch.promote_types(x.dtype, torch.float32) if c.router_in_fp32 else x.dtype
         logits = F.linear(x.to(wide), gate.to(wide))
         weights, ids = self.kernels.router(logits, **c.routing())
-        if flat.dead is not None:  # pad rows read no expert's weights
-            ids = ids.masked_fill_(flat.dead, -1)
-        out = self._experts(name, x, weights, ids)
-        if c.shared_expert_size:
-            shared = self._gated(f"{name}.{c.shared_expert}", x)
-            if c.shared_gate:
-                shared = torch.sigmoid(F.linear(x, self.p[f"{name}.shared_expert_gate.weight"])) * shared
-            out = out + shared
-        return self.reduced(out)
+        return weights, ids if dead is None else ids.masked_fill_(dead, -1)
 
-    def _experts(self, name: str, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+    def routed(self, name: str, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        """The weighted sum over this rank's experts, by their local ids."""
         up, down = self.p[f"{name}.experts.gate_up_proj"], self.p[f"{name}.experts.down_proj"]
         return self.kernels.experts(x, up, down, weights, ids, activation=self.config.activation)
+
+    def shared(self, name: str, x: Tensor) -> Tensor | None:
+        """This rank's part of the shared expert, gated where it has a gate; None where there is none."""
+        c = self.config
+        if not c.shared_expert_size:
+            return None
+        out = self._gated(f"{name}.{c.shared_expert}", x)
+        if c.shared_gate:
+            out = torch.sigmoid(F.linear(x, self.p[f"{name}.shared_expert_gate.weight"])) * out
+        return out
 
     def dense(self, name: str, x: Tensor, flat: Flat) -> Tensor:
         """The mlp of a layer without experts: [T, H] -> [T, H]."""

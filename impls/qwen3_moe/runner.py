@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe_harness.impls.qwen3_moe.batch import ON_DEVICE, Builder, Filled, Limits
 from moe_harness.impls.qwen3_moe.network import Cache, Flat, Network
+from moe_harness.impls.qwen3_moe.ranks import DISAGREE, RanksDiffer
 from moe_harness.impls.qwen3_moe.scheduler import Step
 
 # With pad rows routed nowhere these cost as little as finer ones (0.5 % of the time of a trace of 256 requests).
@@ -38,10 +39,17 @@ class Launched:
     done: torch.cuda.Event | None
 
     def result(self) -> list[int]:
-        """The sampled tokens, as soon as they are there."""
+        """The sampled tokens, as soon as they are there.
+
+        Raises:
+            RanksDiffer: on every rank, where one has planned another step.
+        """
         if self.done is not None:
             self.done.synchronize()
-        return self.tokens.tolist()
+        tokens = self.tokens.tolist()
+        if tokens and tokens[0] <= DISAGREE:
+            raise RanksDiffer(f"rank {DISAGREE - tokens[0]} has planned another step than rank 0, wanted the same")
+        return tokens
 
 
 class Runner:
@@ -101,11 +109,11 @@ class Runner:
     def _sample(self, logits: Tensor, count: int, cut: bool = False) -> Tensor:
         """Tokens [R], left in their rows too."""
         b = self.block
+        given = {
+            "temperature": b["temperature"][:count], "seeds": b["seeds"][:count], "positions": b["draws"][:count],
+        }  # fmt: skip
         cuts = {"top_k": b["top_k"][:count], "top_p": b["top_p"][:count]} if cut else {}
-        tokens = self.network.kernels.sampler(
-            logits[:count], temperature=b["temperature"][:count], seeds=b["seeds"][:count],
-            positions=b["draws"][:count], **cuts,
-        )  # fmt: skip
+        tokens = self.network.sample(logits[:count], given, cuts, b["plan"])
         self.last_tokens.index_copy_(0, b["rows"][:count], tokens.long())
         return tokens
 

@@ -6,13 +6,14 @@ several ranks a tensor is cut along heads, intermediate columns or experts; ever
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moe_harness.impls.qwen3_moe import latent
 from moe_harness.impls.qwen3_moe.config import Config
+from moe_harness.impls.qwen3_moe.placement import Placement
 
 
 class Cut(NamedTuple):
@@ -40,6 +41,13 @@ class Piece:
         """The kept part of the checkpoint's tensor."""
         return tensor if self.cut is None else tensor.narrow(*self.cut)
 
+    def read(self, stored: Any) -> Tensor:
+        """The kept part of a tensor in a file (safetensors' slice of it), nothing else of which is read."""
+        if self.cut is None:
+            return stored[:]
+        here = slice(self.cut.start, self.cut.start + self.cut.size)
+        return stored[here] if self.cut.dim == 0 else stored[:, here]
+
     def place(self, parameters: dict[str, Tensor]) -> Tensor:
         """The view of the parameter that the kept part is written to."""
         assert self.parameter is not None
@@ -52,54 +60,73 @@ class Layout:
     Args:
         rank, world_size: this rank's place; heads and intermediate columns are cut evenly.
         expert_parallel: ranks hold whole experts instead of columns of all of them.
+        placement: further arguments of `Placement`.
 
     Raises:
-        ValueError: sizes that do not divide by world_size.
+        ValueError: sizes that the ranks cannot share; what was got, what was wanted, and what to do.
     """
 
-    def __init__(self, config: Config, rank: int = 0, world_size: int = 1, expert_parallel: bool = False):
-        self.config, self.rank, self.world_size, self.expert_parallel = config, rank, world_size, expert_parallel
-        self.heads = self._share("num_attention_heads", config.heads)
+    def __init__(
+        self, config: Config, rank: int = 0, world_size: int = 1, expert_parallel: bool = False, **placement: Any
+    ):
+        self.config = config
+        self.placement = place = Placement(rank, world_size, expert_parallel, **placement)
+        self.rank, self.ranks = place.tensor
+        self.heads = self._share("num_attention_heads", config.heads, self.ranks)
         # Fewer key heads than ranks: each head is held by several ranks.
-        self.kv_heads = max(1, config.kv_heads // world_size)
-        if config.kv_heads % world_size and world_size % config.kv_heads:
+        self.kv_heads = max(1, config.kv_heads // self.ranks)
+        if config.kv_heads % self.ranks and self.ranks % config.kv_heads:
             raise ValueError(
-                f"world_size is {world_size}, wanted a divisor or a multiple of {config.kv_heads} key heads"
+                f"world_size is {self.ranks}, wanted a divisor or a multiple of {config.kv_heads} key heads"
             )
-        self.kv_first = rank * config.kv_heads // world_size
-        self.experts = self._share("num_experts", config.num_experts) if expert_parallel else config.num_experts
-        self.expert_first = rank * self.experts if expert_parallel else 0
+        self.kv_first = self.rank * config.kv_heads // self.ranks
+        self.vocabulary = self.shares(self.rank)
+        if not self.shares(self.ranks - 1):
+            raise ValueError(f"vocab_size is {config.vocab_size}, wanted some tokens for each of {self.ranks} ranks")
+        self.held = place.held(config.num_experts)  # experts, in the order of their local numbers
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.pieces: dict[str, Piece] = {config.released(name): piece for name, piece in self._pieces()}
         # Some released checkpoints hold the head although it is the embedding; then both have to be equal.
         head, embedding = config.released("lm_head.weight"), config.released("model.embed_tokens.weight")
         self.copies: dict[str, str] = {head: embedding} if config.tied else {}
 
+    def shares(self, rank: int) -> range:
+        """The tokens whose rows `rank` of those that share the vocabulary holds."""
+        return self.placement.vocabulary(self.config.vocab_size, rank)
+
     def empty(self, dtype: torch.dtype, device: torch.device | str) -> dict[str, Tensor]:
         """New parameters, poisoned with NaN: what is never written shows."""
         nan = float("nan")
         return {name: torch.full(shape, nan, dtype=dtype, device=device) for name, shape in self.shapes.items()}
 
-    def _share(self, key: str, size: int) -> int:
-        if size % self.world_size:
-            raise ValueError(f"{key} is {size}, wanted a multiple of the {self.world_size} ranks")
-        return size // self.world_size
+    def _share(self, key: str, size: int, ranks: int) -> int:
+        if size % ranks:
+            raise ValueError(
+                f"{key} is {size}, wanted a multiple of the {ranks} ranks that share it; use another number of ranks"
+                + (", or expert_parallel=True" if key == "moe_intermediate_size" else "")
+            )
+        return size // ranks
 
     def _pieces(self) -> Iterator[tuple[str, Piece]]:
         c = self.config
-        yield self.whole("model.embed_tokens.weight", c.vocab_size, c.hidden_size)
+        yield self._of_vocabulary("model.embed_tokens.weight")
         for i in range(c.layers):
             layer = f"model.layers.{i}"
             yield from latent.pieces(self, layer) if c.latent else self._attention(layer)
             yield from self._sparse(i) if i in c.sparse_layers else self._dense(i)
         yield self.whole("model.norm.weight", c.hidden_size)
         if not c.tied:
-            yield self.whole("lm_head.weight", c.vocab_size, c.hidden_size)
+            yield self._of_vocabulary("lm_head.weight")
 
     def whole(self, name: str, *shape: int) -> tuple[str, Piece]:
         """A tensor that every rank has."""
         self.shapes[name] = shape
         return name, Piece(shape, name)
+
+    def _of_vocabulary(self, name: str) -> tuple[str, Piece]:
+        c, own = self.config, self.vocabulary
+        self.shapes[name] = (len(own), c.hidden_size)
+        return name, Piece((c.vocab_size, c.hidden_size), name, (), Cut(0, own.start, len(own)))
 
     def _attention(self, layer: str) -> Iterator[tuple[str, Piece]]:
         c, d, attention = self.config, self.config.head_dim, f"{layer}.self_attn"
@@ -133,11 +160,13 @@ class Layout:
             yield self.whole(f"{attention}.k_norm.weight", d)
 
     def _dense(self, i: int) -> Iterator[tuple[str, Piece]]:
-        return self._gated(f"model.layers.{i}.mlp", self.config.intermediate_size)
+        key = "intermediate_size"
+        return self._gated(f"model.layers.{i}.mlp", key, self.config.intermediate_size, self.placement.tensor)
 
-    def _gated(self, mlp: str, total: int) -> Iterator[tuple[str, Piece]]:
-        hidden, held = self.config.hidden_size, self._share("intermediate_size", total)
-        first, name = self.rank * held, f"{mlp}.gate_up_proj.weight"
+    def _gated(self, mlp: str, key: str, total: int, place: tuple[int, int]) -> Iterator[tuple[str, Piece]]:
+        """A gated mlp cut over `place`: this rank's number among those that share it, and how many those are."""
+        hidden, held = self.config.hidden_size, self._share(key, total, place[1])
+        first, name = place[0] * held, f"{mlp}.gate_up_proj.weight"
         self.shapes[name] = (2 * held, hidden)
         self.shapes[f"{mlp}.down_proj.weight"] = (hidden, held)
         for at, part in ((0, "gate"), (held, "up")):
@@ -151,16 +180,16 @@ class Layout:
     def _sparse(self, i: int) -> Iterator[tuple[str, Piece]]:
         c, mlp = self.config, f"model.layers.{i}.mlp"
         yield self.whole(f"{mlp}.gate.weight", c.num_experts, c.hidden_size)
-        held = c.expert_size if self.expert_parallel else self._share("moe_intermediate_size", c.expert_size)
-        first = 0 if self.expert_parallel else self.rank * held
+        number, ranks = self.placement.columns
+        held = self._share("moe_intermediate_size", c.expert_size, ranks)
+        first = number * held
         up, down = f"{mlp}.experts.gate_up_proj", f"{mlp}.experts.down_proj"
-        self.shapes[up], self.shapes[down] = (
-            (self.experts, 2 * held, c.hidden_size),
-            (self.experts, c.hidden_size, held),
-        )
+        self.shapes[up] = (len(self.held), 2 * held, c.hidden_size)
+        self.shapes[down] = (len(self.held), c.hidden_size, held)
+        locals_of = {expert: local for local, expert in enumerate(self.held)}
         for e in range(c.num_experts):
-            local = e - self.expert_first
-            here, expert = 0 <= local < self.experts, f"{mlp}.experts.{e}"
+            local, expert = locals_of.get(e, 0), f"{mlp}.experts.{e}"
+            here = e in locals_of
             for at, part in ((0, "gate"), (held, "up")):
                 place = (local, slice(at, at + held)) if here else ()
                 yield (
@@ -173,6 +202,8 @@ class Layout:
                 Piece((c.hidden_size, c.expert_size), down if here else None, whole, Cut(1, first, held)),
             )
         if c.shared_expert_size:
-            yield from self._gated(f"{mlp}.{c.shared_expert}", c.shared_expert_size)
+            key = "shared_expert_intermediate_size"
+            shared = f"{mlp}.{c.shared_expert}"
+            yield from self._gated(shared, key, c.shared_expert_size, self.placement.shared_expert)
             if c.shared_gate:
                 yield self.whole(f"{mlp}.shared_expert_gate.weight", 1, c.hidden_size)

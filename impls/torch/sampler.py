@@ -31,8 +31,7 @@ def sampler(
     if not warm.any():
         return greedy
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    inverse = (1 / torch.where(warm, temperature.to(wide.dtype), 1)).clamp(max=3e38)
-    scores = (wide - wide.amax(1, keepdim=True)) * inverse[:, None]
+    scores = (wide - wide.amax(1, keepdim=True)) * inverse_of(temperature, wide.dtype)[:, None]
     noisy = scores + gumbel(seeds, positions, logits.shape[1])
     if top_k is not None or top_p is not None:
         noisy = noisy.masked_fill(~_kept(scores, top_k, top_p), -torch.inf)
@@ -44,30 +43,56 @@ sampler.deterministic = True
 sampler.batch_invariant = True
 
 
-def gumbel(seeds: Tensor, positions: Tensor, count: int) -> Tensor:
-    """Standard Gumbel variates of tokens 0 to count - 1 for each (seed, position), fp32 [B, count].
+def best_in_shard(
+    logits: Tensor, *, temperature: Tensor, seeds: Tensor, positions: Tensor, first: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The candidate of one shard of the vocabulary: logits [B, V'] of the tokens from `first`, a multiple of 4.
+
+    Returns:
+        tops, scores, tokens [B]: the shard's largest logit, the best (logit - top) / temperature + g, and its token.
+        With the same noise as `sampler`, the best score over all shards, relative to one top, is the sampler's token.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    tops = wide.amax(1, keepdim=True)
+    warm = temperature > 0
+    scores = torch.where(tops > -torch.inf, wide - tops, -torch.inf) * inverse_of(temperature, wide.dtype)[:, None]
+    if logits.is_cuda or bool(warm.any()):  # a graph holds both; elsewhere greedy rows need no noise
+        noise = gumbel(seeds, positions, logits.shape[1], first)
+        scores = torch.where(warm[:, None], scores + noise, scores)
+    best, at = scores.max(1)
+    return tops[:, 0], best, at + first
+
+
+def inverse_of(temperature: Tensor, dtype: torch.dtype) -> Tensor:
+    """What logits are multiplied by, [B]; 1 in greedy rows."""
+    return (1 / torch.where(temperature > 0, temperature.to(dtype), 1)).clamp(max=3e38)
+
+
+def gumbel(seeds: Tensor, positions: Tensor, count: int, first: int = 0) -> Tensor:
+    """Standard Gumbel variates of tokens first to first + count - 1 for each (seed, position), fp32 [B, count].
 
     v is uniform on 2^32 values and E = -log(1 - v) exponential.  Small E decide draws, so that they are taken from the
     series of the logarithm, where 1 - v would have lost digits of v.
     """
-    v = (random_bits(seeds, positions, count).float() * 2.0**-32 + 2.0**-33).clamp(max=1 - 2.0**-24)
+    v = (random_bits(seeds, positions, count, first).float() * 2.0**-32 + 2.0**-33).clamp(max=1 - 2.0**-24)
     exponential = torch.where(v < 2.0**-8, v * (1 + v * (0.5 + v * (1 / 3))), -torch.log(1 - v))
     return -torch.log(exponential)
 
 
-def random_bits(seeds: Tensor, positions: Tensor, count: int) -> Tensor:
+def random_bits(seeds: Tensor, positions: Tensor, count: int, first: int = 0) -> Tensor:
     """32 random bits for each (seed, position, token), int64 [B, count]: Philox4x32-10 (Salmon et al., SC 2011).
 
     Token i has word i % 4 of the block with the counter (i // 4, position, 0, 0) and the key (seed's low, high word).
+    Tokens start with `first`, a multiple of 4.
     """
-    blocks = torch.arange(-(-count // 4), device=seeds.device)
+    blocks = torch.arange(first // 4, first // 4 + -(-count // 4), device=seeds.device)
     seeds, positions = seeds.long()[:, None], positions.long()[:, None]
     zero = torch.zeros(len(seeds), len(blocks), dtype=torch.int64, device=seeds.device)
     a, b, c, d = blocks + zero, (positions & WORD) + zero, zero, zero
     low, high = seeds & WORD, (seeds >> 32) & WORD
     for _ in range(10):
-        first, second = a * 0xD2511F53, c * 0xCD9E8D57  # int64 wraps, which leaves the 64 bits of the product right
-        a, b, c, d = (second >> 32) & WORD ^ b ^ low, second & WORD, (first >> 32) & WORD ^ d ^ high, first & WORD
+        one, two = a * 0xD2511F53, c * 0xCD9E8D57  # int64 wraps, which leaves the 64 bits of the product right
+        a, b, c, d = (two >> 32) & WORD ^ b ^ low, two & WORD, (one >> 32) & WORD ^ d ^ high, one & WORD
         low, high = low + 0x9E3779B9 & WORD, high + 0xBB67AE85 & WORD
     return torch.stack([a, b, c, d], dim=2).flatten(1)[:, :count]
 

@@ -21,11 +21,13 @@ NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 @triton.jit
 def _draw(
-    logits, temperature, seeds, positions, edges, lasts, part_top, part_best, part_choice, V, part,
+    logits, temperature, seeds, positions, edges, lasts, part_top, part_best, part_choice, V, part, block,
     b_stride, v_stride, t_stride, seed_stride, p_stride,
     CUT: tl.constexpr, TILE: tl.constexpr, BITS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Best of the tokens of one part of row program_id(0): its score, relative to the largest logit of the part.
+
+    `block` is the number of blocks of four tokens that other shards of the vocabulary hold before this one.
 
     Every lane keeps its own best, relative to its own largest logit, so that the loop has no reduction in it.
     """
@@ -55,7 +57,7 @@ def _draw(
         tops = new_tops
         score = (x - tops) * inverse
         if warm:
-            score += gumbel(seed, position, start // 4, TILE // 4)
+            score += gumbel(seed, position, block + start // 4, TILE // 4)
         score = tl.where(kept, score, float("-inf"))
         choices = tl.where(score > bests, token, choices)
         bests = tl.maximum(bests, score)
@@ -104,16 +106,8 @@ def sampler(
     out = torch.empty(batch, dtype=torch.int64, device=logits.device)
     if batch == 0:
         return out
-    tile = 64 if interpreting() else 2048
-    bits = BITS[NAMES[logits.dtype]]
     cut = top_k is not None or top_p is not None
     edges, lasts = (out.new_empty(batch if cut else 0, dtype=kind) for kind in (torch.int64, torch.int32))
-    wanted = max(1, 8 * programs_at_once(logits.device) // batch)
-    tiles = triton.cdiv(width, tile)
-    part = tile * triton.cdiv(tiles, min(wanted, tiles))
-    parts = triton.cdiv(width, part)
-    tops, scores = torch.empty(2, batch, parts, dtype=torch.float32, device=logits.device)
-    tokens = torch.empty(batch, parts, dtype=torch.int32, device=logits.device)
     strides = (*logits.stride(), temperature.stride(0))
     with on(logits.device):
         if cut:
@@ -121,17 +115,62 @@ def sampler(
                 logits, temperature, temperature if top_k is None else top_k, temperature if top_p is None else top_p,
                 edges, lasts, width, *strides, 0 if top_k is None else top_k.stride(0),
                 0 if top_p is None else top_p.stride(0), TOP_K=top_k is not None, TOP_P=top_p is not None,
-                TILE=64 if interpreting() else 4096, BITS=bits, num_warps=8,
+                TILE=64 if interpreting() else 4096, BITS=BITS[NAMES[logits.dtype]], num_warps=8,
             )  # fmt: skip
-        _draw[(batch, parts)](
-            logits, temperature, seeds, positions, edges, lasts, tops, scores, tokens, width, part, *strides,
-            seeds.stride(0), positions.stride(0), CUT=cut, TILE=tile, BITS=bits, PARTS=parts, num_warps=4,
-        )  # fmt: skip
+        tops, scores, tokens = _drawn(logits, temperature, seeds, positions, edges, lasts, cut)
+        parts = tops.shape[1]
         _choose[(batch,)](
             temperature, tops, scores, tokens, out, temperature.stride(0), PARTS=parts,
             BP=triton.next_power_of_2(parts), num_warps=1,
         )  # fmt: skip
     return out
+
+
+def _drawn(
+    logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, edges: Tensor, lasts: Tensor, cut: bool,
+    first: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Largest logit, best score and its token of every part of every row, [B, parts] each."""
+    batch, width = logits.shape
+    tile = 64 if interpreting() else 2048
+    wanted = max(1, 8 * programs_at_once(logits.device) // batch)
+    tiles = triton.cdiv(width, tile)
+    part = tile * triton.cdiv(tiles, min(wanted, tiles))
+    parts = triton.cdiv(width, part)
+    tops, scores = torch.empty(2, batch, parts, dtype=torch.float32, device=logits.device)
+    tokens = torch.empty(batch, parts, dtype=torch.int32, device=logits.device)
+    _draw[(batch, parts)](
+        logits, temperature, seeds, positions, edges, lasts, tops, scores, tokens, width, part, first // 4,
+        *logits.stride(), temperature.stride(0), seeds.stride(0), positions.stride(0),
+        CUT=cut, TILE=tile, BITS=BITS[NAMES[logits.dtype]], PARTS=parts, num_warps=4,
+    )  # fmt: skip
+    return tops, scores, tokens
+
+
+def best_in_shard(
+    logits: Tensor, *, temperature: Tensor, seeds: Tensor, positions: Tensor, first: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The candidate of one shard of the vocabulary: logits [B, V'] of the tokens from `first`, a multiple of 4.
+
+    Returns:
+        tops, scores, tokens [B] as `impls/torch/sampler.py` has them: the best score over all shards, relative to one
+        top, is the sampler's token.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `sampler`.
+    """
+    _check(logits, temperature, None, None, seeds, positions)
+    if len(logits) == 0:
+        empty = torch.empty(0, dtype=torch.float32, device=logits.device)
+        return empty, empty.clone(), torch.empty(0, dtype=torch.int64, device=logits.device)
+    none = torch.empty(0, dtype=torch.int64, device=logits.device)
+    with on(logits.device):
+        tops, scores, tokens = _drawn(logits, temperature, seeds, positions, none, none, cut=False, first=first)
+    inverse = (1 / torch.where(temperature > 0, temperature.float(), 1)).clamp(max=3e38)
+    top = tops.amax(1, keepdim=True)
+    scores = torch.where(tops > -torch.inf, scores + (tops - top) * inverse[:, None], -torch.inf)
+    best, part = scores.max(1, keepdim=True)
+    return top[:, 0], best[:, 0], tokens.gather(1, part)[:, 0].long() + first
 
 
 sampler.rounds = ()
