@@ -76,12 +76,18 @@ def ids_of(text: str) -> list[int]:
 def _tokenizer(folder: Path) -> Any:
     found = _maybe_tokenizer(folder)
     if found is None:
-        raise UsageError(f"{folder} holds no tokenizer that transformers can load; give token ids with --ids 1,2,3")
+        raise UsageError(f"{folder} holds no tokenizer for texts that transformers can load; give ids with --ids 1,2,3")
     return found
 
 
 def _maybe_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer; None without one, or without transformers."""
+    """The folder's tokenizer; None without one, or where it is not the decoder's: the Omni talker speaks in codes."""
+    try:
+        kind = str(json.loads((folder / "config.json").read_text()).get("model_type"))
+    except (OSError, ValueError, AttributeError):
+        kind = ""  # the loader will say what is wrong with the file
+    if kind.startswith("qwen3_omni_moe"):
+        return None
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
         return None
     try:

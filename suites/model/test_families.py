@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
 from moe_harness.fixtures import checkpoints
+from moe_harness.harness.commands.app import app
 from moe_harness.harness.core import bounds
+from moe_harness.harness.core.errors import UsageError
 from moe_harness.impls.qwen3_moe.config import CheckpointError, Config
 from moe_harness.impls.qwen3_moe.loader import load
 from moe_harness.impls.qwen3_moe.model import Model, load_model
@@ -127,3 +130,23 @@ def test_a_wrong_checkpoint_is_refused_with_its_reason(fault: str, tmp_path: Pat
     checkpoints.write(tmp_path, keys, held, 2)
     with pytest.raises(CheckpointError, match=message):
         loaded(tmp_path)
+
+
+@pytest.mark.parametrize("family", [V2, LITE, TALKER])
+def test_the_command_continues_ids(family: str, tmp_path: Path) -> None:
+    checkpoints.make(tmp_path, family, max_position_embeddings=64)
+    if family == TALKER:
+        (tmp_path / "tokenizer.json").write_text("{}")  # the thinker's, in a whole Omni
+    told = CliRunner().invoke(
+        app, ["generate", "-m", str(tmp_path), "--ids", "5,6,7", "--max-new-tokens", "3", "--ignore-eos"]
+    )
+    assert told.exit_code == 0, told.output
+    wanted = loaded(tmp_path, torch.bfloat16).generate([[5, 6, 7]], max_new_tokens=3, ignore_eos=True)[0]
+    assert " ".join(map(str, wanted)) in told.output
+
+
+def test_the_talker_takes_no_text(tmp_path: Path) -> None:
+    checkpoints.make(tmp_path, TALKER)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    told = CliRunner().invoke(app, ["generate", "-m", str(tmp_path), "--prompt", "hello"])
+    assert isinstance(told.exception, UsageError) and "give ids with --ids" in str(told.exception)
