@@ -11,7 +11,6 @@ from torch import Tensor
 NAMES = ("rms_norm", "rope_cache", "paged_attention", "sampler", "router", "experts", "latent_attention")
 # Functions of impls.torch that do not have their stage's name.
 VARIANTS = {("torch", "router"): "loop", ("torch", "experts"): "loop"}
-ELSEWHERE = {("triton", "latent_attention"): "torch"}  # libraries that lack a function take it from another one
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Kernels:
             raise ValueError(f"kernels is {library!r}, wanted 'triton' or 'torch'")
         found = {}
         for name in NAMES:
-            module = import_module(f"moe_harness.impls.{ELSEWHERE.get((library, name), library)}.{name}")
+            module = import_module(f"moe_harness.impls.{library}.{name}")
             found[name] = getattr(module, VARIANTS.get((library, name), name))
         sampling = import_module(f"moe_harness.impls.{library}.sampler")
         return cls(**found, best_in_shard=sampling.best_in_shard)

@@ -37,7 +37,7 @@ def test_tokens_are_those_of_the_plain_kernels(folder: Path) -> None:
     assert found["triton"] == found["torch"]
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "deepseek_v2"])
 @torch.no_grad()
 def test_logits_are_within_the_bound(family: str, tmp_path: Path) -> None:
     checkpoints.make(tmp_path, family)
