@@ -1,0 +1,106 @@
+"""What one rank of the pool does for a cell of the coverage: the model over ranks, and on rank 0 the model on one."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_harness.harness.core.ranked_task import Rank
+from moe_harness.impls.qwen3_moe.model import Model, load_model
+
+ENGINE: dict[str, Any] = {"page_size": 4, "max_sequences": 5, "max_tokens": 12, "pages": 40, "max_length": 60}
+PROMPTS = [[(7 * n + p) % 128 for p in range(n)] for n in (1, 3, 4, 9, 14, 2)]
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
+IDS = [[(11 * row + 5 * p + p * p) % 128 for p in range(7)] for row in range(2)]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A layout of a family over `ranks`; what the row of the coverage list says.
+
+    `changes` are keys of config.json, `options` arguments of load_model.
+    """
+
+    family: str
+    ranks: int
+    options: dict[str, Any] = field(default_factory=dict)
+    changes: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "fp64"
+
+    def spec(self, folder: Any) -> dict[str, Any]:
+        return {**asdict(self), "folder": str(folder)}
+
+
+def load(spec: dict[str, Any], group: Any = None, **options: Any) -> Model:
+    if spec["options"].get("dispatcher") == "symmetric":
+        interpret_symmetric()
+    given = ENGINE | ({"group": group, **spec["options"]} if group is not None else {}) | options
+    return load_model(spec["folder"], device="cpu", dtype=DTYPES[spec["dtype"]], **given)
+
+
+@cache
+def interpret_symmetric() -> None:
+    """Put the interpreted kernels in the place of those that need NVLink."""
+    from moe_harness.impls.dispatchers import dispatcher
+    from moe_harness.suites.dispatcher.interpreted import Symmetric
+
+    dispatcher.symmetric = Symmetric  # type: ignore[misc]
+
+
+def digest(*tensors: Tensor) -> str:
+    return hashlib.sha1(b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors)).hexdigest()
+
+
+def watched(model: Model, name: str) -> list[Tensor]:
+    """What the kernel `name` of a model gives from now on: of the router the ids."""
+    seen: list[Tensor] = []
+    kernel: Callable[..., Any] = getattr(model.network.kernels, name)
+
+    def watch(*args: Any, **options: Any) -> Any:
+        result = kernel(*args, **options)
+        seen.append((result[1] if isinstance(result, tuple) else result).clone())
+        return result
+
+    object.__setattr__(model.network.kernels, name, watch)
+    return seen
+
+
+def answers(model: Model) -> dict[str, Any]:
+    """Logits of IDS, the router's choices for them, greedy and drawn tokens of PROMPTS."""
+    chosen = watched(model, "router")
+    logits = model(torch.tensor(IDS))
+    found: dict[str, Any] = {"logits": logits.clone(), "chosen": [ids.tolist() for ids in chosen]}
+    found["greedy"] = model.generate(PROMPTS, max_new_tokens=6, ignore_eos=True)
+    found["drawn"] = model.generate(PROMPTS, max_new_tokens=6, ignore_eos=True, temperature=16.0, seed=3)
+    model.engine.check()
+    return found
+
+
+def cell(me: Rank, spec: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Every rank's answers, and on rank 0 the distance to those of one rank."""
+    spread = load(spec, me.group)
+    found = answers(spread)
+    logits = found.pop("logits")
+    told = found | {"digest": digest(logits), "backend": spread.expert_parallel_backend}
+    if me.rank == 0:
+        one = answers(load(spec))
+        whole = one.pop("logits")
+        told |= {"error": float((logits - whole).abs().max() / whole.abs().max()), "one": one}
+    return told
+
+
+def forward(me: Rank, spec: dict[str, Any], seed: int) -> int:
+    """One forward, for its collectives; returns how many calls came before it."""
+    model = load(spec, me.group)
+    before = len(me.recorder.calls)
+    model(torch.tensor(IDS))
+    return before
+
+
+def few_tokens(me: Rank, spec: dict[str, Any], seed: int) -> str:
+    """The logits of three tokens for each rank, which is what the interpreted kernels have time for."""
+    return digest(load(spec, me.group)(torch.tensor(IDS)[:, :3]))
