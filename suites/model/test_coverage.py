@@ -99,7 +99,7 @@ def test_symmetric_memory_gives_the_bits_of_a_gather_and_a_scattered_sum(folders
 
 
 def check_routing(chosen: list[list[Any]], one: list[Any], shards: int) -> None:
-    """Each layer's choice, equal on all ranks; or each rank's share of the tokens, equal on those that share experts."""
+    """Each layer's choice: equal on all ranks, or each its share of the tokens, equal on those that share experts."""
     for layer, wanted in enumerate(one):
         parts = [rank[layer] for rank in chosen]
         runs = [parts[first : first + shards] for first in range(0, len(parts), shards)]
