@@ -23,10 +23,15 @@ def functions_of(folder: str) -> Iterator[tuple[str, str]]:
 
 
 def _fits(stage: str, node: ast.FunctionDef) -> bool:
-    """Whether the contract's call binds: as many positional arguments, under whatever names, and its keywords only."""
+    """Whether the contract's call binds: as many positional arguments, under whatever names, and its keywords only.
+
+    One that passes on what it does not name (`*call, **options`) has to name fewer than there are.
+    """
     parameters = contracts.SIGNATURES[stage].parameters.values()
     positional = [p for p in parameters if p.kind is not p.KEYWORD_ONLY]
     keywords = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    if node.args.vararg and node.args.kwarg:
+        return 0 < len(node.args.args) < len(positional)
     taken = {a.arg for a in node.args.kwonlyargs}
     return len(node.args.args) == len(positional) and taken <= keywords and bool(taken) == bool(keywords)
 

@@ -6,17 +6,22 @@ import pytest
 
 from moe_harness.harness.core.contracts import load
 from moe_harness.harness.core.invocation import Trial
+from moe_harness.harness.core.plan import ON_CUDA_ONLY, plan
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.process.pool import prepare
 from moe_harness.harness.process.worker import judge_id
 from moe_harness.harness.run.session import RunOptions, judge
 from moe_harness.suites.meta.judging import functions_of
 
-RIGHT = list(functions_of("right"))
+SAMPLED = "quantized_experts"  # six formats times three dtypes: the quick profile of one takes half a minute
+RIGHT = [(stage, spec) for stage, spec in functions_of("right") if stage != SAMPLED]
+RIGHT_QUANTIZED = [spec for stage, spec in functions_of("right") if stage == SAMPLED]
+EACH = 60  # cases from one that a variant is judged on to the next; variants begin one after the other
 
 
 def test_there_are_enough():
     assert len(RIGHT) >= 35
+    assert len(RIGHT_QUANTIZED) >= 19
 
 
 @pytest.mark.parametrize(("stage", "spec"), RIGHT, ids=[spec.rpartition("/")[2] for _, spec in RIGHT])
@@ -25,6 +30,17 @@ def test_passes_the_quick_profile(stage, spec):
     result = judge(stage, spec, Request(seed=1), RunOptions())
     told = [f"{f['case']}: {f['message']}" for f in result["failures"][:3]]
     assert result["verdict"] == "pass", told or result["error"]
+
+
+@pytest.mark.parametrize(
+    ("number", "spec"), list(enumerate(RIGHT_QUANTIZED)), ids=lambda of: str(of).rpartition(":")[2]
+)
+def test_passes_its_share_of_the_quick_profile(number, spec):
+    trial = Trial(load(SAMPLED, spec), "cpu")
+    planned = [p.id for p in plan(SAMPLED, Request(seed=1)) if p.check not in (*ON_CUDA_ONLY, "leak")]
+    answers = [judge_id(trial, case) for case in planned[number::EACH]]
+    assert not [(a["id"], a["findings"] or a["reason"]) for a in answers if a["status"] not in ("passed", "skipped")]
+    assert sum(a["status"] == "passed" for a in answers) >= 6
 
 
 @pytest.mark.parametrize(
