@@ -48,14 +48,19 @@ class TimedBatch:
     bytes: float
     flops: float
     rows: Tensor  # row numbers of the result that are compared
+    fp8: bool = False  # whether the floor's operations are those of fp8 products
 
 
 @dataclass(frozen=True)
 class TimedLayer:
-    """What is timed: a model's sparse layer (`fixtures.configs.ModelShape`), or one rank's part of its experts."""
+    """What is timed: a model's sparse layer (`fixtures.configs.ModelShape`), or one rank's part of its experts.
+
+    `format`: how the weights are shipped, for a stage that has several.
+    """
 
     model: Any
     ep_size: int = 1
+    format: str = ""
 
     @property
     def local(self) -> int:
@@ -74,7 +79,7 @@ class TimedLayer:
         ]
 
 
-Weights = list[tuple[Tensor, Tensor]]
+Weights = list[Any]  # one entry a set: those of `TimedLayer.weights`, or what the stage's own `weights` gives
 
 
 def sample(count: int, draw: Draw) -> Tensor:

@@ -33,9 +33,10 @@ def legend(report: BenchReport) -> str:
 
 def ceilings(report: BenchReport) -> str:
     """What this machine reached in the same run."""
+    fp8 = f", of fp8 {report.fp8_rate / 1e6:.0f}" if report.fp8_rate else ""
     return (
         f"ceilings of this run: copy {report.copy_bandwidth / 1e6:.2f} TB/s, "
-        f"product {report.matrix_rate / 1e6:.0f} TFLOP/s, launch {report.launch:.2f} us"
+        f"product {report.matrix_rate / 1e6:.0f} TFLOP/s{fp8}, launch {report.launch:.2f} us"
     )
 
 

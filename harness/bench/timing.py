@@ -27,7 +27,7 @@ from moe_harness.harness.bench.data import Draw, TimedBatch, TimedLayer, problem
 from moe_harness.harness.core.bounds import DTYPES
 from moe_harness.harness.core.contracts import REJECTIONS, Subject, load
 from moe_harness.harness.core.cuda_graphs import captured
-from moe_harness.harness.core.folders import needed_part, stage_part, stages_with
+from moe_harness.harness.core.folders import needed_part, stages_with
 from moe_harness.harness.core.memory import poison_value
 
 TARGET_US = 2000.0  # a graph holds calls worth about this much
@@ -71,6 +71,8 @@ class BenchReport:
     versions: dict[str, str]
     command: str
     timings: list[Timing] = field(default_factory=list)
+    format: str = ""  # of the weights, where the stage has several
+    fp8_rate: float = 0.0  # operations per microsecond of products of fp8, where the floor asks for them
     stopped: str = ""  # why there are fewer timings than were asked for
 
     @classmethod
@@ -85,7 +87,8 @@ class BenchReport:
     @property
     def title(self) -> str:
         part = f", one rank of EP {self.ep_size}" if self.ep_size > 1 else ""
-        return f"{self.stage}, {self.model['name']}{part}, {self.dtype}, {self.device}"
+        kind = f"{self.format}, {self.dtype}" if self.format else self.dtype
+        return f"{self.stage}, {self.model['name']}{part}, {kind}, {self.device}"
 
 
 def _events(call: Callable[[], object]) -> float:
@@ -115,6 +118,22 @@ def matrix_rate(draw: Draw, dtype: torch.dtype, side: int = 8192, rounds: int = 
             a @ b
 
     products()
+    return 2 * side**3 * calls / statistics.median(_events(products) for _ in range(rounds))
+
+
+def fp8_rate(draw: Draw, side: int = 8192, rounds: int = 5, calls: int = 20) -> float:
+    """The same of a product of e4m3 codes with one scale each, 0 where the device has none."""
+    a, b = (draw.normal(side, side, dtype=torch.bfloat16).to(torch.float8_e4m3fn) for _ in range(2))
+    one = torch.ones((), device=draw.device)
+
+    def products() -> None:
+        for _ in range(calls):
+            torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16)
+
+    try:
+        products()
+    except (RuntimeError, NotImplementedError):
+        return 0.0
     return 2 * side**3 * calls / statistics.median(_events(products) for _ in range(rounds))
 
 
@@ -224,7 +243,7 @@ def _time_batch(subjects: list[Subject], batch: TimedBatch, tokens: int, rounds:
 def _add_floor(timing: Timing, batch: TimedBatch, report: BenchReport) -> None:
     floors = {
         "bytes": batch.bytes / report.copy_bandwidth,
-        "flops": batch.flops / report.matrix_rate,
+        "flops": batch.flops / (report.fp8_rate if batch.fp8 and report.fp8_rate else report.matrix_rate),
         "launch": report.launch,
     }
     timing.bound_by = max(floors, key=lambda name: floors[name])
@@ -272,7 +291,8 @@ def bench(
     progress("measuring the ceilings: copy, product, launch")
     report = BenchReport(
         stage, asdict(layer.model), layer.ep_size, dtype, torch.cuda.get_device_name(), copy_bandwidth(draw),
-        matrix_rate(draw, kind), launch_time(draw), _versions(), command,
+        matrix_rate(draw, kind), launch_time(draw), _versions(), command, format=layer.format,
+        fp8_rate=fp8_rate(draw) if layer.format.startswith("fp8") else 0.0,
     )  # fmt: skip
     try:
         _time_all(report, subjects, layer, tokens, kind, draw, rounds, progress)
@@ -287,11 +307,13 @@ def _time_all(
     report: BenchReport, subjects: list[Subject], layer: TimedLayer, tokens: list[int], kind: torch.dtype, draw: Draw,
     rounds: int, progress: Callable[[str], None],
 ) -> None:  # fmt: skip
-    weights = layer.weights(kind, draw) if getattr(stage_part(report.stage, "bench"), "NEEDS_WEIGHTS", False) else []
+    part = needed_part(report.stage, "bench")
+    own = getattr(part, "weights", None)
+    weights = own(layer, kind, draw) if own else layer.weights(kind, draw) if hasattr(part, "NEEDS_WEIGHTS") else []
     with torch.no_grad():
         for count in tokens:
             progress(f"{report.stage}, {layer.model.name}: {count} tokens")
-            batch = needed_part(report.stage, "bench").batch(layer, count, kind, weights, draw)
+            batch = part.batch(layer, count, kind, weights, draw)
             for timing in _time_batch(subjects, batch, count, rounds):
                 _add_floor(timing, batch, report)
                 report.timings.append(timing)

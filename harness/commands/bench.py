@@ -9,7 +9,7 @@ import typer
 
 from moe_harness.harness.commands import options
 from moe_harness.harness.core.errors import EXIT_CANNOT_JUDGE, EXIT_PASS, CannotJudge, UsageError
-from moe_harness.harness.core.folders import stages_with
+from moe_harness.harness.core.folders import needed_part, stages_with
 
 TOKENS = "1,8,32,64,128,256,512,1024,4096,16384"
 STAGES = stages_with("bench")
@@ -22,6 +22,7 @@ def bench(
     config: Annotated[str, typer.Option(help="The released model whose shapes are used.")] = "qwen3-30b-a3b",
     tokens: Annotated[str, typer.Option(help="Numbers of tokens.")] = TOKENS,
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "bf16",
+    format: Annotated[str, typer.Option(help="How the weights are shipped, for the stage quantized_experts.")] = "",
     ep_size: Annotated[int, typer.Option(help="Time one rank's part of the experts under EP of this size.", min=1)] = 1,
     rounds: Annotated[int, typer.Option(help="Rounds; the median and the spread are over these.", min=3)] = 11,
     seed: Annotated[int, typer.Option(help="Other data.", min=0)] = 0,
@@ -40,6 +41,7 @@ def bench(
     dtype = options.one_dtype(dtype)
     counts, model = token_counts(tokens), shape(options.one_of("config", config, names()))
     check_ep_size(model.num_experts, ep_size)
+    format = one_format(stage, format)
     for path in (json, picture):
         options.writable(path)
     options.readable(baseline)
@@ -51,7 +53,8 @@ def bench(
 
     try:
         report = library.bench(
-            stage, list(options.specs(impl)), TimedLayer(model, ep_size), counts, dtype=dtype, rounds=rounds, seed=seed,
+            stage, list(options.specs(impl)), TimedLayer(model, ep_size, format), counts,
+            dtype=dtype, rounds=rounds, seed=seed,
             command="moe-harness " + shlex.join(sys.argv[1:]),
             progress=lambda text: print(text, file=sys.stderr, flush=True),
         )  # fmt: skip
@@ -91,6 +94,17 @@ def token_counts(text: str) -> list[int]:
     if not counts or min(counts) < 1:
         raise UsageError(f"--tokens is {text!r}, but should be positive numbers such as 1,64,1024")
     return counts
+
+
+def one_format(stage: str, format: str) -> str:
+    """The format of --format, the stage's first one where none is given (UsageError for one that it has not)."""
+    contract = needed_part(stage, "contract")
+    known = getattr(contract, "DECLARATIONS", {}).get("formats", ())
+    if not known:
+        if format:
+            raise UsageError(f"--format is {format!r}, but the stage {stage} has weights of one kind only")
+        return ""
+    return options.one_of("format", format or contract.BENCHED, known)
 
 
 def check_ep_size(experts: int, ep_size: int) -> None:

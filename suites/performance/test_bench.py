@@ -21,6 +21,7 @@ from moe_harness.harness.stages.experts.faults.cuda import run_captured
 SMALL = {"hidden_size": 48, "intermediate_size": 32}
 LAYER = TimedLayer(replace(shape("qwen3-30b-a3b"), num_experts=12, top_k=3, **SMALL))
 SIGMOID = TimedLayer(replace(shape("deepseek-v3"), num_experts=16, num_expert_group=4, topk_group=2, top_k=3, **SMALL))
+RIGHT = {"quantized_experts": "torch:dequantized"}
 FAULTS = {
     "experts": ("gate_up_swapped", "activation_dropped"),
     "router": ("never_renormalised", "ids_sorted_alone"),
@@ -31,7 +32,9 @@ FAULTS = {
 
 def batch_of(stage: str, layer: TimedLayer = LAYER, tokens: int = 21) -> TimedBatch:
     draw = Draw(0, "cpu")
-    return needed_part(stage, "bench").batch(layer, tokens, torch.bfloat16, layer.weights(torch.bfloat16, draw), draw)
+    part = needed_part(stage, "bench")
+    weights = getattr(part, "weights", TimedLayer.weights)(layer, torch.bfloat16, draw)
+    return part.batch(layer, tokens, torch.bfloat16, weights, draw)
 
 
 def told(subject: Subject, batch: TimedBatch) -> str:
@@ -41,7 +44,20 @@ def told(subject: Subject, batch: TimedBatch) -> str:
 @pytest.mark.parametrize("tokens", [1, 5, 40])
 @pytest.mark.parametrize("stage", stages_with("bench"))
 def test_right_results_are_timed(stage: str, tokens: int) -> None:
-    assert told(load(stage, "torch:loop"), batch_of(stage, tokens=tokens)) == ""
+    assert told(load(stage, RIGHT.get(stage, "torch:loop")), batch_of(stage, tokens=tokens)) == ""
+
+
+@pytest.mark.parametrize("format", ["fp8_block", "int8_channel", "int4_group", "mxfp4"])
+def test_quantised_weights_are_judged_as_their_format_has_them_and_cost_the_bytes_that_they_have(format: str) -> None:
+    model = replace(shape("gpt-oss-20b"), num_experts=4, top_k=4, hidden_size=256, intermediate_size=128)
+    batch = batch_of("quantized_experts", TimedLayer(model, format=format), tokens=9)
+    assert told(load("quantized_experts", "torch:dequantized"), batch) == ""
+    assert "is wrong" in told(load("quantized_experts", get("gate_up_bias_dropped").spec), batch)
+    elements, rows = 4 * 3 * 256 * 128, 2 * 9 * 256 * 2
+    per_element = {"fp8_block": 1 + 4 / 128**2, "int4_group": 0.5 + 2 / 128, "mxfp4": 0.5 + 1 / 32}
+    scales = 4 * 4 * (256 + 256) if format == "int8_channel" else 0
+    assert batch.bytes == elements * per_element.get(format, 1) + scales + rows
+    assert batch.fp8 == (format == "fp8_block")
 
 
 def test_one_rank_of_many_and_sigmoid_with_groups_are_judged_by_their_own_rule() -> None:
@@ -80,6 +96,8 @@ def test_a_poisoned_or_misshapen_result_is_not_timed() -> None:
         (["--stage", "experts", "--config", "qwen3-30b"], 2, "did you mean 'qwen3-30b-a3b'"),
         (["--stage", "experts", "--tokens", "8,x"], 2, "positive numbers such as 1,64,1024"),
         (["--stage", "experts", "--dtype", "int8"], 2, "known: bf16, fp16, fp32"),
+        (["--stage", "experts", "--format", "mxfp4"], 2, "has weights of one kind only"),
+        (["--stage", "quantized_experts", "--format", "mxfp8"], 2, "did you mean 'mxfp4'"),
         (["--stage", "experts", "--ep-size", "3"], 2, "should divide the model's 128 experts"),
         (["--stage", "experts", "--json", "/nowhere/x.json"], 2, "its folder does not exist"),
     ],
