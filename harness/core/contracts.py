@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from moe_harness.harness.core import registry
+from moe_harness.harness.core.argument_order import ordinal, swapped
 from moe_harness.harness.core.blame import hand_over
 from moe_harness.harness.core.errors import UsageError, unknown
 from moe_harness.harness.core.folders import needed_part, stage_part, stages_with
@@ -154,4 +155,12 @@ def _check_signature(stage: str, spec: str, function: Callable) -> frozenset[str
             f"implementation {spec!r} has another signature ({error})\n"
             f"  got:    {getattr(function, '__name__', spec)}{signature}\n  wanted: {stage}{contract}"
         ) from None
+    moved = swapped([p.name for p in positional], signature)
+    if moved is not None:
+        name, wanted, own = moved
+        raise UsageError(
+            f"implementation {spec!r} takes its arguments in another order: {name} is the {ordinal(own)}, but the "
+            f"contract hands it over as the {ordinal(wanted)}\n"
+            f"  got:    {getattr(function, '__name__', spec)}{signature}\n  wanted: {stage}{contract}"
+        )
     return None if takes_any else frozenset(signature.parameters)

@@ -33,8 +33,9 @@ def _of_values(value: Tensor, out: Tensor, wrong: Tensor) -> list[str]:
     got, want = out[wrong], value[wrong]
     told = []
     if bool(got.isnan().any()):
-        share = float(got.isnan().double().mean())
-        told.append(f"{share:.0%} of the wrong elements are NaN (poison or unwritten memory was read, or a NaN spread)")
+        count = int(got.isnan().sum())
+        which = "every wrong element is" if count == len(got) else f"{count} of {len(got)} wrong elements are"
+        told.append(f"{which} NaN (poison or unwritten memory was read, or a NaN spread)")
     if bool((got == 0).all()):
         told.append("every wrong element is zero: never computed, or masked away")
     elif float(got.abs().nan_to_num(0).max()) > 1e30:
@@ -65,8 +66,8 @@ def _small(got: Tensor, want: Tensor) -> list[str]:
 def _permuted(value: Tensor, out: Tensor, wrong: Tensor) -> list[str]:
     """Whether wrong rows of the result are other rows of the value, or its columns other columns."""
     for axis, name in ((0, "rows"), (1, "columns")):
-        bad = wrong.any(1 - axis).nonzero()[:, 0]
         a, b = (out, value) if axis == 0 else (out.T, value.T)
+        bad = (wrong.any(1 - axis) & (a != 0).any(1)).nonzero()[:, 0]  # zeros are in the place of nothing
         if not len(bad) or len(value) * len(bad) > 1 << 16 or b.shape[1] < (4 if len(bad) > 1 else 16):
             continue
         distance = torch.cdist(a[bad].nan_to_num(1e30), b.nan_to_num(2e30))

@@ -33,7 +33,11 @@ STAGES = stages_with("datasets")
 SKIPPED = ("leak", "determinism", "batch_invariance", "graph_replay", "side_stream", "large_offsets")
 
 # Faults that are one function of the data, under every input the contract allows: the name of either is right.
-EQUAL: tuple[frozenset[str], ...] = ()
+# Memory that holds NaN or huge integers leaves no count that fits: nothing is computed, and the output is all zeros.
+EQUAL: tuple[frozenset[str], ...] = (
+    frozenset({"counts_in_uninitialised_memory", "all_zeros"}),
+    frozenset({"counts_in_uninitialised_memory_in_block", "all_zeros"}),
+)
 
 
 def measured(stage: str) -> list[Fault]:

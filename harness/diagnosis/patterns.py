@@ -68,7 +68,9 @@ def read(call: Call, bound: bounds.Bound, out: Tensor) -> list[str]:
     if not bool(wrong.any()):
         return []
     of_slots = slots(call, got, sigma) if call.case.stage == "experts" else []
-    return [*of_slots, *([] if of_slots else ratios(value, got, sigma)), *tiles(wrong)]
+    of_experts = tiles_of_experts(_experts_of_rows(call), wrong.any(1))
+    told = [*of_slots, *([] if of_slots else ratios(value, got, sigma)), *of_experts]
+    return [*told, *(sentence for sentence in tiles(wrong) if not (of_experts and "the wrong rows" in sentence))]
 
 
 # ----------------------------------------------------------------------------------------------------------- slots
@@ -81,6 +83,7 @@ def slots(call: Call, got: Tensor, sigma: Tensor) -> list[str]:
     by_slot: dict[int, list[float]] = defaultdict(list)
     by_expert: dict[int, list[float]] = defaultdict(list)
     counted: dict[int, dict[int, float]] = {}  # token -> slot -> the weight with which it counts
+    factors_of: dict[tuple[int, int], float] = {}  # of (token, slot)
     told = tokens = 0
     for token in range(min(len(ids), MOST_TOKENS)):
         live = (ids[token] >= 0).nonzero()[:, 0]
@@ -94,6 +97,7 @@ def slots(call: Call, got: Tensor, sigma: Tensor) -> list[str]:
         told += 1
         for slot, factor in zip(live.tolist(), factors, strict=True):
             counted.setdefault(token, {})[slot] = factor * float(call.args["topk_weights"][token, slot])
+            factors_of[token, slot] = factor
             by_slot[slot].append(factor)
             by_expert[int(ids[token, slot])].append(factor)
     if told < tokens or not told or all(f == 1.0 for many in by_slot.values() for f in many):
@@ -102,8 +106,19 @@ def slots(call: Call, got: Tensor, sigma: Tensor) -> list[str]:
         _in_words("slot", by_slot)
         or _in_words("local expert", by_expert)
         or _as_weights_of_others(counted, call.args["topk_weights"].double())
+        or _missing(factors_of, ids)
         or ["each slot counts a factor of its own"]
     )
+
+
+def _missing(factors_of: dict[tuple[int, int], float], ids: Tensor) -> list[str]:
+    """Where every slot counts once or not at all."""
+    if set(factors_of.values()) != {0.0, 1.0}:
+        return []
+    lost = [place for place, factor in factors_of.items() if factor == 0.0]
+    token, slot = lost[0]
+    where = f"slot {slot} of token {token}, on local expert {int(ids[token, slot])}"
+    return [f"{len(lost)} of {len(factors_of)} slots are missing, as {where}"]
 
 
 def _as_weights_of_others(counted: dict[int, dict[int, float]], weights: Tensor) -> list[str]:
@@ -216,6 +231,35 @@ def tiles(wrong: Tensor) -> list[str]:
         sentence = _of_axis(wrong.any(axis), name)
         told += [sentence] if sentence else []
     return told
+
+
+def tiles_of_experts(ids: Tensor | None, wrong: Tensor) -> list[str]:
+    """Whether the wrong rows [T] are those that some expert has behind its last whole tile, from their ids [T, k]."""
+    if ids is None or not ids.numel() or bool(wrong.all()) or not bool(wrong.any()):
+        return []
+    order = ids.flatten().argsort(stable=True)
+    counts = torch.bincount(ids[ids >= 0], minlength=int(ids.max()) + 1)
+    starts = (ids < 0).sum() + counts.cumsum(0) - counts
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device)).view_as(ids)
+    live, of = ids >= 0, ids.clamp(min=0)
+    place = place - starts[of]
+    for tile in BLOCKS:
+        behind = live & (place >= counts[of] // tile * tile)
+        for size, whose in ((tile, f"experts with {tile} rows and more"), (1, "every expert")):
+            told = behind & (counts[of] >= size)
+            if torch.equal(told.any(1), wrong) and bool((counts[of] >= tile)[told].any()):
+                return [f"the wrong rows are those behind the last whole tile of {tile} among the rows of {whose}"]
+    return []
+
+
+def _experts_of_rows(call: Call) -> Tensor | None:
+    """The experts of each row, [rows, k], -1 for none; None for a stage that has none."""
+    if call.case.stage == "experts":
+        return local_ids(call.args["topk_ids"], call.keywords["expert_map"])
+    if call.case.stage == "grouped_linear":
+        sizes = call.args["group_sizes"]
+        return torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes.long())[:, None]
+    return None
 
 
 def _of_axis(bad: Tensor, name: str) -> str | None:

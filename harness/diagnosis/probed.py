@@ -30,10 +30,12 @@ from moe_harness.harness.stages.grouped_linear.faults import products as grouped
 from moe_harness.harness.stages.shared_expert_gate.faults import gates
 
 FULL = 24  # bits of fp32, the least that the contract allows
-FEW = 16  # bits: any sum that keeps fewer is a 16-bit one, and no order of an fp32 sum reads as so few
 RUNS = (1, 4, 8, 16, 32, 64, 128, 256)  # terms added beforehand, where the probes cannot tell
 SAME_SIZE = 2.0  # of an error, expected over found: running sums of runs twice as long err 1.4 times less
 STORED = {8: torch.bfloat16, 11: torch.float16}
+# Significands that formats have: another depth is read off a kernel that misreads its operands.
+SUMS = (*STORED, 13, 14)  # also what tensor cores keep of sums of fp8 products
+OPERANDS = (*STORED, 3, 4)  # also e5m2 and e4m3
 Product = Callable[[Tensor, Tensor], Tensor]
 Step = tuple[str, str, str, Callable[..., Tensor]]  # name, what the probes establish, in which order, a stage with that
 
@@ -42,7 +44,7 @@ def suspects(trial: Trial, dtype: str) -> list[Fault]:
     """The faults that the probes of an implementation suggest; [] where all its sums are as wide as they should be."""
     stage = trial.subject.stage
     found = numerics_probes.accumulators(trial, dtype)
-    coarse = {name: sums for name, sums in found.items() if sums["bits"] is not None and sums["bits"] <= FEW}
+    coarse = {name: sums for name, sums in found.items() if sums["bits"] in SUMS}
     steps = [*_of_products(stage, coarse, len(found)), *_of_operands(trial, dtype), *_of_slots(trial, dtype)]
     return [
         Fault(name, stage, "precision", probed, f"{probed}; {order}.", function)
@@ -108,7 +110,7 @@ def _lost(what: str, bits: int) -> str:
 def _of_operands(trial: Trial, dtype: str) -> Iterator[Step]:
     """fp32 operands rounded or cut before they are multiplied."""
     bits = numerics_probes.operand_bits(trial) if dtype == "fp32" else None
-    if bits is None or bits > FEW or "tf32" in (trial.subject.declared.rounds or ()):
+    if bits is None or bits not in OPERANDS or "tf32" in (trial.subject.declared.rounds or ()):
         return
     style = "tf32" if bits == 11 else _format(bits)
     declare = "; `rounds` may declare tf32" if bits == 11 else ""
@@ -121,7 +123,7 @@ def _of_operands(trial: Trial, dtype: str) -> Iterator[Step]:
 def _of_slots(trial: Trial, dtype: str) -> Iterator[Step]:
     """A sum over the slots in fewer bits than the inputs' dtype has."""
     bits = numerics_probes.slot_sum_bits(trial, dtype)
-    if bits is None or bits >= min(numerics_probes.BITS[dtype], FEW):
+    if bits is None or bits >= numerics_probes.BITS[dtype]:
         return
     for order, step in (("first_to_last", 1), ("last_to_first", -1)):
 

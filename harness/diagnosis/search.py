@@ -13,7 +13,7 @@ from moe_harness.harness.core.case import Case
 from moe_harness.harness.core.catalogue import Fault
 from moe_harness.harness.core.invocation import Broken, Rejected, Trial
 from moe_harness.harness.core.memory import poisoned_allocations
-from moe_harness.harness.diagnosis import probed
+from moe_harness.harness.diagnosis import plain, probed
 from moe_harness.harness.diagnosis.candidates import likely_first, results, suspects, wobbled
 from moe_harness.harness.diagnosis.datasets import Dataset, probes, relatives, sequences
 from moe_harness.harness.diagnosis.likelihood import Fit, Undiagnosable, likelihood_of
@@ -37,7 +37,8 @@ def explain(trial: Trial, case: Case, seconds: float = SECONDS) -> list[dict[str
         seconds: when the time is over, only what has been confirmed until then is told.
     """
     try:
-        return _Search(trial, case, seconds).causes()
+        always = plain.always_plain(trial, case)
+        return always or _Search(trial, case, seconds).causes() or plain.plain_here(trial, case)
     except (Rejected, Broken, MemoryError, Undiagnosable):  # what broke the call is its own diagnosis
         return []
 
@@ -50,6 +51,7 @@ class Candidate:
     fit: Fit
     confirmed: list[str] = field(default_factory=list)  # data sets on which it shows and equals the result
     missed: list[str] = field(default_factory=list)  # data sets on which the result is another
+    by_values: bool = False  # one of the confirmed results was more than all NaN, all zero or the like
 
     def rank(self) -> tuple[float, int, float]:
         return len(self.missed), -len(self.confirmed), self.fit.rms
@@ -64,6 +66,12 @@ class Observation:
     got: list[Any]
     truths: list[Any]
     right: bool
+
+    @property
+    def plain(self) -> bool:
+        """Whether all that was got says nothing of the way it was computed."""
+        firsts = (got[0] if isinstance(got, tuple) else got for got in self.got)
+        return all(plain.kind(first, call.args)[0] is not None for first, call in zip(firsts, self.calls, strict=True))
 
 
 class _Search:
@@ -99,7 +107,7 @@ class _Search:
 
     def _search(self, among: list[Fault]) -> list[dict[str, str]]:
         self.all = among
-        unexplained, second_best = 0, list[dict[str, str]]()
+        unexplained = 0
         for dataset in self._datasets():
             if self._out_of_time() or unexplained == UNEXPLAINED:
                 break
@@ -109,13 +117,13 @@ class _Search:
             found, others = self._explaining(view)
             unexplained += 1
             self._tell_apart(found, dataset)
-            told = [s for s in sorted(found, key=Candidate.rank) if len(s.confirmed) > len(s.missed)]
-            if told and not told[0].missed:
+            # What some call contradicts is no cause, however many others it explains.
+            # Of a plain output many faults are confirmed, until a call of another shape contradicts them.
+            whole, sound = not self._out_of_time(), [s for s in found if s.confirmed and not s.missed]
+            told = sorted((s for s in sound if s.by_values or whole), key=Candidate.rank)
+            if told:
                 return _tell(told, found, others)
-            # It explains most data that were tried, but not all: another one may show why.  What explains fewer than it
-            # misses is a coincidence of small data (an expert taken for another one is many faults for one token).
-            second_best = second_best or (_tell(told, found, others) if told else [])
-        return second_best
+        return []
 
     def _by_size(self) -> list[dict[str, str]]:
         """Sums in too few bits, in an order that was not tried: their errors are of one size whatever the order."""
@@ -261,6 +269,7 @@ class _Search:
             candidate.missed.append(name)
         elif shows and fit.explains(len(self.all)):
             candidate.confirmed.append(name)
+            candidate.by_values |= not view.plain
 
     def _same(self, truths: Sequence[Any], one: Sequence[Any], two: Sequence[Any]) -> bool:
         return all(t.fit(a, b).equal() for t, a, b in zip(truths, one, two, strict=True))
@@ -284,8 +293,6 @@ def _evidence(candidate: Candidate, found: list[Candidate], others: list[Candida
     text.append(_next(candidate, found, others, tied))
     count = len(candidate.confirmed)
     text.append(f"confirmed on {count} other data set{'s' if count > 1 else ''}, as {candidate.confirmed[0]}")
-    if candidate.missed:
-        text.append(f"but not on {candidate.missed[0]}")
     return "; ".join(part for part in text if part)
 
 

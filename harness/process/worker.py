@@ -96,13 +96,18 @@ def _is_device_lost(device: str) -> bool:
 def explain_id(trial: Trial, case_id: str, seconds: float) -> dict[str, Any]:
     """Known faults that explain what a failing case yields, best first, and what its error looks like."""
     from moe_harness.harness.core.catalogue import all_faults
+    from moe_harness.harness.diagnosis.operands import ignored_offsets
     from moe_harness.harness.diagnosis.patterns import looks
     from moe_harness.harness.diagnosis.search import explain
+    from moe_harness.harness.diagnosis.sources import read_off
 
     case = parse_id(case_id)[2]
     try:
         known = len(all_faults(trial.subject.stage))
-        return {"diagnosis": explain(trial, case, seconds), "looks_like": looks(trial, case), "known": known}
+        told, seen = explain(trial, case, seconds), looks(trial, case)
+        if not told:
+            seen += [*read_off(trial, case), *ignored_offsets(trial, case)]
+        return {"diagnosis": told, "looks_like": seen, "known": known}
     except (Rejected, Broken):  # it does other things than when it was judged: a failure of its state, told elsewhere
         return {"diagnosis": [], "looks_like": []}
 

@@ -68,6 +68,8 @@ def judge(
         _raise_usage(outcome.failure)
         findings.insert(0, _from_failure(outcome.failure, case))
     explained = findings and findings[0]["check"] == "inputs"
+    if findings and (plain := _plain_everywhere(reports)):
+        findings[0]["diagnosis"], explained = plain, True
     if findings and not explained and outcome.ok and stage == "dispatcher" and injection is None:
         again = pool.run(name, {**task, "explain": True}, ranks=ranks, backend=backend, budget=budget)
         findings[0]["diagnosis"] += _received(again.results)
@@ -150,6 +152,12 @@ def _stopped_by_findings(failure: RankFailure, reports: list[dict[str, Any]]) ->
     """Whether the others only wait because this rank broke the contract and was judged no further."""
     stopped = {r["rank"] for r in reports if any(f["check"] == "contract" for f in r["findings"])}
     return failure.kind == "deadlock" and failure.rank in stopped
+
+
+def _plain_everywhere(reports: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """The name of results that say nothing of how they were computed, where that of every rank has it."""
+    told = [one for report in reports for one in report["observed"].get("plain", [])]
+    return told[0] if told and all(one == told[0] for one in told) else []
 
 
 def _received(results: list[Any]) -> list[dict[str, str]]:

@@ -8,6 +8,7 @@ from typing import Any
 from moe_harness.harness.core.case import Case, parse_id
 from moe_harness.harness.core.errors import CannotJudge
 from moe_harness.harness.core.folders import needed_part
+from moe_harness.harness.core.names import PLAIN
 from moe_harness.harness.core.plan import Planned
 from moe_harness.harness.core.ranked_cases import DTYPES
 from moe_harness.harness.core.ranked_stage import find_ranked
@@ -150,6 +151,8 @@ class RankRun:
 
         first = {failure["check"]: failure for failure in reversed(self.account.failures)}
         for failure in sorted(first.values(), key=self.account.place)[:EXPLAINED]:
+            if any(entry["fault"] in PLAIN for entry in failure["diagnosis"]):
+                continue
             failure["diagnosis"] = named(self.spec, failure["case"], backend=self.backend) + failure["diagnosis"]
 
     def _search_ranks(self, examples: int) -> None:

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from moe_harness.harness.core.errors import CannotJudge
 from moe_harness.harness.core.request import Request
@@ -18,6 +20,7 @@ from moe_harness.harness.ranks.run import ENOUGH_SPENT, SHORTER, judge_ranks
 from moe_harness.harness.report.results import verdict_of
 from moe_harness.harness.run.session import RunOptions
 from moe_harness.harness.stages.dispatcher import cases
+from moe_harness.harness.stages.dispatcher.faults.schemes import Gathered, Rows
 
 FILE = Path(__file__).parent / "strangers" / "unusual.py"
 CASE = "dispatcher/dense/R=3,E=6,k=2,T=3+0+2"
@@ -148,3 +151,27 @@ def test_planned_cases_hold_large_batches_and_many_experts() -> None:
         of_world = [case for case in plan if ranks == case.R]
         assert {256, 257, 513} <= {n for case in of_world for n in case.tokens}
         assert any(case.E == 1025 for case in of_world)
+
+
+class ReturnsItsTokens(Gathered):
+    """What is combined is never looked at."""
+
+    def dispatch(self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Rows:
+        d = super().dispatch(hidden_states, topk_weights, topk_ids)
+        self.given = {**getattr(self, "given", {}), id(d): (d, hidden_states)}
+        return d
+
+    def combine(self, out: Tensor, d: Rows) -> Tensor:
+        return self.given[id(d)][1].clone()
+
+
+class ReturnsZeros(Gathered):
+    def combine(self, out: Tensor, d: Rows) -> Tensor:
+        return torch.zeros_like(super().combine(out, d))
+
+
+@pytest.mark.parametrize(("name", "cause"), [("ReturnsItsTokens", "input_copied"), ("ReturnsZeros", "all_zeros")])
+def test_a_plain_result_on_every_rank_has_its_own_name_and_no_other(name: str, cause: str) -> None:
+    options = RunOptions(cases=("dispatcher/dense/R=2,E=4,k=2,T=3+3",))
+    result = judge_ranks("dispatcher", f"{__name__}:{name}", Request(), options, (2,), None)
+    assert [entry["fault"] for entry in result["failures"][0]["diagnosis"]] == [cause]

@@ -192,6 +192,8 @@ def _check_result(me: Rank, out: Any, world: data.World, d: Any, report: RankRep
     expected, got = parts.sum(0), out.cpu().double()
     report.observed["digest"] = report.observed.get("digest", "") + digest(got)
     wrong = differing_rows(got, expected)
+    if out.numel():
+        report.observed.setdefault("plain", []).append(received_rows.plain(out, own) if len(wrong) else [])
     if len(wrong):
         token = int(wrong[0])
         column = int(differing_rows(got[token, :, None], expected[token, :, None])[0])

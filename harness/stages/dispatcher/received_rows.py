@@ -11,8 +11,10 @@ from torch import Tensor
 
 from moe_harness.harness.core.bounds import EXACT_FIT
 from moe_harness.harness.core.ranked_task import differing_rows
+from moe_harness.harness.diagnosis.plain import ADVICE
+from moe_harness.harness.diagnosis.plain import kind as plain_kind
 from moe_harness.harness.stages.dispatcher.data import World, tagged_token
-from moe_harness.reference.dispatcher import owned_experts
+from moe_harness.reference.dispatcher import Batch, owned_experts
 
 Statement = dict[str, str]
 FEW = 4
@@ -29,6 +31,12 @@ def contributions(world: World, rank: int) -> Tensor:
         holder = int((world.logical == expert).nonzero()[0])  # of several copies any: their sum is what counts
         parts[int(world.owner[holder])].index_add_(0, tokens, values)
     return parts
+
+
+def plain(out: Tensor, given: Batch) -> list[Statement]:
+    """The name of a result that says nothing of how it was computed."""
+    name, operand = plain_kind(out.cpu(), given._asdict())
+    return [] if name is None else [_say(name, ADVICE[name].format(operand))]
 
 
 def fit(got: Tensor, parts: Tensor, wrong: Tensor) -> list[Statement]:

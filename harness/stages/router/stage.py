@@ -215,7 +215,14 @@ def _wrong_choice(
     if bool((truth.scores[row, ids[row]].argsort(descending=True) == 0).any()) and truth.groups is not None:
         in_groups = sorted({int(i) * truth.groups // truth.selection.shape[-1] for i in ids[row]})
         looks.append(f"groups of the chosen experts: {in_groups}, group scores {_short(truth.group_scores[row])}")
+    if truth.groups is None and _chose_smallest(truth, ids):
+        looks.append("every row chose its smallest scores: they are sorted in ascending order")
     return Finding(told, float(excess.max()), _where(row, slot, ids), looks)
+
+
+def _chose_smallest(truth: Selection, ids: Tensor) -> bool:
+    smallest = truth.selection.topk(ids.shape[-1], largest=False).indices
+    return torch.equal(smallest.sort(-1).values[truth.defined], ids.sort(-1).values[truth.defined])
 
 
 def _used(
@@ -271,9 +278,10 @@ def _weight_patterns(truth: Selection, call: Call, weights: Tensor, ids: Tensor,
         "scaled twice": value * scale,
         "softmax over the chosen logits only": call.args["router_logits"].double().gather(-1, ids).softmax(-1) * scale,
         "the raw logits": call.args["router_logits"].double().gather(-1, ids),
-        "biased scores": biased * scale,
-        "biased scores, renormalised": biased / biased.sum(-1, keepdim=True) * scale,
     }  # fmt: skip
+    if keywords["correction_bias"] is not None:
+        candidates["biased scores"] = biased * scale
+        candidates["biased scores, renormalised"] = biased / biased.sum(-1, keepdim=True) * scale
     told = []
     rows = truth.defined
     for name, candidate in candidates.items():

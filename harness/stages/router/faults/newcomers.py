@@ -1,0 +1,75 @@
+"""Faults of the router that first kernels have: searches for the largest that start too high, scores in few bits."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_harness.harness.core.catalogue import fault
+from moe_harness.harness.core.emulation import wide
+from moe_harness.harness.stages.router.faults.weights import Routed, run, score
+
+
+def _starting_at(start: float) -> Callable[[Tensor, int], Tensor]:
+    """A search for the largest that begins with the value `start` and expert 0: it returns 0 where nothing is larger.
+
+    Later rounds skip what was chosen, so that ids are distinct: the smallest that is left takes the place of a 0.
+    """
+
+    def choose(selection: Tensor, top_k: int) -> Tensor:
+        order = selection.argsort(dim=-1, descending=True, stable=True)
+        found = selection.gather(-1, order) > start
+        place = torch.arange(selection.shape[-1], device=selection.device).expand_as(selection)
+        # Not found: taken by index, experts 0, 1, ... in the place of the largest ones.
+        rank = torch.where(found, place, selection.shape[-1] + order)
+        return order.gather(-1, rank.argsort(dim=-1, stable=True))[:, :top_k]
+
+    return choose
+
+
+@fault(
+    "selection", condition="fewer than k biased scores above 0", shows={"bias": "negative", "scoring": "sigmoid"},
+    hidden=("bias='zero'",),
+)  # fmt: skip
+def largest_biased_score_starts_at_zero(logits: Tensor, **options: Any) -> Routed:
+    """The search for the largest biased score starts at 0, which scores never are below without a bias."""
+    return run(logits, **options, choose=_starting_at(0.0)) if _is_biased(options) else run(logits, **options)
+
+
+@fault(
+    "selection", condition="fewer than k biased scores above -1", shows={"bias": "negative", "scoring": "sigmoid"},
+    hidden=("bias='zero'",),
+)  # fmt: skip
+def largest_biased_score_starts_at_minus_one(logits: Tensor, **options: Any) -> Routed:
+    """The search for the largest biased score starts at -1: a bias below that leaves nothing to choose."""
+    return run(logits, **options, choose=_starting_at(-1.0)) if _is_biased(options) else run(logits, **options)
+
+
+def _is_biased(options: dict[str, Any]) -> bool:
+    return options.get("correction_bias") is not None
+
+
+@fault(
+    "selection", condition="fewer than k logits above -1, without bias and groups", shows={"shift": -20.0},
+    hidden=("shift=20.0",),
+)  # fmt: skip
+def largest_starts_at_minus_one(logits: Tensor, **options: Any) -> Routed:
+    """The search for the largest logit starts at -1: smaller ones never win."""
+    if _is_biased(options) or options.get("num_expert_group") is not None:
+        return run(logits, **options)
+    return run(logits, **options, choose=lambda _, top_k: _starting_at(-1.0)(logits.to(wide(logits)), top_k))
+
+
+@fault(
+    "precision", condition="sigmoid, logits in 16 bits", shows={"scoring": "sigmoid", "dtype": "bfloat16", "E": 64},
+    hidden=("scoring='softmax'", "dtype='float32'"),
+)  # fmt: skip
+def sigmoid_in_logit_dtype(logits: Tensor, **options: Any) -> Routed:
+    """The sigmoid is taken in the logits' dtype, as `logits.sigmoid()` does; the softmax is not."""
+
+    def narrow(logits: Tensor, scoring: str) -> Tensor:
+        scores = score(logits, scoring)
+        return scores.to(logits.dtype).to(scores.dtype) if scoring == "sigmoid" else scores
+
+    return run(logits, **options, score=narrow)
