@@ -59,8 +59,12 @@ class Trial:
         call = self._built(case)
         if self.stage.count(call) <= PART:
             call.truth = self.stage.truth(call, self.subject.declared.rounds)
-        self._ready = {case: call}
+        self.hand_out(call)
         return call
+
+    def hand_out(self, call: Call) -> None:
+        """What `build` hands out next for the case of a call is this one."""
+        self._ready = {call.case: call}
 
     def invoke(self, call: Call) -> Any:
         """The result, checked for what the contract says of its form.

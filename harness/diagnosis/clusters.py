@@ -14,15 +14,18 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import combinations
+from math import ceil, comb, log
 from typing import Any
 
 from moe_harness.harness.core.case import Case
 
+NORMAL = "normal"  # data
 NOT_AXES = ("seed", "optional", "variant")
 MOST_TERMS = 3
 MOST_CLUSTERS = 5  # of one kind of failure; what is left is told as one, without a condition
 MOST_WITH_THREE = 60  # terms of which triples are tried: 34,000 take 20 ms
 BLIND = 0.05
+CHANCE = 0.05
 LOOSE = 0.4  # ... where one term would otherwise be many clusters, or none; the passing cases are counted beside it
 # What a term costs a reader; the cheapest conjunction is the condition.
 EQUAL, LIMIT, UNEQUAL, PROPERTY, SET = 1.0, 1.1, 1.2, 1.4, 1.6
@@ -148,16 +151,19 @@ def _made(
 def _passing(failing: Iterable[Outcome], outcomes: Sequence[Outcome], *, seeing_little: bool = False) -> list[Outcome]:
     """Passing cases of the checks that saw the fault, or those among them that see little, where others failed too.
 
-    Without rows nothing can be wrong.  Exact data are sparse, so that with few columns many mistakes change nothing:
-    gate and up swapped pass one in ten of them.  They only decide between conditions that explain the rest alike.
+    Without rows nothing can be wrong.  On special data many mistakes change nothing: with few columns gate and up swapped
+    pass one in ten exact cases, and peaked logits need no renormalisation.  Where normal data fail, such cases only
+    decide between conditions that explain the rest alike.
     """
     failing = list(failing)
     checks = {outcome.check for outcome in failing}
     empty = any(not outcome.case.shows() for outcome in failing)
+    normal = any(outcome.case.data == NORMAL for outcome in failing)
     exact = all(outcome.case.data == "exact" for outcome in failing)
     told = [outcome for outcome in outcomes if outcome.kind is None and outcome.check in checks]
     shown = [outcome for outcome in told if empty or outcome.case.shows()]
-    return [o for o in shown if (not exact and o.case.data == "exact") is seeing_little]
+    special = {o.case.data for o in shown} - {NORMAL} if normal else set() if exact else {"exact"}
+    return [o for o in shown if (o.case.data in special) is seeing_little]
 
 
 # -------------------------------------------------------------------------------------------------------------- search
@@ -196,20 +202,31 @@ def _part(failing: list[Outcome], outcomes: Sequence[Outcome]) -> Condition | No
     everything, all_failing = (1 << len(passing)) - 1, (1 << len(failing)) - 1
     terms = [(term, _bits(term, axes), mask) for term, mask in _cheapest(_terms(failing, passing), passing, axes)]
     terms = sorted(terms, key=lambda entry: -entry[1].bit_count())[: 2 * MOST_WITH_THREE]
+    little = [axes_of(outcome.case) for outcome in _passing(failing, outcomes, seeing_little=True)]
     best: tuple[tuple[float, float], tuple[AxisValue, ...]] | None = None
+    fewest = {size: _fewest(len(failing), len(passing), comb(len(terms), size)) for size in (1, 2)}
     for size in (1, 2):
         for chosen in combinations(terms, size):
             covered, left = all_failing, everything
             for _, hit, mask in chosen:
                 covered &= hit
                 left &= mask
-            number = covered.bit_count()
-            if left.bit_count() > BLIND * number or number < min(2, len(failing)):
+            number, beside = covered.bit_count(), left.bit_count()
+            if any(term.text.startswith("data") for term, _, _ in chosen):  # then those of that data are evidence
+                beside += sum(all(term.holds(axes) for term, _, _ in chosen) for axes in little)
+            if beside > BLIND * number or number < fewest[size]:
                 continue
-            key = (number - 0.5 * size - 2 * left.bit_count(), -sum(term.cost for term, _, _ in chosen))
+            key = (number - 0.5 * size - 2 * beside, -sum(term.cost for term, _, _ in chosen))
             if best is None or key > best[0]:
                 best = key, tuple(term for term, _, _ in chosen)
     return Condition(best[1]) if best is not None else None
+
+
+def _fewest(failing: int, passing: int, tried: int) -> int:
+    """Failing cases that a condition has to hold for, so that failures at random give one of `tried` in CHANCE of runs."""
+    if failing < 2 or not passing:
+        return min(2, failing)
+    return max(2, ceil(log(CHANCE / tried) / log(failing / (failing + passing))))
 
 
 def _cheapest(

@@ -11,13 +11,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from moe_harness.harness import checks
 from moe_harness.harness.core.case import Case
-from moe_harness.harness.core.catalogue import all_faults
+from moe_harness.harness.core.catalogue import Fault, all_faults
+from moe_harness.harness.core.contracts import load
+from moe_harness.harness.core.invocation import Broken, Rejected, Trial
 from moe_harness.harness.core.plan import plan
 from moe_harness.harness.core.request import Request
-from moe_harness.harness.diagnosis.clusters import Cluster
-from moe_harness.harness.process.pool import Pool, prepare, worker_count
-from moe_harness.harness.run.result_builder import Listener, ResultBuilder
+from moe_harness.harness.diagnosis.clusters import Cluster, Outcome, cluster, kind_of
+from moe_harness.harness.run.data_power import prove
 
 APART = 0.02
 MOST_ROWS = 600  # of a case; what is larger takes most of the time and adds little
@@ -26,11 +30,16 @@ CHECKS = {"router": ("contract", "routing", "layouts"), "experts": ("contract", 
 Declared = Callable[[Any], bool]
 
 
+def sums_to_one(case: Any) -> bool:
+    """Whether renormalisation changes nothing: a softmax of which every expert is chosen."""
+    return case.scoring == "softmax" and case.k == case.E
+
+
 # What the catalogue says in words; only what the axes of a plan can say is here.
 DECLARED: dict[str, Declared] = {
-    "softmax_after_topk": lambda c: c.scoring == "softmax" and not c.renorm and c.E > 1,
-    "always_renormalised": lambda c: not c.renorm,
-    "never_renormalised": lambda c: c.renorm,
+    "softmax_after_topk": lambda c: c.scoring == "softmax" and not c.renorm and c.k < c.E,
+    "always_renormalised": lambda c: not c.renorm and not sums_to_one(c),
+    "never_renormalised": lambda c: c.renorm and not sums_to_one(c),
     "sigmoid_never_renormalised": lambda c: c.scoring == "sigmoid" and c.renorm,
     "scoring_ignored": lambda c: c.scoring == "sigmoid",
     "scaling_ignored": lambda c: c.scale != 1,
@@ -72,34 +81,56 @@ DECLARED: dict[str, Declared] = {
 
 def measure(names: Iterable[str], seed: int) -> list[dict[str, Any]]:
     """For each fault: the declared condition in words, those found, and the share of unseen cases told differently."""
-    prepare()
-    faults = {fault.name: fault for fault in all_faults() if fault.name in set(names)}
+    torch.set_num_threads(1)
+    faults: dict[str, list[Fault]] = {}
+    for fault in all_faults():
+        if fault.name in set(names):
+            faults.setdefault(fault.stage, []).append(fault)
     told = []
-    for name, fault in faults.items():
-        clusters = _clusters(fault, seed)
-        plans = plan(fault.stage, Request(profile="full", seed=seed + 1))
-        empty = name == "raises_on_empty_logits"
-        unseen = [p.case for p in plans if p.check in CHECKS[fault.stage] and (empty or p.case.shows())]
-        apart = sum(_found(clusters, case) != bool(DECLARED[name](case)) for case in unseen) / len(unseen)
-        told.append({"fault": name, "stage": fault.stage, "declared": fault.condition, "apart": round(apart, 4),
-                     "found": [str(each.condition) for each in clusters], "equal": apart <= APART})  # fmt: skip
-        print(json.dumps(told[-1]), flush=True)
+    for stage, of_stage in faults.items():
+        outcomes = judged(stage, of_stage, seed)
+        plans = [p for p in plan(stage, Request(profile="full", seed=seed + 1)) if p.check in CHECKS[stage]]
+        told += [compared(fault, cluster(outcomes[fault.name]), [p.case for p in plans]) for fault in of_stage]
     return told
+
+
+def compared(fault: Fault, clusters: list[Cluster], cases: Iterable[Case]) -> dict[str, Any]:
+    """The declared condition beside those found."""
+    unseen = [case for case in cases if fault.name == "raises_on_empty_logits" or case.shows()]
+    apart = sum(_found(clusters, case) != bool(DECLARED[fault.name](case)) for case in unseen) / len(unseen)
+    told = {"fault": fault.name, "stage": fault.stage, "declared": fault.condition, "apart": round(apart, 4),
+            "found": [str(each.condition) for each in clusters], "equal": apart <= APART}  # fmt: skip
+    print(json.dumps(told), flush=True)
+    return told
+
+
+def judged(stage: str, faults: Iterable[Fault], seed: int) -> dict[str, list[Outcome]]:
+    """What a run sees of each fault; all of them on one call of each case, whose data and bound cost most of the time."""
+    trials = {fault.name: Trial(load(stage, fault.spec), "cpu") for fault in faults}
+    first = next(iter(trials.values()))
+    found: dict[str, list[Outcome]] = {name: [] for name in trials}
+    for planned in plan(stage, Request(seed=seed)):
+        if planned.check not in CHECKS[stage] or planned.case.rows() > MOST_ROWS:
+            continue
+        case = prove(first, planned.case).case
+        if case is None:
+            continue
+        call = first.build(case)
+        for name, trial in trials.items():
+            trial.hand_out(call)
+            try:
+                findings = [finding.message for finding in checks.CHECKS[planned.check](trial, case).findings]
+            except Rejected:
+                continue
+            except Broken as error:
+                findings = [str(error)]
+            kind = kind_of({"message": findings[0]}) if findings else None
+            found[name].append(Outcome(planned.check, case, planned.id, kind))
+    return found
 
 
 def _found(clusters: Iterable[Cluster], case: Case) -> bool:
     return any(each.condition is not None and each.condition.holds(case) for each in clusters)
-
-
-def _clusters(fault: Any, seed: int) -> list[Cluster]:
-    request = Request(seed=seed)
-    account = ResultBuilder(fault.stage, fault.spec, request, Listener())
-    ids = [p.id for p in plan(fault.stage, request) if p.check in CHECKS[fault.stage] and p.case.rows() <= MOST_ROWS]
-    with Pool(fault.stage, fault.spec, "cpu", worker_count("cpu"), 60.0) as pool:
-        pool.start()
-        for answer in pool.judge(ids):
-            account.take(answer)
-    return account.clustered()
 
 
 def main() -> None:
