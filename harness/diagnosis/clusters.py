@@ -151,9 +151,9 @@ def _made(
 def _passing(failing: Iterable[Outcome], outcomes: Sequence[Outcome], *, seeing_little: bool = False) -> list[Outcome]:
     """Passing cases of the checks that saw the fault, or those among them that see little, where others failed too.
 
-    Without rows nothing can be wrong.  On special data many mistakes change nothing: with few columns gate and up swapped
-    pass one in ten exact cases, and peaked logits need no renormalisation.  Where normal data fail, such cases only
-    decide between conditions that explain the rest alike.
+    Without rows nothing can be wrong.  On special data many mistakes change nothing: with few columns gate and up
+    swapped pass one in ten exact cases, and peaked logits need no renormalisation.  Where normal data fail, such cases
+    only decide between conditions that explain the rest alike.
     """
     failing = list(failing)
     checks = {outcome.check for outcome in failing}
@@ -223,7 +223,7 @@ def _part(failing: list[Outcome], outcomes: Sequence[Outcome]) -> Condition | No
 
 
 def _fewest(failing: int, passing: int, tried: int) -> int:
-    """Failing cases that a condition has to hold for, so that failures at random give one of `tried` in CHANCE of runs."""
+    """Failing cases that a condition has to hold for: failures at random give one of `tried` in CHANCE of runs."""
     if failing < 2 or not passing:
         return min(2, failing)
     return max(2, ceil(log(CHANCE / tried) / log(failing / (failing + passing))))

@@ -105,7 +105,7 @@ def compared(fault: Fault, clusters: list[Cluster], cases: Iterable[Case]) -> di
 
 
 def judged(stage: str, faults: Iterable[Fault], seed: int) -> dict[str, list[Outcome]]:
-    """What a run sees of each fault; all of them on one call of each case, whose data and bound cost most of the time."""
+    """What a run sees of each fault; all get one call of each case, whose data and bound cost most of the time."""
     trials = {fault.name: Trial(load(stage, fault.spec), "cpu") for fault in faults}
     first = next(iter(trials.values()))
     found: dict[str, list[Outcome]] = {name: [] for name in trials}
