@@ -1,6 +1,6 @@
 """What the bench times of the stage `quantized_experts`: weights as codes, so that bytes are a half or a quarter."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ def batch(
     model, local, format = layer.model, layer.local, layer.format or BENCHED
     x = draw.normal(tokens, model.hidden_size, dtype=dtype)
     top = draw.uniform(tokens, model.num_experts).topk(model.top_k, dim=-1)
-    keywords = {"format": format, "activation": ACTIVATIONS.get(model.activation, "silu"), "expert_map": None}
+    keywords: dict[str, Any] = {"format": format, "activation": ACTIVATIONS.get(model.activation, "silu"), "expert_map": None}
     if layer.ep_size > 1:
         expert_map = torch.full((model.num_experts,), -1, device=draw.device)
         expert_map[:local] = torch.arange(local, device=draw.device)
@@ -75,7 +75,7 @@ def batch(
     for name, columns in sizes.items():
         keywords[name] = draw.normal(local, columns, dtype=dtype) if biased else None
     here = top.indices[top.indices < local]
-    routing = {"topk_weights": top.values.softmax(-1).to(dtype), "topk_ids": top.indices}
+    routing: dict[str, Any] = {"topk_weights": top.values.softmax(-1).to(dtype), "topk_ids": top.indices}
     calls = [
         ({"hidden_states": x, "gate_up_proj": up.codes, "gate_up_scale": up.scale, "down_proj": down.codes,
           "down_scale": down.scale} | routing, keywords)
