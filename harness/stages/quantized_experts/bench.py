@@ -65,15 +65,15 @@ def batch(
     model, local, format = layer.model, layer.local, layer.format or BENCHED
     x = draw.normal(tokens, model.hidden_size, dtype=dtype)
     top = draw.uniform(tokens, model.num_experts).topk(model.top_k, dim=-1)
-    keywords: dict[str, Any] = {"format": format, "activation": ACTIVATIONS.get(model.activation, "silu"), "expert_map": None}
+    act = ACTIVATIONS.get(model.activation, "silu")
+    keywords: dict[str, Any] = {"format": format, "activation": act, "expert_map": None}
     if layer.ep_size > 1:
         expert_map = torch.full((model.num_experts,), -1, device=draw.device)
         expert_map[:local] = torch.arange(local, device=draw.device)
         keywords["expert_map"] = expert_map
-    biased = keywords["activation"] == "swiglu_oai"
     sizes = {"gate_up_bias": 2 * model.intermediate_size, "down_bias": model.hidden_size}
     for name, columns in sizes.items():
-        keywords[name] = draw.normal(local, columns, dtype=dtype) if biased else None
+        keywords[name] = draw.normal(local, columns, dtype=dtype) if act == "swiglu_oai" else None
     here = top.indices[top.indices < local]
     routing: dict[str, Any] = {"topk_weights": top.values.softmax(-1).to(dtype), "topk_ids": top.indices}
     calls = [
