@@ -22,9 +22,9 @@ Past = tuple[Tensor, Tensor]
 
 # Where a value may be stored in the model's dtype ("angle": in fp32), in the order of the computation.
 STORES = (
-    "norm", "norm_scaled", "qkv", "angle", "cosine", "turned", "rotated", "probabilities", "attention", "gate",
-    "attention_output", "residual", "gate_up", "activated", "activation", "expert_output", "routing_weight", "weighted",
-    "partial_sum", "mlp_output", "logits",
+    "norm", "norm_scaled", "qkv", "angle", "cosine", "turned", "rotated", "probabilities", "convolved", "written",
+    "attention", "gate", "attention_output", "residual", "gate_up", "activated", "activation", "expert_output",
+    "routing_weight", "weighted", "partial_sum", "mlp_output", "logits",
 )  # fmt: skip
 
 
@@ -39,7 +39,8 @@ class State:
 
     Attributes:
         past: layer -> what attention kept of the positions before, both [B, L_past, ...], extended by every call: keys
-            and values [Hk, D], or (DeepSeek) the compressed latent [R] and the turned part of the key [1, D_rope].
+            and values [Hk, D], or (DeepSeek) the compressed latent [R] and the turned part of the key [1, D_rope], or
+            what linear attention goes on with, whose size does not grow.
         forced: layer -> topk_weights and topk_ids to use instead of the router's; a layer not in it routes freely.
         routed: layer -> router logits [B * L, E] and the routing that was used, as left by the last call.
         store: called with the name of a place (STORES) and its value; returns the value to go on with.

@@ -9,8 +9,7 @@ All arithmetic is done in the dtype of the hidden states, so pass fp64 for an or
 reading of record is transformers 5.17.  Every value that an implementation may store in the model's dtype goes through
 `State.store` under its name, where the error model of the harness adds its noise.
 
-Left out: the gated delta net of Qwen3-Next's `linear_attention` layers, of which the half layer "mlp" alone can be run;
-and of the Omni talker what stands around its decoder (projections of the thinker's states, the code predictor).
+Left out is what stands around the decoder of the Omni talker: projections of the thinker's states, the code predictor.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from moe_harness.reference import moe_block
 from moe_harness.reference.attention import Attention, GroupedQuery, Latent
+from moe_harness.reference.delta_net import DeltaNet
 from moe_harness.reference.experts import routed_rows
 from moe_harness.reference.layers import STORES, Parts, Routing, State, keep
 
@@ -34,10 +34,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"attention_bias": False, **SPARSE},
     "qwen2_moe": {"qkv_bias": True, **SPARSE},
     "qwen3": {"attention_bias": False, "rms_norm_eps": 1e-6},
-    "qwen3_next": {"attention_bias": False, "partial_rotary_factor": 0.25, "full_attention_interval": 4, **SPARSE},
+    "qwen3_next": {
+        "attention_bias": False, "partial_rotary_factor": 0.25, "full_attention_interval": 4, **SPARSE,
+        "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
+    },
     TALKER: {"attention_bias": False, "rms_norm_eps": 1e-6},
     "deepseek_v2": {"first_k_dense_replace": 0, "rms_norm_eps": 1e-6, "moe_layer_freq": 1, "scoring_func": "softmax"},
-}
+}  # fmt: skip
 HALVES = ("attention", "mlp")
 
 
@@ -133,18 +137,13 @@ class Model:
         return state.store("logits", F.linear(normed, head.to(hidden.dtype)))
 
     def attention(self, i: int, hidden: Tensor, state: State) -> Tensor:
-        """The first half of layer i: [B, L, H] -> [B, L, H], residual included; extends state.past[i].
-
-        Raises:
-            NotImplementedError: a layer of linear attention.
-        """
-        if not self.attends(i):
-            raise NotImplementedError(f"layer {i} has linear attention, which is left out here; its mlp can be run")
+        """The first half of layer i: [B, L, H] -> [B, L, H], residual included; extends state.past[i]."""
         x = self.parts.norm(hidden, f"model.layers.{i}.input_layernorm", state)
-        return state.store("residual", hidden + self.attend(i, x, state))
+        mix = self.attend if self.attends(i) else DeltaNet(self.config, self.parts)
+        return state.store("residual", hidden + mix(i, x, state))
 
     def attends(self, i: int) -> bool:
-        """Whether layer i has softmax attention, the only kind that is computed here."""
+        """Whether layer i has softmax attention, and no gated delta net."""
         interval = self.config.get("full_attention_interval")
         kinds = self.config.get("layer_types") if interval else None
         if kinds is not None:

@@ -32,7 +32,7 @@ VARIANTS = {
     "qwen2_moe_renormalised": ("qwen2_moe", {"norm_topk_prob": True}),
     "qwen3": ("qwen3", {}),
     "talker": ("qwen3_omni_moe_talker_text", {}),
-    "qwen3_next_without_linear_attention": ("qwen3_next", {}),
+    "qwen3_next": ("qwen3_next", {}),
     "deepseek_v2_lite": ("deepseek_v2_lite", {}),
     "deepseek_v2_lite_yarn_mscale": (
         "deepseek_v2_lite",
@@ -199,7 +199,14 @@ WRONG_IN = {
     ("qwen3_omni_moe_talker_text", "shared expert twice"): doubled("shared_expert.down_proj"),
     ("qwen3_omni_moe_talker_text", "gate of the shared expert"): doubled("shared_expert_gate"),
     ("qwen3_next", "whole heads turned"): keys(partial_rotary_factor=1.0),
-}
+    ("qwen3_next", "memory that does not fade"): lambda keys, w: (
+        keys, {name: t - 30 if "A_log" in name else t for name, t in w.items()}),
+    ("qwen3_next", "no bias of the fading"): lambda keys, w: (
+        keys, {name: 0 * t if "dt_bias" in name else t for name, t in w.items()}),
+    ("qwen3_next", "convolution the other way round"): lambda keys, w: (
+        keys, {name: t.flip(-1) if "conv1d" in name else t for name, t in w.items()}),
+    ("qwen3_next", "norm behind linear attention"): ones("linear_attn.norm"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("family", "fault"), WRONG_IN)
@@ -216,15 +223,6 @@ def test_the_comparison_sees_halves_turned_for_neighbours(monkeypatch: pytest.Mo
     bound = logit_bound(right, prompt(), torch.bfloat16)
     monkeypatch.setattr(attention, "rotate_interleaved", attention.rotate_halves)
     assert bound.z(right(prompt())).abs().max() > bounds.max_limit()
-
-
-def test_linear_attention_is_refused_and_its_mlp_runs() -> None:
-    """Of a released Qwen3-Next three layers in four have it."""
-    found = reference("qwen3_next")
-    model, hidden = Model(found.config | {"layer_types": None}, found.weights), torch.ones(1, 2, 64).double()
-    with pytest.raises(NotImplementedError, match="layer 0 has linear attention, which is left out"):
-        model.layer(0, hidden, State())
-    assert torch.equal(model.mlp(0, hidden, State()), found.mlp(0, hidden, State()))
 
 
 @torch.no_grad()
