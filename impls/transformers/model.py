@@ -24,7 +24,8 @@ class Model:
     def layer(self, i: int, hidden_states: Tensor) -> Tensor:
         """Layer i alone on the residual stream [B, L, H] of positions 0 to L - 1."""
         hidden_states = hidden_states.to(self.device, self.module.dtype)
-        out = self.module.model.layers[i](hidden_states, **self._positions(hidden_states))
+        layer = self.module.model.layers[i]
+        out = layer(hidden_states, **self._positions(hidden_states) | self._unmasked(layer))
         return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
@@ -33,9 +34,15 @@ class Model:
         hidden_states, layer = hidden_states.to(self.device, self.module.dtype), self.module.model.layers[i]
         if name == "attention":
             x = layer.input_layernorm(hidden_states)
+            if hasattr(layer, "linear_attn"):
+                return hidden_states + layer.linear_attn(x)
             return hidden_states + layer.self_attn(hidden_states=x, **self._positions(hidden_states))[0]
         out = layer.mlp(layer.post_attention_layernorm(hidden_states))
         return hidden_states + (out[0] if isinstance(out, tuple) else out)
+
+    def _unmasked(self, layer: Any) -> dict[str, Any]:
+        """Linear attention (Qwen3-Next) takes a mask of pads alone, and there are none."""
+        return {"attention_mask": None} if hasattr(layer, "linear_attn") else {}
 
     def _positions(self, hidden_states: Tensor) -> dict[str, Any]:
         """Causal mask and rotary angles of positions 0 to L - 1."""

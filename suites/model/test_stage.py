@@ -10,6 +10,7 @@ from moe_harness.harness.process.worker import judge_id
 from moe_harness.suites.model import wrong_models
 
 FILE = "moe_harness.suites.model.wrong_models"
+NOT_READ = "qwen3_next"  # by our engine
 WRONG = [
     "gate_and_up_swapped", "norms_swapped", "key_norm_for_query_norm", "theta_ignored", "epsilon_too_large",
     "never_renormalised", "one_expert_less", "experts_shifted", "last_layer_lost", "first_prompt_token_lost",
@@ -69,20 +70,21 @@ def test_what_a_loaded_model_raises_is_its_own(monkeypatch: pytest.MonkeyPatch, 
 def test_most_of_what_is_planned_can_be_judged() -> None:
     """No case's data leave less than half of its positions to be judged; CannotJudge would say so."""
     trial = Trial(load("model", f"{FILE}:right"), "cpu")
-    for planned in plan("model", Request(dtypes=("bf16",)))[::3]:
+    for planned in [p for p in plan("model", Request(dtypes=("bf16",))) if NOT_READ not in p.id][::3]:
         answer = judge_id(trial, planned.id)
         assert answer["status"] == "passed", answer
         share = int(answer["observations"]["share judged"].rstrip("%")) if answer["observations"] else 100
         assert share >= 50
 
 
-FAMILIES = ("deepseek_v2", "deepseek_v2_lite", "qwen3_omni_moe_talker_text")
+FAMILIES = ("deepseek_v2", "deepseek_v2_lite", "qwen3_omni_moe_talker_text", NOT_READ)
 WRONG_IN = {
     "halves_turned": FAMILIES[:2], "latent_not_normed": FAMILIES[:2], "yarn_not_sharp": FAMILIES[:2],
     "key_parts_in_another_order": FAMILIES[:1], "angles_not_scaled": FAMILIES[1:2],
     "group_limit_ignored": FAMILIES[:1], "routed_scale_forgotten": FAMILIES[:1], "weights_renormalised": FAMILIES[:2],
-    "shared_expert_twice": FAMILIES[:2], "shared_expert_twice_behind_its_gate": FAMILIES[2:],
-    "shared_expert_ungated": FAMILIES[2:], "gate_half_open": FAMILIES[2:],
+    "shared_expert_twice": FAMILIES[:2], "shared_expert_twice_behind_its_gate": FAMILIES[2:3],
+    "shared_expert_ungated": FAMILIES[2:3], "gate_half_open": FAMILIES[2:3],
+    "memory_does_not_fade": FAMILIES[3:], "convolved_backwards": FAMILIES[3:],
 }  # fmt: skip
 FURTHER = ("variant=layers", "variant=layers,dtype=bf16", "variant=tokens,L=17,new=4")
 
@@ -91,8 +93,9 @@ FURTHER = ("variant=layers", "variant=layers,dtype=bf16", "variant=tokens,L=17,n
 def test_further_families_are_judged(family: str) -> None:
     """The right engine passes, transformers too where it has the family, and each wrong model fails."""
     cases = [f"model/numeric/{rest},family={family},seed={5 + place}" for place, rest in enumerate(FURTHER)]
-    assert set(statuses(f"{FILE}:right", cases).values()) == {"passed"}
-    if family.startswith("deepseek"):
+    wanted = "unsupported" if family == NOT_READ else "passed"
+    assert set(statuses(f"{FILE}:right", cases).values()) == {wanted}
+    if "talker" not in family:
         pytest.importorskip("transformers")
         assert set(statuses("transformers", cases).values()) == {"passed"}
     for name in (name for name, families in WRONG_IN.items() if family in families):

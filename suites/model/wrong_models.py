@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from moe_harness.impls.qwen3_moe.latent import LatentAttention
 from moe_harness.impls.qwen3_moe.model import Model, load_model
+from moe_harness.impls.transformers.model import model as transformers_model
 
 SMALL = {"pages": 64, "page_size": 4, "max_sequences": 8, "max_tokens": 16, "max_length": 120}
 
@@ -19,10 +20,10 @@ def right(model_dir: str, *, device: str, dtype: torch.dtype) -> Model:
     return load_model(model_dir, device=device, dtype=dtype, **SMALL)
 
 
-def over(change: Callable[[dict, dict], Any]) -> Callable[..., Model]:
-    """Loads after `change` of config and tensors."""
+def over(change: Callable[[dict, dict], Any], then: Callable[..., Any] = right) -> Callable[..., Any]:
+    """Loads with `then` after `change` of config and tensors."""
 
-    def load(model_dir: str, *, device: str, dtype: torch.dtype) -> Model:
+    def load(model_dir: str, *, device: str, dtype: torch.dtype) -> Any:
         file = Path(model_dir, "config.json")
         keys = json.loads(file.read_text())
         held = {}
@@ -33,7 +34,7 @@ def over(change: Callable[[dict, dict], Any]) -> Callable[..., Model]:
         file.write_text(json.dumps(keys))
         Path(model_dir, "model.safetensors.index.json").unlink(missing_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in held.items()}, Path(model_dir, "model.safetensors"))
-        return right(model_dir, device=device, dtype=dtype)
+        return then(model_dir, device=device, dtype=dtype)
 
     return load
 
@@ -161,3 +162,10 @@ shared_expert_twice = over(lambda keys, held: scaled(held, "shared_experts.down_
 shared_expert_twice_behind_its_gate = over(lambda keys, held: scaled(held, "shared_expert.down_proj", 2.0))
 shared_expert_ungated = reads(shared_gate=False)
 gate_half_open = over(lambda keys, held: scaled(held, "shared_expert_gate", 0.0))
+memory_does_not_fade = over(
+    lambda keys, held: held.update({name: t - 30 for name, t in held.items() if "A_log" in name}), transformers_model
+)
+convolved_backwards = over(
+    lambda keys, held: held.update({name: t.flip(-1) for name, t in held.items() if "conv1d" in name}),
+    transformers_model,
+)

@@ -13,8 +13,8 @@ from moe_harness.harness.core.request import Request
 
 FAMILIES = ("qwen3_moe", "qwen2_moe", "qwen3")
 # Latent attention without and with a low rank of queries and groups of experts; a gated shared expert beside norms of
-# queries and keys.  What they share with FAMILIES is judged there, so that fewer cases are enough.
-FURTHER = ("deepseek_v2_lite", "deepseek_v2", "qwen3_omni_moe_talker_text")
+# queries and keys; linear attention.  What they share with FAMILIES is judged there, so that fewer cases are enough.
+FURTHER = ("deepseek_v2_lite", "deepseek_v2", "qwen3_omni_moe_talker_text", "qwen3_next")
 LENGTHS = (1, 2, 15, 16, 17, 33)  # around pages of 16 and chunks
 
 
