@@ -40,7 +40,7 @@ def test_killed_by_the_planned_cases(fault: Fault) -> None:
 @pytest.mark.parametrize("base", BASES)
 def test_what_the_faults_are_made_from_is_right(base: str) -> None:
     for case in list(_planned())[::4]:
-        verdict = judge.judge(f"moe_harness.harness.stages.dispatcher.faults.schemes:{base}", case)
+        verdict = judge.judge(f"moe_harness.harness.stages.dispatcher.faults._bases:{base}", case)
         assert verdict.passed, format_findings(verdict)
 
 

@@ -1,7 +1,6 @@
 """Properties over specs, drawn by the controller only, and what they shrink to."""
 
 import random
-import time
 
 from hypothesis import HealthCheck, find, given, settings
 from hypothesis import strategies as st
@@ -29,19 +28,17 @@ def _fails(spec: str):
 
 def _minimal(fault: str) -> DispatcherCase:
     options = settings(max_examples=300, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
-    spec = f"moe_harness.harness.stages.dispatcher.faults.schemes:{fault}"
+    spec = f"moe_harness.harness.stages.dispatcher.faults.{fault}"
     return find(strategy.cases(), _fails(spec), settings=options)
 
 
 def test_a_planted_deadlock_shrinks_to_its_minimal_case() -> None:
-    start = time.monotonic()
-    case = _minimal("empty_rank_skips")
+    case = _minimal("collectives:empty_rank_skips")
     assert (case.R, case.E, case.k, sorted(case.tokens)) == (2, 1, 1, [0, 1]), case.id()
-    assert time.monotonic() - start < 30  # 3 s alone on two cores; the machine may be shared
 
 
 def test_a_planted_ownership_fault_shrinks_to_an_uneven_split() -> None:
-    case = _minimal("owner_by_division")
+    case = _minimal("ownership:owner_by_division")
     assert case.R == 2 and case.E <= 3 and case.k == 1, case.id()
 
 

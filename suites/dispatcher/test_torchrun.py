@@ -22,7 +22,7 @@ for _ in range(3):
     assert judge.judge("dispatchers:all_to_all", case).passed
 died = judge.judge("dispatchers:all_to_all", case, injection=Injection("die", 2, 1)).failure
 print(died.kind, died.rank)
-stuck = judge.judge("moe_harness.harness.stages.dispatcher.faults.schemes:empty_rank_skips", case).failure
+stuck = judge.judge("moe_harness.harness.stages.dispatcher.faults.collectives:empty_rank_skips", case).failure
 print(stuck.kind, stuck.rank)
 assert judge.judge("dispatchers:all_to_all_dedup", "dispatcher/dense/R=2,E=3,k=1,T=3+2").passed
 """

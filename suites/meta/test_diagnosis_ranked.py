@@ -12,7 +12,7 @@ from moe_harness.harness.diagnosis import ranked
 from moe_harness.harness.diagnosis.ranked import named
 from moe_harness.harness.ranks.run import judge_ranks
 from moe_harness.harness.run.session import RunOptions
-from moe_harness.harness.stages.dispatcher.faults.schemes import Copies, Gathered, Rows
+from moe_harness.harness.stages.dispatcher.faults._bases import Copies, Gathered, Rows
 
 GENEROUS = 60.0
 SEEN_IN_VALUES = [f for f in all_faults() if f.stage in RANKED and f.shows["seen_by"] == find_ranked(f.stage).checks[0]]
@@ -64,19 +64,19 @@ class LastRowNegated(Gathered):
 
 
 @pytest.mark.parametrize(
-    "spec", [f"{__name__}:LastRowNegated", "moe_harness.harness.stages.dispatcher.faults.schemes:Copies"]
+    "spec", [f"{__name__}:LastRowNegated", "moe_harness.harness.stages.dispatcher.faults._bases:Copies"]
 )
 def test_what_no_fault_explains_has_no_name(spec: str) -> None:
     assert named(spec, "dispatcher/dense/R=2,E=4,k=2,T=3+3", GENEROUS) == []
 
 
 def test_right_results_that_cost_too_much_have_no_wrong_cause() -> None:
-    spec = "moe_harness.harness.stages.dispatcher.faults.schemes:copies_to_everybody"
+    spec = "moe_harness.harness.stages.dispatcher.faults.state:copies_to_everybody"
     assert named(spec, "dispatcher/dense/R=2,E=4,k=2,T=3+3", GENEROUS) == []
 
 
 def test_a_run_names_the_cause_of_its_first_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranked, "named", partial(named, seconds=GENEROUS))  # on a busy machine a run's 5 s are too few
-    spec = "moe_harness.harness.stages.dispatcher.faults.schemes:finalize_not_reverse"
+    spec = "moe_harness.harness.stages.dispatcher.faults.rows:finalize_not_reverse"
     result = judge_ranks("dispatcher", spec, Request(), RunOptions(), (2,), None)
     assert result["failures"][0]["diagnosis"][0]["fault"] == "finalize_not_reverse"

@@ -75,12 +75,15 @@ def test_zero_experts(layout: str) -> None:
     check(spec, 2)
 
 
-@pytest.mark.parametrize("fault", ["own_copies_lost", "finalize_not_reverse", "owner_by_division", "reduced_again"])
+@pytest.mark.parametrize(
+    "fault",
+    ["rows:own_copies_lost", "rows:finalize_not_reverse", "ownership:owner_by_division", "collectives:reduced_again"],
+)
 def test_a_wrong_dispatcher_shows_in_the_block(fault: str) -> None:
     spec = {
         **BASE,
         "layout": "ep",
-        "dispatcher": f"moe_harness.harness.stages.dispatcher.faults.schemes:{fault}",
+        "dispatcher": f"moe_harness.harness.stages.dispatcher.faults.{fault}",
         "owner": [0, 0, 1, 1, 1, 1],
     }
     outcome = pool.run(TASK, {**spec, "tokens": [4, 4]}, ranks=2)

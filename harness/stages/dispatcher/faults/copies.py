@@ -1,6 +1,6 @@
 """Faults of redundant experts: several physical experts hold one logical expert, each slot goes to one of them.
 
-A right dispatcher with copies is the one of `schemes` over physical experts, behind the choice of a copy.
+A right dispatcher with copies is the one of `_bases` over physical experts, behind the choice of a copy.
 """
 
 from typing import Any
@@ -10,14 +10,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_harness.harness.core.ranked_faults import ranked
-from moe_harness.harness.stages.dispatcher.faults import schemes
-from moe_harness.harness.stages.dispatcher.faults.schemes import Gathered, Rows
+from moe_harness.harness.stages.dispatcher.faults._bases import Copies, Gathered, Rows
 
 SHOWS = "R=2,E=4,k=2,T=4+3,copies=4,owner=cyclic"
 HIDDEN = ("R=2,E=4,k=2,T=4+3",)
 
 
-class Replicated(schemes.Copies):
+class Replicated(Copies):
     """Tokens take the copies of their experts in turn."""
 
     supports_copies = True

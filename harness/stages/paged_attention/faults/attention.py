@@ -1,10 +1,5 @@
-"""Faults of paged attention.
+"""Faults of paged attention: right steps, one of them replaced; `shows` and `hidden` name fields of a case."""
 
-`run` is a right implementation, sequence by sequence and in parts of a sequence's keys, whose every step can be
-replaced; `shows` and `hidden` name fields of a case.
-"""
-
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,72 +7,9 @@ from torch import Tensor
 
 from moe_harness.harness.core.catalogue import fault
 from moe_harness.harness.core.emulation import read_as_contiguous
+from moe_harness.harness.stages.paged_attention.faults._steps import Step, attend, parts_of, run, seen
 
 CHUNKS = {"queries": "prompt"}
-Step = Callable[..., Any]
-
-
-def pages_of(table: Tensor, s: int, length: int, page: int) -> Tensor:
-    """The pages of sequence s."""
-    return table[s, : -(-length // page)].long()
-
-
-def gathered(cache: Tensor, pages: Tensor, length: int) -> Tensor:
-    """Keys or values in order, [length, Hk, D]."""
-    return cache[pages].flatten(0, 1)[:length]
-
-
-def seen(count: int, length: int) -> Tensor:
-    """Bool [count, length], the keys that each query sees."""
-    return torch.arange(length) <= torch.arange(length - count, length)[:, None]
-
-
-def shared_by(heads: int, kv_heads: int) -> Tensor:
-    """The key/value head of each query head."""
-    return torch.arange(heads) // (heads // kv_heads)
-
-
-def attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float) -> Tensor:
-    """Softmax over all keys at once, in fp32: [n, H, D]."""
-    scores = torch.einsum("nhd,lhd->nhl", q, keys) * scale
-    weights = scores.masked_fill(~visible[:, None], -torch.inf).softmax(-1)
-    return torch.einsum("nhl,lhd->nhd", weights, values)
-
-
-def parts_of(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float, size: int = 16) -> list[tuple]:
-    """(unnormalised result, largest score, sum of weights) of runs of `size` keys."""
-    found = []
-    for start in range(0, len(keys), size):
-        run = slice(start, start + size)
-        scores = torch.einsum("nhd,lhd->nhl", q, keys[run]) * scale
-        scores = scores.masked_fill(~visible[:, None, run], -torch.inf)
-        top = scores.amax(-1, keepdim=True)
-        weights = (scores - top.masked_fill(top == -torch.inf, 0.0)).exp()
-        found.append((torch.einsum("nhl,lhd->nhd", weights, values[run]), top, weights.sum(-1, keepdim=True)))
-    return found
-
-
-def run(
-    q: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, query_start: Tensor, context_len: Tensor, *,
-    scale: float, pages_of: Step = pages_of, gathered: Step = gathered, seen: Step = seen, shared_by: Step = shared_by,
-    attend: Step = attend, empty: float = 0.0,
-) -> Tensor:  # fmt: skip
-    """A right implementation; the last keywords replace its steps."""
-    out = torch.zeros(q.shape, dtype=q.dtype)
-    bounds, page = query_start.tolist(), key_cache.shape[1]
-    for s, length in enumerate(context_len.tolist()):
-        rows = slice(bounds[s], bounds[s + 1])
-        count = rows.stop - rows.start
-        if count == 0:
-            continue
-        if length == 0:
-            out[rows] = empty
-            continue
-        pages = pages_of(block_table, s, length, page)
-        of_head = shared_by(q.shape[1], key_cache.shape[2])
-        keys, values = (gathered(cache, pages, length).float()[:, of_head] for cache in (key_cache, value_cache))
-        out[rows] = attend(q[rows].float(), keys, values, seen(count, len(keys)), scale).to(q.dtype)
-    return out
 
 
 @fault("causal", source="GeeeekExplorer/nano-vllm/issues/212", condition="a chunk of two or more", shows=CHUNKS,
