@@ -20,7 +20,7 @@ from moe_harness.harness.ranks.run import ENOUGH_SPENT, SHORTER, judge_ranks
 from moe_harness.harness.report.results import verdict_of
 from moe_harness.harness.run.session import RunOptions
 from moe_harness.harness.stages.dispatcher import cases
-from moe_harness.harness.stages.dispatcher.faults.schemes import Gathered, Rows
+from moe_harness.harness.stages.dispatcher.faults._bases import Gathered, Rows
 
 FILE = Path(__file__).parent / "strangers" / "unusual.py"
 CASE = "dispatcher/dense/R=3,E=6,k=2,T=3+0+2"
