@@ -110,7 +110,7 @@ class RankRun:
             result["verdict"] = "error"
         judged = {_together(case) for case in self.account.executed if case.core() and case.rows()}
         missing = [str(ranks) for ranks in self.worlds if ranks not in judged]
-        if result["verdict"] == "pass" and missing and self.options.cases is None:
+        if result["verdict"] in ("pass", "unsupported") and judged and missing and self.options.cases is None:
             result["verdict"] = "unsupported"
             told = f"no case was judged over {', '.join(missing)} ranks, all were refused"
             result["observations"].append({"name": "worlds", "text": told})

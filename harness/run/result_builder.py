@@ -69,6 +69,7 @@ class ResultBuilder:
     def __init__(self, stage: str, spec: str, request: Request, listener: Any, *, partial: bool = False):
         self.stage, self.spec, self.request, self.listener = stage, spec, request, listener
         self.partial = partial
+        self.core_check = find_ranked(stage).checks[0] if stage in RANK_STAGES else "contract"
         self.core_checks = find_ranked(stage).checks if stage in RANK_STAGES else CORE_CHECKS
         self.explain: Callable[[Failure], None] = lambda failure: None  # adds the cause to the first, before it is told
         self.started = time.monotonic()
@@ -85,6 +86,7 @@ class ResultBuilder:
         self.skipped: dict[tuple[str, str], int] = Counter()
         self.executed: list[Case] = []
         self.core: set[tuple[str, bool]] = set()  # parts of the contract's core of which a case was, or was not, judged
+        self.core_refused: list[str] = []
         self.outcomes: list[Outcome] = []
         self._clustered: tuple[int, list[Cluster]] | None = None
         self.histogram = [0] * len(HISTOGRAM_EDGES)
@@ -115,8 +117,10 @@ class ResultBuilder:
         """Count one answer of a worker."""
         _, check, case = parse_id(answer["id"])
         self.answered.add(answer["id"])
-        if check == "contract" and case.core() and case.rows():
-            self.core.add((case.part(), answer["status"] in ("passed", "failed", "died")))
+        if check == self.core_check and case.core() and case.rows():
+            judged = answer["status"] in ("passed", "failed", "died")
+            self.core.add((case.part(), judged))
+            self.core_refused += [answer["id"]] if answer["status"] == "unsupported" else []
         check = answer.get("counts_as", check)
         tally = self.tallies.setdefault(check, Tally())
         status = COUNTED_AS.get(answer["status"], answer["status"])
@@ -276,6 +280,9 @@ class ResultBuilder:
 
     def _observations(self) -> list[dict[str, str]]:
         told = []
+        if self.core_refused and not self._core_is_whole():
+            many, first = len(self.core_refused), self.core_refused[0]
+            told.append({"name": "core", "text": f"{many} cases that nobody needs to refuse were refused, as {first}"})
         for (_, name), counts in self.heard.items():
             if set(counts) <= {"all equal", "differ"}:
                 told.append({"name": name, "text": f"bits equal in {counts['all equal']} of {counts.total()} cases"})

@@ -18,6 +18,7 @@ from moe_harness.harness.ranks.heartbeat import RankStatus, State
 from moe_harness.harness.ranks.jobs import Reply
 from moe_harness.harness.ranks.run import ENOUGH_SPENT, SHORTER, judge_ranks
 from moe_harness.harness.report.results import verdict_of
+from moe_harness.harness.run.result_builder import Listener, ResultBuilder
 from moe_harness.harness.run.session import RunOptions
 from moe_harness.harness.stages.dispatcher import cases
 from moe_harness.harness.stages.dispatcher.faults._bases import Gathered, Rows
@@ -90,6 +91,24 @@ def test_no_pass_without_a_case_at_every_world_size() -> None:
     assert verdict_of(result) == "unsupported"
     assert any("2 ranks" in said["text"] for said in result["observations"])
     assert verdict_of(_run("OneRankOnly", (1,))) == "pass"
+
+
+@pytest.mark.parametrize(
+    ("refused", "verdict"),
+    [(lambda case: case.core() and case.R == 2, "unsupported"), (lambda case: case.core() and case.T == "5+5",
+     "unsupported"), (lambda case: len(set(case.tokens)) > 1, "pass"), (lambda case: case.dtype == "fp16", "pass"),
+     (lambda case: case.owner != "block" or case.groups > 1, "pass")],
+    ids=["two ranks", "a core case in every dtype", "uneven tokens", "a dtype", "other owners"],
+)  # fmt: skip
+def test_what_nobody_needs_to_refuse_is_judged_in_some_dtype_or_nothing_passes(refused, verdict: str) -> None:
+    account = ResultBuilder("dispatcher", "somebody:Dispatcher", Request(), Listener())
+    for planned in cases.plan([1, 2, 4]):
+        status, reason = ("unsupported", "not here") if refused(planned.case) else ("passed", None)
+        account.take({"id": planned.id, "status": status, "reason": reason, "elements": 1, "histogram": [],
+                      "observations": {}, "findings": []})  # fmt: skip
+    result = account.result()
+    assert verdict_of(result) == verdict
+    assert any(said["name"] == "core" for said in result["observations"]) is (verdict == "unsupported")
 
 
 def test_only_the_checks_that_are_asked_for() -> None:

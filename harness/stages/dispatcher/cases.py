@@ -66,6 +66,11 @@ class DispatcherCase(Case):
     def rows(self) -> int:
         return sum(self.tokens)
 
+    def core(self) -> bool:
+        """As many tokens on every rank, equal blocks of experts: what no dispatcher needs to refuse."""
+        plain = not self.copies and self.groups == 1 and self.owner == "block" and not self.E % self.R
+        return super().core() and plain and self.ids in ("plain", "hot") and len(set(self.tokens)) == 1
+
 
 CaseType = DispatcherCase
 
@@ -105,11 +110,19 @@ def plan(worlds: Sequence[int], *, profile: str = "quick", seed: int = 0, copies
                 seed=seed + repeat * 1000 + i,
             )
             yield Planned("live" if i % 5 == 4 else "dense", case)
+        yield from _core(ranks, seed + repeat * 1000 + 100)
         yield from _large(ranks, seed + repeat * 1000 + 200)
         yield from _equal_blocks(ranks, seed + repeat * 1000 + 300)
         yield from _over_two_axes(ranks, seed + repeat * 1000 + 400)
         if copies:
             yield from _redundant(ranks, seed + repeat * 1000 + 500)
+
+
+def _core(ranks: int, seed: int) -> Iterator[Planned]:
+    """In every dtype what no dispatcher needs to refuse."""
+    for i, dtype in enumerate(DTYPES):
+        tokens = "+".join(["5"] * ranks)
+        yield Planned("dense", DispatcherCase(R=ranks, E=4 * ranks, k=2, T=tokens, dtype=dtype, seed=seed + i))
 
 
 def _large(ranks: int, seed: int) -> Iterator[Planned]:

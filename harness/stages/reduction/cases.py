@@ -56,6 +56,14 @@ class ReductionCase(Case):
     def rows(self) -> int:
         return sum(self.tokens)
 
+    def core(self) -> bool:
+        """All rows on every rank, of one group: sequence parallel rows may be refused."""
+        return super().core() and not self.sequence and self.groups == 1
+
+    def part(self) -> str:
+        """A layer has one sum of states: what expert parallel ones reduce is not what tensor parallel ones do."""
+        return f"{self.dtype}, {self.routed} + {self.shared}"
+
 
 CaseType = ReductionCase
 
