@@ -75,16 +75,20 @@ def gate(
         raise UsageError("wanted are --baseline SPEC and --candidate SPEC (and --model DIR)")
     _outputs(json, html)
     options.readable(against)
+    device, dtype = _where(device, dtype)
     from moe_harness.harness.gate import steps
+    from moe_harness.harness.gate.answerers import Settings, glance
     from moe_harness.harness.gate.task import Asked
 
+    for spec in (baseline, candidate):
+        glance(spec, Settings(model, device, dtype, batch_size))
     asked = Asked(task, None if data is None else str(data), limit, shots, seed, max_new_tokens)
     with tempfile.TemporaryDirectory(prefix="accuracy-gate-") as folder:
         requests = Path(folder) / "requests.jsonl"
         steps.make_requests(asked, requests)
-        answers = []
-        for side, spec in (("baseline", baseline), ("candidate", candidate)):
-            answers.append(Path(folder) / f"{side}.jsonl")
+        answers = {side: Path(folder) / f"{side}.jsonl" for side in ("baseline", "candidate")}
+        # The candidate first: where it fails, nobody has waited for the baseline.
+        for side, spec in (("candidate", candidate), ("baseline", baseline)):
             shared = [
                 "--device", device, "--dtype", dtype, "--batch-size", str(batch_size), "--timeout", str(timeout),
                 *([] if model is None else ["--model", str(model)]), *(["--fresh"] if fresh else []),
@@ -93,9 +97,9 @@ def gate(
             ranks = ["--tp", str(tp), "--ep", str(ep), *([] if dispatcher is None else ["--dispatcher", dispatcher])]
             ranked = ranks if side == "candidate" else []
             steps.answer_in_a_process(
-                [str(requests), "--impl", spec, "--out", str(answers[-1]), *shared, *ranked], f"the {side} {spec}"
+                [str(requests), "--impl", spec, "--out", str(answers[side]), *shared, *ranked], f"the {side} {spec}"
             )
-        result = steps.make_result(requests, answers[0], answers[1], margin)
+        result = steps.make_result(requests, answers["baseline"], answers["candidate"], margin)
     _deliver(result, json, html, against)
 
 
@@ -136,10 +140,8 @@ def answer(
     debug: options.Debug = False,
 ) -> None:
     """Step 2 of 3, where the engine is (no lm-eval needed): write the answers of one implementation."""
-    from moe_harness.harness.core import contracts
-
     options.writable(out)
-    device, dtype = options.one_of("device", device, contracts.DEVICES), options.one_dtype(dtype)
+    device, dtype = _where(device, dtype)
     from moe_harness.harness.gate import steps
     from moe_harness.harness.gate.answerers import Settings
     from moe_harness.harness.gate.progress import Answered
@@ -165,6 +167,12 @@ def judge_(
     from moe_harness.harness.gate import steps
 
     _deliver(steps.make_result(requests, baseline, candidate, margin), json, html)
+
+
+def _where(device: str, dtype: str) -> tuple[str, str]:
+    from moe_harness.harness.core import contracts
+
+    return options.one_of("device", device, contracts.DEVICES), options.one_dtype(dtype)
 
 
 def _outputs(json: Path | None, html: Path | None) -> None:

@@ -23,6 +23,7 @@ JUDGE = tuple(f"moe_harness.{room}" for room in ("harness", "fixtures", "referen
 def source_hash(function: Callable[..., Any] | type) -> str:
     """A hash over the file that holds `function`, what lies beside it, and every loaded module that is not installed.
 
+    Of a package everything counts, since some of it may be imported only when it is first called.
     An installed package is named by its version instead: its files are not edited.
     """
     try:
@@ -44,9 +45,13 @@ def _installed(file: Path) -> str | None:
 
 
 def _beside(file: Path) -> Iterable[Path]:
-    """The folder of a file, and those below it where it is a package: a loose file may lie in a home directory."""
+    """The whole package of a file; of a loose one its folder alone, which may be a home directory."""
     folder = file.parent
-    return folder.rglob("*") if (folder / "__init__.py").exists() else folder.iterdir()
+    if not (folder / "__init__.py").exists():
+        return folder.iterdir()
+    while (folder.parent / "__init__.py").exists():
+        folder = folder.parent
+    return folder.rglob("*")
 
 
 def _loaded() -> Iterable[Path]:

@@ -17,6 +17,7 @@ from moe_harness.harness.gate.task import Row
 
 LENGTHS = 0.10  # share by which the mean length may move
 MARGIN = 0.02
+SAME = "baseline and candidate are the same by source, model, versions and settings: this tells nothing of a change"
 
 
 @dataclass(frozen=True)
@@ -40,22 +41,31 @@ def judge(task: str, gated: str, baseline: Side, candidate: Side, margin: float)
     scores = {name: _scores(pairs, name) for name in pairs[0][0].right}
     counted = _counted([(b.right[gated], c.right[gated]) for b, c in pairs])
     troubles = _troubles(pairs, gated, margin)
-    decided = verdict(counted, margin)
+    powerless = scores[gated]["accuracy"]["baseline"] <= margin  # the candidate cannot fall so far, whatever it does
+    decided = "inconclusive" if powerless else verdict(counted, margin)
     return {
         "schema": SCHEMA, "kind": "gate", "verdict": "fail" if troubles else decided,
         "baseline": baseline.spec, "candidate": candidate.spec, "task": task, "filter": gated, "margin": margin,
         "documents": len(pairs), "accuracy": scores[gated]["accuracy"], "drop": counted.drop,
         "interval": list(counted.interval), "discordant": [counted.worse, counted.better], "p": counted.p,
-        "needed": needed(counted, margin), "gold_loglikelihood": _gold(pairs), "flips": _flips(pairs),
+        "needed": None if powerless else needed(counted, margin),
+        "gold_loglikelihood": _gold(pairs), "flips": _flips(pairs),
         "invalid": _share_each(pairs, lambda row: not row.valid[gated]),
         "lengths": {
             "baseline": _mean([b.answer.length for b, _ in pairs]),
             "candidate": _mean([c.answer.length for _, c in pairs]),
             "at_limit": _share_each(pairs, lambda row: row.answer.stop == "length"),
         },
-        "filters": scores, "reasons": troubles, "about": {"baseline": baseline.about, "candidate": candidate.about},
+        "filters": scores, "reasons": troubles, "notes": [SAME] if _same(baseline, candidate) else [],
+        "about": {"baseline": baseline.about, "candidate": candidate.about},
         "rows": [_row(b, c, gated) for b, c in pairs],
     }  # fmt: skip
+
+
+def _same(baseline: Side, candidate: Side) -> bool:
+    """Whether all that is known of the two is equal: then one set of answers may have been compared with itself."""
+    known = [side.about.get("identity") for side in (baseline, candidate)]
+    return known[0] is not None and known[0] == known[1]
 
 
 def paired(baseline: Sequence[Row], candidate: Sequence[Row]) -> list[tuple[Row, Row]]:

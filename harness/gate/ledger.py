@@ -3,6 +3,9 @@
 lm-eval's own cache has no model in its key, so that a candidate is served the baseline's answers and passes any gate
 (github.com/EleutherAI/lm-evaluation-harness/issues/4063).  Here each answerer has a file of its own, named by its
 identity and with that identity in its first line, and in it each answer lies under its request's key.
+
+Where an identity cannot name the source (a server: what runs behind an address may be another thing tomorrow), the
+answers are kept only until they have been delivered: an interrupted run goes on, and a new one asks anew.
 """
 
 import json
@@ -16,12 +19,17 @@ KIND = "gate-ledger"
 
 
 class Ledger:
-    """The answers of one answerer; whatever is added is on disk before `add` returns."""
+    """The answers of one answerer; whatever is added is on disk before `add` returns.
 
-    def __init__(self, folder: Path, identity: dict[str, Any], *, fresh: bool = False):
+    Args:
+        fresh: forget what is there.
+        lasting: whether answers are served to later runs; otherwise `delivered` forgets them.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any], *, fresh: bool = False, lasting: bool = True):
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{digest(identity)}.jsonl"
-        self.identity = identity
+        self.identity, self.lasting = identity, lasting
         self.answers: dict[str, Answer] = {} if fresh else self._kept()
         if not self.answers:
             self.path.write_text(json.dumps({"schema": 1, "kind": KIND, "identity": identity}) + "\n", "utf-8")
@@ -32,6 +40,11 @@ class Ledger:
             for answer in answers:
                 file.write(line_of(answer))
                 self.answers[answer.key] = answer
+
+    def delivered(self) -> None:
+        """All answers have reached who asked."""
+        if not self.lasting:
+            self.path.unlink(missing_ok=True)
 
     def _kept(self) -> dict[str, Answer]:
         """What is in the file; nothing where it belongs to another identity, and no line that was cut off."""

@@ -36,11 +36,15 @@ def make_answers(
     answerer = find(spec, settings)
     identity = answerer.identity()
     started = time.monotonic()
-    kept = Ledger(ledger, identity, fresh=fresh)
+    kept = Ledger(ledger, identity, fresh=fresh, lasting=answerer.traceable)
     served = sum(request.key in kept.answers for request in asked)
+    if served:
+        since = "under the same source, model and versions" if answerer.traceable else "before this run was interrupted"
+        print(f"{spec}: {served} of {len(asked)} answers were given {since} (--fresh asks again)", file=sys.stderr)
     answers = answer_all(answerer, asked, kept, batch_size=settings.batch_size, timeout=timeout, told=told)
     about = {"identity": identity, "from_ledger": served, "seconds": round(time.monotonic() - started, 2)}
     exchange.write(out, "gate-answers", about, answers.values())
+    kept.delivered()
     return about
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
 STRICT, FLEXIBLE = "strict-match", "flexible-extract"
+STRICT_PATTERN, FLEXIBLE_PATTERN = r"#### (\-?[0-9\.\,]+)", r"(-?[$0-9.,]{2,})|(-?[0-9]+)"
 INVALID = "[invalid]"  # what lm-eval's regex filter gives where nothing matches
 ARITHMETIC_QUESTIONS = 1319  # as many as GSM8K has
 ARITHMETIC_VERSION = 1.0
@@ -341,9 +342,9 @@ _COMMON: dict[str, Any] = {
     }],
     "filter_list": [
         {"name": STRICT, "filter": [
-            {"function": "regex", "regex_pattern": r"#### (\-?[0-9\.\,]+)"}, {"function": "take_first"}]},
+            {"function": "regex", "regex_pattern": STRICT_PATTERN}, {"function": "take_first"}]},
         {"name": FLEXIBLE, "filter": [
-            {"function": "regex", "group_select": -1, "regex_pattern": r"(-?[$0-9.,]{2,})|(-?[0-9]+)"},
+            {"function": "regex", "group_select": -1, "regex_pattern": FLEXIBLE_PATTERN},
             {"function": "take_first"}]},
     ],
 }  # fmt: skip

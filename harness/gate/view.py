@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
+WIDTH = 140
 STYLES = {"pass": "bold green", "fail": "bold red", "inconclusive": "bold yellow"}
 
 
@@ -20,6 +21,11 @@ def summary(result: dict[str, Any]) -> str:
         return f"{measured}, less than the margin of {margin:.1%}{worse}"
     if result["verdict"] == "fail":
         return f"{measured}, significantly (p = {result['p']:.2g}), and a fall of {margin:.1%} is not excluded"
+    right = result["accuracy"]["baseline"]
+    if right <= margin:
+        return (
+            f"the baseline itself answers {right:.2%} right, so no fall of {margin:.1%} could show: ask something else"
+        )
     needed = f"{result['needed']} questions would decide" if result["needed"] else "no feasible number would decide"
     return f"{measured}: neither worse nor within the margin of {margin:.1%}; at these rates {needed}"
 
@@ -67,7 +73,11 @@ def show(result: dict[str, Any], console: "Console") -> None:
         table.add_column(name, justify="right" if name in ("baseline", "candidate") else "left")
     for row in facts(result):
         table.add_row(*(Text(cell) for cell in row))
+    if not console.is_terminal:  # a log has no width of its own, and 80 columns break every row in two
+        console.width = max(console.width, WIDTH)
     console.print(table)
+    for note in result["notes"]:
+        console.print(Text(note, style="yellow"), soft_wrap=True)
     verdict = Text(result["verdict"].upper(), style=STYLES[result["verdict"]])
     console.print(verdict.append(f"  {summary(result)}", style="not bold default"), soft_wrap=True)
 
@@ -82,5 +92,6 @@ def write_html(result: dict[str, Any], path: Path) -> None:
     template = environment.get_template("page.html.j2")
     differing = [row for row in result["rows"] if row["texts"] is not None]
     path.write_text(
-        template.render(result=result, facts=facts(result), summary=summary(result), differing=differing), "utf-8"
+        template.render(result=result, facts=facts(result), summary=summary(result), differing=differing),
+        "utf-8",
     )

@@ -1,6 +1,8 @@
 """Requests, answers and the ledger: what lies in a file comes back, and nobody is served another's answers."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -22,6 +24,8 @@ def requests(count):
 
 class Echo:
     """Answers with its name; remembers what it was asked."""
+
+    traceable = True
 
     def __init__(self, name, fail_at=None):
         self.name, self.fail_at, self.asked = name, fail_at, []
@@ -103,6 +107,49 @@ def test_an_interrupted_run_goes_on_with_the_same_batches(tmp_path):
     assert rest.asked == whole.asked[1:]
 
 
+def lasting_run(who, folder, asked):
+    """One run of `gate answer` with somebody whose source cannot be seen."""
+    ledger = Ledger(folder, who.identity(), lasting=False)
+    answers = answer_all(who, asked, ledger, batch_size=4, timeout=60, told=lambda *_: None)
+    ledger.delivered()
+    return answers
+
+
+def test_an_address_is_asked_anew_once_its_answers_were_delivered(tmp_path):
+    """The server behind it may have been restarted with another kernel: the fault of lm-eval's cache again."""
+    asked = requests(10)
+    with pytest.raises(CannotJudge):
+        lasting_run(Echo("http://a", fail_at=2), tmp_path, asked)
+    rest, later = Echo("http://a"), Echo("http://a")
+    lasting_run(rest, tmp_path, asked)
+    assert sum(map(len, rest.asked)) == 6  # an interrupted run goes on
+    lasting_run(later, tmp_path, asked)
+    assert sum(map(len, later.asked)) == 10
+
+
+HANGS = """
+import sys, time
+from pathlib import Path
+from moe_harness.harness.gate.answering import answer_all
+from moe_harness.harness.gate.exchange import Request
+from moe_harness.harness.gate.ledger import Ledger
+
+class Hangs:
+    def answer(self, batch):
+        time.sleep(60)
+
+asked = [Request("t", 0, "d", "p", 0, "q", "a", (), 1)]
+answer_all(Hangs(), asked, Ledger(Path(sys.argv[1]), {}), batch_size=1, timeout=0.2, told=lambda *_: None)
+"""
+
+
+def test_somebody_who_does_not_return_ends_the_run_as_one_that_cannot_judge(tmp_path):
+    done = subprocess.run([sys.executable, "-c", HANGS, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3
+    assert "no answers to a batch of 1 after 0.2 s (--timeout)" in done.stderr
+    assert "time.sleep" in done.stderr or "in answer" in done.stderr
+
+
 def test_a_line_that_was_cut_off_is_asked_again(tmp_path):
     asked = requests(3)
     ask(Echo("a"), tmp_path, asked)
@@ -150,6 +197,18 @@ def test_an_edited_neighbour_of_a_kernel_is_too(tmp_path):
     before = source(tmp_path, KERNEL.format(1))
     (tmp_path / "tiles.cu").write_text("// two")
     assert source(tmp_path, KERNEL.format(1)) != before
+
+
+def test_an_edited_file_of_a_package_is_even_if_it_is_imported_later(tmp_path):
+    inner = tmp_path / "package" / "inner"
+    (tmp_path / "package" / "late").mkdir(parents=True)
+    inner.mkdir()
+    for folder in (inner, tmp_path / "package", tmp_path / "package" / "late"):
+        (folder / "__init__.py").write_text("")
+    (tmp_path / "package" / "late" / "tiles.py").write_text("size = 1")
+    before = source(inner, KERNEL.format(1))
+    (tmp_path / "package" / "late" / "tiles.py").write_text("size = 2")
+    assert source(inner, KERNEL.format(1)) != before
 
 
 def test_an_edited_checkpoint_is_another_model(tmp_path):

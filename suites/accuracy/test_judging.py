@@ -9,7 +9,7 @@ import pytest
 from moe_harness.harness.core.errors import CannotJudge
 from moe_harness.harness.gate import view
 from moe_harness.harness.gate.exchange import Answer, Gold
-from moe_harness.harness.gate.judging import Side, judge
+from moe_harness.harness.gate.judging import SAME, Side, judge
 from moe_harness.harness.gate.task import Row
 
 STRICT = "strict-match"
@@ -38,6 +38,24 @@ def test_equal_answers_pass_where_there_are_enough():
     assert (result["documents"], result["drop"], result["discordant"], result["p"]) == (200, 0.0, [0, 0], 1.0)
     assert result["flips"]["answers"] == result["flips"]["tokens"] == 0
     assert result["flips"]["kl"] == pytest.approx(0, abs=1e-12)
+
+
+def test_two_that_are_the_same_are_told_to_be(tmp_path):
+    who = {"identity": {"spec": "triton", "source": "s"}}
+    for other, same in ((who, True), ({"identity": {"spec": "triton", "source": "t"}}, False), ({}, False)):
+        result = judge("arithmetic", STRICT, Side("a", rows(200), who), Side("b", rows(200), other), 0.02)
+        assert result["notes"] == ([SAME] if same else [])
+        view.write_html(result, tmp_path / "r.html")
+        assert (SAME in (tmp_path / "r.html").read_text()) is same
+
+
+def test_a_baseline_that_answers_nothing_lets_nobody_pass():
+    """Whatever the candidate does, it cannot fall by the margin: such a gate could not fail."""
+    wrong = range(1, 300)
+    result = judged(rows(300, wrong=wrong), rows(300, wrong=range(300)))
+    assert (result["verdict"], result["needed"]) == ("inconclusive", None)
+    assert "the baseline itself answers 0.33% right" in view.summary(result)
+    assert judged(rows(300, wrong=range(20, 300)), rows(300, wrong=range(20, 300)))["verdict"] == "pass"
 
 
 def test_equal_answers_decide_nothing_where_there_are_few():

@@ -12,6 +12,6 @@ http://host:port/v1#model
     a server that speaks OpenAI's completions
 """
 
-from moe_harness.harness.gate.answerers.finding import Answerer, Settings, find
+from moe_harness.harness.gate.answerers.finding import Answerer, Settings, find, glance
 
-__all__ = ["Answerer", "Settings", "find"]
+__all__ = ["Answerer", "Settings", "find", "glance"]

@@ -16,6 +16,8 @@ GOLD_ROWS = 32
 class ContractModel:
     """Answers by `generate`; where a stop string has not come after some tokens, it goes on from there."""
 
+    traceable = True
+
     def __init__(self, spec: str, function: Callable[..., Any], settings: Settings, group: Any = None):
         import torch
 

@@ -9,7 +9,10 @@ from typing import Any, Protocol
 from moe_harness.harness.core import contracts, registry
 from moe_harness.harness.core.errors import CannotJudge, UsageError, unknown
 from moe_harness.harness.gate.exchange import Answer, Request
+from moe_harness.harness.gate.identity import source_hash
 
+FAMILIES = ("transformers", "hflm")  # whose specs name an experts implementation of transformers
+PLUGGED = ("model", "experts", "moe_block")  # stages whose implementations answer, in the order of preference
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -33,7 +36,13 @@ class Settings:
 
 
 class Answerer(Protocol):
-    """Who answers."""
+    """Who answers.
+
+    Attributes:
+        traceable: whether `identity` names the source of what computes the answers, so that they may serve a later run.
+    """
+
+    traceable: bool
 
     def identity(self) -> dict[str, Any]:
         """All that its answers depend on besides the request."""
@@ -51,12 +60,12 @@ def find(spec: str, settings: Settings) -> Answerer:
         UsageError: no such name, no checkpoint, settings that do not go together.
         CannotJudge: it exists and cannot be loaded.
     """
-    if spec.startswith(("http://", "https://")):
+    if not needs_model(spec):
         from moe_harness.harness.gate.answerers.server import Server
 
         return Server(spec, settings)
     check_model(settings.model)
-    if spec.partition(":")[0] in ("transformers", "hflm"):
+    if spec.partition(":")[0] in FAMILIES:
         _needs("transformers")
         name = spec.partition(":")[2]
         return _hflm(name, settings) if spec.startswith("hflm") else _transformers(spec, name, settings)
@@ -75,6 +84,34 @@ def find(spec: str, settings: Settings) -> Answerer:
     return TransformersModel(spec, settings, stage=stage, function=function, layer=layer)
 
 
+def glance(spec: str, settings: Settings) -> None:
+    """Refuse what can be refused before anybody is asked, without loading a model.
+
+    Raises:
+        UsageError: no such name or file, no checkpoint, a model that the server does not offer.
+        CannotJudge: a server that does not answer.
+    """
+    if not needs_model(spec):
+        find(spec, settings)
+        return
+    check_model(settings.model)
+    plain, at, layer = spec.rpartition("@")
+    name = plain if at and layer.isdigit() else spec
+    first, _, second = name.partition(":")
+    if first.endswith(".py") and not Path(first).is_file():
+        raise UsageError(f"{name!r}: there is no file {first}")
+    if first in FAMILIES and second not in ("", "eager"):  # eager is always there, and transformers takes seconds
+        _needs("transformers")
+        _experts_name(second)
+    elif first not in FAMILIES and not second:
+        stage_of_name(name)
+
+
+def needs_model(spec: str) -> bool:
+    """Whether a checkpoint's folder is needed: not for a server, which has one."""
+    return not spec.startswith(("http://", "https://"))
+
+
 def check_model(folder: Path | None) -> None:
     """Refuse a folder that holds no checkpoint (UsageError)."""
     if folder is None or not (folder / "config.json").is_file():
@@ -89,16 +126,24 @@ def resolve(spec: str) -> tuple[str, Callable[..., Any], int | None]:
     plain, at, layer = spec.rpartition("@")
     if at and layer.isdigit():
         return (*resolve(plain)[:2], int(layer))
-    for stage in ("model", "experts", "moe_block"):
-        if spec in registry.registered(stage):
-            return stage, registry.find(stage, spec), None
-    if ":" not in spec:
-        known = [name for stage in ("model", "experts", "moe_block") for name in registry.registered(stage)]
-        raise unknown("implementation", spec, [*known, "transformers:eager"])
+    stage = stage_of_name(spec)
+    if stage is not None:
+        return stage, registry.find(stage, spec), None
     function = registry.find("experts", spec)
     if not callable(function):
         raise UsageError(f"{spec!r} is {type(function).__name__}, but should be a function")
     return _stage_of(spec, function), function, None
+
+
+def stage_of_name(spec: str) -> str | None:
+    """The stage of a registered name; None for what is to be imported; UsageError for a name that nobody has."""
+    for stage in PLUGGED:
+        if spec in registry.registered(stage):
+            return stage
+    if ":" not in spec:
+        known = [name for stage in PLUGGED for name in registry.registered(stage)]
+        raise unknown("implementation", spec, [*known, "transformers:eager"])
+    return None
 
 
 def _stage_of(spec: str, function: Callable[..., Any]) -> str:
@@ -153,6 +198,13 @@ def _experts_name(name: str) -> str:
     if name not in known:
         raise unknown("experts implementation of transformers", name, sorted(set(known)))
     return name
+
+
+def registered_source(name: str) -> str | None:
+    """The source behind an experts implementation of transformers; None for transformers' own, which has a version."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    return None if name == "eager" else source_hash(ALL_EXPERTS_FUNCTIONS[name])
 
 
 def _needs(package: str) -> None:

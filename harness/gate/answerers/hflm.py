@@ -5,13 +5,15 @@ from typing import Any
 
 from moe_harness.harness.core.errors import CannotJudge
 from moe_harness.harness.gate import identity
-from moe_harness.harness.gate.answerers.finding import DTYPES, Settings
-from moe_harness.harness.gate.answerers.tokens import Tokens
+from moe_harness.harness.gate.answerers.finding import DTYPES, Settings, registered_source
+from moe_harness.harness.gate.answerers.tokens import Tokens, quiet
 from moe_harness.harness.gate.exchange import Answer, Request
 
 
 class Hflm:
     """HFLM with an experts implementation of transformers."""
+
+    traceable = True
 
     def __init__(self, implementation: str, settings: Settings):
         try:
@@ -21,15 +23,17 @@ class Hflm:
         assert settings.model is not None
         self.implementation, self.settings = implementation, settings
         self.tokens = Tokens(settings.model)
-        self.model = HFLM(
-            pretrained=str(settings.model), dtype=DTYPES[settings.dtype], device=settings.device,
-            batch_size=settings.batch_size, experts_implementation=implementation,
-        )  # fmt: skip
+        with quiet():
+            self.model = HFLM(
+                pretrained=str(settings.model), dtype=DTYPES[settings.dtype], device=settings.device,
+                batch_size=settings.batch_size, experts_implementation=implementation,
+            )  # fmt: skip
 
     def identity(self) -> dict[str, Any]:
         assert self.settings.model is not None
         return {
-            "spec": f"hflm:{self.implementation}", "model": identity.model_hash(self.settings.model),
+            "spec": f"hflm:{self.implementation}", "source": registered_source(self.implementation),
+            "model": identity.model_hash(self.settings.model),
             "dtype": self.settings.dtype, "batch_size": self.settings.batch_size,
             **identity.surroundings(self.settings.device),
         }  # fmt: skip

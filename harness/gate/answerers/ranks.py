@@ -23,6 +23,8 @@ class Ranks:
         CannotJudge: a rank that cannot load the model, or that fails or dies later.
     """
 
+    traceable = True
+
     def __init__(self, spec: str, settings: Settings):
         if settings.tp > 1 and settings.ep > 1:
             raise UsageError("--tp and --ep are both above 1, but load_model has one group: give one of them")

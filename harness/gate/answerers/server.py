@@ -1,6 +1,6 @@
 """A server that speaks OpenAI's completions: vLLM, SGLang, llama.cpp and others.
 
-What runs behind an address cannot be read from here, so its answers are served again only where that is asked for.
+What runs behind an address cannot be read from here: its answers serve an interrupted run to go on, and no later one.
 """
 
 import json
@@ -19,6 +19,8 @@ TIMEOUT = 600.0  # seconds for one answer
 
 class Server:
     """`http://host:port/v1#model`; `batch_size` requests are under way at a time."""
+
+    traceable = False
 
     def __init__(self, spec: str, settings: Settings):
         self.address, _, self.model = spec.partition("#")

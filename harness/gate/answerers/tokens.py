@@ -1,11 +1,26 @@
 """Text to tokens and back: prompts, stop strings across the borders of tokens, gold answers under teacher forcing."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from moe_harness.harness.core.errors import CannotJudge
 from moe_harness.harness.gate.exchange import LIKELIEST, Answer, Gold, Request
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without its bar for loading weights: ours shows what takes time."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 class Tokens:

@@ -1,14 +1,13 @@
 """transformers' model of a checkpoint, with any experts inside: greedy answers, a batch at a time."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from moe_harness.harness.core.errors import CannotJudge, UsageError
 from moe_harness.harness.gate import identity
 from moe_harness.harness.gate.answerers import plugging
-from moe_harness.harness.gate.answerers.finding import DTYPES, Settings
-from moe_harness.harness.gate.answerers.tokens import Tokens, forced
+from moe_harness.harness.gate.answerers.finding import DTYPES, Settings, registered_source
+from moe_harness.harness.gate.answerers.tokens import Tokens, forced, quiet
 from moe_harness.harness.gate.exchange import Answer, Gold, Request
 
 GOLD_TOKENS = 16_384  # of one forward pass over gold answers: logits of a large vocabulary are what fills the memory
@@ -21,6 +20,8 @@ class TransformersModel:
         implementation: a name that transformers knows; or
         stage, function, layer: what is put into every layer, or into one.
     """
+
+    traceable = True
 
     def __init__(
         self, spec: str, settings: Settings, *, implementation: str | None = None, stage: str = "experts",
@@ -35,10 +36,11 @@ class TransformersModel:
         self.spec, self.settings, self.function = spec, settings, function
         self.tokens = Tokens(settings.model)
         try:
-            self.model = AutoModelForCausalLM.from_pretrained(
-                settings.model, dtype=getattr(torch, DTYPES[settings.dtype]),
-                experts_implementation=implementation or "eager",
-            )  # fmt: skip
+            with quiet():
+                self.model = AutoModelForCausalLM.from_pretrained(
+                    settings.model, dtype=getattr(torch, DTYPES[settings.dtype]),
+                    experts_implementation=implementation or "eager",
+                )  # fmt: skip
         except (OSError, ValueError, RuntimeError) as error:
             raise CannotJudge(f"transformers cannot load {settings.model}: {error}") from error
         self.model = self.model.to(settings.device).eval()  # type: ignore[arg-type]
@@ -49,7 +51,7 @@ class TransformersModel:
         assert self.settings.model is not None
         own = None if self.function is None else identity.source_hash(self.function)
         if self.spec.startswith("transformers:"):
-            own = _registered_source(self.spec.partition(":")[2])
+            own = registered_source(self.spec.partition(":")[2])
         return {
             "spec": self.spec, "source": own, "model": identity.model_hash(self.settings.model),
             "dtype": self.settings.dtype, "batch_size": self.settings.batch_size,
@@ -114,12 +116,3 @@ class TransformersModel:
         # A stop string ends with the newest token, so the last few tell.
         window = max((len(stop) for stop in request.until), default=0) + 1
         return self.tokens.stopped(ids[-window:], request.until)
-
-
-@functools.cache
-def _registered_source(name: str) -> str | None:
-    """The source behind an experts implementation that is registered under a name; None for transformers' own."""
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    function = None if name == "eager" else ALL_EXPERTS_FUNCTIONS[name]
-    return None if function is None else identity.source_hash(function)
