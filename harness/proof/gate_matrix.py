@@ -1,36 +1,54 @@
 """What an accuracy gate sees of the catalogue of faults: each planted in a model that answers questions.
 
-    python -m moe_harness.harness.proof.gate_matrix --model DIR --json docs/gate_matrix.json
+    python -m moe_harness.harness.proof.gate_matrix --model DIR --json docs/gate_matrix.json --page docs/gate_matrix.md
 
 Every fault of the stages experts and moe_block that changes values is put into all layers of transformers' model, and
-into the middle one alone; right implementations beside them.  Both measures come from one forward pass over each
-question with its worked answer: its log-likelihood, and whether each of its tokens is the likeliest after those before
-it, which is exactly where the greedy answer is the worked one word for word.  (Such an answer is what the arithmetic
-model gives; a fault that shows in decoding alone is not seen here, whichever measure.)
+what shows there into the middle one alone; right implementations beside them.  Two measures are taken, by the gate's
+own code:
 
-The accuracy sees a fault where the gate's statistics say fail, the gold log-likelihood where its mean shift is
-significant (Wilcoxon's signed-rank test) and larger than NOISE times that of any right implementation, or no number.
+    accuracy                greedy answers to the GENERATED questions with the shortest worked answers, strict match;
+                            a fault is seen where the gate's statistics say fail
+    gold log-likelihood     one forward pass over each question with its worked answer; a fault is seen where an answer
+                            has no finite log-likelihood, where the mean falls significantly (Wilcoxon's signed-rank
+                            test) and by more than NOISE times what any right implementation moves it, or where one
+                            answer moves by more than NOISE times what any right implementation moves any
+
+What a right implementation moves is measured on other questions (another seed) than those that judge.  A fault whose
+numbers equal those of a right implementation in every bit is absent from the model: no statistic can see it.
 """
 
 import argparse
 import itertools
 import json
+import math
+import re
 import signal
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_harness.harness.core import registry
 from moe_harness.harness.core.catalogue import Fault, all_faults, get
 from moe_harness.harness.gate.answerers import Settings
-from moe_harness.harness.gate.exchange import Gold, Request
+from moe_harness.harness.gate.exchange import Answer, Gold, Request, digest
+from moe_harness.harness.gate.judging import MARGIN
 from moe_harness.harness.gate.statistics import LEVEL, Paired, Shift, verdict
+from moe_harness.harness.gate.task import STRICT_PATTERN
 
+if TYPE_CHECKING:
+    from moe_harness.harness.gate.answerers.transformers_model import TransformersModel
+
+SCHEMA = 2
 NOISE = 3.0
 SIGNS = ("value", "dtype", "shape")  # what changes answers; the others are for checks that look for them
-LONGEST = 60  # seconds for one fault
+LONGEST = 8  # seconds of the processor for one fault
+WAITING = 40 * LONGEST  # seconds by the clock
+GENERATED = 12  # questions that are answered by generation; five lost ones are significant
+SPARE = 8  # tokens that an answer may be longer than the worked one
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -43,12 +61,38 @@ class Planted:
     layer: int | None
 
 
-def plan(middle: int) -> list[Planted]:
-    """Right implementations first, then faults in all layers, then in the middle one."""
-    right = [Planted("right", "grouped_mm", "", None)]
-    right += [Planted("right", name, "experts", None) for name in registry.registered("experts")]
-    faults = [found for found in all_faults() if found.stage in ("experts", "moe_block") and plantable(found)]
-    return [*right, *(Planted("fault", f.name, f.stage, layer) for layer in (None, middle) for f in faults)]
+@dataclass(frozen=True)
+class Measured:
+    """The golds of all questions, and whether each of the generated answers is right."""
+
+    golds: Sequence[Gold]
+    right: Sequence[bool]
+    texts: Sequence[str]
+
+    @property
+    def bits(self) -> str:
+        """The same where every number is the same."""
+        return digest([[gold.loglikelihood.hex() for gold in self.golds], list(self.texts)])
+
+
+def rights(layer: int | None) -> list[Planted]:
+    """Right implementations in one layer, or in all."""
+    stages = ("experts", "moe_block")
+    return [Planted("right", name, stage, layer) for stage in stages for name in registry.registered(stage)]
+
+
+def faults() -> list[Planted]:
+    """The faults, in all layers."""
+    wanted = [fault for fault in all_faults() if fault.stage in ("experts", "moe_block") and plantable(fault)]
+    return [Planted("fault", fault.name, fault.stage, None) for fault in wanted]
+
+
+def plan(middle: int, rows: Sequence[Row]) -> Iterator[Planted]:
+    """What is planted, in this order; `rows` grows meanwhile, since what equals a right implementation in all layers
+    does so in one."""
+    yield from (*rights(None), *rights(middle), *faults())
+    shown = {row["name"] for row in rows if row["kind"] == "fault" and row["present"]}
+    yield from (replace(planted, layer=middle) for planted in faults() if planted.name in shown)
 
 
 def plantable(fault: Fault) -> bool:
@@ -57,109 +101,207 @@ def plantable(fault: Fault) -> bool:
     return fault.sign in SIGNS and not twice
 
 
-def questions(count: int) -> list[Request]:
+def questions(count: int, seed: int) -> list[Request]:
     """Problems of arithmetic without examples before them, which the model answers as well."""
     from moe_harness.fixtures.arithmetic import problems
     from moe_harness.fixtures.arithmetic.tokens import prompt
 
     return [
-        Request("arithmetic", i, "", "", 0, prompt(problem), f" {problem.answer}", (), 1)
-        for i, problem in enumerate(itertools.islice(problems("test", 0), count))
+        Request("arithmetic", i, "", "", 0, prompt(problem), f" {problem.answer}", ("Question:",), 1)
+        for i, problem in enumerate(itertools.islice(problems("test", seed), count))
     ]
 
 
-def run(settings: Settings, count: int, seconds: float, keep: Path) -> dict[str, Any]:
+class Bench:
+    """The model with its questions; what is planted is measured in it and taken out again."""
+
+    def __init__(self, model: "TransformersModel", asked: Sequence[Request]):
+        self.model, self.asked = model, asked
+        lengths = {request.doc_id: len(model.tokens.encode(request.gold)) for request in asked}
+        shortest = sorted(asked, key=lambda request: (lengths[request.doc_id], request.doc_id))[:GENERATED]
+        self.short = [replace(request, max_new_tokens=lengths[request.doc_id] + SPARE) for request in shortest]
+
+    def measure(self, planted: Planted) -> Measured:
+        """Both measures of one thing; whatever it raises."""
+        from moe_harness.harness.gate.answerers.plugging import plug
+
+        function = get(planted.name).function if planted.kind == "fault" else registry.find(planted.stage, planted.name)
+        take_out = plug(self.model.model, planted.stage, function, planted.layer)
+        try:
+            return Measured(self.golds(), *self.answers())
+        finally:
+            take_out()
+
+    def trusted(self) -> Measured:
+        """The model as it is."""
+        return Measured(self.golds(), *self.answers())
+
+    def golds(self) -> list[Gold]:
+        return self.model.golds(self.asked)
+
+    def answers(self) -> tuple[list[bool], list[str]]:
+        """Whether each generated answer is right, and the answers."""
+        tokens = self.model.tokens
+        new = self.model.generate([tokens.prompt(request) for request in self.short], self.short)
+        found: list[Answer] = [tokens.answer(r, ids, None) for r, ids in zip(self.short, new, strict=True)]
+        right = [_number(a.text) == _number(r.gold) for a, r in zip(found, self.short, strict=True)]
+        return right, [answer.text for answer in found]
+
+    def cost(self) -> dict[str, float]:
+        """Seconds of the processor for one question, of either measure."""
+        found = {}
+        parts: tuple[tuple[str, Callable[[], Any], int], ...] = (
+            ("forced", self.golds, len(self.asked)), ("generated", self.answers, len(self.short)),
+        )  # fmt: skip
+        for name, measure, count in parts:
+            started = time.process_time()
+            measure()
+            found[name] = (time.process_time() - started) / count
+        return found
+
+
+def _number(text: str) -> str | None:
+    """What lm-eval's strict match finds in an answer."""
+    found = re.search(STRICT_PATTERN, text)
+    return None if found is None else found[1].replace(",", "").removesuffix(".")
+
+
+def run(settings: Settings, count: int, seed: int, seconds: float, keep: Path, kills: Path | None) -> dict[str, Any]:
     """The whole matrix; what there is no time for is not in it.  `keep` is written after every fault."""
     from moe_harness.harness.gate.answerers.transformers_model import TransformersModel
 
     model = TransformersModel("transformers:eager", settings, implementation="eager")
-    asked, ends = questions(count), time.monotonic() + seconds
-    trusted = model.golds(asked)
-    todo, rows = plan(model.model.config.num_hidden_layers // 2), []
-    signal.signal(signal.SIGALRM, _too_long)
-    for planted in todo:
+    middle, ends = model.model.config.num_hidden_layers // 2, time.monotonic() + seconds
+    bench = Bench(model, questions(count, seed))
+    other = Bench(model, questions(count, seed + 1))
+    known = [row for row, _ in _rows(other, rights(None), math.inf, other.trusted())]
+    trusted = bench.trusted()
+    about = {
+        "schema": SCHEMA, "documents": count, "generated": len(bench.short), "seed": seed, "margin": MARGIN,
+        "cost": bench.cost(), "identity": model.identity(), "planned": len(faults()), "floor": floor(known),
+        "calibration": known,
+    }  # fmt: skip
+    rows: list[Row] = []
+    right_bits, killers = {trusted.bits}, _killers(kills)
+    for row, measured in _rows(bench, plan(middle, rows), ends, trusted):
+        if measured is not None and row["kind"] == "right":
+            right_bits.add(measured.bits)
+        row |= {"present": None if measured is None else measured.bits not in right_bits}
+        row |= seen(row, about["floor"]) | {"checks": killers.get(row["name"])}
+        rows.append(row)
+        keep.write_text(json.dumps({**about, "seen": counts(rows), "rows": rows}, indent=1) + "\n")
+    return dict(json.loads(keep.read_text()))
+
+
+def _rows(
+    bench: Bench, plan: Iterable[Planted], ends: float, trusted: Measured
+) -> Iterator[tuple[Row, Measured | None]]:
+    """A row for each thing planted, with what was measured."""
+    for late in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(late, _too_long)
+    for planted in plan:
         if time.monotonic() > ends:
-            break
-        signal.alarm(LONGEST)
+            return
+        signal.setitimer(signal.ITIMER_PROF, LONGEST, LONGEST)  # again, where a fault swallows what is raised
+        signal.setitimer(signal.ITIMER_REAL, WAITING)
         try:
-            measured = compared(trusted, _with(model, planted, asked))
+            measured = bench.measure(planted)
         except Exception as error:  # whatever a fault raises is what is known of it
-            measured = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
+            yield {**vars(planted), "error": f"{type(error).__name__}: {str(error)[:200]}"}, None
+            continue
         finally:
-            signal.alarm(0)
-        rows.append({**vars(planted), **measured})
-        result = {"documents": count, "planned": len(todo), "identity": model.identity(), "noise": NOISE}
-        keep.write_text(json.dumps({**result, **seen(rows), "rows": rows}, indent=1) + "\n")
-    return json.loads(keep.read_text())
+            for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL):
+                signal.setitimer(timer, 0)
+        yield {**vars(planted), **compared(trusted, measured)}, measured
 
 
 def _too_long(*_: Any) -> None:
-    raise TimeoutError(f"no answers after {LONGEST} s")
+    raise TimeoutError(f"no answers after {LONGEST} s of the processor or {WAITING} s by the clock")
 
 
-def _with(model: Any, planted: Planted, asked: Sequence[Request]) -> list[Gold]:
-    from moe_harness.harness.gate.answerers.plugging import plug
-
-    if planted.stage == "":
-        model.model.set_experts_implementation(planted.name)
-        try:
-            return model.golds(asked)
-        finally:
-            model.model.set_experts_implementation("eager")
-    function = get(planted.name).function if planted.kind == "fault" else registry.find("experts", planted.name)
-    take_out = plug(model.model, planted.stage, function, planted.layer)
-    try:
-        return model.golds(asked)
-    finally:
-        take_out()
+def _killers(kills: Path | None) -> dict[str, list[str]]:
+    """The checks that killed each fault, of a kill matrix."""
+    rows = [] if kills is None else json.loads(kills.read_text("utf-8"))["rows"]
+    return {row["fault"]: [c for c, cell in row["checks"].items() if cell["status"] == "killed"] for row in rows}
 
 
-def compared(trusted: Sequence[Gold], found: Sequence[Gold], margin: float = 0.02) -> dict[str, Any]:
+def compared(trusted: Measured, found: Measured) -> Row:
     """One row: verdict on the accuracy, and the shift of the gold log-likelihood."""
-    right = [[gold.greedy == gold.tokens for gold in golds] for golds in (trusted, found)]
-    pairs = list(zip(*right, strict=True))
+    pairs = list(zip(trusted.right, found.right, strict=True))
     counted = Paired(len(pairs), sum(b and not c for b, c in pairs), sum(c and not b for b, c in pairs))
-    shifts = [c.loglikelihood - b.loglikelihood for b, c in zip(trusted, found, strict=True)]
-    finite = [shift for shift in shifts if abs(shift) < float("inf")]
+    shifts = [c.loglikelihood - b.loglikelihood for b, c in zip(trusted.golds, found.golds, strict=True)]
+    finite = [shift for shift in shifts if math.isfinite(shift)]
     shift = Shift.of(finite)
     return {
-        "accuracy": [sum(side) / len(side) for side in right], "verdict": verdict(counted, margin),
+        "accuracy": sum(found.right) / len(pairs), "discordant": [counted.worse, counted.better],
+        "verdict": verdict(counted, MARGIN),
         "gold": None if shift is None else shift.mean, "interval": None if shift is None else list(shift.interval),
-        "p": None if shift is None else shift.p,
-        "largest": None if shift is None else shift.largest, "not_finite": len(shifts) - len(finite),
+        "p": None if shift is None else shift.p, "largest": None if shift is None else shift.largest,
+        "not_finite": len(shifts) - len(finite),
     }  # fmt: skip
 
 
-def seen(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Marks each row with who sees it, and counts."""
-    floor = NOISE * max((abs(r["gold"]) for r in rows if r["kind"] == "right" and "error" not in r), default=0.0)
-    for row in rows:
-        if "error" not in row:
-            significant = row["gold"] is not None and row["p"] < LEVEL and row["gold"] < -floor
-            row["by_accuracy"] = row["verdict"] == "fail"
-            row["by_gold"] = bool(row["not_finite"] or significant)
-    counts = {}
-    for place, here in (("all_layers", True), ("one_layer", False)):
-        found = [r for r in rows if r["kind"] == "fault" and (r["layer"] is None) == here and "error" not in r]
-        counts[place] = {
-            "faults": len(found), "by_accuracy": sum(r["by_accuracy"] for r in found),
-            "by_gold": sum(r["by_gold"] for r in found),
-            "by_neither": sum(not (r["by_gold"] or r["by_accuracy"]) for r in found),
+def floor(rows: Sequence[Row]) -> dict[str, float]:
+    """How far right implementations move the mean and any one answer, times NOISE."""
+    ran = [row for row in rows if "error" not in row]
+    return {
+        "mean": NOISE * max((abs(row["gold"]) for row in ran), default=0.0),
+        "largest": NOISE * max((row["largest"] for row in ran), default=0.0),
+    }
+
+
+def seen(row: Row, least: dict[str, float]) -> Row:
+    """What sees a row: the accuracy, and each way in which the gold log-likelihood can tell."""
+    if "error" in row:
+        return {}
+    mean = row["gold"] is not None and row["p"] < LEVEL and row["gold"] < -least["mean"]
+    single = row["largest"] is not None and row["largest"] > least["largest"]
+    return {
+        "by_accuracy": row["verdict"] == "fail", "by_mean": bool(mean), "by_single": bool(single),
+        "by_gold": bool(row["not_finite"] or mean or single),
+    }  # fmt: skip
+
+
+def counts(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
+    """How many faults each measure sees, in all layers and in one, and false alarms on right implementations."""
+    found = {}
+    for place, everywhere in (("all_layers", True), ("one_layer", False)):
+        here = [row for row in rows if (row["layer"] is None) == everywhere]
+        ran = {kind: [r for r in here if r["kind"] == kind and "error" not in r] for kind in ("fault", "right")}
+        faulty = ran["fault"]
+        found[place] = {
+            "faults": len(faulty), "present": sum(row["present"] for row in faulty),
+            "raised": sum("error" in row and row["kind"] == "fault" for row in here),
+            **{name: sum(row[name] for row in faulty) for name in ("by_accuracy", "by_gold", "by_mean", "by_single")},
+            "by_neither": sum(not (row["by_gold"] or row["by_accuracy"]) for row in faulty),
+            "by_checks": sum(bool(row["checks"]) for row in faulty),
+            "right": len(ran["right"]),
+            "false_alarms": sum(row["by_gold"] or row["by_accuracy"] for row in ran["right"]),
         }  # fmt: skip
-    return {"floor": floor, "seen": counts, "raised": sum("error" in r and r["kind"] == "fault" for r in rows)}
+    return found
 
 
 def main() -> None:
+    from moe_harness.harness.proof.gate_matrix_view import page
+
     parser = argparse.ArgumentParser(prog="python -m moe_harness.harness.proof.gate_matrix", description=__doc__)
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--model", type=Path, help="the checkpoint; without it, --json is read and only shown")
     parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--page", type=Path, help="write the matrix as a Markdown page here")
+    parser.add_argument("--kills", type=Path, help="a kill matrix of `faults --json`: what the kernel checks see")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bf16")
-    parser.add_argument("--questions", type=int, default=64)
+    parser.add_argument("--questions", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=0, help="of the problems; the next seed's calibrate")
     parser.add_argument("--seconds", type=float, default=3600, help="start nothing new after so long")
     asked = parser.parse_args()
-    settings = Settings(asked.model, asked.device, asked.dtype)
-    print(json.dumps(run(settings, asked.questions, asked.seconds, asked.json)["seen"], indent=1))
+    if asked.model is not None:
+        settings = Settings(asked.model, asked.device, asked.dtype)
+        run(settings, asked.questions, asked.seed, asked.seconds, asked.json, asked.kills)
+    result = json.loads(asked.json.read_text("utf-8"))
+    print(json.dumps(result["seen"], indent=1))
+    if asked.page is not None:
+        asked.page.write_text(page(result), "utf-8")
 
 
 if __name__ == "__main__":
