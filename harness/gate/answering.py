@@ -7,7 +7,6 @@ on asks exactly what an uninterrupted one would have asked.
 import contextlib
 import faulthandler
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from moe_harness.harness.gate.exchange import Answer, Request
 from moe_harness.harness.gate.ledger import Ledger
 
 Told = Callable[[int, int, float], None]  # questions answered, of how many, seconds left
+STDERR = 2
 GRACE = 5.0  # seconds after which a process ends whose threads do not get their turn: a kernel that holds the lock
 
 
@@ -64,8 +64,8 @@ def _limited(seconds: float, batch: int) -> Iterator[None]:
     """End the process where a batch takes longer: nothing else ends a kernel that hangs."""
 
     def late() -> None:
-        faulthandler.dump_traceback(file=sys.__stderr__)
-        print(f"no answers to a batch of {batch} after {seconds:g} s (--timeout)", file=sys.__stderr__, flush=True)
+        faulthandler.dump_traceback(file=STDERR)  # sys.stderr may be a bar's
+        os.write(STDERR, f"no answers to a batch of {batch} after {seconds:g} s (--timeout)\n".encode())
         os._exit(EXIT_CANNOT_JUDGE)
 
     watch = threading.Timer(seconds, late)

@@ -175,10 +175,11 @@ def run(settings: Settings, count: int, seed: int, seconds: float, keep: Path, k
     bench = Bench(model, questions(count, seed))
     other = Bench(model, questions(count, seed + 1))
     known = [row for row, _ in _rows(other, rights(None), math.inf, other.trusted())]
+    least = floor(known)
     trusted = bench.trusted()
     about = {
         "schema": SCHEMA, "documents": count, "generated": len(bench.short), "seed": seed, "margin": MARGIN,
-        "cost": bench.cost(), "identity": model.identity(), "planned": len(faults()), "floor": floor(known),
+        "cost": bench.cost(), "identity": model.identity(), "planned": len(faults()), "floor": least,
         "calibration": known,
     }  # fmt: skip
     rows: list[Row] = []
@@ -187,7 +188,7 @@ def run(settings: Settings, count: int, seed: int, seconds: float, keep: Path, k
         if measured is not None and row["kind"] == "right":
             right_bits.add(measured.bits)
         row |= {"present": None if measured is None else measured.bits not in right_bits}
-        row |= seen(row, about["floor"]) | {"checks": killers.get(row["name"])}
+        row |= seen(row, least) | {"checks": killers.get(row["name"])}
         rows.append(row)
         keep.write_text(json.dumps({**about, "seen": counts(rows), "rows": rows}, indent=1) + "\n")
     return dict(json.loads(keep.read_text()))

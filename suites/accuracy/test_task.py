@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from moe_harness import fixtures
 from moe_harness.harness.core.errors import CannotJudge, UsageError
 from moe_harness.harness.gate import exchange, steps, task
+from moe_harness.harness.gate.answerers import Settings, find
 from moe_harness.harness.gate.exchange import Answer
 
 pytestmark = pytest.mark.accuracy
@@ -200,3 +202,17 @@ def test_three_steps_are_the_one(tmp_path):
     done = run("judge", requests, tmp_path / "tran", tmp_path / "hflm")
     assert done.returncode == 3
     assert "INCONCLUSIVE" in done.stdout and "133 questions would decide" in done.stdout
+
+
+@pytest.mark.parametrize("shared", [{"tp": 2}, {"ep": 2, "dispatcher": "all_to_all"}])
+def test_the_engine_answers_over_two_ranks_as_on_one(shared):
+    asked = task.collect(task.Asked("arithmetic", limit=1, shots=0))
+    settings = Settings(MODEL, dtype="fp32")
+    (alone,) = find("qwen3_moe", settings).answer(asked)
+    ranks = find("qwen3_moe", replace(settings, **shared))
+    try:
+        (answer,) = ranks.answer(asked)
+    finally:
+        ranks.close()
+    assert (answer.text, answer.length, answer.gold.greedy) == (alone.text, alone.length, alone.gold.greedy)
+    assert answer.text.startswith(asked[0].gold)
