@@ -18,17 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_harness.impls.qwen3_moe.pieces import Cut, Piece
+
 if TYPE_CHECKING:
     from moe_harness.impls.qwen3_moe.network import Flat, Network
-    from moe_harness.impls.qwen3_moe.weights import Layout, Piece
+    from moe_harness.impls.qwen3_moe.weights import Layout
 
 EPS = 1e-6  # of the norms in here, whatever rms_norm_eps says
 
 
 def pieces(layout: Layout, layer: str) -> Iterator[tuple[str, Piece]]:
     """Attention of one layer and the layer's norms: projections from the same input lie in one parameter."""
-    from moe_harness.impls.qwen3_moe.weights import Cut, Piece
-
     c, sizes, attention = layout.config, layout.config.latent, f"{layer}.self_attn"
     assert sizes is not None
     hidden, heads, first = c.hidden_size, layout.heads, layout.rank * layout.heads
