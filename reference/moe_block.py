@@ -3,7 +3,7 @@ r"""A whole sparse MoE block: router, experts and, where the weights hold one, t
     logits[t]   = gate.weight @ x[t]                                       [E]
     w, ids      = router(logits)                                           [T, k], by the rule of the model family
     out[t]      = sum over slots j of  w[t, j] * expert_ids[t, j](x[t])
-                + sigmoid(shared_expert_gate . x[t]) * shared_expert(x[t])   (Qwen2-MoE, Qwen3-Next, Omni talker)
+                + sigmoid(shared_expert_gate . x[t]) * shared_expert(x[t])   (Qwen2-MoE, Qwen3-Next, 3.5, Omni talker)
                 + shared_experts(x[t])                                       (DeepSeek, no gate)
 
 What differs between the families is data, in `FAMILIES`; the reading of record is transformers 5.17.  A key that a
@@ -49,6 +49,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2_moe": Family({"num_experts_per_tok": 4, "norm_topk_prob": False}),
     "qwen3_moe": Family({"num_experts_per_tok": 8, "norm_topk_prob": False}),
     "qwen3_next": Family({"num_experts_per_tok": 10, "norm_topk_prob": True}),
+    "qwen3_5_moe_text": Family({"num_experts_per_tok": 8}, renormalize="always"),  # there is no key norm_topk_prob
     "qwen3_omni_moe_talker_text": Family({"num_experts_per_tok": 8, "norm_topk_prob": False}),
     "mixtral": Family({"num_experts_per_tok": 2}, renormalize="always", weights_in_fp32=True),
     # transformers reads norm_topk_prob into the config of DeepSeek-V2 and then never uses it.

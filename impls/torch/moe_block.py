@@ -30,6 +30,7 @@ RULES = {
     "qwen2_moe": Rules(4, renormalize=False),
     "qwen3_moe": Rules(8, renormalize=False),
     "qwen3_next": Rules(10, renormalize=True),
+    "qwen3_5_moe_text": Rules(8, always_renormalize=True),
     "qwen3_omni_moe_talker_text": Rules(8, renormalize=False),
     "mixtral": Rules(2, always_renormalize=True),
     "deepseek_v2": Rules(None, deepseek=True),

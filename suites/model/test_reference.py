@@ -38,7 +38,6 @@ VARIANTS = {
         "deepseek_v2_lite",
         {"rope_scaling": checkpoints.YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}, "first_k_dense_replace": 0},
     ),
-    "deepseek_v2_lite_no_yarn": ("deepseek_v2_lite", {"rope_scaling": None}),
     "deepseek_v2_groups": ("deepseek_v2", {}),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

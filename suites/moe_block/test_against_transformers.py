@@ -22,6 +22,7 @@ H, I, D, E, K = 64, 32, 48, 16, 4  # noqa: E741 - D is the shared expert's inter
 SHARED = {
     "qwen2_moe": "shared_expert",
     "qwen3_next": "shared_expert",
+    "qwen3_5_moe_text": "shared_expert",
     "qwen3_omni_moe_talker_text": "shared_expert",
     "deepseek_v2": "shared_experts",
     "deepseek_v3": "shared_experts",

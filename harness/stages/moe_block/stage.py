@@ -20,7 +20,8 @@ from moe_harness.reference import moe_block as reference
 from moe_harness.reference import router
 
 MARGIN = 6.0  # gap over the standard error of both logits; at most 12 ulps of a bf16 logit
-SHARED = {"qwen2_moe": "shared_expert", "qwen3_next": "shared_expert", "qwen3_omni_moe_talker_text": "shared_expert",
+SHARED = {"qwen2_moe": "shared_expert", "qwen3_next": "shared_expert",
+          "qwen3_5_moe_text": "shared_expert", "qwen3_omni_moe_talker_text": "shared_expert",
           "deepseek_v2": "shared_experts", "deepseek_v3": "shared_experts"}  # fmt: skip
 
 
