@@ -24,11 +24,12 @@ WEIGHTS = (1.0, 0.5, 0.25)
 
 def draw(
     case: ExpertsCase, builder: Builder, ids: Tensor, weights: Tensor, expert_map: Tensor | None, local: Tensor,
-    parts: int = 1,
+    parts: int = 1, gates: str = "signs",
 ) -> tuple:  # fmt: skip
     """(hidden_states, gate_up_proj, down_proj, topk_weights), as CPU tensors in the dtype of the case.
 
     `parts`: the 48 of a gate is that many times 48 / parts, for weights of few bits.
+    `gates`: 48 and "signs", "alike" (48 everywhere), or "halves" (24 or 48, as a sign tells).
     """
     ones = _constant_columns(case.H, builder)
     hidden = builder.signs(case.T, case.H)
@@ -36,7 +37,7 @@ def draw(
     spread = max(1, min(-(-case.I // case.H), EXACT_INTEGERS[case.dtype] // (4 * LARGEST_GATE)))
     weights = _weights(case, ids, spread, builder)
     active = _active_columns(case, local_ids(ids, expert_map), weights, len(local), spread, builder)
-    gate_up = _gate_up(case, ones, len(local), builder, min(parts, len(ones)))
+    gate_up = _gate_up(case, ones, len(local), builder, min(parts, len(ones)), gates)
     down = _down(case, active, spread, builder)
     return hidden.to(builder.dtype), gate_up, down, weights
 
@@ -86,17 +87,21 @@ def _constant_columns(width: int, builder: Builder) -> Tensor:
     return order[: max(1, width // 4)]
 
 
-def _gate_up(case: ExpertsCase, ones: Tensor, experts: int, builder: Builder, parts: int) -> Tensor:
+def _gate_up(case: ExpertsCase, ones: Tensor, experts: int, builder: Builder, parts: int, gates: str) -> Tensor:
     inner, width = case.I, case.H
     out = torch.zeros(experts, 2 * inner, width, dtype=builder.dtype)
     free = torch.tensor(sorted(set(range(width)) - set(ones.tolist())) or [0])
     shape = (experts, inner, 1)
     bias_at = ones[(builder.integers(0, len(ones), shape) + torch.arange(parts)) % len(ones)]
-    if width > 1:
+    constant = 48.0
+    if gates == "halves":
+        constant = 36.0
+        out[:, :inner].scatter_(2, free[builder.integers(0, len(free), shape)], 12.0)
+    elif gates == "signs" and width > 1:
         for _ in range(3):  # a column met twice adds to 2, -2 or 0: still an integer within 45..51
             at = free[builder.integers(0, len(free), shape)]
             out[:, :inner].scatter_add_(2, at, builder.signs(*shape).to(out.dtype))
-    out[:, :inner].scatter_(2, bias_at, 48.0 / parts)
+    out[:, :inner].scatter_(2, bias_at, constant / parts)
     # The up rows walk the columns from the last one down, so that the end of every row is read.
     at = (width - 1 - (torch.arange(inner).view(1, -1, 1) + builder.integers(0, 2, (experts, 1, 1)))) % width
     out[:, inner:].scatter_(2, at, builder.signs(*shape).to(out.dtype))

@@ -120,6 +120,10 @@ def _exact(request: Request) -> Iterator[Case]:
     tokens_of = request.shuffled(TOKENS[1:])
     for row in pairwise(axes, request.seed):
         yield QuantizedCase(T=next(tokens_of), H=256, I=256, E=8, k=3, data="exact", **row)
+    for format in SCALED:  # activations that are codes at their scale
+        for tokens, activation in ((5, "silu"), (40, "gelu_tanh")):
+            yield QuantizedCase(T=tokens, I=256, format=format, data="codes", activation=activation, dtype=next(dtypes))
+    yield QuantizedCase(T=21, H=200, I=72, data="codes", dtype=next(dtypes))
     for shape in request.model_shapes():
         for format in request.pick(SCALED[:1] + SCALED[-1:], SCALED):
             yield from _of_model(request, shape, format, T=4, data="exact")

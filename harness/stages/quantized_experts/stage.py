@@ -13,9 +13,10 @@ from moe_harness.harness.stages.experts import exact, routing
 from moe_harness.harness.stages.experts.stage import Experts
 from moe_harness.harness.stages.quantized_experts import encoding, special
 from moe_harness.harness.stages.quantized_experts.bound import quantized_experts as bound_of
-from moe_harness.harness.stages.quantized_experts.cases import QuantizedCase
+from moe_harness.harness.stages.quantized_experts.cases import FP8, QuantizedCase
 from moe_harness.reference.quantized_experts import dequantised
 
+EXACT = ("exact", "codes")  # data on which every rounding is exact; of activations to codes as well
 GATE_PARTS = 16  # columns among which the 48 of an exact gate is shared: 3 is a value of every format
 CLAMPED = 3.0  # size of the hidden states where the activation clamps: a twelfth of gate and up lies beyond 7
 PLAIN = 1.5  # and elsewhere: |gate| around 1 to 4
@@ -31,9 +32,10 @@ class QuantizedExperts(Experts):
         topk_ids = routing.masked(case, routing.ids(case, draw), draw)
         topk_weights = routing.weights(case, draw)
         experts, hidden, inner = len(local), case.H, case.I
-        if case.data == "exact":
+        if case.data in EXACT:
+            gates = "signs" if case.data == "exact" else "halves" if case.format in FP8 else "alike"
             x, gate_up, down, topk_weights = exact.draw(
-                case, draw, topk_ids, topk_weights, expert_map, local, GATE_PARTS
+                case, draw, topk_ids, topk_weights, expert_map, local, GATE_PARTS, gates
             )
             first, second = (encoding.exact(matrix, case.format, draw) for matrix in (gate_up, down))
             biases = _whole_biases(case, experts, draw)
@@ -80,10 +82,21 @@ class QuantizedExperts(Experts):
         return bound_of(*call.args.values(), **call.keywords, declared=declared, quantizes=_quantizes(call))
 
     def truth(self, call: Call, declared: Declared) -> Truths | None:
-        """Exact data are exact for activations that are not quantised."""
-        if _quantizes(call) is not None:
+        """Exact data are exact for activations that are not quantised.
+
+        With data "codes" the activations of a row are codes at its scale, be that a power of two or not: what remains
+        is the arithmetic in fp32, and that the scale is itself rounded there.  For int8 that holds where all are alike,
+        24 being no code beside 48.
+        """
+        exact_data, quantizes = call.case.data in EXACT, _quantizes(call)
+        if not exact_data or (quantizes is not None and call.case.data == "exact"):
             return self.expect(call, declared)
-        return super().truth(call, declared)
+        if quantizes is None:
+            return self.exact_value(call)
+        if quantizes == "int8_token" and call.keywords["format"] in FP8:
+            return self.expect(call, declared)
+        operands = call.args | {"hidden_states": call.args["hidden_states"].float()}
+        return bound_of(*operands.values(), **call.keywords, declared=(), quantizes=None)
 
     def exact_value(self, call: Call) -> Tensor:
         """The only right result of an exact case, [T, H] in fp64; act(g) is g there."""

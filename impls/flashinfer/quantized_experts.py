@@ -1,0 +1,47 @@
+"""FlashInfer's CUTLASS fused MoE with fp8 blocks as DeepSeek has them.  Untried: written against its interface."""
+
+from torch import Tensor
+
+from moe_harness.impls.flashinfer import _common
+from moe_harness.impls.foreign import refuse
+
+__all__ = ["fp8"]
+
+
+def fp8(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    gate_up_scale: Tensor | None,
+    down_proj: Tensor,
+    down_scale: Tensor | None,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    *,
+    format: str,
+    activation: str = "silu",
+    expert_map: Tensor | None = None,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:
+    """The stage `quantized_experts` for fp8_block and silu, activations in fp8 by groups of 128.
+
+    Raises:
+        NotImplementedError: flashinfer is not installed, or anything that it has no argument for.
+    """
+    refuse(
+        "flashinfer's fp8 path", gate_up_bias=gate_up_bias, down_bias=down_bias,
+        format_but_fp8_block=format != "fp8_block",
+        part_of_a_block_of_128=bool(down_proj.shape[1] % 128 or down_proj.shape[2] % 128),
+    )  # fmt: skip
+    assert gate_up_scale is not None and down_scale is not None
+    scales = [_common.halves_swapped(gate_up_scale), down_scale.contiguous()]
+    return _common.run(
+        hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, activation, expert_map, quant_scales=scales,
+        use_deepseek_fp8_block_scale=True,
+    )  # fmt: skip
+
+
+fp8.devices = ("cuda",)
+fp8.dtypes = ("bf16",)
+fp8.formats = ("fp8_block",)
+fp8.quantizes = "fp8_group128"

@@ -1,0 +1,1 @@
+"""Megatron Core's router.  Used where installed."""

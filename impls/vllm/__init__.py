@@ -1,0 +1,1 @@
+"""vLLM's MoE kernels, from the package vllm.  Used where installed."""

@@ -1,0 +1,303 @@
+"""Stand-ins for libraries that are not installed: functions of their names that take what the libraries take.
+
+Each holds its library's own conventions (names, dtypes, layouts, the order of gate and up, what is filled in place) and
+computes what the library would, from the plain implementations.  An adapter that swaps two arguments gives a result
+that the judge refuses, one that hands over another dtype or shape is told at once.
+"""
+
+import sys
+from collections.abc import Callable
+from enum import Enum
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_harness.harness.core.contracts import load
+
+INT, FLOAT, FP8 = torch.int32, torch.float32, torch.float8_e4m3fn
+
+
+def put(monkeypatch: pytest.MonkeyPatch, module: str, **contents: Any) -> None:
+    """A module of that name, and of the packages around it, as long as the test runs."""
+    parts = module.split(".")
+    for n in range(1, len(parts) + 1):
+        name = ".".join(parts[:n])
+        if name not in sys.modules:
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    for name, value in contents.items():
+        monkeypatch.setattr(sys.modules[module], name, value, raising=False)
+
+
+def plain(stage: str, spec: str) -> Callable[..., Any]:
+    return load(stage, spec).function
+
+
+def holds(tensor: Tensor, dtype: torch.dtype, dims: int) -> None:
+    """What a kernel reads without asking: the dtype and the number of dimensions."""
+    assert (tensor.dtype, tensor.dim()) == (dtype, dims), (tensor.dtype, tuple(tensor.shape))
+
+
+class MoEActivation(Enum):
+    SILU = "silu"
+    GELU_TANH = "gelu_tanh"
+
+
+def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vllm 0.22.1."""
+
+    def fused_experts(
+        hidden_states: Tensor, w1: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, inplace: bool = False,
+        activation: MoEActivation = MoEActivation.SILU, apply_router_weight_on_input: bool = False,
+        global_num_experts: int = -1, expert_map: Tensor | None = None, quant_config: Any = None,
+    ) -> Tensor:  # fmt: skip
+        holds(topk_ids, INT, 2)
+        assert not inplace and not apply_router_weight_on_input and isinstance(activation, MoEActivation)
+        assert global_num_experts == (len(w1) if expert_map is None else len(expert_map))
+        options = {"activation": activation.value, "expert_map": expert_map}
+        if expert_map is not None:
+            holds(expert_map, INT, 1)
+        if quant_config is None:
+            return plain("experts", "torch:loop")(hidden_states, w1, w2, topk_weights, topk_ids, **options)
+        c = quant_config
+        spec, format = KINDS[c.kind, c.by]
+        scales = [s[..., 0] if c.by == "row" else s for s in (c.w1_scale, c.w2_scale)]
+        stage = plain("quantized_experts", spec)
+        return stage(hidden_states, w1, scales[0], w2, scales[1], topk_weights, topk_ids, format=format, **options)
+
+    def fp8(
+        w1_scale: Tensor, w2_scale: Tensor, a1_scale: Tensor | None = None, a2_scale: Tensor | None = None,
+        per_act_token_quant: bool = False, per_out_ch_quant: bool = False, block_shape: list[int] | None = None,
+    ) -> Any:  # fmt: skip
+        assert per_act_token_quant == per_out_ch_quant == (block_shape is None) and block_shape in (None, [128, 128])
+        return SimpleNamespace(kind="fp8", by="block" if block_shape else "row", w1_scale=w1_scale, w2_scale=w2_scale)
+
+    def int8(w1_scale: Tensor, w2_scale: Tensor, a1_scale: None, a2_scale: None, per_act_token_quant: bool) -> Any:
+        assert per_act_token_quant
+        return SimpleNamespace(kind="int8", by="row", w1_scale=w1_scale, w2_scale=w2_scale)
+
+    def int4(w1_scale: Tensor, w2_scale: Tensor, w1_zp: None, w2_zp: None, block_shape: list[int]) -> Any:
+        assert block_shape == [0, 128]
+        return SimpleNamespace(kind="int4", by="group", w1_scale=w1_scale, w2_scale=w2_scale)
+
+    def fused_topk(
+        hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool, indices_type: Any = None,
+        scoring_func: str = "softmax",
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        weights, ids = _route(gating_output, topk, scoring_func, renormalize)
+        return weights, ids, ids.clone()
+
+    def fused_topk_bias(
+        hidden_states: Tensor, gating_output: Tensor, scoring_func: str, e_score_correction_bias: Tensor, topk: int,
+        renormalize: bool, indices_type: Any = None, input_tokens: Any = None, hash_indices_table: Any = None,
+        routed_scaling_factor: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        more = {"correction_bias": e_score_correction_bias, "routed_scaling_factor": routed_scaling_factor}
+        return _route(gating_output, topk, scoring_func, renormalize, **more)
+
+    def grouped_topk(
+        hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool, num_expert_group: int = 0,
+        topk_group: int = 0, scoring_func: str = "softmax", routed_scaling_factor: float = 1.0,
+        e_score_correction_bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        return _route(
+            gating_output, topk, scoring_func, renormalize, num_expert_group=num_expert_group, topk_group=topk_group,
+            routed_scaling_factor=routed_scaling_factor, correction_bias=e_score_correction_bias,
+        )  # fmt: skip
+
+    def moe_permute(hidden_states: Tensor, a1q_scale: None, topk_ids: Tensor, n_expert: int) -> tuple[Any, ...]:
+        holds(topk_ids, INT, 2)
+        order = topk_ids.flatten().argsort(stable=True)
+        first = torch.bincount(topk_ids.flatten(), minlength=n_expert).cumsum(0)
+        first = torch.cat([first.new_zeros(1), first])
+        return hidden_states[order // topk_ids.shape[1]], None, first, order.argsort(), order
+
+    def moe_unpermute(
+        out: Tensor, permuted_hidden_states: Tensor, topk_weights: Tensor, inv_permuted_idx: Tensor, first: Tensor
+    ) -> None:
+        holds(topk_weights, FLOAT, 2)
+        rows = permuted_hidden_states[inv_permuted_idx].view(*topk_weights.shape, -1)
+        out.copy_((rows.float() * topk_weights[..., None]).sum(1))
+
+    layers = "vllm.model_executor.layers.fused_moe"
+    put(monkeypatch, f"{layers}.fused_moe", fused_experts=fused_experts)
+    put(monkeypatch, f"{layers}.activation", MoEActivation=MoEActivation)
+    put(monkeypatch, f"{layers}.config", fp8_w8a8_moe_quant_config=fp8, int8_w8a8_moe_quant_config=int8,
+        int4_w4a16_moe_quant_config=int4)  # fmt: skip
+    put(monkeypatch, f"{layers}.router.fused_topk_router", fused_topk=fused_topk)
+    put(monkeypatch, f"{layers}.router.fused_topk_bias_router", fused_topk_bias=fused_topk_bias)
+    put(monkeypatch, f"{layers}.router.grouped_topk_router", grouped_topk=grouped_topk)
+    put(monkeypatch, f"{layers}.moe_permute_unpermute", moe_permute=moe_permute, moe_unpermute=moe_unpermute)
+
+
+KINDS = {
+    ("fp8", "block"): ("torch:fp8_group128", "fp8_block"), ("fp8", "row"): ("torch:fp8_token", "fp8_channel"),
+    ("int8", "row"): ("torch:int8_token", "int8_channel"), ("int4", "group"): ("torch:dequantized", "int4_group"),
+}  # fmt: skip
+
+
+def _route(logits: Tensor, top_k: int, scoring: str, renormalize: bool, **more: Any) -> tuple[Tensor, Tensor]:
+    weights, ids = plain("router", "torch:loop")(logits, top_k=top_k, scoring=scoring, renormalize=renormalize, **more)
+    return weights, ids.int()
+
+
+def sglang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """sglang and sglang-kernel; its routers fill what they are given."""
+
+    def fill(weights: Tensor, ids: Tensor, chosen: tuple[Tensor, Tensor]) -> None:
+        holds(weights, FLOAT, 2)
+        holds(ids, INT, 2)
+        weights.copy_(chosen[0])
+        ids.copy_(chosen[1])
+
+    def topk_softmax(topk_weights: Tensor, topk_ids: Tensor, gating_output: Tensor, renormalize: bool = False) -> None:
+        fill(topk_weights, topk_ids, _route(gating_output, topk_ids.shape[1], "softmax", renormalize))
+
+    def topk_sigmoid(
+        topk_weights: Tensor, topk_ids: Tensor, gating_output: Tensor, renormalize: bool = False,
+        correction_bias: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        if correction_bias is not None:
+            holds(correction_bias, FLOAT, 1)
+        top_k = topk_ids.shape[1]
+        fill(
+            topk_weights,
+            topk_ids,
+            _route(gating_output, top_k, "sigmoid", renormalize, correction_bias=correction_bias),
+        )
+
+    def moe_fused_gate(
+        input_tensor: Tensor, bias: Tensor, num_expert_group: int, topk_group: int, topk: int,
+        num_fused_shared_experts: int = 0, routed_scaling_factor: float = 0,
+        apply_routed_scaling_factor_on_output: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        holds(bias, input_tensor.dtype, 1)
+        assert num_fused_shared_experts == 0
+        scale = routed_scaling_factor if apply_routed_scaling_factor_on_output else 1.0
+        return _route(input_tensor, topk, "sigmoid", True, correction_bias=bias, num_expert_group=num_expert_group,
+                      topk_group=topk_group, routed_scaling_factor=scale)  # fmt: skip
+
+    def fused_experts_impl(
+        hidden_states: Tensor, w1: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, inplace: bool = False,
+        activation: str = "silu", use_fp8_w8a8: bool = False, w1_scale: Tensor | None = None,
+        w2_scale: Tensor | None = None, block_shape: list[int] | None = None,
+    ) -> Tensor:  # fmt: skip
+        holds(topk_ids, INT, 2)
+        holds(topk_weights, FLOAT, 2)
+        assert w1.is_contiguous() and w2.is_contiguous() and not inplace
+        routed = (topk_weights, topk_ids)
+        if not use_fp8_w8a8:
+            return plain("experts", "torch:loop")(
+                hidden_states, w1, w2, *routed, activation=activation, expert_map=None
+            )
+        assert block_shape == [128, 128]
+        stage = plain("quantized_experts", "torch:fp8_group128")
+        return stage(hidden_states, w1, w1_scale, w2, w2_scale, *routed, format="fp8_block", activation=activation)
+
+    put(monkeypatch, "sgl_kernel", topk_softmax=topk_softmax, topk_sigmoid=topk_sigmoid, moe_fused_gate=moe_fused_gate)
+    put(monkeypatch, "sglang.srt.layers.moe.fused_moe_triton.fused_moe", fused_experts_impl=fused_experts_impl)
+
+
+def flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """flashinfer.fused_moe: up rows before gate rows, and so their scales."""
+
+    def gate_first(rows: Tensor) -> Tensor:
+        assert rows.is_contiguous()
+        half = rows.shape[1] // 2
+        return rows.roll(half, 1) if rows.dtype != FP8 else rows.view(torch.uint8).roll(half, 1).view(FP8)
+
+    def cutlass_fused_moe(
+        input: Tensor, token_selected_experts: Tensor, token_final_scales: Tensor, fc1_expert_weights: Tensor,
+        fc2_expert_weights: Tensor, output_dtype: torch.dtype, quant_scales: list[Tensor],
+        use_deepseek_fp8_block_scale: bool = False,
+    ) -> list[Tensor]:  # fmt: skip
+        holds(token_selected_experts, INT, 2)
+        holds(token_final_scales, FLOAT, 2)
+        assert output_dtype == input.dtype
+        up, routed = gate_first(fc1_expert_weights), (token_final_scales, token_selected_experts)
+        if not use_deepseek_fp8_block_scale:
+            assert quant_scales == []
+            experts = plain("experts", "torch:loop")
+            return [experts(input, up, fc2_expert_weights, *routed, activation="silu", expert_map=None)]
+        first, second = quant_scales
+        stage = plain("quantized_experts", "torch:fp8_group128")
+        return [stage(input, up, gate_first(first), fc2_expert_weights, second, *routed, format="fp8_block")]
+
+    def fused_topk_deepseek(
+        scores: Tensor, bias: Tensor, n_group: int, topk_group: int, topk: int, routed_scaling_factor: float,
+        topk_values: Tensor, topk_indices: Tensor, launch_with_pdl: bool = True,
+    ) -> None:  # fmt: skip
+        holds(topk_values, FLOAT, 2)
+        holds(topk_indices, INT, 2)
+        weights, ids = _route(scores, topk, "sigmoid", True, correction_bias=bias, num_expert_group=n_group,
+                              topk_group=topk_group, routed_scaling_factor=routed_scaling_factor)  # fmt: skip
+        topk_values.copy_(weights)
+        topk_indices.copy_(ids)
+
+    put(monkeypatch, "flashinfer.fused_moe", cutlass_fused_moe=cutlass_fused_moe,
+        fused_topk_deepseek=fused_topk_deepseek)  # fmt: skip
+
+
+def deepgemm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """deep_gemm: tiles of 128 rows of one expert, or of padding; what is padding is not written."""
+
+    def product(a: Tensor, b: Tensor, d: Tensor, m_indices: Tensor) -> None:
+        holds(m_indices, INT, 1)
+        assert len(a) == len(m_indices) == len(d) and len(a) % 128 == 0
+        for tile in m_indices.split(128):
+            assert len(set(tile[tile >= 0].tolist())) == 1
+        d.fill_(float("nan"))
+        live = m_indices >= 0
+        d[live] = torch.einsum("mk,mnk->mn", a[live].float(), b.float()[m_indices[live].long()]).to(d.dtype)
+
+    def fp8(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], d: Tensor, m_indices: Tensor, **options: Any) -> None:
+        assert options == {"disable_ue8m0_cast": True}
+        (rows, by_group), (codes, by_block) = a, b
+        holds(rows, FP8, 2)
+        holds(codes, FP8, 3)
+        spread = by_block.repeat_interleave(128, 1)[:, : codes.shape[1]].repeat_interleave(128, 2)
+        product(rows.float() * by_group.repeat_interleave(128, 1), codes.float() * spread, d, m_indices)
+
+    put(monkeypatch, "deep_gemm", m_grouped_bf16_gemm_nt_contiguous=product, m_grouped_fp8_gemm_nt_contiguous=fp8,
+        get_m_alignment_for_contiguous_layout=lambda: 128)  # fmt: skip
+
+
+def torchtitan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchtitan.models.moe.moe."""
+
+    class TokenChoiceTopKRouter(torch.nn.Module):
+        def __init__(
+            self, dim: int, num_experts: int, top_k: int, score_func: str, route_norm: bool, route_scale: float
+        ):
+            super().__init__()
+            self.gate = torch.nn.Linear(dim, num_experts, bias=False)
+            self.rule = {"top_k": top_k, "scoring": score_func, "renormalize": route_norm}
+            self.scale = route_scale
+
+        def forward(self, x: Tensor, expert_bias: Tensor | None = None) -> tuple[Tensor, Tensor, None]:
+            more = {"correction_bias": expert_bias, "routed_scaling_factor": self.scale}
+            return *plain("router", "torch:loop")(self.gate(x), **self.rule, **more), None
+
+    put(monkeypatch, "torchtitan.models.moe.moe", TokenChoiceTopKRouter=TokenChoiceTopKRouter)
+
+
+def megatron(monkeypatch: pytest.MonkeyPatch) -> None:
+    """megatron.core: probabilities and a map over all experts."""
+
+    def topk_routing_with_score_function(
+        logits: Tensor, topk: int, use_pre_softmax: bool = False, num_groups: int | None = None,
+        group_topk: int | None = None, scaling_factor: float | None = None, score_function: str = "softmax",
+        expert_bias: Tensor | None = None, fused: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        renormalize = score_function == "sigmoid" or not use_pre_softmax
+        weights, ids = _route(
+            logits, topk, score_function, renormalize, num_expert_group=num_groups, topk_group=group_topk,
+            routed_scaling_factor=scaling_factor or 1.0, correction_bias=expert_bias,
+        )  # fmt: skip
+        zeros = torch.zeros(logits.shape)
+        return zeros.scatter(1, ids.long(), weights), zeros.scatter(1, ids.long(), 1.0).bool()
+
+    put(monkeypatch, "megatron.core.transformer.moe.moe_utils",
+        topk_routing_with_score_function=topk_routing_with_score_function)  # fmt: skip

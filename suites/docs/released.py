@@ -1,0 +1,86 @@
+"""docs/released.md: what the judge says of released kernels, from the files suites/performance/data/released-*.json.
+
+    python -m moe_harness.suites.docs.released            writes the page
+
+A file holds the findings of one library at one version on one device, and what was timed there.
+"""
+
+import json
+from typing import Any
+
+from moe_harness.suites.performance import DATA, ROOT, header, row
+
+PAGE, REPRODUCERS = ROOT / "docs" / "released.md", ROOT / "docs" / "released"
+INTRO = """# Released kernels under the judge
+
+Written by `python -m moe_harness.suites.docs.released` from [the data](../suites/performance/data).
+
+A *defect* is a wrong answer to a question that the kernel takes, a *missing check* one where it should have refused, a
+*rough edge* an error that tells nobody what to do, a *wider contract* an input that [ours](contract.md) has and the
+kernel's has not: there the adapter refuses it. A replay line repeats a finding where the library is installed; a
+reproducer needs the library alone and is what one would file with it."""
+UNTRIED = """## Adapters that nobody has run yet
+
+Written against published interfaces; `suites/adapters` holds what they hand over against stand-ins of the libraries.
+Where the library is missing they are refused, with the line that installs it.
+
+| library | implementations |
+|---|---|
+| vLLM | `vllm:fp8_token`, `vllm:int8`, `vllm:int4`, `vllm:permuted` |
+| SGLang | `sglang`, `sglang:fp8`, `sglang:topk_softmax`, `sglang:topk_sigmoid`, `sglang:moe_fused_gate` |
+| FlashInfer | `flashinfer`, `flashinfer:fp8`, `flashinfer:fused_topk_deepseek` |
+| DeepGEMM | `deepgemm`, `deepgemm:fp8` |
+| torchtitan, Megatron Core | `torchtitan`, `megatron` (routers) |
+| DeepEP | `dispatchers:deepep` |"""
+
+
+def files() -> list[dict[str, Any]]:
+    """What is known, in the order of the files' names."""
+    return [json.loads(path.read_text()) for path in sorted(DATA.glob("released-*.json"))]
+
+
+def page() -> str:
+    parts = [INTRO, *(section(library) for library in files()), UNTRIED]
+    return "\n\n".join(parts) + "\n"
+
+
+def section(library: dict[str, Any]) -> str:
+    """One library at one version: findings, how to repeat them, times."""
+    lines = [
+        f"## {library['library']} {library['version']}, one {library['device']}, torch {library['torch']}",
+        "",
+        f"Judged at {library['judged_at']}: {library['how']}. `{library['install']}` brings it.",
+        "",
+        *header("kernel", "finding", "seen in", "kind", "reproducer"),
+    ]
+    for found in library["findings"]:
+        file = found.get("reproducer")
+        link = f"[{file}](released/{file})" if file else "-"
+        lines.append(row(found["kernel"], found["finding"], found["seen"], found["kind"], link))
+    lines += ["", "To repeat one, on a machine with a GPU and the library:", "", "```"]
+    lines += [replay(found) for found in library["findings"] if "case" in found]
+    lines += ["```", "", "The reproducers have not been run since they were written down."]
+    for table in library["timed"]:
+        lines += ["", *timed(table)]
+    return "\n".join(lines)
+
+
+def replay(found: dict[str, Any]) -> str:
+    return f"moe-harness replay {found['case']} --impl {found['spec']} --device cuda"
+
+
+def timed(table: dict[str, Any]) -> list[str]:
+    """Times and the ratio of two of them; ceilings are those of the same run."""
+    upper, lower = table["over"]
+    ratio = [f"{a / b:.2f}" for a, b in zip(table["rows"][upper], table["rows"][lower], strict=True)]
+    lines = [f"{table['title']} ({table['ceilings']}):", "", *header("tokens", *table["tokens"])]
+    lines += [row(name, *times) for name, times in table["rows"].items()]
+    return [*lines, row(f"{upper} / {lower}", *ratio)]
+
+
+def main() -> None:
+    PAGE.write_text(page())
+
+
+if __name__ == "__main__":
+    main()
