@@ -12,14 +12,16 @@ def page(result: dict[str, Any]) -> str:
     return "\n".join([
         "# What the gate sees of the catalogue", "",
         "Written by `python -m moe_harness.harness.proof.gate_matrix`, whose text says how it is measured; the numbers",
-        "behind it lie in [gate_matrix.json](gate_matrix.json). Nats are those of a whole worked answer.", "",
+        "lie in [gate_matrix_held_out.json](gate_matrix_held_out.json). Nats are those of a whole worked answer.", "",
         *_summary(result), "", *_faults(result), "", *_absent(result), "",
     ])  # fmt: skip
 
 
 def _summary(result: dict[str, Any]) -> Iterator[str]:
     cost, seen = result["cost"], result["seen"]
+    tried = sum(row["kind"] == "fault" and row["layer"] is None for row in result["rows"])
     yield (
+        f"{tried} of the {result['planned']} faults of the stages experts and moe_block were run. "
         f"{result['documents']} questions under teacher forcing, {result['generated']} answered by generation, "
         f"{result['identity']['dtype']} on {result['identity']['device']}. A question costs "
         f"{1000 * cost['forced']:.0f} ms of the processor forced and {1000 * cost['generated']:.0f} ms generated."

@@ -1,0 +1,71 @@
+"""The matrix of what the gate sees: each way of seeing a fault says yes and no, and the page is that of the data."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moe_harness.harness.gate.exchange import Gold
+from moe_harness.harness.proof import gate_matrix
+from moe_harness.harness.proof.gate_matrix import Measured, compared, counts, floor, seen
+from moe_harness.harness.proof.gate_matrix_view import page
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+LEAST = {"mean": 0.01, "largest": 0.1}
+
+
+def measured(shifts=(), lost=0):
+    golds = [Gold(-1.0 - i / 100 + (shifts[i] if i < len(shifts) else 0.0), (), (), ()) for i in range(24)]
+    return Measured(golds, [i >= lost for i in range(12)], [f"answer {i}" for i in range(12)])
+
+
+def row(found):
+    return {"kind": "fault", "layer": None, **compared(measured(), found)}
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted"),
+    [
+        (measured(), set()),
+        (measured(lost=4), set()),  # four losses of twelve are not significant
+        (measured(lost=5), {"by_accuracy"}),
+        (measured([-0.02 - i / 1e4 for i in range(24)]), {"by_mean", "by_gold"}),
+        (measured([-0.002 - i / 1e5 for i in range(24)]), set()),  # significant, and no more than right ones move
+        (measured([0.02] * 24), set()),  # better than the baseline
+        (measured([-0.2]), {"by_single", "by_gold"}),  # one answer of 24: no test of the mean sees it
+        (measured([-0.09]), set()),
+        (measured([float("nan")]), {"by_gold"}),
+    ],
+)
+def test_each_way_of_seeing_says_yes_and_no(found, wanted):
+    told = seen(row(found), LEAST)
+    assert {name for name, value in told.items() if value} == wanted
+
+
+def test_right_implementations_set_the_floor():
+    rows = [row(measured([-0.001])), row(measured([0.002])), {"error": "refused"}]
+    least = floor(rows)
+    assert least["largest"] == pytest.approx(gate_matrix.NOISE * 0.002)
+    assert least["mean"] == pytest.approx(gate_matrix.NOISE * 0.002 / 24)
+
+
+def test_equal_numbers_are_equal_in_every_bit():
+    assert measured().bits == measured().bits
+    assert measured([1e-12]).bits != measured().bits
+    other = Measured(measured().golds, measured().right, ["other"] * 12)
+    assert other.bits != measured().bits  # a fault that shows in decoding alone
+
+
+def test_what_raised_is_counted_apart():
+    rows = [row(found) | {"present": True, "checks": ["numeric"]} for found in (measured(), measured(lost=9))]
+    rows = [r | seen(r, LEAST) for r in rows] + [{"kind": "fault", "layer": None, "error": "x", "present": None}]
+    found = counts(rows)["all_layers"]
+    assert (found["faults"], found["raised"], found["by_accuracy"], found["by_neither"]) == (2, 1, 1, 1)
+    assert found["by_checks"] == 2
+
+
+def test_the_page_is_that_of_the_data():
+    result = json.loads((DOCS / "gate_matrix_held_out.json").read_text())
+    assert page(result) == (DOCS / "gate_matrix.md").read_text()
+    assert counts(result["rows"]) == result["seen"]
+    assert all(seen(row, result["floor"]).items() <= row.items() for row in result["rows"])
