@@ -6,6 +6,7 @@ on asks exactly what an uninterrupted one would have asked.
 
 import contextlib
 import faulthandler
+import multiprocessing
 import os
 import threading
 import time
@@ -66,6 +67,8 @@ def _limited(seconds: float, batch: int) -> Iterator[None]:
     def late() -> None:
         faulthandler.dump_traceback(file=STDERR)  # sys.stderr may be a bar's
         os.write(STDERR, f"no answers to a batch of {batch} after {seconds:g} s (--timeout)\n".encode())
+        for rank in multiprocessing.active_children():  # a rank that hangs would outlive this process
+            rank.kill()
         os._exit(EXIT_CANNOT_JUDGE)
 
     watch = threading.Timer(seconds, late)

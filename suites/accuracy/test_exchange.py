@@ -128,7 +128,7 @@ def test_an_address_is_asked_anew_once_its_answers_were_delivered(tmp_path):
 
 
 HANGS = """
-import sys, time
+import multiprocessing, sys, time
 from pathlib import Path
 from moe_harness.harness.gate.answering import answer_all
 from moe_harness.harness.gate.exchange import Request
@@ -138,13 +138,15 @@ class Hangs:
     def answer(self, batch):
         time.sleep(60)
 
+multiprocessing.get_context("fork").Process(target=time.sleep, args=(300,)).start()  # a rank that hangs as well
 asked = [Request("t", 0, "d", "p", 0, "q", "a", (), 1)]
 answer_all(Hangs(), asked, Ledger(Path(sys.argv[1]), {}), batch_size=1, timeout=0.2, told=lambda *_: None)
 """
 
 
 def test_somebody_who_does_not_return_ends_the_run_as_one_that_cannot_judge(tmp_path):
-    done = subprocess.run([sys.executable, "-c", HANGS, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    """And its ranks with it: one that lived on would hold the pipe that is read here."""
+    done = subprocess.run([sys.executable, "-c", HANGS, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 3
     assert "no answers to a batch of 1 after 0.2 s (--timeout)" in done.stderr
     assert "time.sleep" in done.stderr or "in answer" in done.stderr
