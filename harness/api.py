@@ -6,12 +6,10 @@ It does what `moe-harness check` does and takes function objects too, those of a
 import html
 import io
 import multiprocessing
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from moe_harness.harness.commands import options
@@ -124,7 +122,7 @@ def check(
                             options.chosen_checks(stage, request, _list(checks)))  # fmt: skip
     spec = implementation if isinstance(implementation, str) else spec_of(implementation)
     prepare()
-    with _without_main(), _progress(quiet) as progress:
+    with _progress(quiet) as progress:
         if stage in contracts.STAGES:
             return Judgement(session.judge(stage, spec, request, asked, progress))
         from moe_harness.harness.ranks.run import judge_ranks
@@ -139,14 +137,3 @@ def _list(values: Iterable[str] | str) -> list[str]:
 
 def _progress(quiet: bool) -> Any:
     return nullcontext() if quiet else Progress()
-
-
-@contextmanager
-def _without_main() -> Iterator[None]:
-    """Keep multiprocessing from running the caller's script once more in each process: it may have no guard."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main

@@ -17,6 +17,7 @@ from moe_harness.harness.core.errors import CannotJudge, HarnessError, UsageErro
 from moe_harness.harness.core.findings import unfinished
 from moe_harness.harness.process import scratch
 from moe_harness.harness.process.deaths import Deaths
+from moe_harness.harness.process.start import start
 
 POLL = 0.1  # seconds between looks at the clock and at the memory of the workers
 HANGS = "it hangs"
@@ -43,7 +44,7 @@ class Worker:
         # The server that forks may be older than a change of the environment: a notebook sets TRITON_INTERPRET late.
         told = (dict(os.environ), theirs, self.output, stage, spec, device)
         self.process = context.Process(target=_serve, args=told, daemon=True)
-        self.process.start()
+        start(self.process)
         theirs.close()
         self.loaded: dict[str, Any] = {}  # what the process says of the implementation
         self.current: str | None = None

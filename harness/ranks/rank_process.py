@@ -6,13 +6,13 @@ import multiprocessing
 import os
 import signal
 import sys
-import types
 from collections.abc import Iterator
 from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any, Protocol
 
 from moe_harness.harness.process.parent_watch import end_with
+from moe_harness.harness.process.start import start
 from moe_harness.harness.ranks.calls import RecordedCall
 from moe_harness.harness.ranks.heartbeat import Heartbeat, RankStatus
 from moe_harness.harness.ranks.jobs import Exit, Home
@@ -57,8 +57,7 @@ class LocalMember:
         context = fork_server()
         self.end, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, rank, home), daemon=True)
-        with _without_main():
-            self.process.start()
+        start(self.process)
         theirs.close()
 
     def send(self, message: Any) -> None:
@@ -170,13 +169,3 @@ def _environment(**values: str) -> Iterator[None]:
             os.environ.pop(name)
             if value is not None:
                 os.environ[name] = value
-
-
-@contextlib.contextmanager
-def _without_main() -> Iterator[None]:
-    """Workers have no use for the caller's main module, which would be imported again in each of them."""
-    main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main

@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,17 @@ def first_kill(stage: str, spec: str, timeout: float = 20.0) -> dict[str, Any] |
     with Pool(stage, spec, "cpu", 1, timeout) as pool:
         declared = pool.start()["declared"]
         request = Request(dtypes=tuple(declared["dtypes"]))
-        ids = [p.id for p in plan(stage, request) if p.check not in ON_CUDA_ONLY]
-        for answer in pool.judge(ids):
+        for answer in pool.judge(_in_turn(stage, request)):
             assert answer["status"] != "error", answer["reason"]
             if answer["status"] in ("failed", "died"):
                 return answer
     return None
+
+
+def _in_turn(stage: str, request: Request) -> list[str]:
+    """The plan, a case of each check in turn: most mistakes show in many cases of one of them."""
+    by_check: dict[str, list[str]] = {}
+    for planned in plan(stage, request):
+        if planned.check not in ON_CUDA_ONLY:
+            by_check.setdefault(planned.check, []).append(planned.id)
+    return [case for turn in zip_longest(*by_check.values()) for case in turn if case is not None]
