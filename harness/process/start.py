@@ -1,15 +1,18 @@
 """How a process of the harness is started: not with the caller's script run once more in it."""
 
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from types import ModuleType
 
+_ONE_AT_A_TIME = threading.Lock()  # the kill matrix starts processes from several threads
+
 
 def start(process: BaseProcess) -> None:
     """Start a process of a fork server."""
-    with _without_main():
+    with _ONE_AT_A_TIME, _without_main():
         process.start()
 
 
