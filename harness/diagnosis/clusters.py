@@ -192,7 +192,25 @@ def _whole(failing: list[Outcome], outcomes: Sequence[Outcome], *, loose: bool =
             key = (left.bit_count(), unsure.bit_count(), sum(term.cost for term, _, _ in chosen))
             if key < best[0]:
                 best = key, tuple(term for term, _, _ in chosen)
-    return Condition(best[1]) if best[0][0] <= allowed else None
+    if best[0][0] > allowed:
+        return None
+    return Condition(best[1]) if loose else _sharpened(best[1], terms, failing, little)
+
+
+def _sharpened(
+    found: tuple[AxisValue, ...], terms: Sequence[AxisValue], failing: Sequence[Outcome], little: list[dict[str, Any]]
+) -> Condition:
+    """With one term more, where cases that see little pass without it far more often than chance explains."""
+    failed = sum(outcome.case.data != NORMAL for outcome in failing)
+    met = [axes for axes in little if all(term.holds(axes) for term in found)]
+    by_chance = []
+    for term in terms:
+        without = sum(not term.holds(axes) for axes in met)
+        passing = len(met) - without
+        rate = (passing + 1) / (passing + failed + 2)  # at which cases pass that meet the term
+        by_chance.append((len(terms) * rate**without, term.cost, term))
+    best = min(by_chance, key=lambda entry: entry[:2], default=None)
+    return Condition(found if best is None or best[0] > CHANCE else (*found, best[2]))
 
 
 def _part(failing: list[Outcome], outcomes: Sequence[Outcome]) -> Condition | None:
@@ -291,6 +309,8 @@ def _of_numbers(name: str, values: set[Any]) -> Iterator[AxisValue]:
         yield AxisValue(f"{name} <= {value}", _compared(name, operator.le, value), LIMIT)
     if not all(isinstance(value, int) for value in values):
         return
+    if min(values) > 2:  # what passes at 1 alone and fails from 5 on is likelier right for one than for four
+        yield AxisValue(f"{name} >= 2", _compared(name, operator.ge, 2), LIMIT - 0.01)
     yield AxisValue(f"{name} no power of two", lambda axes: bool(axes[name] & (axes[name] - 1)), PROPERTY)
     yield AxisValue(f"{name} a power of two", lambda axes: not axes[name] & (axes[name] - 1), PROPERTY)
     for number in MULTIPLES:

@@ -144,9 +144,8 @@ def main() -> None:
     equal = sum(entry["equal"] for entry in told)
     print(f"{equal} of {len(told)} conditions equal the declared ones")
     if asked.json:
-        asked.json.write_text(
-            json.dumps({"equal": equal, "faults": len(told), "apart": APART, "each": told}, indent=1) + "\n"
-        )
+        found = {"seed": asked.seed, "equal": equal, "faults": len(told), "apart": APART, "each": told}
+        asked.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Failures put together by condition: planted rules over the real plans of the stages, and a real kernel's."""
 
+import json
 import random
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +11,7 @@ from moe_harness.harness.core.request import Request
 from moe_harness.harness.diagnosis.clusters import VALUE, Outcome, cluster, kind_of
 from moe_harness.harness.report.failure import cluster_lines
 from moe_harness.harness.run.result_builder import Listener, ResultBuilder
+from moe_harness.suites.meta.conditions import DECLARED
 
 RULES = {
     "bias=negative and E no power of two": ("router", lambda c: c.bias == "negative" and bool(c.E & (c.E - 1))),
@@ -117,3 +120,16 @@ def test_one_condition_with_passing_cases_is_told_rather_than_many_without():
     found = cluster(outcomes("router", (VALUE, lambda c: not c.renorm and next(blind) % 5 != 0)))
     assert [str(each.condition) for each in found] == ["renorm=0"]
     assert 0.1 * len(found[0].failing) < found[0].passing < 0.4 * len(found[0].failing)
+
+
+def test_data_that_see_little_tell_a_term_where_they_pass_without_it_and_seldom_with_it():
+    """I of 1 is planned with exact data alone: gate and up of one column each have no order."""
+    count = iter(range(10**6))
+    (found,) = cluster(outcomes("experts", (VALUE, lambda c: c.I > 1 and (c.data != "exact" or next(count) % 10))))
+    assert str(found.condition) == "I >= 2"
+
+
+def test_the_measured_conditions_are_what_is_promised():
+    told = json.loads((Path(__file__).resolve().parents[2] / "docs" / "conditions.json").read_text())
+    assert {entry["fault"] for entry in told["each"]} == set(DECLARED)
+    assert told["equal"] == sum(entry["equal"] for entry in told["each"]) >= 0.9 * told["faults"]
