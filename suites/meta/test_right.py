@@ -17,7 +17,7 @@ SAMPLED = "quantized_experts"  # six formats times three dtypes: the quick profi
 RIGHT = [(stage, spec) for stage, spec in functions_of("right") if stage != SAMPLED]
 RIGHT_QUANTIZED = [spec for stage, spec in functions_of("right") if stage == SAMPLED]
 SHARES = 3  # of the plan: the next variants get the others; all of it for each took 6 minutes
-EACH = 60  # cases from one that a variant is judged on to the next; variants begin one after the other
+EACH = 90  # cases from one that a variant is judged on to the next; variants begin one after the other
 
 
 def test_there_are_enough():
@@ -47,7 +47,7 @@ def test_passes_its_share_of_the_quick_profile(number, spec):
     planned = [p.id for p in plan(SAMPLED, Request(seed=1)) if p.check not in (*ON_CUDA_ONLY, "leak")]
     answers = [judge_id(trial, case) for case in planned[number::EACH]]
     assert not [(a["id"], a["findings"] or a["reason"]) for a in answers if a["status"] not in ("passed", "skipped")]
-    assert sum(a["status"] == "passed" for a in answers) >= 6
+    assert sum(a["status"] == "passed" for a in answers) >= 4
 
 
 @pytest.mark.parametrize(

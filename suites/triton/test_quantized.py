@@ -22,7 +22,15 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "triton": [
         *({"format": f, "T": 6, "bias": True, "activation": "swiglu_oai", "dtype": "bf16"} for f in ("plain", "mxfp4")),
         {"format": "int4_group", "data": "exact", "dtype": "fp16", **ONE_SLOT_A_TILE},
-        {"format": "int8_channel", "data": "exact", "map": "alternate", "masked": "some", "bias": True, **TOGETHER},
+        {
+            "format": "int8_channel",
+            "data": "exact",
+            "dtype": "bf16",
+            "map": "alternate",
+            "masked": "some",
+            "bias": True,
+            **TOGETHER,
+        },
         {"format": "mxfp4", "data": "exponents", "dtype": "fp16", **ONE_SLOT_A_TILE},
         {"format": "mxfp4", "data": "largest_code", "dtype": "fp32", "T": 3},
         {"format": "fp8_block", "H": 200, "I": 72, "dtype": "bf16", "activation": "gelu_tanh", "T": 5},
