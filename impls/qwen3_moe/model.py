@@ -114,7 +114,13 @@ class Model:
 
     def stream(self, prompt: Sequence[int], *, max_new_tokens: int, **options: Any) -> Iterator[int]:
         """The new tokens of one prompt as they come; arguments as for `generate`."""
-        return self.engine.stream(self.requests([prompt], max_new_tokens, **options)[0])
+        request = self.requests([prompt], max_new_tokens, **options)[0]
+        return self.engine.stream(request) if self.ranks is None else self._streamed(request, self.ranks)
+
+    def _streamed(self, request: Request, ranks: Ranks) -> Iterator[int]:
+        with ranks.naming_the_lost():
+            ranks.same("the prompt and options of stream", request)
+            yield from self.engine.stream(request)
 
     def requests(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int], temperature: float = 0.0,
