@@ -1,18 +1,26 @@
 """What one rank of the pool does for a cell of the coverage: the model over ranks, and on rank 0 the model on one."""
 
 import hashlib
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from moe_harness.harness.core.ranked_task import Rank
+from moe_harness.harness.ranks.launch import Member
+from moe_harness.impls.qwen3_moe.batch import Filled
 from moe_harness.impls.qwen3_moe.model import Model, load_model
+from moe_harness.impls.qwen3_moe.ranks import RanksDiffer
+from moe_harness.impls.qwen3_moe.sequence import Request
+from moe_harness.suites.model import planted_ranks
 
-ENGINE: dict[str, Any] = {"page_size": 4, "max_sequences": 5, "max_tokens": 12, "pages": 40, "max_length": 60}
+ENGINE: dict[str, Any] = {"page_size": 4, "max_sequences": 6, "max_tokens": 12, "pages": 40, "max_length": 60}
 PROMPTS = [[(7 * n + p) % 128 for p in range(n)] for n in (1, 3, 4, 9, 14, 2)]
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
 IDS = [[(11 * row + 5 * p + p * p) % 128 for p in range(7)] for row in range(2)]
@@ -77,7 +85,30 @@ def answers(model: Model) -> dict[str, Any]:
     found["greedy"] = model.generate(PROMPTS, max_new_tokens=6, ignore_eos=True)
     found["drawn"] = model.generate(PROMPTS, max_new_tokens=6, ignore_eos=True, temperature=16.0, seed=3)
     model.engine.check()
+    found["live"] = live_slots(model)
     return found
+
+
+def live_slots(model: Model) -> int:
+    """How many slots the experts of this rank are given in a decoding step of one sequence, padded to six."""
+    engine, device, seen = model.engine, model.engine.runner, 0
+    kernel = model.network.kernels.experts
+
+    def watch(*args: Any, **options: Any) -> Tensor:
+        nonlocal seen
+        seen += int((args[4] >= 0).sum())
+        return kernel(*args, **options)
+
+    engine.add(Request((5, 6, 7), 4))
+    engine.step()
+    step = engine.scheduler.plan()
+    assert step is not None and step.decoding == len(step.work) == 1
+    object.__setattr__(model.network.kernels, "experts", watch)
+    with torch.inference_mode():
+        filled = device.builder.carry(step, 6)
+        device.run(Filled(6, 6, 6, 6, filled.cut), padded=True)
+    object.__setattr__(model.network.kernels, "experts", kernel)
+    return seen
 
 
 @cache
@@ -111,3 +142,41 @@ def forward(me: Rank, spec: dict[str, Any], seed: int) -> int:
 def few_tokens(me: Rank, spec: dict[str, Any], seed: int) -> str:
     """The logits of three tokens for each rank, which is what the interpreted kernels have time for."""
     return digest(load(spec, me.group)(torch.tensor(IDS)[:, :3]))
+
+
+def other_prompts(me: Rank, spec: dict[str, Any], seed: int) -> str:
+    """What `generate` says where rank 1 is given other prompts than rank 0."""
+    with pytest.raises(RanksDiffer) as told:
+        load(spec, me.group).generate([[1, 2 + me.rank]], max_new_tokens=2)
+    return str(told.value)
+
+
+def dies(me: Member, spec: dict[str, Any]) -> None:
+    """Rank 1 is killed in the middle of generating."""
+    model = load(spec, me.group)
+    kernel, calls = model.network.kernels.router, iter(range(20))
+
+    def counted(*args: Any, **options: Any) -> Any:
+        if next(calls, None) is None and me.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return kernel(*args, **options)
+
+    object.__setattr__(model.network.kernels, "router", counted)
+    model.generate(PROMPTS, max_new_tokens=40, ignore_eos=True)
+
+
+def complains(me: Member, spec: dict[str, Any]) -> None:
+    """Rank 1 raises, and rank 0 waits for it."""
+    model = load(spec, me.group)
+    if me.rank == 1:
+        raise KeyError("nothing of the kind")
+    model(torch.tensor(IDS))
+
+
+def faulty(me: Rank, spec: dict[str, Any], seed: int) -> dict[str, Any]:
+    """A cell with a fault put in on every rank, and taken out again."""
+    if me.rank == 0:
+        alone(spec["folder"])
+    with pytest.MonkeyPatch.context() as patch:
+        planted_ranks.FAULTS[spec["fault"]].plant(patch, me.rank)
+        return cell(me, spec, seed)

@@ -77,16 +77,24 @@ def run(task: str, cell: Cell, folders: Any) -> pool.Outcome:
 def test_a_cell_equals_one_rank(name: str, folders: Any) -> None:
     cell = PROMISED[name]
     found = run("cell", cell, folders).results
-    one = found[0]["one"]
+    check_cell(found, cell)
+    dense = cell.family == "qwen3"
+    assert {told["backend"] for told in found} == {"disabled" if dense else cell.options.get("dispatcher", "disabled")}
+
+
+def check_cell(found: list[dict[str, Any]], cell: Cell) -> None:
+    """Logits, routing and tokens of every rank are those of one rank, and pad rows read no expert."""
+    one, shards = found[0]["one"], cell.options.get("expert_shards", 1)
     assert found[0]["error"] <= bounds.SAME_IN_FP64, "logits differ from those of one rank"
     assert len({told["digest"] for told in found}) == 1, "ranks have different logits"
     for told in found:
         assert told["greedy"] == one["greedy"]
         assert told["drawn"] == one["drawn"]
     assert one["greedy"] != one["drawn"]
-    check_routing([told["chosen"] for told in found], one["chosen"], cell.options.get("expert_shards", 1))
-    dense = cell.family == "qwen3"
-    assert {told["backend"] for told in found} == {"disabled" if dense else cell.options.get("dispatcher", "disabled")}
+    check_routing([told["chosen"] for told in found], one["chosen"], shards)
+    live = [told["live"] for told in found]
+    everywhere = not cell.options.get("expert_parallel")
+    assert set(live) == {one["live"]} if everywhere else sum(live) == shards * one["live"], "pad rows read experts"
 
 
 def test_symmetric_memory_gives_the_bits_of_a_gather_and_a_scattered_sum(folders: Any) -> None:
