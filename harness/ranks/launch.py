@@ -54,7 +54,8 @@ class Launched:
     """
 
     def __init__(self, function: str, argument: Any, *, ranks: int, cuda: bool):
-        self.ranks, self.results = ranks, [None] * ranks
+        self.ranks = ranks
+        self.results: list[Any] = [None] * ranks
         self.folder = scratch.make()
         self.open: dict[int, connection.Connection] = {}
         self.processes = []
@@ -145,10 +146,11 @@ def _serve(pipe: Any, function: str, argument: Any, rank: int, ranks: int, cuda:
         _join(cuda, rank, ranks, store=store)
         say = (lambda word: pipe.send(("said", word))) if rank == 0 else _unheard
         pipe.send(("returned", find(function)(Member(rank, ranks, dist.group.WORLD, say), argument)))
-    except HarnessError as error:
-        pipe.send(("refused", error))
     except Exception as error:
-        pipe.send(("raised", f"{type(error).__name__}: {error}"))
+        told = ("refused", error) if isinstance(error, HarnessError) else ("raised", f"{type(error).__name__}: {error}")
+        pipe.send(told)
+        while True:  # until it is ended: its going would make others fail, who have done nothing wrong
+            signal.pause()
     os._exit(0)  # a clean shutdown would wait for peers
 
 

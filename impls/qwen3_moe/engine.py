@@ -79,10 +79,14 @@ class Engine:
         self.scheduler.end(sequence, Status.ABORTED)
         return sequence.new_tokens
 
+    def launch(self, step: Step | None) -> Running | None:
+        """Start a planned step, if there is one."""
+        return None if step is None else self.runner.launch(step)
+
     def step(self) -> list[Output]:
         """Start the next step and take in the one before; the tokens that came back."""
         step = self.scheduler.plan()
-        before, self.under_way = self.under_way, None if step is None else self.runner.launch(step)
+        before, self.under_way = self.under_way, self.launch(step)
         if step is not None:
             self.steps += 1
             self.computed += step.tokens
@@ -105,11 +109,7 @@ class Engine:
         Raises:
             Refused: a request that could never finish, named by its place; nothing was started then.
         """
-        for place, request in enumerate(requests):
-            try:
-                self.scheduler.refuse(request)
-            except Refused as error:
-                raise Refused(f"request {place}: {error}") from None
+        self.refuse_any(requests)
         numbers = [self.add(request) for request in requests]
         waited = {number: self.sequences[number] for number in numbers}
         left = set(numbers)
@@ -123,6 +123,14 @@ class Engine:
             for number in left & set(self.sequences):
                 self.abort(number)
         return [waited[number].new_tokens for number in numbers]
+
+    def refuse_any(self, requests: list[Request]) -> None:
+        """Raises Refused for the first request that could never finish, named by its place."""
+        for place, request in enumerate(requests):
+            try:
+                self.scheduler.refuse(request)
+            except Refused as error:
+                raise Refused(f"request {place}: {error}") from None
 
     def stream(self, request: Request) -> Iterator[int]:
         """Tokens of one request as they come; who stops listening aborts it.  Raises Refused at once."""

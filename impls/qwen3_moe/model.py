@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from moe_harness.impls.qwen3_moe.engine import Engine
 from moe_harness.impls.qwen3_moe.expert_layouts import ExpertLayout, alone, expert_layout, splits_tokens
 from moe_harness.impls.qwen3_moe.kernels import Kernels
 from moe_harness.impls.qwen3_moe.loader import load
+from moe_harness.impls.qwen3_moe.lockstep import LockstepEngine
 from moe_harness.impls.qwen3_moe.network import Cache, Flat, Network, cache_shape
 from moe_harness.impls.qwen3_moe.pages import Pages
-from moe_harness.impls.qwen3_moe.ranks import Ranks
+from moe_harness.impls.qwen3_moe.ranks import Ranks, share
 from moe_harness.impls.qwen3_moe.runner import Runner
 from moe_harness.impls.qwen3_moe.sequence import Request
 from moe_harness.impls.qwen3_moe.weights import Layout
@@ -80,7 +82,8 @@ class Model:
         chosen = self.options.kernels
         kernels = Kernels.for_device(device) if chosen is None else Kernels.of(chosen)
         self.ranks, self.expert_parallel_backend = ranks, DISABLED
-        self.network = Network(layout, parameters, kernels, ranks, experts)
+        self.apart = layout.placement.data_parallel
+        self.network = Network(layout, parameters, kernels, None if self.apart else ranks, experts)
         self._engine: Engine | None = None
 
     @property
@@ -120,7 +123,7 @@ class Model:
     def _streamed(self, request: Request, ranks: Ranks) -> Iterator[int]:
         with ranks.naming_the_lost():
             ranks.same("the prompt and options of stream", request)
-            yield from self.engine.stream(request)
+            yield from self.engine.generate([request])[0] if self.apart else self.engine.stream(request)
 
     def requests(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int], temperature: float = 0.0,
@@ -149,13 +152,26 @@ class Model:
         """Logits [B, L, V] of input_ids [B, L], every position after those before it in its row."""
         if input_ids.numel() == 0:
             return torch.zeros(*input_ids.shape, self.config.vocab_size, dtype=self.dtype, device=self.device)
+        return self._spread(self._logits, input_ids.to(self.device))
+
+    def _logits(self, input_ids: Tensor) -> Tensor:
         flat, cache = self._alone(*input_ids.shape)
-        logits = self.network.whole(self.network(input_ids.to(self.device).flatten(), flat, cache))
+        logits = self.network.whole(self.network(input_ids.flatten(), flat, cache))
         return logits.unflatten(0, tuple(input_ids.shape))
+
+    def _spread(self, run: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        """`run` of rows [B, ...]; in data parallel of this rank's share of them, all shares brought together."""
+        if not self.apart or self.ranks is None:
+            return run(rows)
+        counts = share(len(rows), self.ranks.size)
+        return self.ranks.rows(run(rows.split(counts)[self.ranks.rank]).contiguous(), counts)
 
     @torch.inference_mode()
     def layer(self, i: int, hidden_states: Tensor) -> Tensor:
         """Layer i alone on the residual stream [B, L, H] of positions 0 to L - 1."""
+        return self._spread(partial(self._layer, i), hidden_states)
+
+    def _layer(self, i: int, hidden_states: Tensor) -> Tensor:
         flat, cache = self._alone(*hidden_states.shape[:2])
         rows = hidden_states.to(self.device, self.dtype).flatten(0, 1)
         output, stream = self.network.layer(i, rows, None, flat, cache.keys[i], cache.values[i])
@@ -164,6 +180,9 @@ class Model:
     @torch.inference_mode()
     def half(self, i: int, name: str, hidden_states: Tensor) -> Tensor:
         """One half of layer i on the residual stream [B, L, H]: "attention" or "mlp", residual included."""
+        return self._spread(partial(self._half, i, name), hidden_states)
+
+    def _half(self, i: int, name: str, hidden_states: Tensor) -> Tensor:
         flat, cache = self._alone(*hidden_states.shape[:2])
         rows, network, layer = (
             hidden_states.to(self.device, self.dtype).flatten(0, 1),
@@ -208,7 +227,10 @@ class Model:
         runner = Runner(self.network, self._cache(pages), limits, self.device, o.graphs)
         runner.capture()
         pool = Pages(pages, o.page_size, o.prefixes)
-        return Engine(runner, pool, max_sequences=o.max_sequences, max_tokens=o.max_tokens, max_length=length)
+        limits_of = {"max_sequences": o.max_sequences, "max_tokens": o.max_tokens, "max_length": length}
+        if self.apart and self.ranks is not None:
+            return LockstepEngine(self.ranks, runner.idle, runner, pool, **limits_of)
+        return Engine(runner, pool, **limits_of)
 
     def _cache(self, pages: int) -> Cache:
         return Cache(self.layout, pages, self.options.page_size, self.dtype, self.device)
@@ -247,7 +269,7 @@ def load_model(
         expert_parallel: ranks hold whole experts; otherwise columns of all of them.
         dispatcher: how tokens come to experts under expert parallelism: a name of impls.dispatchers.
         progress: called with bytes read and bytes in all, after every file.
-        options: of `Options`, and of `Placement` (expert_shards, copies).
+        options: of `Options`, and of `Placement` (expert_shards, copies, data_parallel).
 
     Raises:
         CheckpointError (a ValueError): a folder that cannot be loaded; file, key, got and wanted are in the message.

@@ -135,6 +135,14 @@ class Runner:
                 progress(n, len(self.buckets))
 
     @torch.inference_mode()
+    def idle(self) -> None:
+        """Go through all layers without tokens, for the sake of other ranks."""
+        b = self.block
+        flat = Flat(b["positions"][:0], b["slots"][:0], torch.zeros_like(b["query_start"][:1]), b["context"][:0],
+                    b["tables"][:0], 0)  # fmt: skip
+        self.network(b["ids"][:0], flat, self.cache)
+
+    @torch.inference_mode()
     def warm_up(self) -> None:
         """Run the largest step on nothing, so that the memory it needs is known; it writes no keys."""
         self._blank(self.limits.sequences)

@@ -18,13 +18,14 @@ SG = "github.com/sgl-project/sglang"
 
 @dataclass(frozen=True)
 class Planted:
-    """One fault, where it was published, and the model that shows it.
+    """One fault, where it was published, by what it is seen, and the model that shows it.
 
     `layout` are arguments of load_model, `changes` keys of config.json.
     """
 
     source: str
     plant: Callable[[MonkeyPatch, int], Any]
+    seen: str = "logits differ"
     family: str = "qwen3_moe"
     layout: dict[str, Any] = field(default_factory=dict)
     changes: dict[str, Any] = field(default_factory=dict)
@@ -44,7 +45,7 @@ def fault(source: str, **shown: Any) -> Callable[[Callable[[MonkeyPatch, int], A
     return register
 
 
-@fault(f"{MS}/pull/113")
+@fault(f"{MS}/pull/113", seen="has planned another step")
 def batch_order_from_a_set(patch: MonkeyPatch, rank: int) -> None:
     """Sequences that decode stand in another order on rank 1."""
 
@@ -57,7 +58,7 @@ def batch_order_from_a_set(patch: MonkeyPatch, rank: int) -> None:
     around(patch, scheduler.Scheduler, "plan", plan)
 
 
-@fault(f"{MS}/pull/88")
+@fault(f"{MS}/pull/88", seen="drawn tokens differ")
 def seeds_differ_by_rank(patch: MonkeyPatch, rank: int) -> None:
     def fill(original: Callable, self: batch.Builder, step: scheduler.Step, to: dict[str, Any]) -> batch.Filled:
         filled = original(self, step, to)
@@ -67,13 +68,13 @@ def seeds_differ_by_rank(patch: MonkeyPatch, rank: int) -> None:
     around(patch, batch.Builder, "_fill", fill)
 
 
-@fault(f"{NV}/issues/187", layout={"pages": 12})
+@fault(f"{NV}/issues/187", layout={"pages": 12}, seen="number of elements is|planned another")
 def page_count_by_rank(patch: MonkeyPatch, rank: int) -> None:
     """Each rank keeps its own number of pages; rank 1 has a few less and makes others wait sooner."""
     patch.setattr(ranks.Ranks, "smallest", lambda self, number: number - 2 * rank)
 
 
-@fault(f"{NV}/issues/246")
+@fault(f"{NV}/issues/246", seen="prompts and options of generate of rank 1")
 def command_buffer_without_acknowledgement(patch: MonkeyPatch, rank: int) -> None:
     """Prompts lie in one buffer that the first rank has written anew before the second reads it."""
     from moe_harness.impls.qwen3_moe.model import Model
@@ -146,7 +147,7 @@ def vocabulary_cut_without_its_rest(patch: MonkeyPatch, rank: int) -> None:
     patch.setattr(Network, "embed", embed)
 
 
-@fault(f"{MS}/pull/88")
+@fault(f"{MS}/pull/88", seen="drawn tokens differ")
 def noise_numbered_within_the_shard(patch: MonkeyPatch, rank: int) -> None:
     """Token 0 of every shard has the same random number."""
     from moe_harness.impls.torch import sampler
@@ -157,7 +158,7 @@ def noise_numbered_within_the_shard(patch: MonkeyPatch, rank: int) -> None:
     around(patch, sampler, "gumbel", gumbel)
 
 
-@fault(f"{MS}/pull/98")
+@fault(f"{MS}/pull/98", seen="greedy tokens differ")
 def token_numbered_within_the_shard(patch: MonkeyPatch, rank: int) -> None:
     def winner(original: Callable, self: ranks.Ranks, tops: Tensor, scores: Tensor, tokens: Tensor, *rest: Any) -> Any:
         return original(self, tops, scores, tokens % 64, *rest)
@@ -201,6 +202,6 @@ def owners_by_another_division(patch: MonkeyPatch, rank: int) -> None:
     patch.setattr(model, "expert_layout", cyclic)
 
 
-@fault(f"{SG}/pull/30895", layout=EP)
+@fault(f"{SG}/pull/30895", layout=EP, seen="pad rows read experts")
 def pad_rows_into_the_reduction(patch: MonkeyPatch, rank: int) -> None:
     around(patch, Network, "route", lambda original, self, name, x, dead: original(self, name, x, None))

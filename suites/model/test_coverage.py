@@ -39,6 +39,10 @@ PROMISED = {
     "Qwen3-MoE TP 8 EP 8, 4 key heads": Cell("qwen3_moe", 8, ep("local_allreduce"), HEADS),
     "Qwen3-MoE TP x EP local_allreduce": Cell("qwen3_moe", 4, ep("local_allreduce", expert_shards=2)),
     "Qwen3-MoE TP x EP all_to_all": Cell("qwen3_moe", 4, ep("all_to_all", expert_shards=2)),
+    "Qwen3-MoE DP attention x EP 2": Cell("qwen3_moe", 2, ep("all_to_all", data_parallel=True)),
+    "Qwen2-MoE DP attention x EP 3 ranks": Cell(
+        "qwen2_moe", 3, ep("allgather_reducescatter", data_parallel=True), {"num_experts": 7}
+    ),
     "Qwen3-MoE redundant experts": Cell("qwen3_moe", 2, ep("all_to_all", copies=3)),
     "Qwen3-MoE uneven experts and vocabulary": Cell(
         "qwen3_moe", 2, ep("all_to_all"), {"num_experts": 7, "vocab_size": 130}
@@ -85,16 +89,18 @@ def test_a_cell_equals_one_rank(name: str, folders: Any) -> None:
 def check_cell(found: list[dict[str, Any]], cell: Cell) -> None:
     """Logits, routing and tokens of every rank are those of one rank, and pad rows read no expert."""
     one, shards = found[0]["one"], cell.options.get("expert_shards", 1)
+    sequences = cell.ranks if cell.options.get("data_parallel") else 1  # that the padded step of all ranks holds
     assert found[0]["error"] <= bounds.SAME_IN_FP64, "logits differ from those of one rank"
     assert len({told["digest"] for told in found}) == 1, "ranks have different logits"
     for told in found:
-        assert told["greedy"] == one["greedy"]
-        assert told["drawn"] == one["drawn"]
-    assert one["greedy"] != one["drawn"]
+        assert told["greedy"] == one["greedy"], "greedy tokens differ from those of one rank"
+        assert told["drawn"] == one["drawn"], "drawn tokens differ from those of one rank"
+    assert one["greedy"] != one["drawn"], "nothing is drawn"
     check_routing([told["chosen"] for told in found], one["chosen"], shards)
     live = [told["live"] for told in found]
     everywhere = not cell.options.get("expert_parallel")
-    assert set(live) == {one["live"]} if everywhere else sum(live) == shards * one["live"], "pad rows read experts"
+    right = set(live) == {one["live"]} if everywhere else sum(live) == sequences * shards * one["live"]
+    assert right, "pad rows read experts"
 
 
 def test_symmetric_memory_gives_the_bits_of_a_gather_and_a_scattered_sum(folders: Any) -> None:
