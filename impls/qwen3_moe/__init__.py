@@ -4,5 +4,5 @@ Families: Qwen3-MoE, Qwen2-MoE, dense Qwen3, the Qwen3-Omni talker, DeepSeek-V2 
 
 In the order to read it:  config, rope, weights, loader (a folder becomes tensors)  ·  kernels, network, latent (tensors
 become logits) ·  pages, sequence, scheduler (who runs next)  ·  batch, runner, engine (steps on the device)  ·  model
-(the contract).
+(the contract).  Over ranks:  placement, ranks, expert_layouts, lockstep.
 """

@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_harness.impls.qwen3_moe.batch import Limits
 from moe_harness.impls.qwen3_moe.config import Config
 from moe_harness.impls.qwen3_moe.engine import Engine
-from moe_harness.impls.qwen3_moe.expert_layouts import ExpertLayout, alone, expert_layout, splits_tokens
+from moe_harness.impls.qwen3_moe.expert_layouts import REPLICATED, ExpertLayout, alone, expert_layout, splits_tokens
 from moe_harness.impls.qwen3_moe.kernels import Kernels
 from moe_harness.impls.qwen3_moe.loader import load
 from moe_harness.impls.qwen3_moe.lockstep import LockstepEngine
@@ -224,7 +224,8 @@ class Model:
         length = min(length, pages * o.page_size)
         columns = max(1, -(-(length - 1) // o.page_size))  # the last token is never an input
         limits = Limits(o.max_tokens, o.max_sequences, columns, o.page_size)
-        runner = Runner(self.network, self._cache(pages), limits, self.device, o.graphs)
+        moved = self.expert_parallel_backend not in (DISABLED, REPLICATED)  # by counts that the host reads
+        runner = Runner(self.network, self._cache(pages), limits, self.device, o.graphs and not moved)
         runner.capture()
         pool = Pages(pages, o.page_size, o.prefixes)
         limits_of = {"max_sequences": o.max_sequences, "max_tokens": o.max_tokens, "max_length": length}
@@ -292,7 +293,9 @@ def load_model(
     parameters = layout.empty(found, place)
     load(folder, layout, parameters, progress)
     model = Model(layout, parameters, place, found, chosen, ranks, experts)
-    model.expert_parallel_backend = dispatcher if layout.placement.expert_parallel else DISABLED
+    model.expert_parallel_backend = (
+        dispatcher.removeprefix("dispatchers:") if layout.placement.expert_parallel else DISABLED
+    )
     return model
 
 
