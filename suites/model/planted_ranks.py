@@ -9,7 +9,7 @@ import torch.distributed as dist
 from pytest import MonkeyPatch
 from torch import Tensor
 
-from moe_harness.impls.qwen3_moe import batch, expert_layouts, placement, ranks, scheduler, weights
+from moe_harness.impls.qwen3_moe import batch, expert_layouts, pieces, placement, ranks, scheduler, weights
 from moe_harness.impls.qwen3_moe.network import Network
 from moe_harness.suites.model.planted import MS, NV, V, around
 
@@ -105,11 +105,11 @@ def head_gather_right_at_batch_1(patch: MonkeyPatch, rank: int) -> None:
 def rank_0s_shard_everywhere(patch: MonkeyPatch, rank: int) -> None:
     """Merged projections take the first rank's rows; every shape fits."""
 
-    def read(original: Callable, self: weights.Piece, stored: Any) -> Tensor:
+    def read(original: Callable, self: pieces.Piece, stored: Any) -> Tensor:
         merged = self.cut is not None and self.cut.dim == 0 and bool(self.index)
         return stored[: self.cut.size] if merged and self.cut is not None else original(self, stored)
 
-    around(patch, weights.Piece, "read", read)
+    around(patch, pieces.Piece, "read", read)
 
 
 @fault("github.com/Wenyueh/MinivLLM/issues/80", changes={"attention_bias": True})
