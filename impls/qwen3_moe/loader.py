@@ -20,8 +20,8 @@ from moe_harness.impls.qwen3_moe.weights import Layout
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = ("BF16", "F16", "F32")
 LISTED = 6  # complaints of one message
-MAPPED = 1 / 16  # of this rank's bytes that may stay mapped before the file is opened anew, which lets go of them
-CHUNK = 1 << 20  # elements that are looked at together
+MAPPED = 1 / 32  # of this rank's bytes that may stay mapped before the file is opened anew, which lets go of them
+CHUNK = 1 << 18  # elements that are looked at together
 REASONS = "was the download complete, and is config.json this checkpoint's own?"
 
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
