@@ -32,6 +32,10 @@ SAME_IN_FP64 = 2.0**-20  # sigmas between two orders of one sum in fp64; fp64 ro
 ELEMENTS_PER_RUN = 1e8  # a quick run judges about 2e6 elements, a full one 5e7
 MODEL = 1.05  # how far sigma itself is trusted; right implementations with every permitted rounding measure up to 1.01
 STATISTICS_PER_RUN = 1e6  # rows, columns, experts and tiles
+FLUSHED = 2.0**-126  # a number of fp32 below may be flushed to zero; experts whose scores lie there are tied
+STORED = 0.501  # ulps that a store in the dtype of the result may add to a limit, not to a variance
+UNTOUCHED = 1e-300  # variance of what must keep its bits: any other value is further off than every limit
+NEAR_TOP_P = 1e-3  # how near a sum of probabilities may come to top_p before either side of it is right
 
 
 EXPONENT_BITS = 0x7FF0_0000_0000_0000  # of fp64

@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from moe_harness.harness.core.bounds import ACCUMULATOR, Bound, Rounds, finish, store
+from moe_harness.harness.core.bounds import ACCUMULATOR, UNTOUCHED, Bound, Rounds, finish, store
 from moe_harness.harness.stages.rms_norm.bound import normalised, own_sources
 
-UNTOUCHED = 1e-300  # variance of what must keep its bits: any other value is further off than every limit
 ANGLE = 6 * ACCUMULATOR  # of an angle in fp32: power (4), its rounding, and that of the product with the position
 TRIGONOMETRIC = 2 * ACCUMULATOR  # absolute, of sin and cos
 

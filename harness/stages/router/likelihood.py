@@ -58,7 +58,8 @@ class Likelihood:
     def _sigma(self, one: tuple, two: tuple, candidate: Any, got: Any) -> Tensor:
         size = torch.maximum(one[0].abs(), two[0].abs()).nan_to_num(0.0, 0.0, 0.0)
         coarser = max((candidate[0].dtype, got[0].dtype), key=lambda dtype: torch.finfo(dtype).eps)
-        limit = self.relative.nan_to_num(0.0, 0.0, 0.0) * size + bounds.ulp(size, coarser) * 0.501 + 2.0**-126
+        stored = bounds.ulp(size, coarser) * bounds.STORED + bounds.FLUSHED
+        limit = self.relative.nan_to_num(0.0, 0.0, 0.0) * size + stored
         return limit / bounds.max_limit()
 
     def _distance(self, one: tuple, two: tuple, sigma: Tensor) -> tuple[Tensor, Tensor]:

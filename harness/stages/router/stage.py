@@ -22,7 +22,6 @@ from moe_harness.harness.stages.router.cases import RouterCase
 from moe_harness.reference import router as reference
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-TINY = 2.0**-126  # an fp32 score below may be flushed to zero; experts there are tied
 
 
 class Router(Stage):
@@ -99,7 +98,7 @@ class Selection:
     def __init__(self, call: Call):
         logits, keywords = call.args["router_logits"], call.keywords
         self.scores = reference.expert_scores(logits.double(), keywords["scoring"])
-        self.error = score_slack(self.scores, logits, keywords["scoring"]) + TINY
+        self.error = score_slack(self.scores, logits, keywords["scoring"]) + bounds.FLUSHED
         bias = keywords["correction_bias"]
         self.selection = reference.selection_scores(self.scores, bias)
         self.slack = self.error + (
@@ -231,15 +230,17 @@ def _used(
     """Share of its bound that each weight's error uses, the values, the bounds, and which are judged; all [T, k]."""
     keywords = call.keywords
     scores = truth.scores.gather(-1, ids)
-    relative = (truth.error / truth.scores.clamp(min=TINY)).gather(-1, ids)
+    relative = (truth.error / truth.scores.clamp(min=bounds.FLUSHED)).gather(-1, ids)
     value = reference.combine_weights(
         truth.scores, ids, renormalize=keywords["renormalize"], routed_scaling_factor=keywords["routed_scaling_factor"]
     )
     bound = value * (relative + 4 * bounds.ACCUMULATOR)
     if keywords["renormalize"]:  # the error of the sum is at most that of its terms, and one roundoff for each addition
-        of_sum = (scores * relative).sum(-1, keepdim=True) / scores.sum(-1, keepdim=True).clamp(min=TINY)
+        of_sum = (scores * relative).sum(-1, keepdim=True) / scores.sum(-1, keepdim=True).clamp(min=bounds.FLUSHED)
         bound = bound + value * (of_sum + ids.shape[-1] * bounds.ACCUMULATOR)
-    bound = bound + bounds.ulp(value, weights.dtype) * 0.501 + TINY * keywords["routed_scaling_factor"]
+    bound = (
+        bound + bounds.ulp(value, weights.dtype) * bounds.STORED + bounds.FLUSHED * keywords["routed_scaling_factor"]
+    )
     if "routing_weight" in rounds:  # to the dtype of the logits, and handed over in another one
         dtype, scale = call.args["router_logits"].dtype, keywords["routed_scaling_factor"]
         bound = bound + bounds.rounded_once(value, dtype, scale)

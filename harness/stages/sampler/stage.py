@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_harness.harness.core.bounds import NEAR_TOP_P
 from moe_harness.harness.core.call import INTS, Builder, Call
 from moe_harness.harness.core.findings import Record
 from moe_harness.harness.core.stage import Declared, Output, Stage
@@ -18,7 +19,6 @@ from moe_harness.harness.stages.sampler.bound import count_headroom, spread_head
 from moe_harness.harness.stages.sampler.cases import SamplerCase
 from moe_harness.reference.sampler import probabilities
 
-EDGE = 1e-3  # how near a sum of probabilities may come to top_p before either side of it is right
 FEW_KINDS = 4  # distributions among many draws
 SIDE = 64  # of the square of (seed, position)
 TEMPERATURES = (0.7, 0.0, 1.3, 0.4)
@@ -224,7 +224,7 @@ def _clear_of_edges(
         stored = logits.to(draw.dtype).double()
         p = probabilities(stored, temperature=temperature, top_k=top_k)
         reached = p.sort(1, descending=True).values.cumsum(1)
-        near = ((reached - top_p.double()[:, None]).abs() < EDGE).any(1) & (top_p < 1)
+        near = ((reached - top_p.double()[:, None]).abs() < NEAR_TOP_P).any(1) & (top_p < 1)
         if case.data == "draws":
             near = near[:FEW_KINDS].repeat(-(-len(near) // FEW_KINDS))[: len(near)]
         if not bool(near.any()):
