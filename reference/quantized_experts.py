@@ -57,23 +57,34 @@ def dequantised(codes: Tensor, scale: Tensor | None, format: str, dtype: torch.d
         raise ValueError(f"format is {format!r}, but should be one of {', '.join(FORMATS)}")
     if (scale is None) != (format == "plain"):
         raise ValueError(f"scale is {'None' if scale is None else 'given'}, but format is {format!r}")
-    if scale is None:
+    return scaled(code_values(codes, format, dtype), scale, format)
+
+
+def code_values(codes: Tensor, format: str, dtype: torch.dtype = torch.float64) -> Tensor:
+    """What codes stand for before any scale, [..., N, K]; `codes` as in `dequantised`."""
+    if format not in ("int4_group", "mxfp4"):
         return codes.to(dtype)
-    if format in ("fp8_channel", "int8_channel"):
-        return codes.to(dtype) * scale.to(dtype)[..., None]
-    if format == "fp8_block":
-        rows, columns = codes.shape[-2:]
-        spread = scale.to(dtype).repeat_interleave(BLOCK, -2)[..., :rows, :].repeat_interleave(BLOCK, -1)
-        return codes.to(dtype) * spread[..., :columns]
-    if format == "int4_group":
-        values, width, factors = [float(n) for n in range(-8, 8)], BLOCK, scale.to(dtype)
-    else:
-        values, width, factors = [*E2M1, *(-v for v in E2M1)], MX_BLOCK, (scale.to(dtype) - MX_BIAS).exp2()
+    values = [*E2M1, *(-v for v in E2M1)] if format == "mxfp4" else [float(n) for n in range(-8, 8)]
     table = torch.tensor(values, dtype=dtype, device=codes.device)
     byte = torch.arange(256, device=codes.device)
     pairs = torch.stack([table[byte & 15], table[byte >> 4]], dim=-1)  # what each byte stands for
-    numbers = pairs[codes.int()].flatten(-2)
-    return (numbers.unflatten(-1, (-1, width)) * factors[..., None]).flatten(-2)
+    return pairs[codes.int()].flatten(-2)
+
+
+def scaled(values: Tensor, scale: Tensor | None, format: str) -> Tensor:
+    """Values [..., N, K] times their scales, in the dtype of `values`; `scale` as in `dequantised`."""
+    if scale is None:
+        return values
+    if format in ("fp8_channel", "int8_channel"):
+        return values * scale.to(values.dtype)[..., None]
+    if format == "fp8_block":
+        rows, columns = values.shape[-2:]
+        spread = scale.to(values.dtype).repeat_interleave(BLOCK, -2)[..., :rows, :].repeat_interleave(BLOCK, -1)
+        return values * spread[..., :columns]
+    width, factors = BLOCK, scale.to(values.dtype)
+    if format == "mxfp4":
+        width, factors = MX_BLOCK, (factors - MX_BIAS).exp2()
+    return (values.unflatten(-1, (-1, width)) * factors[..., None]).flatten(-2)
 
 
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:

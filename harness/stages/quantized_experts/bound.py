@@ -100,22 +100,19 @@ def steps_and_variance(
         rows.square() @ (squares * accumulation(rows.shape[-1]) + weight_variance(expert.gate_up, rounds, dtype)).T
     )
     of_first = of_first + _stored(first, expert.gate_up_bias, dtype if "gate_up" in rounds else torch.float32)
-    of_codes = code_variance(rows, quantizes)
-    a, b = slopes(steps, activation, of_first + of_codes @ squares.T)
+    of_codes = None if quantizes is None else code_variance(rows, quantizes)
+    a, b = slopes(steps, activation, of_first if of_codes is None else of_first + of_codes @ squares.T)
     of_gate, of_up = of_first.chunk(2, dim=-1)
-    gate_rows, up_rows = expert.gate_up.chunk(2)
     hidden = a.square() * of_gate + b.square() * of_up + _of_glu(steps, activation, rounds, dtype)
-    from_codes = (
-        a.square() * (of_codes @ gate_rows.square().T)
-        + b.square() * (of_codes @ up_rows.square().T)
-        + 2 * a * b * (of_codes @ (gate_rows * up_rows).T)
-    ).clamp(min=0)
+    from_codes = torch.zeros_like(hidden) if of_codes is None else _from_codes(of_codes, expert, a, b)
     if "weighted" in rounds:
         hidden = hidden + store(steps.hidden, dtype)
     hidden = hidden + code_variance(steps.hidden, quantizes)
     down = expert.down.square()
     across = down.mean(0)
-    peaks = (hidden * across).square().sum(-1) + _peaks_of_codes(from_codes @ across, of_codes, squares)
+    peaks = (hidden * across).square().sum(-1)
+    if of_codes is not None:
+        peaks = peaks + _peaks_of_codes(from_codes @ across, of_codes, squares)
     variance = (hidden + from_codes) @ down.T
     variance = (
         variance
@@ -126,6 +123,16 @@ def steps_and_variance(
         variance + _stored(steps.output, expert.down_bias, dtype if "expert_output" in rounds else torch.float32),
         peaks,
     )
+
+
+def _from_codes(of_codes: Tensor, expert: Expert, a: Tensor, b: Tensor) -> Tensor:
+    """Variance of hidden values from that of codes, which reaches gate and up together."""
+    gate_rows, up_rows = expert.gate_up.chunk(2)
+    return (
+        a.square() * (of_codes @ gate_rows.square().T)
+        + b.square() * (of_codes @ up_rows.square().T)
+        + 2 * a * b * (of_codes @ (gate_rows * up_rows).T)
+    ).clamp(min=0)
 
 
 def _stored(value: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

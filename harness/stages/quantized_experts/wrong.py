@@ -1,7 +1,6 @@
 """Standard wrong outputs of the stage `quantized_experts`, and the data that cannot tell them."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -9,7 +8,7 @@ from torch import Tensor
 from moe_harness.harness.core.call import Call
 from moe_harness.harness.core.wrong_outputs import Excuse, Wrong, common
 from moe_harness.reference.experts import local_ids, routed_rows
-from moe_harness.reference.quantized_experts import ALPHA, MX_BIAS, dequantised, quantized_experts
+from moe_harness.reference.quantized_experts import ALPHA, code_values, gated, scaled
 
 NAMES = (
     "all_zeros", "doubled", "scales_of_next_expert", "scales_dropped", "gate_up_swapped", "flat_weights",
@@ -36,83 +35,89 @@ class Layer:
     down_bias: Tensor | None
     activation: str
 
-    def run(self, **changes: Any) -> Tensor:
-        """The result [T, H], with some of these changed."""
-        given = vars(self) | changes
-        return quantized_experts(
-            given["x"], given["gate_up"], None, given["down"], None, given["weights"], given["ids"], format="plain",
-            activation=given["activation"], gate_up_bias=given["gate_up_bias"], down_bias=given["down_bias"],
-        )  # fmt: skip
-
-    def unclamped(self) -> Tensor:
-        """The result of swiglu_oai without its limits."""
-        out = torch.zeros_like(self.x)
+    def first(self, gate_up: Tensor) -> Tensor:
+        """Gate and up of every slot, [T, k, 2I]."""
+        both = self.x.new_zeros(*self.ids.shape, gate_up.shape[1])
         for expert, tokens, slots in routed_rows(self.ids):
-            first = self.x[tokens] @ self.gate_up[expert].T
-            gate, up = (first if self.gate_up_bias is None else first + self.gate_up_bias[expert]).chunk(2, -1)
-            rows = ((up + 1) * gate * (ALPHA * gate).sigmoid()) @ self.down[expert].T
+            both[tokens, slots] = self.x[tokens] @ gate_up[expert].T
+        return both if self.gate_up_bias is None else both + self.of_slots(self.gate_up_bias)
+
+    def outputs(self, hidden: Tensor, down: Tensor) -> Tensor:
+        """The result [..., T, H] from the hidden values of every slot, [..., T, k, I]."""
+        out = hidden.new_zeros(*hidden.shape[:-2], down.shape[1])
+        for expert, tokens, slots in routed_rows(self.ids):
+            rows = hidden[..., tokens, slots, :] @ down[expert].T
             rows = rows if self.down_bias is None else rows + self.down_bias[expert]
-            out.index_add_(0, tokens, self.weights[tokens, slots, None] * rows)
+            out.index_add_(-2, tokens, self.weights[tokens, slots, None] * rows)
         return out
+
+    def of_slots(self, bias: Tensor) -> Tensor:
+        """The bias of each slot's expert."""
+        return bias[self.ids.clamp(min=0)]
 
 
 def wrong_outputs(call: Call) -> Wrong:
-    """Name -> wrong result of the call, [T, H] in fp64."""
+    """Name -> wrong result of the call, [T, H] in fp64; each mistake redoes only what it changes."""
     a, k = call.args, call.keywords
     local = local_ids(a["topk_ids"], k["expert_map"])
     live = local >= 0
     if not bool(live.any()) or not a["hidden_states"].numel():
         return {}
     met = local[live].unique().long()
-    layer = _layer(call, local, met)
-    value = layer.run()
-    found = common(value)
+    numbers = {name: _numbers(call, name, met) for name in ("gate_up", "down")}
+    layer = _layer(call, local, met, numbers)
+    first = layer.first(layer.gate_up)
+    gate, up = first.chunk(2, -1)
+    hidden, changed = gated(gate, up, layer.activation), {"gate_up_swapped": gated(up, gate, layer.activation)}
+    if layer.gate_up_bias is not None:
+        changed["gate_up_bias_dropped"] = gated(
+            *(first - layer.of_slots(layer.gate_up_bias)).chunk(2, -1), layer.activation
+        )
+    if layer.activation == "swiglu_oai":
+        changed["clamp_dropped"] = (up + 1) * gate * (ALPHA * gate).sigmoid()
+    value, *others = layer.outputs(torch.stack([hidden, *changed.values()]), layer.down)
+    found = common(value) | dict(zip(changed, others, strict=True))
     if live.shape[1] > 1:
         flat = live.double() * (layer.weights.sum(-1, keepdim=True) / live.sum(-1, keepdim=True).clamp(min=1))
         if not torch.allclose(flat, layer.weights):
-            found["flat_weights"] = layer.run(weights=flat)
-    found |= _misscaled(call, layer, met)
-    for name in ("gate_up_bias", "down_bias"):
-        if k[name] is not None:
-            found[f"{name}_dropped"] = layer.run(**{name: None})
-    swapped = None if layer.gate_up_bias is None else torch.cat(layer.gate_up_bias.chunk(2, -1)[::-1], -1)
-    found["gate_up_swapped"] = layer.run(gate_up=torch.cat(layer.gate_up.chunk(2, 1)[::-1], 1), gate_up_bias=swapped)
-    if k["activation"] == "swiglu_oai":
-        found["clamp_dropped"] = layer.unclamped()
+            found["flat_weights"] = replace(layer, weights=flat).outputs(hidden, layer.down)
+    if layer.down_bias is not None:
+        found["down_bias_dropped"] = replace(layer, down_bias=None).outputs(hidden, layer.down)
+    found |= _misscaled(call, layer, hidden, met, numbers)
     return {name: found[name] for name in NAMES if name in found}
 
 
-def _layer(call: Call, local: Tensor, met: Tensor) -> Layer:
+def _layer(call: Call, local: Tensor, met: Tensor, numbers: dict[str, Tensor]) -> Layer:
     a, k = call.args, call.keywords
     among = torch.full((len(a["gate_up_proj"]) + 1,), -1, device=met.device)  # the last one serves -1
     among[met] = torch.arange(len(met), device=met.device)
-    first, second = (None if k[name] is None else k[name][met].double() for name in ("gate_up_bias", "down_bias"))
-    return Layer(
-        a["hidden_states"].double(), a["topk_weights"].double().masked_fill(local < 0, 0.0), among[local.long()],
-        _matrices(call, "gate_up", met, met), _matrices(call, "down", met, met), first, second, k["activation"],
-    )  # fmt: skip
+    biases = (None if k[name] is None else k[name][met].double() for name in ("gate_up_bias", "down_bias"))
+    matrices = (_scaled(call, name, numbers[name], met) for name in ("gate_up", "down"))
+    weights = a["topk_weights"].double().masked_fill(local < 0, 0.0)
+    return Layer(a["hidden_states"].double(), weights, among[local.long()], *matrices, *biases, k["activation"])
 
 
-def _matrices(call: Call, name: str, met: Tensor, scaled_as: Tensor | None) -> Tensor:
-    """Matrices of the experts `met`, with the scales of others, or (None) without."""
-    codes, scale = call.args[f"{name}_proj"], call.args[f"{name}_scale"]
-    if scale is not None and scaled_as is None:
-        scale = torch.full_like(scale[met], MX_BIAS if scale.dtype == torch.uint8 else 1)
-    elif scale is not None:
-        scale = scale[scaled_as]
+def _numbers(call: Call, name: str, met: Tensor) -> Tensor:
+    """What the codes of the experts `met` stand for before any scale."""
+    codes = call.args[f"{name}_proj"]
     codes = codes.view(torch.uint8)[met].view(codes.dtype) if codes.dtype == torch.float8_e4m3fn else codes[met]
-    return dequantised(codes, scale, call.keywords["format"])
+    return code_values(codes, call.keywords["format"])
 
 
-def _misscaled(call: Call, layer: Layer, met: Tensor) -> Wrong:
+def _scaled(call: Call, name: str, numbers: Tensor, scaled_as: Tensor) -> Tensor:
+    """Matrices with the scales of the experts `scaled_as`."""
+    scale = call.args[f"{name}_scale"]
+    return scaled(numbers, None if scale is None else scale[scaled_as], call.keywords["format"])
+
+
+def _misscaled(call: Call, layer: Layer, hidden: Tensor, met: Tensor, numbers: dict[str, Tensor]) -> Wrong:
     """Scales left out, and those of the next expert."""
     scale = call.args["down_scale"]
     if scale is None:
         return {}
-    found: Wrong = {"scales_dropped": layer.run(down=_matrices(call, "down", met, None))}
+    found: Wrong = {"scales_dropped": layer.outputs(hidden, numbers["down"])}
     if len(scale) > 1:
-        after = (met + 1) % len(scale)
-        found["scales_of_next_expert"] = layer.run(
-            gate_up=_matrices(call, "gate_up", met, after), down=_matrices(call, "down", met, after)
-        )
+        gate_up, down = (_scaled(call, name, numbers[name], (met + 1) % len(scale)) for name in numbers)
+        other = gated(*layer.first(gate_up).chunk(2, -1), layer.activation)
+        found["scales_of_next_expert"] = layer.outputs(other, down)
     return found
