@@ -70,9 +70,8 @@ def wrong_outputs(call: Call) -> Wrong:
     gate, up = first.chunk(2, -1)
     hidden, changed = gated(gate, up, layer.activation), {"gate_up_swapped": gated(up, gate, layer.activation)}
     if layer.gate_up_bias is not None:
-        changed["gate_up_bias_dropped"] = gated(
-            *(first - layer.of_slots(layer.gate_up_bias)).chunk(2, -1), layer.activation
-        )
+        bare = (first - layer.of_slots(layer.gate_up_bias)).chunk(2, -1)
+        changed["gate_up_bias_dropped"] = gated(bare[0], bare[1], layer.activation)
     if layer.activation == "swiglu_oai":
         changed["clamp_dropped"] = (up + 1) * gate * (ALPHA * gate).sigmoid()
     value, *others = layer.outputs(torch.stack([hidden, *changed.values()]), layer.down)
@@ -91,10 +90,11 @@ def _layer(call: Call, local: Tensor, met: Tensor, numbers: dict[str, Tensor]) -
     a, k = call.args, call.keywords
     among = torch.full((len(a["gate_up_proj"]) + 1,), -1, device=met.device)  # the last one serves -1
     among[met] = torch.arange(len(met), device=met.device)
-    biases = (None if k[name] is None else k[name][met].double() for name in ("gate_up_bias", "down_bias"))
-    matrices = (_scaled(call, name, numbers[name], met) for name in ("gate_up", "down"))
+    first, second = (None if k[name] is None else k[name][met].double() for name in ("gate_up_bias", "down_bias"))
+    gate_up, down = (_scaled(call, name, numbers[name], met) for name in ("gate_up", "down"))
     weights = a["topk_weights"].double().masked_fill(local < 0, 0.0)
-    return Layer(a["hidden_states"].double(), weights, among[local.long()], *matrices, *biases, k["activation"])
+    x, ids = a["hidden_states"].double(), among[local.long()]
+    return Layer(x, weights, ids, gate_up, down, first, second, k["activation"])
 
 
 def _numbers(call: Call, name: str, met: Tensor) -> Tensor:
@@ -118,6 +118,7 @@ def _misscaled(call: Call, layer: Layer, hidden: Tensor, met: Tensor, numbers: d
     found: Wrong = {"scales_dropped": layer.outputs(hidden, numbers["down"])}
     if len(scale) > 1:
         gate_up, down = (_scaled(call, name, numbers[name], (met + 1) % len(scale)) for name in numbers)
-        other = gated(*layer.first(gate_up).chunk(2, -1), layer.activation)
+        gate, up = layer.first(gate_up).chunk(2, -1)
+        other = gated(gate, up, layer.activation)
         found["scales_of_next_expert"] = layer.outputs(other, down)
     return found
