@@ -1,5 +1,7 @@
 """Triton's sampler and torch's have the same random numbers, so that they draw the same tokens."""
 
+from types import ModuleType
+
 import pytest
 import torch
 
@@ -39,3 +41,26 @@ class TestDraws:
         options = {k: v for k, v in options.items() if k in ("temperature", *cuts)}
         call = options | {"seeds": row * 991 - 5, "positions": row.int()}
         assert torch.equal(in_triton.sampler(logits, **call), in_torch.sampler(logits, **call))
+
+
+class TestShards:
+    pytestmark = runnable
+
+    @pytest.mark.parametrize("library", [in_torch, in_triton], ids=["torch", "triton"])
+    def test_the_best_of_all_shards_is_the_token_of_the_row(self, library: ModuleType) -> None:
+        """Whatever the shards are, one without a finite logit too: the noise is that of the token's own number."""
+        random = torch.Generator().manual_seed(1)
+        logits = (torch.randn(ROWS, WIDTH, generator=random) * 2).to(DEVICE)
+        third = WIDTH // 3 // 4 * 4
+        logits[1, third : 2 * third] = -torch.inf
+        row = torch.arange(ROWS, device=DEVICE)
+        call = {
+            "temperature": torch.tensor([1.0, 0.7, 1.3, 0.0, 0.5, 0.01], device=DEVICE)[row % 6],
+            "seeds": row * 991 - 5, "positions": row.int(),
+        }  # fmt: skip
+        shards = [library.best_in_shard(logits[:, first:last], **call, first=first)
+                  for first, last in ((0, third), (third, 2 * third), (2 * third, WIDTH))]  # fmt: skip
+        tops, scores, tokens = (torch.stack(parts) for parts in zip(*shards, strict=True))
+        relative = scores + (tops - tops.amax(0)) * in_torch.inverse_of(call["temperature"], torch.float32)
+        best = relative.masked_fill(tops == -torch.inf, -torch.inf).argmax(0)
+        assert torch.equal(tokens.gather(0, best[None])[0], library.sampler(logits, **call).long())
