@@ -82,8 +82,8 @@ def answers(model: Model) -> dict[str, Any]:
     chosen = watched(model, "router")
     logits = model(torch.tensor(IDS))
     found: dict[str, Any] = {"logits": logits.clone(), "chosen": [ids.tolist() for ids in chosen]}
-    found["greedy"] = model.generate(PROMPTS, max_new_tokens=6, ignore_eos=True)
-    found["drawn"] = model.generate(PROMPTS, max_new_tokens=6, ignore_eos=True, temperature=16.0, seed=3)
+    found["greedy"] = model.generate(PROMPTS, max_new_tokens=4, ignore_eos=True)
+    found["drawn"] = model.generate(PROMPTS, max_new_tokens=4, ignore_eos=True, temperature=16.0, seed=3)
     model.engine.check()
     found["live"] = live_slots(model)
     return found

@@ -40,8 +40,8 @@ PROMISED = {
     "Qwen3-MoE TP x EP local_allreduce": Cell("qwen3_moe", 4, ep("local_allreduce", expert_shards=2)),
     "Qwen3-MoE TP x EP all_to_all": Cell("qwen3_moe", 4, ep("all_to_all", expert_shards=2)),
     "Qwen3-MoE DP attention x EP 2": Cell("qwen3_moe", 2, ep("all_to_all", data_parallel=True)),
-    "Qwen2-MoE DP attention x EP 3 ranks": Cell(
-        "qwen2_moe", 3, ep("allgather_reducescatter", data_parallel=True), {"num_experts": 7}
+    "Qwen2-MoE DP attention x EP 4, uneven": Cell(
+        "qwen2_moe", 4, ep("allgather_reducescatter", data_parallel=True), {"num_experts": 7}
     ),
     "Qwen3-MoE redundant experts": Cell("qwen3_moe", 2, ep("all_to_all", copies=3)),
     "Qwen3-MoE uneven experts and vocabulary": Cell(
