@@ -167,7 +167,10 @@ def _number(text: str) -> str | None:
 
 
 def run(settings: Settings, count: int, seed: int, seconds: float, keep: Path, kills: Path | None) -> dict[str, Any]:
-    """The whole matrix; what there is no time for is not in it.  `keep` is written after every fault."""
+    """The whole matrix; what there is no time for is not in it.
+
+    `keep` is written after every fault, and the faults that it holds of a run with the same settings are not run again.
+    """
     from moe_harness.harness.gate.answerers.transformers_model import TransformersModel
 
     model = TransformersModel("transformers:eager", settings, implementation="eager")
@@ -183,8 +186,17 @@ def run(settings: Settings, count: int, seed: int, seconds: float, keep: Path, k
         "calibration": known,
     }  # fmt: skip
     rows: list[Row] = []
+    done = {(row["name"], row["layer"]): row for row in kept(keep, about)}
+
+    def todo() -> Iterator[Planted]:
+        for planted in plan(middle, rows):
+            if planted.kind == "fault" and (planted.name, planted.layer) in done:
+                rows.append(done[planted.name, planted.layer] | seen(done[planted.name, planted.layer], least))
+            else:
+                yield planted
+
     right_bits, killers = {trusted.bits}, _killers(kills)
-    for row, measured in _rows(bench, plan(middle, rows), ends, trusted):
+    for row, measured in _rows(bench, todo(), ends, trusted):
         if measured is not None and row["kind"] == "right":
             right_bits.add(measured.bits)
         row |= {"present": None if measured is None else measured.bits not in right_bits}
@@ -192,6 +204,15 @@ def run(settings: Settings, count: int, seed: int, seconds: float, keep: Path, k
         rows.append(row)
         keep.write_text(json.dumps({**about, "seen": counts(rows), "rows": rows}, indent=1) + "\n")
     return dict(json.loads(keep.read_text()))
+
+
+def kept(file: Path, about: dict[str, Any]) -> list[Row]:
+    """The faults of an interrupted run, where it asked the same of the same model; none otherwise."""
+    if not file.is_file():
+        return []
+    found = json.loads(file.read_text("utf-8"))
+    same = all(found.get(name) == about[name] for name in ("schema", "documents", "generated", "seed", "identity"))
+    return [row for row in found["rows"] if row["kind"] == "fault"] if same else []
 
 
 def _rows(

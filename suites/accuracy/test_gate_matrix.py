@@ -7,7 +7,7 @@ import pytest
 
 from moe_harness.harness.gate.exchange import Gold
 from moe_harness.harness.proof import gate_matrix
-from moe_harness.harness.proof.gate_matrix import Measured, compared, counts, floor, seen
+from moe_harness.harness.proof.gate_matrix import Measured, compared, counts, floor, kept, seen
 from moe_harness.harness.proof.gate_matrix_view import page
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -54,6 +54,16 @@ def test_equal_numbers_are_equal_in_every_bit():
     assert measured([1e-12]).bits != measured().bits
     other = Measured(measured().golds, measured().right, ["other"] * 12)
     assert other.bits != measured().bits  # a fault that shows in decoding alone
+
+
+def test_an_interrupted_matrix_goes_on_under_the_same_settings_alone(tmp_path):
+    file = tmp_path / "m.json"
+    about = {"schema": 2, "documents": 24, "generated": 12, "seed": 1, "identity": {"model": "a"}}
+    assert kept(file, about) == []
+    file.write_text(json.dumps({**about, "rows": [{"kind": "right", "name": "b"}, {"kind": "fault", "name": "c"}]}))
+    assert [row["name"] for row in kept(file, about)] == ["c"]
+    for change in ({"seed": 2}, {"documents": 12}, {"identity": {"model": "b"}}):
+        assert kept(file, about | change) == []
 
 
 def test_what_raised_is_counted_apart():
