@@ -190,10 +190,11 @@ def run(settings: Settings, count: int, seed: int, seconds: float, keep: Path, k
 
     def todo() -> Iterator[Planted]:
         for planted in plan(middle, rows):
-            if planted.kind == "fault" and (planted.name, planted.layer) in done:
-                rows.append(done[planted.name, planted.layer] | seen(done[planted.name, planted.layer], least))
-            else:
+            row = done.pop((planted.name, planted.layer), None) if planted.kind == "fault" else None
+            if row is None:
                 yield planted
+            else:
+                rows.append(row | seen(row, least))
 
     right_bits, killers = {trusted.bits}, _killers(kills)
     for row, measured in _rows(bench, todo(), ends, trusted):
@@ -202,7 +203,8 @@ def run(settings: Settings, count: int, seed: int, seconds: float, keep: Path, k
         row |= {"present": None if measured is None else measured.bits not in right_bits}
         row |= seen(row, least) | {"checks": killers.get(row["name"])}
         rows.append(row)
-        keep.write_text(json.dumps({**about, "seen": counts(rows), "rows": rows}, indent=1) + "\n")
+        whole = [*rows, *done.values()]  # what was not reached again is not lost
+        keep.write_text(json.dumps({**about, "seen": counts(whole), "rows": whole}, indent=1) + "\n")
     return dict(json.loads(keep.read_text()))
 
 
