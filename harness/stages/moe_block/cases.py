@@ -121,6 +121,8 @@ def _turning(request: Request) -> Iterator[Case]:
         for tokens, width in ((1, 64), (19, 40), (65, 33)):
             fields: dict[str, Any] = {"H": width, "I": 24, "shared": 17, "dtype": next(dtypes)}
             yield MoeBlockCase(family=family, T=tokens, variant="poisoned", **fields)
+    for family in FAMILIES:  # a third shape of one slot, beside which the shared expert stands
+        yield MoeBlockCase(family=family, T=7, k=1, renorm="no", H=40, I=16, shared=32, dtype=next(dtypes))
     for family in ("qwen2_moe", "qwen3_moe", "deepseek_v2"):
         yield MoeBlockCase(family=family, T=7, E=256, k=8, H=32, I=16, shared=16, dtype=next(dtypes))
 
