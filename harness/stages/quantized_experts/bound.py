@@ -110,7 +110,8 @@ def steps_and_variance(
     hidden = hidden + code_variance(steps.hidden, quantizes)
     down = expert.down.square()
     across = down.mean(0)
-    peaks = (hidden * across).square().sum(-1)
+    # The error of a hidden value is common to a whole row, whatever number of codes it comes from.
+    peaks = ((hidden + from_codes) * across).square().sum(-1)
     if of_codes is not None:
         peaks = peaks + _peaks_of_codes(from_codes @ across, of_codes, squares)
     variance = (hidden + from_codes) @ down.T

@@ -398,7 +398,7 @@ def undeclared_quantisation(*call: Any, **options: Any) -> Tensor:
 @fault(
     "quantisation",
     condition="activations are quantised, a later call",
-    shows={"T": 64},
+    shows={"T": 64, "H": 512, "I": 256},
     stateful=True,
     quantizes="fp8_token",
 )
