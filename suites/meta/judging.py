@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_harness.harness.core import contracts
-from moe_harness.harness.core.catalogue import all_faults
+from moe_harness.harness.core.catalogue import Fault, all_faults
 from moe_harness.harness.core.plan import ON_CUDA_ONLY, plan
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.process.pool import Pool, prepare
@@ -80,9 +80,15 @@ def main() -> None:
     python -m moe_harness.suites.meta.judging           about 10 minutes on two cores
     """
     faults = [f for f in all_faults() if f.stage in contracts.SIGNATURES and "cpu" in f.devices and f.part is None]
+    found: dict[str, str] = {}
+
+    def note(fault: Fault) -> None:
+        answer = first_kill(fault.stage, fault.spec, timeout=6.0)
+        if answer is not None:
+            found[fault.spec] = answer["id"]
+
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        answers = threads.map(lambda fault: first_kill(fault.stage, fault.spec, timeout=6.0), faults)
-        found = {fault.spec: answer["id"] for fault, answer in zip(faults, answers, strict=True) if answer}
+        list(threads.map(note, faults))
     KILLS.write_text(json.dumps(found, indent=0, sort_keys=True) + "\n")
 
 
