@@ -35,9 +35,8 @@ def paged_attention(
         if not length or not len(queries):
             continue
         pages = block_table[s, : -(-length // page)].long()
-        keys, values = (
-            cache[pages].flatten(0, 1)[:length].float().repeat_interleave(group, 1) for cache in (key_cache, value_cache)
-        )
+        read = (cache[pages].flatten(0, 1)[:length].float() for cache in (key_cache, value_cache))
+        keys, values = (rows.repeat_interleave(group, 1) for rows in read)
         scores = torch.einsum("nhd,lhd->hnl", queries, keys) * scale
         last = torch.arange(length - len(queries), length, device=q.device)  # the last key that each query sees
         hidden = torch.arange(length, device=q.device) > last[:, None]

@@ -1,6 +1,6 @@
 """The stage `quantized_experts`: as `experts`, with weights as they are shipped.
 
-    first = W_gate_up[e] @ x_t + bias;  hidden = act(gate) * up;  out[t] = sum over slots of weight * (W_down[e] @ hidden + bias)
+    first = W_gate_up[e] @ x_t + bias;  hidden = act(gate) * up;  out[t] = sum of weight * (W_down[e] @ hidden + bias)
 
 Each matrix [N, K] (gate_up: 2I, H; down: H, I) stands for real numbers; this file reads
 
