@@ -21,14 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def matrix(codes: Tensor, scale: Tensor, format: str) -> Tensor:
-    """[N, K] in fp32."""
-    if format == "fp8_channel":
-        return codes.float() * scale[:, None]
-    if format != "fp8_block":
+def matrix(codes: Tensor, scale: Tensor | None, expert: int, format: str) -> Tensor:
+    """The expert's [N, K] in fp32."""
+    if scale is None or format not in ("fp8_block", "fp8_channel"):
         raise NotImplementedError(f"format {format}")
-    rows, columns = (torch.arange(size, device=codes.device) // 128 for size in codes.shape)
-    return codes.float() * scale[rows[:, None], columns]
+    if format == "fp8_channel":
+        return codes[expert].float() * scale[expert, :, None]
+    rows, columns = (torch.arange(size, device=codes.device) // 128 for size in codes.shape[1:])
+    return codes[expert].float() * scale[expert, rows[:, None], columns]
 
 
 def gated(first: Tensor, activation: str) -> Tensor:
@@ -60,10 +60,10 @@ def quantized_experts(
     out = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
     for expert in ids[ids >= 0].unique().tolist():
         tokens, slots = (ids == expert).nonzero(as_tuple=True)
-        first = hidden_states[tokens].float() @ matrix(gate_up_proj[expert], gate_up_scale[expert], format).T
+        first = hidden_states[tokens].float() @ matrix(gate_up_proj, gate_up_scale, expert, format).T
         if gate_up_bias is not None:
             first = first + gate_up_bias[expert].float()
-        second = gated(first, activation) @ matrix(down_proj[expert], down_scale[expert], format).T
+        second = gated(first, activation) @ matrix(down_proj, down_scale, expert, format).T
         if down_bias is not None:
             second = second + down_bias[expert].float()
         out.index_add_(0, tokens, second * topk_weights[tokens, slots, None].float())

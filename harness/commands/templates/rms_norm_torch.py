@@ -27,6 +27,6 @@ def rms_norm(
     return out.to(x.dtype) if residual is None else (out.to(x.dtype), total)
 
 
-# What it promises; optional, and what is promised is judged. The sum is kept in the dtype of x and normalised from there.
+# What it promises; optional, and what is promised is judged. The sum is normalised as it is kept, in the dtype of x.
 rms_norm.rounds = ("sum",)
 rms_norm.deterministic = True
