@@ -12,7 +12,7 @@ from moe_harness.harness.core.errors import EXIT_CANNOT_JUDGE, EXIT_PASS, Cannot
 from moe_harness.harness.core.folders import needed_part, stages_with
 
 TOKENS = "1,8,32,64,128,256,512,1024,4096,16384"
-STAGES = stages_with("bench")
+STAGES = (*stages_with("bench"), "model")
 DTYPES = ("bf16", "fp16", "fp32")
 
 
@@ -31,6 +31,12 @@ def bench(
         Path | None, typer.Option("--picture", help="Write roofline and times here, PNG or SVG.")
     ] = None,
     baseline: options.Baseline = None,
+    model_dir: Annotated[Path | None, typer.Option("--model", help="The checkpoint, for the stage model.")] = None,
+    device: Annotated[str, typer.Option(help="cuda; for the stage model cpu, too.")] = "cuda",
+    requests: Annotated[int, typer.Option(help="Requests of the stage model.", min=1)] = 256,
+    prompt_tokens: Annotated[str, typer.Option(help="Tokens of a prompt, least and most.")] = "100-1024",
+    new_tokens: Annotated[str, typer.Option(help="Tokens of an answer, least and most.")] = "100-1024",
+    runs: Annotated[int, typer.Option(help="Runs of a model after the first one, which warms up.", min=1)] = 5,
 ) -> None:
     """Time implementations of a stage; one that is not right on the timed data is not timed."""
     from rich.console import Console
@@ -39,6 +45,14 @@ def bench(
 
     stage = options.one_of("stage", stage, STAGES)
     dtype = options.one_dtype(dtype)
+    if stage == "model":
+        from moe_harness.harness.commands.bench_model import bench_model
+
+        options.writable(json)
+        bench_model(
+            list(options.specs(impl)), model_dir, options.one_of("device", device, ("cuda", "cpu")), dtype, requests,
+            (prompt_tokens, new_tokens), runs, seed, json, "moe-harness " + shlex.join(sys.argv[1:]),
+        )  # fmt: skip
     counts, model = token_counts(tokens), shape(options.one_of("config", config, names()))
     check_ep_size(model.num_experts, ep_size)
     format = one_format(stage, format)
