@@ -1,7 +1,6 @@
 """Whole models in vLLM, for `generate` and `bench --stage model`: it hands out no logits.
 
-Written against the interface of 0.22.1 (`LLM.generate` over prompts of ids), whose speed suites/performance has measured
-through the same calls.
+Written against the interface of 0.22.1 (`LLM.generate` over prompts of ids); not run yet.
 """
 
 from collections.abc import Sequence
