@@ -283,6 +283,12 @@ def test_a_model_over_ranks_answers(tmp_path, shared):
         ranks.close()
 
 
+def test_experts_shared_twice_need_a_model_that_knows_how(tmp_path):
+    (tmp_path / "m.py").write_text(RANKED)
+    with pytest.raises(UsageError, match="expert_shards"):
+        find(f"{tmp_path / 'm.py'}:load_model", replace(SETTINGS, tp=2, ep=2))
+
+
 def test_a_rank_that_fails_is_told_and_no_wrong_answer(tmp_path):
     (tmp_path / "m.py").write_text(RANKED.replace("FAILS", "True"))
     ranks = find(f"{tmp_path / 'm.py'}:load_model", replace(SETTINGS, tp=2))

@@ -27,6 +27,8 @@ class ContractModel:
         options: dict[str, Any] = {} if settings.dispatcher is None else {"dispatcher": settings.dispatcher}
         if group is not None:
             options |= {"group": group, "expert_parallel": settings.ep > 1}
+        if settings.tp > 1 and settings.ep > 1:
+            options["expert_shards"] = settings.tp
         self.model = function(
             str(settings.model), device=settings.device, dtype=getattr(torch, DTYPES[settings.dtype]), **options
         )

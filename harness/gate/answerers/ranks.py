@@ -1,5 +1,6 @@
 """A model of the stage `model` over several ranks: a process each, all asked the same, the first one's answers kept."""
 
+import inspect
 import multiprocessing
 import tempfile
 import traceback
@@ -11,23 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from moe_harness.harness.core.errors import CannotJudge, HarnessError, UsageError
-from moe_harness.harness.gate.answerers.finding import Settings
+from moe_harness.harness.gate.answerers.finding import Settings, resolve
 from moe_harness.harness.gate.exchange import Answer, Request
 
 
 class Ranks:
-    """`tp` or `ep` ranks of one host, gloo on the CPU and NCCL on GPUs.
+    """`tp` times `ep` ranks of one host, gloo on the CPU and NCCL on GPUs.
 
     Raises:
-        UsageError: both at once; the contract's load_model has one group, which shares either.
+        UsageError: both at once, for a load_model without `expert_shards`, which the contract's has not.
         CannotJudge: a rank that cannot load the model, or that fails or dies later.
     """
 
     traceable = True
 
     def __init__(self, spec: str, settings: Settings):
-        if settings.tp > 1 and settings.ep > 1:
-            raise UsageError("--tp and --ep are both above 1, but load_model has one group: give one of them")
+        if settings.tp > 1 and settings.ep > 1 and not _shares_experts_twice(resolve(spec)[1]):
+            raise UsageError("--tp and --ep are both above 1, but load_model takes no expert_shards: give one of them")
         self.spec, self.settings, self.world = spec, settings, settings.tp * settings.ep
         context = multiprocessing.get_context("spawn")
         self.folder = tempfile.TemporaryDirectory(prefix="accuracy-gate-ranks-")
@@ -73,6 +74,12 @@ class Ranks:
             process.kill()
 
 
+def _shares_experts_twice(function: Any) -> bool:
+    """Whether a load_model takes `expert_shards`, or anything."""
+    parameters = inspect.signature(function).parameters
+    return "expert_shards" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
 def _serve(pipe: Connection, spec: str, settings: Settings, rank: int, folder: str) -> None:
     """One rank: load, tell who it is, then answer batches until the pipe closes."""
     try:
@@ -93,7 +100,6 @@ def _loaded(spec: str, settings: Settings, rank: int, folder: Path) -> Any:
     import torch.distributed as dist
 
     from moe_harness.harness.gate.answerers.contract import ContractModel
-    from moe_harness.harness.gate.answerers.finding import resolve
 
     cuda = settings.device == "cuda"
     if cuda:
