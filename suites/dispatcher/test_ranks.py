@@ -45,7 +45,7 @@ def test_one_headline_and_a_clean_pool(task: str, ranks: int, kind: str, rank: i
     assert outcome.failure is not None
     assert (outcome.failure.kind, outcome.failure.rank) == (kind, rank), outcome.failure
     assert words in outcome.failure.headline()
-    assert outcome.seconds < 5  # 0.2 s on an idle machine
+    assert outcome.seconds < pool.BUDGET / 2  # proved, not waited for: 0.2 s on an idle machine
     assert _run("two_sums", ranks).ok
 
 
