@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_harness.harness.core import contracts
-from moe_harness.harness.core.catalogue import Fault, all_faults
+from moe_harness.harness.core.catalogue import all_faults
 from moe_harness.harness.core.plan import ON_CUDA_ONLY, plan
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.process.pool import Pool, prepare
@@ -52,7 +52,7 @@ def first_kill(stage: str, spec: str, timeout: float = 20.0) -> dict[str, Any] |
     with Pool(stage, spec, "cpu", 1, timeout) as pool:
         declared = pool.start()["declared"]
         ids = _in_turn(stage, Request(dtypes=tuple(declared["dtypes"])))
-        known = _known().get(spec)
+        known = _known().get(_key(spec))
         for answer in pool.judge([known, *ids] if known in ids else ids):
             assert answer["status"] != "error", answer["reason"]
             if answer["status"] in ("failed", "died"):
@@ -69,26 +69,32 @@ def _in_turn(stage: str, request: Request) -> list[str]:
     return [case for turn in zip_longest(*by_check.values()) for case in turn if case is not None]
 
 
+def _key(spec: str) -> str:
+    """A spec without the place of this tree."""
+    return spec.removeprefix(f"{FOLDER}/")
+
+
 @cache
 def _known() -> dict[str, str]:
     return json.loads(KILLS.read_text()) if KILLS.exists() else {}
 
 
 def main() -> None:
-    """Write `first_kills.json` anew: for each fault that shows on a CPU the case that kills it.
+    """Write `first_kills.json` anew: for every wrong implementation that shows on a CPU the case that kills it.
 
     python -m moe_harness.suites.meta.judging           about 10 minutes on two cores
     """
     faults = [f for f in all_faults() if f.stage in contracts.SIGNATURES and "cpu" in f.devices and f.part is None]
+    wrong = [*functions_of("wrong"), *((fault.stage, fault.spec) for fault in faults)]
     found: dict[str, str] = {}
 
-    def note(fault: Fault) -> None:
-        answer = first_kill(fault.stage, fault.spec, timeout=6.0)
+    def note(one: tuple[str, str]) -> None:
+        answer = first_kill(*one, timeout=20.0)
         if answer is not None:
-            found[fault.spec] = answer["id"]
+            found[_key(one[1])] = answer["id"]
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        list(threads.map(note, faults))
+        list(threads.map(note, wrong))
     KILLS.write_text(json.dumps(found, indent=0, sort_keys=True) + "\n")
 
 

@@ -31,8 +31,13 @@ def test_a_template_passes_as_it_is(stage, library, tmp_path):
     arguments += ["--ranks", "2"] if stage in RANK_STAGES else ["--check", SOME.get(stage, "contract,layouts")]
     done = run(tmp_path, "check", "--stage", stage, *arguments, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
-    again = run(tmp_path, "init", stage)
+
+
+def test_a_file_that_is_there_is_left_as_it_is(tmp_path):
+    (tmp_path / "my_router.py").write_text("mine")
+    again = run(tmp_path, "init", "router")
     assert again.returncode == 2 and "exists" in again.stderr
+    assert (tmp_path / "my_router.py").read_text() == "mine"
 
 
 KERNELS = """

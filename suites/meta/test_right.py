@@ -16,10 +16,12 @@ from moe_harness.suites.meta.judging import functions_of
 
 SAMPLED = "quantized_experts"  # six formats times three dtypes: the quick profile of one takes half a minute
 RIGHT = [(stage, spec) for stage, spec in functions_of("right") if stage != SAMPLED]
-RIGHT_QUANTIZED = [spec for stage, spec in functions_of("right") if stage == SAMPLED]
+RIGHT_QUANTIZED = [*(spec for stage, spec in functions_of("right") if stage == SAMPLED), "torch:fp8_group128"]
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 SHARES = 1 if NIGHTLY else 5  # of the plan: the next variants get the others; all of it for each takes 15 CPU minutes
-EACH = 4 if NIGHTLY else 90  # cases from one that a variant is judged on to the next; variants begin one after the other
+EACH = (
+    4 if NIGHTLY else 90
+)  # cases from one that a variant is judged on to the next; variants begin one after the other
 
 
 def test_there_are_enough():
@@ -34,8 +36,9 @@ def test_there_are_enough():
 )
 def test_passes_its_share_of_the_plan(number, stage, spec):
     prepare()
-    planned = [p.id for p in plan(stage, Request(seed=1)) if p.check not in ON_CUDA_ONLY]
-    result = judge(stage, spec, Request(seed=1), RunOptions(cases=tuple(planned[number % SHARES :: SHARES])))
+    asked = Request(seed=1, dtypes=load(stage, spec).declared.dtypes)
+    planned = [p.id for p in plan(stage, asked) if p.check not in ON_CUDA_ONLY]
+    result = judge(stage, spec, asked, RunOptions(cases=tuple(planned[number % SHARES :: SHARES])))
     told = [f"{f['case']}: {f['message']}" for f in result["failures"][:3]]
     assert result["verdict"] == "pass", told or result["error"]
     assert result["coverage"]["executed"] >= 10  # one of a single dtype refuses most of the plan
