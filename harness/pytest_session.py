@@ -1,5 +1,6 @@
 """What the pytest plugin does once a test asks for it: plan, judge in worker processes, put the results together."""
 
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,7 +14,7 @@ from moe_harness.harness.core.plan import ON_CUDA_ONLY, Planned, plan
 from moe_harness.harness.core.request import EXAMPLES, Request
 from moe_harness.harness.process.pool import EXPLAINED, Pool, prepare
 from moe_harness.harness.run.result_builder import Listener, ResultBuilder
-from moe_harness.harness.run.session import INTERPRETED_STEPS
+from moe_harness.harness.run.session import INTERPRETED_STEPS, SEARCH_SECONDS
 
 
 class Session:
@@ -77,7 +78,8 @@ class Session:
 
         dtypes = tuple(pool.workers[0].loaded["declared"]["dtypes"])
         drawn = {"examples": EXAMPLES[self.request.profile], "start": self.request.seed}
-        smallest = property_search.search(stage, dtypes, judge, **drawn, out_of_time=lambda: False)
+        end = time.monotonic() + SEARCH_SECONDS[self.request.profile]
+        smallest = property_search.search(stage, dtypes, judge, **drawn, out_of_time=lambda: time.monotonic() > end)
         if smallest is not None:
             self.conclude(item, stage, spec, answers[smallest.id()])
 
