@@ -11,8 +11,6 @@ import multiprocessing
 import random
 import statistics
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -20,6 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from moe_harness.harness.core import http
 from moe_harness.harness.core.errors import CannotJudge, HarnessError
 from moe_harness.harness.process.start import start
 
@@ -189,15 +188,11 @@ class Server:
 
     def _one(self, body: dict[str, Any]) -> list[int]:
         address = self.address.rstrip("/") + "/completions"
-        request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        found = http.post(address, body, ANSWER_SECONDS)
         try:
-            with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as response:
-                found = json.load(response)
             return found["choices"][0].get("token_ids") or [-1] * found["usage"]["completion_tokens"]
-        except urllib.error.HTTPError as error:
-            raise CannotJudge(f"{address} answered {error.code}: {error.read(300)!r}") from error
-        except (OSError, ValueError, KeyError) as error:
-            raise CannotJudge(f"{address} cannot be reached, or does not answer as OpenAI's does: {error!r}") from error
+        except (KeyError, IndexError, TypeError) as error:
+            raise CannotJudge(f"{address} does not answer as OpenAI's completions do: {error!r} is missing") from error
 
 
 def as_json(found: list[ModelTiming], workload: Workload, **about: Any) -> str:

@@ -1,6 +1,9 @@
 """Whole models are timed for what they were asked for, each in a process of its own."""
 
 import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -73,3 +76,44 @@ def test_the_same_seed_asks_the_same() -> None:
 def test_a_span_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--new-tokens"):
         span("new-tokens", text)
+
+
+class Completions(BaseHTTPRequestHandler):
+    """A server that answers as many tokens as asked; a model called "bare" tells no ids, "odd" no tokens at all."""
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert asked["ignore_eos"] and isinstance(asked["prompt"][0], int)
+        choice = {"token_ids": asked["prompt"][:1] * asked["max_tokens"]} if asked["model"] == "tiny" else {}
+        usage = {} if asked["model"] == "odd" else {"usage": {"completion_tokens": asked["max_tokens"]}}
+        body = json.dumps({"choices": [choice], **usage}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    running = ThreadingHTTPServer(("127.0.0.1", 0), Completions)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{running.server_port}/v1"
+    running.shutdown()
+    running.server_close()
+
+
+def test_a_server_is_timed_by_the_tokens_that_it_made(folder: Path, address: str) -> None:
+    found = serving.timed(f"{address}#tiny", folder, WORK, "cpu", "fp32")
+    assert len(found.tokens_per_second) == 2 and found.greedy[0] == [3] * serving.SHORT_NEW
+    bare = serving.timed(f"{address}#bare", folder, WORK, "cpu", "fp32")
+    assert bare.greedy[0] == [-1] * serving.SHORT_NEW and bare.agreement(found) == 0
+
+
+def test_what_is_no_such_server_is_told_by_its_address(folder: Path, address: str) -> None:
+    with pytest.raises(CannotJudge, match=r"/v1/completions does not answer as OpenAI's.*usage"):
+        serving.timed(f"{address}#odd", folder, WORK, "cpu", "fp32")
+    with pytest.raises(CannotJudge, match=r"127.0.0.1:9/v1/completions cannot be reached"):
+        serving.timed("http://127.0.0.1:9/v1#tiny", folder, WORK, "cpu", "fp32")

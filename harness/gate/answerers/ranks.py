@@ -14,6 +14,7 @@ from typing import Any
 from moe_harness.harness.core.errors import CannotJudge, HarnessError, UsageError
 from moe_harness.harness.gate.answerers.finding import Settings, resolve
 from moe_harness.harness.gate.exchange import Answer, Request
+from moe_harness.harness.process.start import start
 
 
 class Ranks:
@@ -38,7 +39,7 @@ class Ranks:
             for rank, (_, theirs) in enumerate(pipes)
         ]
         for process in self.processes:
-            process.start()
+            start(process)
         for _, theirs in pipes:
             theirs.close()
         self.pipes: list[Connection] = [ours for ours, _ in pipes]

@@ -3,13 +3,11 @@
 What runs behind an address cannot be read from here: its answers serve an interrupted run to go on, and no later one.
 """
 
-import json
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from moe_harness.harness.core import http
 from moe_harness.harness.core.errors import CannotJudge, UsageError
 from moe_harness.harness.gate.answerers.finding import Settings
 from moe_harness.harness.gate.exchange import LIKELIEST, Answer, Gold, Request
@@ -68,19 +66,7 @@ class Server:
         return Gold(sum(each), (), (), ()) if each else None
 
     def _get(self, path: str) -> dict[str, Any]:
-        return self._open(urllib.request.Request(self.address + path))
+        return http.get(self.address + path, TIMEOUT)
 
     def _post(self, body: dict[str, Any]) -> dict[str, Any]:
-        data = json.dumps({"model": self.model, **body}).encode()
-        return self._open(
-            urllib.request.Request(self.address + "/completions", data, {"Content-Type": "application/json"})
-        )
-
-    def _open(self, request: urllib.request.Request) -> dict[str, Any]:
-        try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-                return dict(json.load(response))
-        except urllib.error.HTTPError as error:
-            raise CannotJudge(f"{request.full_url} answered {error.code}: {error.read(300)!r}") from error
-        except (OSError, ValueError) as error:
-            raise CannotJudge(f"{request.full_url} cannot be reached or does not answer in JSON: {error}") from error
+        return http.post(f"{self.address}/completions", {"model": self.model, **body}, TIMEOUT)
