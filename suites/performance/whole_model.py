@@ -211,16 +211,12 @@ def graph_time(run: Callable[[], Any], repeats: int = 20) -> float:
     return statistics.median(times)
 
 
-@torch.inference_mode()
-def components(model: Any, batch: int, context: int) -> dict[str, dict[str, float]]:
-    """Microseconds of each part of a decoding step, over all layers, and its floor."""
-    import torch.nn.functional as F
-
+def decoding(model: Any, batch: int, context: int) -> Any:
+    """A decoding step of `batch` sequences with so many keys each, in random pages, put into the runner's block."""
     from moe_harness.impls.qwen3_moe.batch import Filled
 
-    runner, network, c, p = model.engine.runner, model.network, model.config, model.network.p
-    k, layers = network.kernels, range(c.layers)
-    b, page = runner.block, model.options.page_size
+    runner, page = model.engine.runner, model.options.page_size
+    b = runner.block
     runner._blank(batch)
     columns = -(-context // page)
     order = torch.randperm(model.engine.scheduler.pages.total, device="cuda")[: batch * columns]
@@ -229,9 +225,67 @@ def components(model: Any, batch: int, context: int) -> dict[str, dict[str, floa
     b["slots"][:batch] = b["tables"][:batch, columns - 1] * page + (context - 1) % page
     b["rows"][:batch], b["temperature"][:batch] = torch.arange(batch, device="cuda"), 0.6
     b["ids"][:batch] = torch.randint(0, 10000, (batch,), device="cuda")
-    filled = Filled(batch, batch, batch, batch, cut=False)
+    return Filled(batch, batch, batch, batch, cut=False)
+
+
+def chunks(model: Any, tokens: int, length: int = 512) -> Any:
+    """A step of so many tokens of prompts of `length`, put into the runner's block."""
+    from moe_harness.impls.qwen3_moe.batch import Filled
+
+    runner, page = model.engine.runner, model.options.page_size
+    b, count, columns = runner.block, tokens // length, -(-length // page)
+    runner._blank(count)
+    order = torch.randperm(model.engine.scheduler.pages.total, device="cuda")[: count * columns]
+    b["tables"][:count, :columns] = order.view(count, columns)
+    b["context"][:count] = length
+    b["query_start"][: count + 1] = torch.arange(0, tokens + 1, length, device="cuda")
+    position = torch.arange(tokens, device="cuda") % length
+    b["positions"][:tokens] = position
+    pages = b["tables"][:count].repeat_interleave(length, 0).gather(1, (position // page)[:, None])[:, 0]
+    b["slots"][:tokens] = pages * page + position % page
+    b["last"][:count] = torch.arange(length - 1, tokens, length, device="cuda")
+    b["rows"][:count], b["temperature"][:count] = torch.arange(count, device="cuda"), 0.6
+    b["ids"][:tokens] = torch.randint(0, 10000, (tokens,), device="cuda")
+    return Filled(tokens, count, 0, count, cut=False)
+
+
+@torch.inference_mode()
+def kernels(model: Any, filled: Any, padded: bool) -> dict[str, Any]:
+    """Every kernel of a step called without a graph: launches, microseconds; and the step from its start to its end."""
+    runner, repeats = model.engine.runner, 3
+    runner.run(filled, padded=padded)
+    torch.cuda.synchronize()
+    walls, hosts = [], []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        runner.run(filled, padded=padded)
+        hosts.append(time.perf_counter() - start)
+        torch.cuda.synchronize()
+        walls.append(time.perf_counter() - start)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(repeats):
+            runner.run(filled, padded=padded)
+        torch.cuda.synchronize()
+    rows = sorted(profile.key_averages(), key=lambda row: -row.device_time_total)
+    return {
+        "wall_us": round(statistics.median(walls) * 1e6), "host_us": round(statistics.median(hosts) * 1e6),
+        "kernels_us": round(sum(row.device_time_total for row in rows) / repeats),
+        "kernels": [
+            [row.key[:90], row.count // repeats, round(row.device_time_total / repeats, 1)] for row in rows[:30]
+        ],
+    }  # fmt: skip
+
+
+@torch.inference_mode()
+def components(model: Any, batch: int, context: int) -> dict[str, dict[str, float]]:
+    """Microseconds of each part of a decoding step, over all layers, and its floor."""
+    import torch.nn.functional as F
+
     from moe_harness.impls.qwen3_moe.network import Flat
 
+    runner, network, c, p = model.engine.runner, model.network, model.config, model.network.p
+    k, layers, b = network.kernels, range(c.layers), runner.block
+    filled = decoding(model, batch, context)
     flat = Flat(
         b["positions"][:batch], b["slots"][:batch], b["query_start"][: batch + 1], b["context"][:batch],
         b["tables"][:batch], batch, True,
@@ -267,7 +321,7 @@ def components(model: Any, batch: int, context: int) -> dict[str, dict[str, floa
         "o_proj": lambda i: F.linear(mixed, p[name(i) + "self_attn.o_proj.weight"]),
         "norms": norms,
         "router": route,
-        "experts": lambda i: network._experts(name(i) + "mlp", x, weights, ids),
+        "experts": lambda i: network.routed(name(i) + "mlp", x, weights, ids),
     }  # fmt: skip
     found = {part: graph_time(lambda run=run: [run(i) for i in layers]) for part, run in parts.items()}
     found["lm_head"] = graph_time(lambda: F.linear(x, network.head))
@@ -323,12 +377,19 @@ def ours(arguments: argparse.Namespace, results: Results) -> None:
         engine = model.engine
         results.write(pages=engine.scheduler.pages.total, engine_seconds=time.perf_counter() - start)
     prompts, counts = workload()
-    with results.part("workload"):
-        requests = model.requests(prompts, counts, 0.6, 1, (), True)
-        timed_runs(results, arguments.runs, lambda: sum(map(len, model.engine.generate(requests))))
+    if arguments.runs:
+        with results.part("workload"):
+            requests = model.requests(prompts, counts, 0.6, 1, (), True)
+            timed_runs(results, arguments.runs, lambda: sum(map(len, model.engine.generate(requests))))
     if "trace" in arguments.parts:
         with results.part("trace"):
             results.write(trace=trace(model))
+    if "kernels" in arguments.parts:
+        with results.part("kernels"):
+            steps = {f"kernels_{batch}": (decoding, batch, context) for batch, context in BATCHES.items()}
+            for name, (make, *sizes) in (steps | {"kernels_chunks": (chunks, arguments.max_tokens)}).items():
+                filled = make(model, *sizes)
+                results.write(**{name: kernels(model, filled, padded=filled.decoding > 0)})
     for batch, context in BATCHES.items() if "components" in arguments.parts else ():
         with results.part(f"components_{batch}"):
             results.write(**{f"components_{batch}": components(model, batch, context)})
@@ -389,11 +450,11 @@ if __name__ == "__main__":
     parser.add_argument("engine", choices=("ours", "vllm"))
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=48)
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=5, help="of the workload; 0 leaves it out")
     parser.add_argument("--max-tokens", type=int, default=8192, help="of one step of ours")
     parser.add_argument("--page-size", type=int, default=32)
     parser.add_argument("--pages", type=int, default=None)
-    parser.add_argument("--parts", default="check,trace,components", help="of ours, beside the workload")
+    parser.add_argument("--parts", default="check,trace,kernels,components", help="of ours, beside the workload")
     chosen = parser.parse_args()
     told = Results(chosen.json, engine=chosen.engine, layers=chosen.layers)
     {"ours": ours, "vllm": vllm}[chosen.engine](chosen, told)
