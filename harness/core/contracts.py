@@ -28,6 +28,17 @@ SIGNATURES: dict[str, inspect.Signature] = {
 RANK_STAGES = stages_with("ranked")  # one object or one call per rank; see core.ranked_stage
 
 
+def permissive(stage: str) -> tuple[str, ...]:
+    """What results of a stage may be rounded by where its implementation declares nothing."""
+    return getattr(stage_part(stage, "contract"), "ROUNDINGS", ROUNDINGS)
+
+
+def roundings(stage: str) -> tuple[str, ...]:
+    """What an implementation of a stage may declare."""
+    own = getattr(stage_part(stage, "contract"), "DECLARED_ONLY", ())
+    return (*permissive(stage), *DECLARED_ROUNDINGS[len(ROUNDINGS) :], *own)
+
+
 @dataclass(frozen=True)
 class Declarations:
     """What an implementation says about itself, as attributes of the function; all optional."""
@@ -49,8 +60,7 @@ class Declarations:
         accepted (`DECLARED_ONLY`), and attributes that only it knows (`DECLARATIONS`, the values that each may hold).
         """
         contract = stage_part(stage, "contract") if stage else None
-        rounds = (*getattr(contract, "ROUNDINGS", ROUNDINGS), *DECLARED_ROUNDINGS[len(ROUNDINGS) :])
-        rounds = (*rounds, *getattr(contract, "DECLARED_ONLY", ()))
+        rounds = roundings(stage) if stage else DECLARED_ROUNDINGS
         own = [name for name in cls.__dataclass_fields__ if name not in ("explicit", "extra")]
         found = {name: getattr(function, name) for name in own if getattr(function, name, None) is not None}
         for name, known in (("dtypes", DTYPES), ("devices", DEVICES), ("rounds", rounds)):

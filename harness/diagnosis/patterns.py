@@ -14,6 +14,7 @@ from moe_harness.harness.core import bounds
 from moe_harness.harness.core.call import Call
 from moe_harness.harness.core.case import Case
 from moe_harness.harness.core.compare import against_bound
+from moe_harness.harness.core.contracts import permissive
 from moe_harness.harness.core.invocation import Broken, Rejected, Trial
 from moe_harness.reference.experts import expert_steps, local_ids, routed_rows
 
@@ -47,7 +48,7 @@ def undeclared(trial: Trial, call: Call, out: Tensor) -> list[str]:
 def undeclared_roundings(trial: Trial, call: Call, out: Tensor) -> list[str] | None:
     """Those of which any one would suffice, [] where it takes several; None where they explain nothing."""
     declared = trial.subject.declared.rounds
-    missing = [name for name in bounds.ROUNDINGS if name not in bounds.permitted(declared)]
+    missing = [] if declared is None else [name for name in permissive(trial.stage.name) if name not in declared]
     if call.case.data == "exact" or not missing:
         return None
     if _is_within(trial, call, out, declared) or not _is_within(trial, call, out, None):

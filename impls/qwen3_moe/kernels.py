@@ -38,6 +38,11 @@ class Kernels:
         sampling = import_module(f"moe_harness.impls.{library}.sampler")
         return cls(**found, best_in_shard=sampling.best_in_shard)
 
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph may hold them; one that waits for the host, or does not say, forbids it."""
+        return all(getattr(getattr(self, name), "graph_capturable", False) for name in NAMES)
+
     @classmethod
     def for_device(cls, device: torch.device) -> "Kernels":
         """Those that are fastest on `device`."""

@@ -41,7 +41,7 @@ class Options:
         page_size: tokens of a page.
         pages: None: what memory allows (`memory` of the free memory of a GPU, CPU_CACHE bytes elsewhere).
         prefixes: whether computed prefixes are kept for later requests.
-        graphs: whether decoding steps run as CUDA graphs.
+        graphs: whether decoding steps run as CUDA graphs, on a GPU and with kernels that can be captured.
         kernels: "triton", "torch"; None: Triton's on a GPU.
     """
 
@@ -88,7 +88,7 @@ class Model:
 
     @property
     def engine(self) -> Engine:
-        """The engine, made when it is first needed: it takes the memory for the cache and captures the graphs."""
+        """The engine, made when it is first needed: it takes the memory for the cache."""
         if self._engine is None:
             self._engine = self._make_engine()
         return self._engine
@@ -225,8 +225,8 @@ class Model:
         columns = max(1, -(-(length - 1) // o.page_size))  # the last token is never an input
         limits = Limits(o.max_tokens, o.max_sequences, columns, o.page_size)
         moved = self.expert_parallel_backend not in (DISABLED, REPLICATED)  # by counts that the host reads
-        runner = Runner(self.network, self._cache(pages), limits, self.device, o.graphs and not moved)
-        runner.capture()
+        graphs = o.graphs and self.network.kernels.capturable and not moved
+        runner = Runner(self.network, self._cache(pages), limits, self.device, graphs)
         pool = Pages(pages, o.page_size, o.prefixes)
         limits_of = {"max_sequences": o.max_sequences, "max_tokens": o.max_tokens, "max_length": length}
         if self.apart and self.ranks is not None:

@@ -5,7 +5,6 @@ padded. The tokens stay on the device, each in its sequence's row, where the nex
 host, which reads it while the next step runs.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +18,6 @@ from moe_harness.impls.qwen3_moe.scheduler import Step
 # With pad rows routed nowhere these cost as little as finer ones (0.5 % of the time of a trace of 256 requests).
 BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 LARGEST_STEP = 256  # between buckets beyond the last one
-
-Progress = Callable[[int, int], None]
 
 
 def buckets(sequences: int) -> list[int]:
@@ -69,6 +66,7 @@ class Runner:
         self.hosts = [torch.zeros(limits.sequences, dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
         self.turn = 0
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self.pool: tuple[int, int] | None = None  # memory that all graphs share
         self.buckets = buckets(limits.sequences) if graphs and pinned else []
 
     @torch.inference_mode()
@@ -76,8 +74,10 @@ class Runner:
         """Start a step; returns before it has ended."""
         only_decoding = step.decoding == len(step.work)
         bucket = next((b for b in self.buckets if b >= len(step.work)), 0) if only_decoding else 0
+        if bucket and bucket not in self.graphs:
+            self.capture(bucket)
         filled = self.builder.carry(step, bucket)
-        if bucket in self.graphs:
+        if bucket:
             graph, logits, tokens = self.graphs[bucket]
             graph.replay()
         else:
@@ -118,21 +118,17 @@ class Runner:
         return tokens
 
     @torch.inference_mode()
-    def capture(self, progress: Progress | None = None) -> None:
-        """Capture a graph for every bucket, the largest first: the others use its memory."""
-        pool = None
-        for n, size in enumerate(reversed(self.buckets), start=1):
-            filled = Filled(size, size, size, size, cut=False)
-            self._blank(size)
-            self.run(filled, padded=True)  # whatever is compiled or allocated once, is now
-            torch.cuda.synchronize(self.device_of)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                logits, tokens = self.run(filled, padded=True)
-            pool = graph.pool()
-            self.graphs[size] = (graph, logits, tokens)
-            if progress is not None:
-                progress(n, len(self.buckets))
+    def capture(self, size: int) -> None:
+        """Capture the graph of a bucket, when a step first needs it: few prompts never need most of them."""
+        filled = Filled(size, size, size, size, cut=False)
+        torch.cuda.synchronize(self.device_of)  # the blocks of steps under way have arrived
+        self._blank(size)
+        self.run(filled, padded=True)  # whatever is compiled or allocated once, is now
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            logits, tokens = self.run(filled, padded=True)
+        self.pool = graph.pool()
+        self.graphs[size] = (graph, logits, tokens)
 
     @torch.inference_mode()
     def idle(self) -> None:

@@ -242,7 +242,7 @@ def paged_attention(
     return out
 
 
-paged_attention.rounds = ()
+paged_attention.rounds = ("probability",)
 paged_attention.deterministic = True
 paged_attention.graph_capturable = True
 

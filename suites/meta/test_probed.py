@@ -10,11 +10,12 @@ from torch import Tensor
 from moe_harness.harness.core.case import Case
 from moe_harness.harness.core.contracts import Declarations, Subject, load
 from moe_harness.harness.core.invocation import Trial
-from moe_harness.harness.diagnosis import probed
+from moe_harness.harness.diagnosis import patterns, probed
 from moe_harness.harness.diagnosis.numerics_probes import sees_sums
 from moe_harness.harness.diagnosis.search import explain
 from moe_harness.harness.stages.experts.cases import ExpertsCase
 from moe_harness.harness.stages.grouped_linear.cases import GroupedLinearCase
+from moe_harness.harness.stages.paged_attention.cases import PagedAttentionCase
 from moe_harness.harness.stages.shared_expert_gate.cases import GateCase
 from moe_harness.suites.meta.judging import functions_of
 
@@ -139,6 +140,29 @@ def test_a_store_that_is_not_declared_is_named() -> None:
     assert [entry["fault"] for entry in told] == ["undeclared_rounding"]
     assert "partial_sum" in told[0]["evidence"]
     assert probed.undeclared_store(trial_of(experts(wide, wide, BF16), case, rounds=("partial_sum",)), case) == []
+
+
+def test_a_rounding_that_only_this_stage_has_is_told_by_its_name() -> None:
+    """Softmax weights stored in 16 bits: no store of the experts' names, which would explain as much, is told."""
+
+    def attention(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, start: Tensor, length: Tensor, *,
+                  scale: float) -> Tensor:  # fmt: skip
+        pages, group = keys.shape[1], q.shape[1] // keys.shape[2]
+        out = torch.zeros_like(q)
+        for s, size in enumerate(length.tolist()):
+            at = torch.arange(size)
+            rows = torch.arange(int(start[s]), int(start[s + 1]))
+            k, v = (x[table[s, at // pages].long(), at % pages].repeat_interleave(group, 1) for x in (keys, values))
+            score = torch.einsum("nhd,lhd->nhl", q[rows].float(), k.float()) * scale
+            seen = at <= (size - len(rows) + torch.arange(len(rows)))[:, None]
+            weight = score.masked_fill(~seen[:, None], -torch.inf).softmax(-1).nan_to_num(0.0)
+            out[rows] = torch.einsum("nhl,lhd->nhd", weight.to(q.dtype).float(), v.float()).to(q.dtype)
+        return out
+
+    case = PagedAttentionCase(dtype="bf16")
+    trial = trial_of(attention, case, rounds=())
+    told = patterns.undeclared(trial, trial.build(case), trial.invoke(trial.build(case)))
+    assert "if `rounds` held probability, partial_sum, any one of them, as well" in told[0]
 
 
 def test_operands_that_are_declared_to_be_tf32_are_no_suspects() -> None:

@@ -80,6 +80,9 @@ def test_nan_behind_every_pad_row_reaches_no_sequence(folder: Path) -> None:
         runner.builder.carry(step, 6)
         padded = runner.run(Filled(6, 6, 6, 6, cut=False), padded=True)[0][:1]
         runner.last_tokens.copy_(before)
+        runner.capture(6)
+        runner.builder.carry(step, 6)
+        runner.last_tokens.copy_(before)
         graph, logits, _ = runner.graphs[6]
         graph.replay()
     assert torch.equal(logits[:1], padded), "a graph gives other logits than the same calls without it"

@@ -211,6 +211,7 @@ def graph_time(run: Callable[[], Any], repeats: int = 20) -> float:
     return statistics.median(times)
 
 
+@torch.inference_mode()
 def decoding(model: Any, batch: int, context: int) -> Any:
     """A decoding step of `batch` sequences with so many keys each, in random pages, put into the runner's block."""
     from moe_harness.impls.qwen3_moe.batch import Filled
@@ -228,6 +229,7 @@ def decoding(model: Any, batch: int, context: int) -> Any:
     return Filled(batch, batch, batch, batch, cut=False)
 
 
+@torch.inference_mode()
 def chunks(model: Any, tokens: int, length: int = 512) -> Any:
     """A step of so many tokens of prompts of `length`, put into the runner's block."""
     from moe_harness.impls.qwen3_moe.batch import Filled

@@ -27,7 +27,8 @@ def sample(stage: str) -> list[Planned]:
     for check, planned in groupby(plan(stage, Request()), key=lambda p: p.check):
         small = [p for p in planned if p.case.steps() <= 40]
         if check not in (*ON_CUDA_ONLY, *TOO_SLOW):
-            chosen += small[:: max(1, len(small) // PER_CHECK[stage])][: PER_CHECK[stage]]
+            step = max(1, len(small) // PER_CHECK[stage])
+            chosen += small[step // 2 :: step][: PER_CHECK[stage]]  # from the middle: a plan begins in fp32
     return chosen
 
 
