@@ -6,6 +6,7 @@ host, which reads it while the next step runs.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ class Runner:
         self.hosts = [torch.zeros(limits.sequences, dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
         self.turn = 0
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
-        self.pool: tuple[int, int] | None = None  # memory that all graphs share
+        self.pool: Any = None  # memory that all graphs share
         self.buckets = buckets(limits.sequences) if graphs and pinned else []
 
     @torch.inference_mode()
