@@ -48,6 +48,22 @@ from moe_harness.impls.triton.configs import Tiling, grid_size
 
 RUN_OF = {"fp8_block": 128, "int4_group": 128, "mxfp4": 32}  # columns under one scale of the weights
 PACKED = ("int4_group", "mxfp4")  # two codes a byte
+# Numbers that are compiled for no value of theirs: kernels of a layer differ in its sizes and strides enough already.
+UNSPECIALISED = [
+    "S",
+    "E",
+    "top_k",
+    "map_len",
+    "id_row",
+    "id_col",
+    "as_row",
+    "s_e",
+    "s_n",
+    "s_k",
+    "b_e",
+    "b_n",
+    "os_row",
+]
 
 
 class Matrix(NamedTuple):
@@ -188,7 +204,7 @@ def _tile(
         tl.store(at, narrow(acc, out.dtype.element_ty, WIDEN), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def _product(
     a, a_scale, w, scale, bias, out, out_scale, counts, slots, ids, emap, S, E, N, K, top_k, map_len, id_row, id_col,
     a_row, a_col, as_row, w_e, w_n, w_k, s_e, s_n, s_k, b_e, b_n, o_row, os_row,
@@ -275,7 +291,9 @@ def quantized_product(
         raise ValueError(f"tiles of {tiling.n} columns cannot be quantised, but those of {RUN.value} can")
     out_scale = empty(a.values, total, triton.cdiv(columns, tiling.n), dtype=torch.float32) if codes else None
     out = _codes_for(a.values, total, columns) if codes else empty(a.values, total, columns, dtype=dtype)
-    emap = routing.ids if routing.expert_map is None else routing.expert_map
+    # Behind an alignment neither ids nor map are read, so that their kinds make no kernels of their own.
+    ids = routing.ids if few or routing.slots is None else routing.slots[None]
+    emap = routing.expert_map if few and routing.expert_map is not None else ids
     packed = matrix.format in PACKED
     # fp16 has not the range of powers of two: there a step is one run, and its sum is scaled.
     in_tile = matrix.format == "mxfp4" and dtype != torch.float16
@@ -291,11 +309,11 @@ def quantized_product(
             a.values, none if a.scale is None else a.scale, source, none if matrix.scale is None else matrix.scale,
             none if matrix.bias is None else matrix.bias, out, none if out_scale is None else out_scale,
             none if routing.counts is None else routing.counts, none if routing.slots is None else routing.slots,
-            routing.ids, emap, total, experts, columns, depth, top_k, emap.numel(), *routing.ids.stride(),
+            ids, emap, total, experts, columns, depth, top_k, emap.numel(), *ids.stride(),
             *a.values.stride(), 0 if a.scale is None else a.scale.stride(0),
             *matrix.codes.stride(), *_scale_strides(matrix), *((0, 0) if matrix.bias is None else matrix.bias.stride()),
             out.stride(0), 0 if out_scale is None else out_scale.stride(0),
-            FEW=few, HAS_MAP=routing.expert_map is not None, BLOCK_E=triton.next_power_of_2(experts),
+            FEW=few, HAS_MAP=emap is not ids, BLOCK_E=1 if few else max(32, triton.next_power_of_2(experts)),
             GROUP=tiling.group, BM=tiling.m, BN=tiling.n, BK=step, EVEN_K=depth % step == 0, TMA=tma,
             FORMAT=matrix.format, PACKED=packed, IN_TILE=in_tile,
             ROWS="codes" if a.scale is not None else "quantised" if quantize else "kept", ACT=activation, CODES=codes,

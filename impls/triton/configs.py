@@ -174,8 +174,8 @@ def quantized(
         few, rows = slots <= 4, 64.0 if slots > 24 else rows  # the interpreter meets every path on small data
         ahead = quantize and rows > 24
         return QuantizedPlan(few, ahead, replace(tiling, n=128) if ahead else tiling, tiling)
-    if element_size == 4:  # no tensor cores: small tiles keep the products in registers
-        tiling = Tiling(16, 64, 32, warps=4, stages=2, tma=False)
+    if element_size == 4:  # no tensor cores but for codes: small tiles keep the products in registers
+        tiling = Tiling(16, 64 if quantize else 32, 32, warps=4, stages=2, tma=False)
         return QuantizedPlan(few, False, tiling, tiling)
     step = 64 if format == "plain" else 128
     if rows <= 24:  # bytes: few rows of activations, many loads in flight

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moe_harness.harness.bench.data import SETS, Draw, TimedBatch, TimedLayer, sample
 from moe_harness.harness.stages.quantized_experts.contract import BENCHED
-from moe_harness.harness.stages.quantized_experts.encoding import FP8, scale_shape
+from moe_harness.harness.stages.quantized_experts.encoding import FP8, LARGEST, scale_shape
 from moe_harness.reference.quantized_experts import MX_BIAS
 
 # The root mean square of codes: drawn as normals of that size, or as bytes of which every code is as likely.
@@ -40,7 +40,9 @@ def weights(layer: TimedLayer, dtype: torch.dtype, draw: Draw) -> list[tuple[Mat
 def _matrices(experts: int, rows: int, columns: int, format: str, dtype: torch.dtype, draw: Draw) -> Matrices:
     if format == "plain":
         return Matrices(draw.normal(experts, rows, columns, dtype=dtype, scale=columns**-0.5), None)
-    codes = torch.stack([_codes(rows, columns, format, draw) for _ in range(experts)])  # one by one: fp32 is 4 bytes
+    # One by one: in fp32 they would take four times the room.  As bytes: not every torch stacks fp8.
+    drawn = [_codes(rows, columns, format, draw) for _ in range(experts)]
+    codes = torch.stack([one.view(torch.uint8) for one in drawn]).view(drawn[0].dtype)
     doublings = draw.uniform(experts, *scale_shape(format, rows, columns)) - 0.5
     scale = columns**-0.5 / SIZE[format] * doublings.exp2()
     if format == "mxfp4":
@@ -52,7 +54,11 @@ def _codes(rows: int, columns: int, format: str, draw: Draw) -> Tensor:
     if format in ("int4_group", "mxfp4"):
         return (draw.uniform(rows, columns // 2) * 256).to(torch.uint8)
     normal = draw.normal(rows, columns, dtype=torch.float32, scale=SIZE[format])
-    return normal.round().clamp(-127, 127).to(torch.int8) if format == "int8_channel" else normal.to(FP8)
+    return (
+        normal.round().clamp(-127, 127).to(torch.int8)
+        if format == "int8_channel"
+        else normal.clamp(-LARGEST, LARGEST).to(FP8)
+    )
 
 
 def batch(
