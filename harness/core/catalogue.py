@@ -10,7 +10,8 @@ judged like any implementation.  Adding one is
 
 Its docstring is the consequence.  `condition` says in words when it shows, `shows` holds the parameters of one small
 case on which it does, and `sign` what is seen there; each `hidden` entry of the form "name=value" changes that case
-into one where the fault gives the right answer.
+into one where the fault gives the right answer.  What it is built from are the right steps of the stage
+(`faults/_steps.py`); called with `steps=`, it is built from others.
 """
 
 import difflib
@@ -102,10 +103,11 @@ def fault(
         signature = SIGNATURES[stage]
 
         @functools.wraps(function)
-        def call(*args: Any, **keywords: Any) -> Any:
+        def call(*args: Any, steps: Any = None, **keywords: Any) -> Any:
             # Tensors reach the fault by position however they were given, so that it may take them as `*call`.
             bound = signature.bind(*args, **keywords)
-            return function(*bound.args, **bound.kwargs)
+            others = {} if steps is None else {"steps": steps}
+            return function(*bound.args, **bound.kwargs, **others)
 
         call.__signature__ = signature  # type: ignore[attr-defined]
         for attribute, value in {"devices": devices, **declares}.items():

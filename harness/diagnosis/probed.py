@@ -24,10 +24,9 @@ from moe_harness.harness.core.emulation import matmul
 from moe_harness.harness.core.invocation import Trial
 from moe_harness.harness.diagnosis import numerics_probes
 from moe_harness.harness.diagnosis.patterns import undeclared_roundings
-from moe_harness.harness.stages.experts.faults import slots as experts
-from moe_harness.harness.stages.experts.faults.slots import live
-from moe_harness.harness.stages.grouped_linear.faults import products as grouped_linear
-from moe_harness.harness.stages.shared_expert_gate.faults import gates
+from moe_harness.harness.stages.experts.faults import _steps as experts
+from moe_harness.harness.stages.grouped_linear.faults import _steps as grouped_linear
+from moe_harness.harness.stages.shared_expert_gate.faults import _steps as gates
 
 FULL = 24  # bits of fp32, the least that the contract allows
 RUNS = (1, 4, 8, 16, 32, 64, 128, 256)  # terms added beforehand, where the probes cannot tell
@@ -128,7 +127,7 @@ def _of_slots(trial: Trial, dtype: str) -> Iterator[Step]:
     for order, step in (("first_to_last", 1), ("last_to_first", -1)):
 
         def combine(slots: Tensor, topk_weights: Tensor, ids: Tensor, step: int = step) -> Tensor:
-            weighted = live(topk_weights, ids, slots.dtype)[..., None] * slots
+            weighted = experts.live(topk_weights, ids, slots.dtype)[..., None] * slots
             total = torch.zeros_like(weighted[:, 0])
             for slot in weighted.unbind(1)[::step]:
                 total = _stored(total + slot, bits)

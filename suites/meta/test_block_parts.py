@@ -17,11 +17,11 @@ from moe_harness.harness.core.plan import plan
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.diagnosis.candidates import forget
 from moe_harness.harness.diagnosis.search import explain
-from moe_harness.harness.stages.experts.faults import slots
+from moe_harness.harness.stages.experts.faults import _steps as slots
 from moe_harness.harness.stages.moe_block.cases import FAMILIES, MoeBlockCase
 from moe_harness.harness.stages.moe_block.faults.parts import LEFT_OUT, inside
-from moe_harness.harness.stages.router.faults import weights as router
-from moe_harness.harness.stages.shared_expert_gate.faults import gates
+from moe_harness.harness.stages.router.faults import _steps as router
+from moe_harness.harness.stages.shared_expert_gate.faults import _steps as gates
 from moe_harness.reference import moe_block as reference
 
 PARTS = [fault for fault in all_faults("moe_block") if fault.part]

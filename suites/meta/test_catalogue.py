@@ -25,7 +25,6 @@ from moe_harness.harness.core.case import case_types
 from moe_harness.harness.core.catalogue import Fault, all_faults, get
 from moe_harness.harness.core.compare import against_bound
 from moe_harness.harness.core.contracts import REJECTIONS, SIGNATURES
-from moe_harness.harness.core.folders import needed_part
 from moe_harness.harness.core.memory import poisoned_allocations
 from moe_harness.harness.core.stage import find_stage
 from moe_harness.reference.experts import experts
@@ -256,7 +255,7 @@ def test_process_fault_does_not_return(fault: Fault) -> None:
     assert child.exitcode != RETURNED
 
 
-BUILDING_BLOCKS = [(stage, needed_part(stage, "disguise").RUN.__name__, "run") for stage in REFERENCES]
+BUILDING_BLOCKS = [(stage, f"moe_harness.harness.stages.{stage}.faults._steps", "run") for stage in REFERENCES]
 BUILDING_BLOCKS += [("experts", "moe_harness.harness.stages.experts.faults.alignment", "run_aligned")]
 BUILDING_BLOCKS += [("experts", "moe_harness.harness.stages.experts.faults.cuda", "run_captured")]
 

@@ -14,7 +14,7 @@ from moe_harness.harness.core.plan import plan
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.process.pool import Pool, prepare
 from moe_harness.harness.stages.experts.bound import experts_bound
-from moe_harness.harness.stages.experts.faults.slots import run
+from moe_harness.harness.stages.experts.faults._steps import run
 
 pytestmark = pytest.mark.gpu
 

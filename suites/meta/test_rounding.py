@@ -14,7 +14,7 @@ from moe_harness.harness.core.request import Request
 from moe_harness.harness.core.stage import find_stage
 from moe_harness.harness.process.worker import judge_id
 from moe_harness.harness.stages.experts.bound import experts_bound
-from moe_harness.harness.stages.experts.faults import slots as slots_of_experts
+from moe_harness.harness.stages.experts.faults import _steps as right
 from moe_harness.harness.stages.grouped_linear.bound import grouped_linear_bound
 from moe_harness.harness.stages.moe_block.bound import _routing_variance
 from moe_harness.harness.stages.shared_expert_gate.bound import gate_bound
@@ -205,17 +205,17 @@ def _sums_slots_in_16_bits(x, *call, **options):
     """The weighted outputs of the slots are added in the inputs' dtype."""
 
     def combine(slots, weights, ids):
-        weighted = slots_of_experts.live(weights, ids, slots.dtype)[..., None] * slots
+        weighted = right.live(weights, ids, slots.dtype)[..., None] * slots
         total = weighted[:, 0].to(x.dtype)
         for slot in weighted.unbind(1)[1:]:
             total = (total.to(slots.dtype) + slot).to(x.dtype)
         return total.to(slots.dtype)
 
-    return slots_of_experts.run(x, *call, **options, combine=combine)
+    return right.run(x, *call, **options, combine=combine)
 
 
 def _sums_slots_in_32_bits(*call, **options):
-    return slots_of_experts.run(*call, **options)
+    return right.run(*call, **options)
 
 
 @pytest.mark.parametrize(("kernel", "status"), [(_sums_slots_in_16_bits, "failed"), (_sums_slots_in_32_bits, "passed")])

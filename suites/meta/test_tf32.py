@@ -14,7 +14,7 @@ from moe_harness.harness.core.bounds import max_limit
 from moe_harness.harness.core.compare import against_bound
 from moe_harness.harness.core.stage import find_stage
 from moe_harness.harness.stages.experts.cases import ExpertsCase
-from moe_harness.harness.stages.experts.faults import slots as experts
+from moe_harness.harness.stages.experts.faults import _steps as experts
 from moe_harness.harness.stages.grouped_linear.cases import GroupedLinearCase
 from moe_harness.harness.stages.moe_block.cases import FAMILIES, MoeBlockCase
 from moe_harness.harness.stages.shared_expert_gate.cases import GateCase

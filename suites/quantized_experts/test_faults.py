@@ -8,8 +8,8 @@ import pytest
 from moe_harness.harness.core.catalogue import Fault, all_faults
 from moe_harness.harness.core.contracts import load
 from moe_harness.harness.core.invocation import Trial
+from moe_harness.harness.diagnosis.candidates import forget
 from moe_harness.harness.stages.quantized_experts.cases import QuantizedCase
-from moe_harness.harness.stages.quantized_experts.faults import activations
 
 FAULTS = all_faults("quantized_experts")
 TYPES: dict[str, Any] = {"int": int, "bool": lambda text: bool(int(text)), "str": str}
@@ -24,7 +24,7 @@ def changes(text: str) -> dict[str, Any]:
 
 def killed(fault: Fault, case: QuantizedCase) -> bool:
     """Whether the judge finds fault with the call, or with one on other data behind it."""
-    activations.KEPT.clear()
+    forget(fault)
     trial = Trial(load("quantized_experts", fault.spec), "cpu")
     for seed in (0, 1) if fault.stateful else (0,):
         call = trial.build(case.but(seed=seed))

@@ -1,20 +1,14 @@
 """The steps of the stage `experts` as an implementation with other roundings has them."""
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from moe_harness.harness.core.emulation import product_in
-from moe_harness.harness.stages.experts.faults import slots as right
-from moe_harness.harness.stages.experts.faults.slots import act, live
-
-RUN = right  # its `run` is the right implementation that the faults of the stage change
+from moe_harness.harness.stages.experts.faults._steps import Steps, act, live
 
 
-def other_steps(dtype: torch.dtype) -> dict[str, Callable[..., Any]]:
-    """Steps by name, rounded to `dtype` where the right ones are not."""
+def other_steps(dtype: torch.dtype) -> Steps:
+    """The steps, rounded to `dtype` where the right ones are not."""
 
     def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
         return (act(gate.double(), activation) * up.double()).to(dtype).to(gate.dtype)
@@ -26,4 +20,4 @@ def other_steps(dtype: torch.dtype) -> dict[str, Callable[..., Any]]:
             total = (total.double() + slot.to(dtype).double()).to(dtype)
         return total.to(slots.dtype)
 
-    return {"matmul": product_in(dtype), "gated": gated, "combine": combine}
+    return Steps(matmul=product_in(dtype), gated=gated, combine=combine)

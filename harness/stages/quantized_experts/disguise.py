@@ -1,22 +1,17 @@
 """The steps of the stage `quantized_experts` as an implementation with other roundings has them."""
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from moe_harness.harness.stages.experts.faults.slots import live
-from moe_harness.harness.stages.quantized_experts.faults import _steps as right
-
-RUN = right  # its `run` is the right implementation that the faults of the stage change
+from moe_harness.harness.stages.experts.faults._steps import live
+from moe_harness.harness.stages.quantized_experts.faults._steps import RIGHT, Steps
 
 
-def other_steps(dtype: torch.dtype) -> dict[str, Callable[..., Any]]:
-    """Steps by name, rounded to `dtype` where the right ones are not."""
+def other_steps(dtype: torch.dtype) -> Steps:
+    """The steps, rounded to `dtype` where the right ones are not."""
 
     def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-        return right.glu(gate.to(dtype).float(), up.to(dtype).float(), activation).to(dtype).float()
+        return RIGHT.glu(gate.to(dtype).float(), up.to(dtype).float(), activation).to(dtype).float()
 
     def combine(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
         weighted = live(topk_weights, ids, slots.dtype)[..., None] * slots
@@ -25,4 +20,4 @@ def other_steps(dtype: torch.dtype) -> dict[str, Callable[..., Any]]:
             total = (total.double() + slot.to(dtype).double()).to(dtype)
         return total.to(slots.dtype)
 
-    return {"glu": glu, "combine": combine}
+    return Steps(glu=glu, combine=combine)

@@ -1,19 +1,14 @@
 """The steps of the stage `router` as an implementation with other roundings has them."""
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from moe_harness.harness.core.emulation import wide
-from moe_harness.harness.stages.router.faults import weights as right
-
-RUN = right  # its `run` is the right implementation that the faults of the stage change
+from moe_harness.harness.stages.router.faults._steps import Steps
 
 
-def other_steps(dtype: torch.dtype) -> dict[str, Callable[..., Any]]:
-    """Steps by name, rounded to `dtype` where the right ones are not."""
+def other_steps(dtype: torch.dtype) -> Steps:
+    """The steps, rounded to `dtype` where the right ones are not."""
 
     def score(logits: Tensor, scoring: str) -> Tensor:
         kind, logits = wide(logits), logits.double()
@@ -24,4 +19,4 @@ def other_steps(dtype: torch.dtype) -> dict[str, Callable[..., Any]]:
         total = weights.flip(-1).sum(-1, keepdim=True) if renormalize else 1.0
         return (weights * scale / total).to(scores.dtype)
 
-    return {"score": score, "weigh": weigh}
+    return Steps(score=score, weigh=weigh)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from moe_harness.harness.core.catalogue import fault
-from moe_harness.harness.core.emulation import BLOCK, matmul, round_up, unwritten, unwritten_like, wide
-from moe_harness.harness.stages.experts.faults.slots import combine, gated, halves, locate
+from moe_harness.harness.core.emulation import BLOCK, round_up, unwritten, unwritten_like, wide
+from moe_harness.harness.stages.experts.faults._steps import RIGHT, Steps, halves, locate
 
 
 class Plan(NamedTuple):
@@ -63,6 +63,7 @@ def run_aligned(
     *,
     activation: str = "silu",
     expert_map: Tensor | None = None,
+    steps: Steps = RIGHT,
     align: Callable[[Tensor, int], Plan] = align,
     locate: Callable[[Tensor, Tensor | None], Tensor] = locate,
 ) -> Tensor:
@@ -79,9 +80,9 @@ def run_aligned(
         rows = blocks[experts == expert].flatten()
         rows = rows[(rows >= 0) & (rows < ids.numel())]
         tokens = rows // max(ids.shape[1], 1)
-        hidden = gated(*halves(matmul(hidden_states[tokens], gate_up_proj[expert])), activation)
-        slots[rows] = matmul(hidden, down_proj[expert])
-    return combine(slots.view(*ids.shape, slots.shape[1]), topk_weights, ids).to(hidden_states.dtype)
+        hidden = steps.gated(*halves(steps.matmul(hidden_states[tokens], gate_up_proj[expert])), activation)
+        slots[rows] = steps.matmul(hidden, down_proj[expert])
+    return steps.combine(slots.view(*ids.shape, slots.shape[1]), topk_weights, ids).to(hidden_states.dtype)
 
 
 @fault(

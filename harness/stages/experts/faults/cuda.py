@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_harness.harness.core.catalogue import fault
 from moe_harness.harness.core.emulation import unwritten_like, wide
-from moe_harness.harness.stages.experts.faults.slots import gated, halves, live, locate, run
+from moe_harness.harness.stages.experts.faults._steps import RIGHT, Steps, halves, live, locate, run
 
 CUDA = ("cuda",)
 _kept: dict[tuple[Any, ...], Tensor] = {}  # what the stateful faults keep between calls
@@ -25,13 +25,16 @@ def run_captured(
     *,
     activation: str = "silu",
     expert_map: Tensor | None = None,
+    steps: Steps = RIGHT,
 ) -> Tensor:
     """Gather each slot's weights and multiply them in one batch."""
     kind, ids = wide(hidden_states), locate(topk_ids, expert_map)
     chosen = ids.clamp(min=0).flatten()
     x = hidden_states.to(kind).repeat_interleave(ids.shape[1], 0)[..., None]
     gate, up = halves((gate_up_proj[chosen].to(kind) @ x).squeeze(-1))
-    slots = (down_proj[chosen].to(kind) @ gated(gate, up, activation)[..., None]).view(*ids.shape, down_proj.shape[1])
+    slots = (down_proj[chosen].to(kind) @ steps.gated(gate, up, activation)[..., None]).view(
+        *ids.shape, down_proj.shape[1]
+    )
     weighted = torch.where(ids[..., None] < 0, 0, live(topk_weights, ids, kind)[..., None] * slots)
     return weighted.sum(1).to(hidden_states.dtype)
 

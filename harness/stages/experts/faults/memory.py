@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moe_harness.harness.core.catalogue import fault
 from moe_harness.harness.core.emulation import flat_storage, unwritten_like, wide
-from moe_harness.harness.stages.experts.faults.slots import combine, halves, run
+from moe_harness.harness.stages.experts.faults._steps import RIGHT, Steps, halves, run
 
 # What the faults below keep between calls, by fault and shape.  A right implementation keeps nothing.
 _kept: dict[tuple[Any, ...], Any] = {}
@@ -138,27 +138,29 @@ def second_load_in_kernel_layout(hidden_states: Tensor, gate_up: Tensor, *call: 
 
 
 @fault("tuning", source="triton-lang/triton/issues/6547", condition="the first call of a shape", stateful=True)
-def tuning_accumulates(*call: Tensor, **options: Any) -> Tensor:
+def tuning_accumulates(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """Tuning runs the accumulating kernel three times on the real output."""
     key = _key("tuned", *call[:2])
     times = 1 if key in _kept else 3
     _kept[key] = True
-    return run(*call, **options, combine=lambda slots, weights, ids: combine(slots, weights, ids) * times)
+    return run(
+        *call, **options, steps=steps, combine=lambda slots, weights, ids: steps.combine(slots, weights, ids) * times
+    )
 
 
 @fault(
     "tuning", source="triton-lang/triton/issues/7181", condition="the second call of a shape",
     shows={"before": "other_ids"}, stateful=True, hidden=("before=None",),
 )  # fmt: skip
-def accumulator_never_reset(*call: Tensor, **options: Any) -> Tensor:
+def accumulator_never_reset(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """The split-K accumulator is zeroed while tuning and never again: calls add up."""
 
     def added(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
-        total = combine(slots, topk_weights, ids)
+        total = steps.combine(slots, topk_weights, ids)
         kept = _kept.setdefault(_key("accumulator", total), torch.zeros_like(total))
         return kept.add_(total).clone()
 
-    return run(*call, **options, combine=added)
+    return run(*call, **options, steps=steps, combine=added)
 
 
 @fault("contract", condition="16-bit inputs", shows={"dtype": "bfloat16"}, sign="dtype", hidden=("dtype='float32'",))

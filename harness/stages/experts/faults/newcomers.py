@@ -12,20 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_harness.harness.core.catalogue import fault
-from moe_harness.harness.core.emulation import matmul
-from moe_harness.harness.stages.experts.faults.slots import gated, locate, run, select
+from moe_harness.harness.stages.experts.faults._steps import RIGHT, Steps, locate, run, select
 
 # Activation -----------------------------------------------------------------------------------------------------
 
 
 @fault("activation", condition="activation='silu'", hidden=("activation='gelu_tanh'",))
-def gelu_erf_for_silu(*call: Tensor, **options: Any) -> Tensor:
+def gelu_erf_for_silu(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """SiLU is computed as the exact GELU (erf): the default of a library's `gelu`."""
 
     def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-        return F.gelu(gate) * up if activation == "silu" else gated(gate, up, activation)
+        return F.gelu(gate) * up if activation == "silu" else steps.gated(gate, up, activation)
 
-    return run(*call, **options, glu=glu)
+    return run(*call, **options, steps=steps, glu=glu)
 
 
 @fault("activation")
@@ -41,39 +40,41 @@ def sigmoid_for_activation(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault("activation")
-def activation_on_both_halves(*call: Tensor, **options: Any) -> Tensor:
+def activation_on_both_halves(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """The activation is applied to gate and up, as in a plain MLP, and then multiplied."""
 
     def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
         one = torch.ones_like(up)
-        return gated(gate, one, activation) * gated(up, one, activation)
+        return steps.gated(gate, one, activation) * steps.gated(up, one, activation)
 
-    return run(*call, **options, glu=glu)
+    return run(*call, **options, steps=steps, glu=glu)
 
 
 @fault("activation", condition="always; without an effect where the activation ignores its argument's sign")
-def activation_after_product(*call: Tensor, **options: Any) -> Tensor:
+def activation_after_product(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """act(g * u) is computed instead of act(g) * u."""
-    return run(*call, **options, glu=lambda gate, up, kind: gated(gate * up, torch.ones_like(up), kind))
+    return run(
+        *call, **options, steps=steps, glu=lambda gate, up, kind: steps.gated(gate * up, torch.ones_like(up), kind)
+    )
 
 
 # Weights --------------------------------------------------------------------------------------------------------
 
 
 @fault("layout", condition="H > 1 and I > 1", hidden=("I=1",))
-def down_proj_read_as_i_by_h(*call: Tensor, **options: Any) -> Tensor:
+def down_proj_read_as_i_by_h(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """down_proj [E, H, I] is read flat as [E, I, H]: it is indexed with the strides of its transpose."""
-    return run(*call, **options, second=_flat)
+    return run(*call, **options, steps=steps, second=lambda rows, weight: steps.matmul(rows, _flat(weight)))
 
 
 @fault("layout", condition="H > 1", hidden=("H=1",))
-def gate_up_proj_read_as_h_by_2i(*call: Tensor, **options: Any) -> Tensor:
+def gate_up_proj_read_as_h_by_2i(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """gate_up_proj [E, 2I, H] is read flat as [E, H, 2I]: it is indexed with the strides of its transpose."""
-    return run(*call, **options, first=_flat)
+    return run(*call, **options, steps=steps, first=lambda rows, weight: steps.matmul(rows, _flat(weight)))
 
 
-def _flat(rows: Tensor, weight: Tensor) -> Tensor:
-    return matmul(rows, weight.reshape(weight.shape[1], weight.shape[0]).T)
+def _flat(weight: Tensor) -> Tensor:
+    return weight.reshape(weight.shape[1], weight.shape[0]).T
 
 
 # Ids ------------------------------------------------------------------------------------------------------------

@@ -6,49 +6,49 @@ import torch
 from torch import Tensor
 
 from moe_harness.harness.core.catalogue import fault
-from moe_harness.harness.core.emulation import BLOCK, matmul, matmul_rounding_sums, to_tf32, wide
-from moe_harness.harness.stages.experts.faults.slots import combine, gated, live, locate, run
+from moe_harness.harness.core.emulation import BLOCK, matmul_rounding_sums, to_tf32, wide
+from moe_harness.harness.stages.experts.faults._steps import RIGHT, Steps, live, locate, run
 
 
 @fault(
     "precision", condition="bf16 inputs, long sums", shows={"dtype": "bfloat16", "H": 512}, hidden=("dtype='float32'",)
 )
-def bf16_accumulator(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
+def bf16_accumulator(hidden_states: Tensor, *call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """The first projection keeps its running sum in bf16: three digits are left after a long K."""
 
     def first(rows: Tensor, weight: Tensor) -> Tensor:
         if rows.dtype != torch.bfloat16:
-            return matmul(rows, weight)
+            return steps.matmul(rows, weight)
         return matmul_rounding_sums(rows, weight, torch.bfloat16)
 
-    return run(hidden_states, *call, **options, first=first)
+    return run(hidden_states, *call, **options, steps=steps, first=first)
 
 
 @fault(
     "precision", condition="fp16 inputs", shows={"dtype": "float16", "H": 512},
     hidden=("dtype='float32'", "dtype='bfloat16'"),
 )  # fmt: skip
-def fp16_accumulator(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
+def fp16_accumulator(hidden_states: Tensor, *call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """Both projections sum in fp16 for fp16 inputs, as the fast instruction does."""
 
     def half_sums(rows: Tensor, weight: Tensor) -> Tensor:
         if hidden_states.dtype != torch.float16:
-            return matmul(rows, weight)
+            return steps.matmul(rows, weight)
         return matmul_rounding_sums(rows, weight, torch.float16, block=4)
 
-    return run(hidden_states, *call, **options, first=half_sums, second=half_sums)
+    return run(hidden_states, *call, **options, steps=steps, first=half_sums, second=half_sums)
 
 
 @fault("precision", condition="fp32 inputs", hidden=("dtype='bfloat16'",))
-def undeclared_tf32(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
+def undeclared_tf32(hidden_states: Tensor, *call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """Operands of fp32 are rounded to tf32 without saying so: 1e-3 instead of 1e-7."""
 
     def tensor_cores(rows: Tensor, weight: Tensor) -> Tensor:
         if hidden_states.dtype != torch.float32:
-            return matmul(rows, weight)
-        return matmul(to_tf32(rows), to_tf32(weight))
+            return steps.matmul(rows, weight)
+        return steps.matmul(to_tf32(rows), to_tf32(weight))
 
-    return run(hidden_states, *call, **options, first=tensor_cores, second=tensor_cores)
+    return run(hidden_states, *call, **options, steps=steps, first=tensor_cores, second=tensor_cores)
 
 
 @fault("precision", condition="fp32 inputs", hidden=("dtype='bfloat16'",))
@@ -59,28 +59,28 @@ def fp32_computed_in_bf16(hidden: Tensor, gate_up: Tensor, down: Tensor, *call: 
 
 
 @fault("precision", shows={"dtype": "bfloat16"})
-def activation_through_fp8(*call: Tensor, **options: Any) -> Tensor:
+def activation_through_fp8(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """The activation is stored in fp8 between the projections of a model that is not quantised."""
 
     def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-        hidden = gated(gate, up, activation)
+        hidden = steps.gated(gate, up, activation)
         return hidden.to(torch.float8_e4m3fn).to(hidden.dtype)
 
-    return run(*call, **options, glu=glu)
+    return run(*call, **options, steps=steps, glu=glu)
 
 
 @fault(
     "precision", condition="an activation above 65504, or fp32 inputs", shows={"dtype": "bfloat16", "gain": 400.0},
     hidden=("gain=1.0",),
 )  # fmt: skip
-def activation_stored_in_fp16(*call: Tensor, **options: Any) -> Tensor:
+def activation_stored_in_fp16(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """The intermediate buffer is fp16 whatever the model is: large activations become infinite."""
 
     def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-        hidden = gated(gate, up, activation)
+        hidden = steps.gated(gate, up, activation)
         return hidden.half().to(hidden.dtype)
 
-    return run(*call, **options, glu=glu)
+    return run(*call, **options, steps=steps, glu=glu)
 
 
 @fault(
@@ -101,9 +101,11 @@ def combined_in_bf16(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault("precision", condition="fp32 or fp16 inputs", hidden=("dtype='bfloat16'",))
-def weights_cast_to_bf16(*call: Tensor, **options: Any) -> Tensor:
+def weights_cast_to_bf16(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """Routing weights are cast to bf16 whatever the model's dtype is."""
-    return run(*call, **options, combine=lambda slots, weights, ids: combine(slots, weights.bfloat16(), ids))
+    return run(
+        *call, **options, steps=steps, combine=lambda slots, weights, ids: steps.combine(slots, weights.bfloat16(), ids)
+    )
 
 
 @fault(
@@ -144,15 +146,15 @@ _calls = {"sixteen_bit_atomics": 0}  # stands for the scheduler, which starts th
     "bits", source="vllm-project/vllm/pull/36488", condition="the same row in another batch size",
     shows={"T": 33, "H": 64}, sign="batch", batch_invariant=True, hidden=("at most 16 tokens",),
 )  # fmt: skip
-def splits_follow_the_batch(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
+def splits_follow_the_batch(hidden_states: Tensor, *call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """The number of K splits follows the batch: a row's bits depend on who else is served."""
 
     def split_sums(rows: Tensor, weight: Tensor) -> Tensor:
         if hidden_states.shape[0] <= BLOCK:
-            return matmul(rows, weight)
+            return steps.matmul(rows, weight)
         return matmul_rounding_sums(rows, weight, wide(rows))
 
-    return run(hidden_states, *call, **options, first=split_sums)
+    return run(hidden_states, *call, **options, steps=steps, first=split_sums)
 
 
 @fault(

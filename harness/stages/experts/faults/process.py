@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_harness.harness.core.catalogue import fault
-from moe_harness.harness.stages.experts.faults.slots import run
+from moe_harness.harness.stages.experts.faults._steps import run
 
 _leaked: list[Tensor] = []
 

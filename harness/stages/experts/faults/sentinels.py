@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moe_harness.harness.core.catalogue import fault
 from moe_harness.harness.core.emulation import unwritten, unwritten_like, wide
-from moe_harness.harness.stages.experts.faults.slots import combine, live, locate, run
+from moe_harness.harness.stages.experts.faults._steps import RIGHT, Steps, live, locate, run
 
 
 @fault(
@@ -183,13 +183,13 @@ def slots_after_a_mask_dropped(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault("sentinels", condition="a masked slot", shows={"ids": "masked"}, hidden=("ids='distinct'",))
-def live_weights_renormalised(*call: Tensor, **options: Any) -> Tensor:
+def live_weights_renormalised(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """The weights of masked slots are handed to the live ones by normalising over the live."""
 
     def renormalised(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
         before = topk_weights.to(slots.dtype).nan_to_num(0.0).sum(1, keepdim=True)
         weights = live(topk_weights, ids, slots.dtype)
         # With nothing masked the factor is 1 to the bit.
-        return combine(slots, weights * before / weights.sum(1, keepdim=True), ids).nan_to_num(0.0)
+        return steps.combine(slots, weights * before / weights.sum(1, keepdim=True), ids).nan_to_num(0.0)
 
-    return run(*call, **options, combine=renormalised)
+    return run(*call, **options, steps=steps, combine=renormalised)

@@ -1,9 +1,5 @@
-"""Faults of the experts stage in layout, activation, weighting and slots.
+"""Faults of the experts stage in layout, activation, weighting and slots."""
 
-`run` is a right implementation (fp32 sums, one rounding at the end) whose every step can be replaced.
-"""
-
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,81 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_harness.harness.core.catalogue import fault
-from moe_harness.harness.core.emulation import matmul, wide
-
-# Right steps ----------------------------------------------------------------------------------------------------
-
-
-def locate(topk_ids: Tensor, expert_map: Tensor | None) -> Tensor:
-    """Local ids, [T, k], -1 for every slot that contributes nothing."""
-    ids = topk_ids.long()
-    if expert_map is None:
-        return ids
-    return torch.where(ids < 0, -1, expert_map.long()[ids.clamp(min=0)])
-
-
-def select(ids: Tensor, expert: int) -> tuple[Tensor, Tensor]:
-    """The (tokens, slots) that an expert works on."""
-    tokens, slots = (ids == expert).nonzero(as_tuple=True)
-    return tokens, slots
-
-
-def halves(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """[g; u]: the first half is the gate."""
-    gate, up = rows.chunk(2, -1)
-    return gate, up
-
-
-def act(gate: Tensor, activation: str) -> Tensor:
-    """The activation of the contract."""
-    if activation not in ("silu", "gelu_tanh"):
-        raise ValueError(f"activation is {activation!r}")
-    return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
-
-
-def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """act(g) * u."""
-    return act(gate, activation) * up
-
-
-def live(topk_weights: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weights with the masked ones replaced, not multiplied, by 0."""
-    return topk_weights.to(dtype).masked_fill(ids < 0, 0)
-
-
-def combine(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
-    """Weighted sum over the slots, [T, k, H] -> [T, H]."""
-    return (live(topk_weights, ids, slots.dtype)[..., None] * slots).sum(1)
-
-
-def run(
-    hidden_states: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    *,
-    activation: str = "silu",
-    expert_map: Tensor | None = None,
-    locate: Callable[[Tensor, Tensor | None], Tensor] = locate,
-    select: Callable[[Tensor, int], tuple[Tensor, Tensor]] = select,
-    first: Callable[[Tensor, Tensor], Tensor] = matmul,
-    split: Callable[[Tensor], tuple[Tensor, Tensor]] = halves,
-    glu: Callable[[Tensor, Tensor, str], Tensor] = gated,
-    second: Callable[[Tensor, Tensor], Tensor] = matmul,
-    slots: Tensor | None = None,
-    combine: Callable[[Tensor, Tensor, Tensor], Tensor] = combine,
-) -> Tensor:
-    """A right implementation; every keyword after `expert_map` replaces one of its steps."""
-    ids = locate(topk_ids, expert_map)
-    if slots is None:
-        slots = hidden_states.new_zeros(*ids.shape, down_proj.shape[1], dtype=wide(hidden_states))
-    for expert in ids[ids >= 0].unique().tolist():
-        tokens, places = select(ids, expert)
-        gate, up = split(first(hidden_states[tokens], gate_up_proj[expert]))
-        slots[tokens, places] = second(glu(gate, up, activation), down_proj[expert]).to(slots.dtype)
-    return combine(slots, topk_weights, ids).to(hidden_states.dtype)
-
+from moe_harness.harness.core.emulation import wide
+from moe_harness.harness.stages.experts.faults._steps import RIGHT, Steps, halves, live, locate, run, select
 
 # Activation and layout ------------------------------------------------------------------------------------------
 
@@ -116,82 +39,82 @@ def fused_gate_up_chunked_across_shards(*call: Tensor, **options: Any) -> Tensor
 
 
 @fault("sharding", source="sgl-project/sglang/pull/32963", condition="I > 1", hidden=("I=1",))
-def one_shard_of_i_not_reduced(*call: Tensor, **options: Any) -> Tensor:
+def one_shard_of_i_not_reduced(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """The partial sum of one of two shards of I is never added: accuracy near 0."""
 
     def second(rows: Tensor, weight: Tensor) -> Tensor:
         kept = -(-rows.shape[1] // 2)
-        return matmul(rows[:, :kept], weight[:, :kept])
+        return steps.matmul(rows[:, :kept], weight[:, :kept])
 
-    return run(*call, **options, second=second)
+    return run(*call, **options, steps=steps, second=second)
 
 
 @fault(
     "layout", source="unslothai/unsloth-zoo/issues/849", condition="I == H", shows={"H": 24, "I": 24}, hidden=("I=32",)
 )
-def down_transposed_if_square(*call: Tensor, **options: Any) -> Tensor:
+def down_transposed_if_square(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """The layout of down_proj is guessed from its shape: square experts are used transposed."""
 
     def second(rows: Tensor, weight: Tensor) -> Tensor:
-        return matmul(rows, weight.T if weight.shape[0] == weight.shape[1] else weight)
+        return steps.matmul(rows, weight.T if weight.shape[0] == weight.shape[1] else weight)
 
-    return run(*call, **options, second=second)
+    return run(*call, **options, steps=steps, second=second)
 
 
 @fault(
     "layout", source="huggingface/transformers/issues/47031", condition="2I == H", shows={"H": 32, "I": 16},
     hidden=("I=24",),
 )  # fmt: skip
-def gate_up_transposed_if_square(*call: Tensor, **options: Any) -> Tensor:
+def gate_up_transposed_if_square(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """A square gate_up_proj is taken for the legacy layout and used transposed."""
 
     def first(rows: Tensor, weight: Tensor) -> Tensor:
-        return matmul(rows, weight.T if weight.shape[0] == weight.shape[1] else weight)
+        return steps.matmul(rows, weight.T if weight.shape[0] == weight.shape[1] else weight)
 
-    return run(*call, **options, first=first)
+    return run(*call, **options, steps=steps, first=first)
 
 
 @fault(
     "layout", source="sgl-project/sglang/pull/28244", condition="I not a multiple of 64", shows={"I": 96},
     hidden=("I=64",),
 )  # fmt: skip
-def fallback_reads_shuffled_weights(*call: Tensor, **options: Any) -> Tensor:
+def fallback_reads_shuffled_weights(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """The fallback for an unsupported I reads weights that were shuffled for the other kernel."""
 
     def first(rows: Tensor, weight: Tensor) -> Tensor:
         if weight.shape[0] // 2 % 64 == 0:
-            return matmul(rows, weight)
+            return steps.matmul(rows, weight)
         pairs = weight[: weight.shape[0] // 2 * 2].unflatten(0, (-1, 2))
-        return matmul(rows, pairs.flip(1).flatten(0, 1))
+        return steps.matmul(rows, pairs.flip(1).flatten(0, 1))
 
-    return run(*call, **options, first=first)
+    return run(*call, **options, steps=steps, first=first)
 
 
 @fault(
     "activation", source="sgl-project/sglang/pull/3170", condition="activation='gelu_tanh'",
     shows={"activation": "gelu_tanh"}, hidden=("activation='silu'",),
 )  # fmt: skip
-def activation_ignored(*call: Tensor, **options: Any) -> Tensor:
+def activation_ignored(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """The activation is an argument that nobody reads: models with GELU run with SiLU."""
-    return run(*call, **options, glu=lambda gate, up, _: gated(gate, up, "silu"))
+    return run(*call, **options, steps=steps, glu=lambda gate, up, _: steps.gated(gate, up, "silu"))
 
 
 @fault("activation", condition="activation='silu'", hidden=("activation='gelu_tanh'",))
-def gelu_for_silu(*call: Tensor, **options: Any) -> Tensor:
+def gelu_for_silu(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """Every model runs with GELU, which is near SiLU for small inputs only."""
-    return run(*call, **options, glu=lambda gate, up, _: gated(gate, up, "gelu_tanh"))
+    return run(*call, **options, steps=steps, glu=lambda gate, up, _: steps.gated(gate, up, "gelu_tanh"))
 
 
 @fault(
     "activation", condition="activation='gelu_tanh'", shows={"activation": "gelu_tanh"}, hidden=("activation='silu'",)
 )
-def gelu_erf_for_tanh(*call: Tensor, **options: Any) -> Tensor:
+def gelu_erf_for_tanh(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """The exact GELU replaces its tanh approximation: an error of 1e-3 in every activation."""
 
     def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-        return gated(gate, up, activation) if activation == "silu" else F.gelu(gate) * up
+        return steps.gated(gate, up, activation) if activation == "silu" else F.gelu(gate) * up
 
-    return run(*call, **options, glu=glu)
+    return run(*call, **options, steps=steps, glu=glu)
 
 
 @fault("activation")
@@ -204,32 +127,32 @@ def activation_dropped(*call: Tensor, **options: Any) -> Tensor:
     "activation", source="sgl-project/sglang/pull/39939", condition="|g| or |u| above 7", shows={"gain": 8.0},
     hidden=("gain=0.5",),
 )  # fmt: skip
-def swiglu_limit_left_on(*call: Tensor, **options: Any) -> Tensor:
+def swiglu_limit_left_on(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """The SwiGLU limit of another model is left on: large activations are clamped at 7."""
 
     def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-        return gated(gate.clamp(max=7), up.clamp(-7, 7), activation)
+        return steps.gated(gate.clamp(max=7), up.clamp(-7, 7), activation)
 
-    return run(*call, **options, glu=glu)
+    return run(*call, **options, steps=steps, glu=glu)
 
 
 @fault(
     "activation", source="microsoft/onnxruntime/issues/28738", condition="activation='silu'",
     hidden=("activation='gelu_tanh'",),
 )  # fmt: skip
-def alpha_of_another_model(*call: Tensor, **options: Any) -> Tensor:
+def alpha_of_another_model(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """The kernel hard-codes sigmoid(1.702 g) of another model."""
 
     def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-        return gate * torch.sigmoid(1.702 * gate) * up if activation == "silu" else gated(gate, up, activation)
+        return gate * torch.sigmoid(1.702 * gate) * up if activation == "silu" else steps.gated(gate, up, activation)
 
-    return run(*call, **options, glu=glu)
+    return run(*call, **options, steps=steps, glu=glu)
 
 
 @fault("activation", source="sgl-project/DeepGEMM/pull/87")
-def up_plus_one(*call: Tensor, **options: Any) -> Tensor:
+def up_plus_one(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """One is added to the up half, as another model wants it."""
-    return run(*call, **options, glu=lambda gate, up, activation: gated(gate, up + 1, activation))
+    return run(*call, **options, steps=steps, glu=lambda gate, up, activation: steps.gated(gate, up + 1, activation))
 
 
 @fault(
@@ -247,16 +170,16 @@ def native_path_for_one_token(hidden_states: Tensor, *call: Tensor, **options: A
     "activation", condition="a gate above 88.7, with silu", shows={"gain": 400.0},
     hidden=("gain=1.0", "activation='gelu_tanh'"),
 )  # fmt: skip
-def silu_overflows(*call: Tensor, **options: Any) -> Tensor:
+def silu_overflows(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """silu written as g * e^g / (1 + e^g) is inf / inf for large gates: NaN."""
 
     def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
         if activation != "silu":
-            return gated(gate, up, activation)
+            return steps.gated(gate, up, activation)
         power = gate.float().exp()
         return (gate * power / (1 + power)).to(gate.dtype) * up
 
-    return run(*call, **options, glu=glu)
+    return run(*call, **options, steps=steps, glu=glu)
 
 
 # Weighting ------------------------------------------------------------------------------------------------------
@@ -300,48 +223,48 @@ def weight_before_activation(
     "weighting", source="NVIDIA/TensorRT-LLM/pull/18018", condition="k = 1", shows={"k": 1},
     hidden=("k=2", "weights='ones'"),
 )  # fmt: skip
-def single_slot_unweighted(*call: Tensor, **options: Any) -> Tensor:
+def single_slot_unweighted(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """With one expert per token the weight is believed to be on the input already: nobody applies it."""
 
     def unweighted(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
-        return combine(slots, torch.ones_like(topk_weights) if ids.shape[1] == 1 else topk_weights, ids)
+        return steps.combine(slots, torch.ones_like(topk_weights) if ids.shape[1] == 1 else topk_weights, ids)
 
-    return run(*call, **options, combine=unweighted)
+    return run(*call, **options, steps=steps, combine=unweighted)
 
 
 @fault("weighting", condition="weights of a token differ", hidden=("k=1",))
-def flat_weights(*call: Tensor, **options: Any) -> Tensor:
+def flat_weights(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """Every expert of a token gets the same share of its total weight."""
 
     def mean(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
         weights = live(topk_weights, ids, slots.dtype)
-        return combine(slots, weights.mean(1, keepdim=True).expand_as(weights), ids)
+        return steps.combine(slots, weights.mean(1, keepdim=True).expand_as(weights), ids)
 
-    return run(*call, **options, combine=mean)
+    return run(*call, **options, steps=steps, combine=mean)
 
 
 @fault(
     "weighting", source="PaddlePaddle/PaddleFleet/pull/1299", condition="weights that do not sum to 1",
     hidden=("weights='normalised'",),
 )  # fmt: skip
-def weights_normalised_again(*call: Tensor, **options: Any) -> Tensor:
+def weights_normalised_again(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """The caller's weights are normalised again: a scaling factor disappears."""
 
     def again(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
         total = topk_weights.to(slots.dtype).masked_fill(ids < 0, 0).sum(1, keepdim=True)
-        return combine(slots, topk_weights / total, ids)
+        return steps.combine(slots, topk_weights / total, ids)
 
-    return run(*call, **options, combine=again)
+    return run(*call, **options, steps=steps, combine=again)
 
 
 @fault("weighting", source="vllm-project/vllm-xpu-kernels/pull/66", condition="k > 1", hidden=("k=1",))
-def weight_of_first_slot(*call: Tensor, **options: Any) -> Tensor:
+def weight_of_first_slot(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """The weight is looked up by token instead of by slot."""
 
     def first_slot(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
-        return combine(slots, topk_weights[:, :1].expand_as(topk_weights), ids)
+        return steps.combine(slots, topk_weights[:, :1].expand_as(topk_weights), ids)
 
-    return run(*call, **options, combine=first_slot)
+    return run(*call, **options, steps=steps, combine=first_slot)
 
 
 @fault("weighting", condition="k > 1 and ids not ascending", shows={"k": 4}, hidden=("k=1",))
@@ -351,50 +274,52 @@ def ids_sorted_without_weights(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault("weighting", hidden=("weights='ones'",))
-def weight_applied_twice(*call: Tensor, **options: Any) -> Tensor:
+def weight_applied_twice(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """The routing weight is squared, once in each of two kernels."""
-    return run(*call, **options, combine=lambda slots, weights, ids: combine(slots, weights * weights, ids))
+    return run(
+        *call, **options, steps=steps, combine=lambda slots, weights, ids: steps.combine(slots, weights * weights, ids)
+    )
 
 
 @fault("weighting", condition="tokens routed to local expert 0", hidden=("only='odd'",))
-def one_expert_one_percent_off(*call: Tensor, **options: Any) -> Tensor:
+def one_expert_one_percent_off(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """One expert counts 1 % too much, too little for an elementwise tolerance."""
 
     def off(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
-        return combine(slots, topk_weights.to(slots.dtype) * torch.where(ids == 0, 1.01, 1.0), ids)
+        return steps.combine(slots, topk_weights.to(slots.dtype) * torch.where(ids == 0, 1.01, 1.0), ids)
 
-    return run(*call, **options, combine=off)
+    return run(*call, **options, steps=steps, combine=off)
 
 
 @fault("weighting", condition="a negative weight", shows={"weights": "signed"}, hidden=("weights='random'",))
-def negative_weights_dropped(*call: Tensor, **options: Any) -> Tensor:
+def negative_weights_dropped(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """Slots are kept where the weight is above 0: negative weights count as masked."""
 
     def positive(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
-        return combine(slots, topk_weights.clamp(min=0), ids)
+        return steps.combine(slots, topk_weights.clamp(min=0), ids)
 
-    return run(*call, **options, combine=positive)
+    return run(*call, **options, steps=steps, combine=positive)
 
 
 @fault("slots", condition="k > 1", shows={"k": 4}, hidden=("k=1",))
-def last_slot_dropped(*call: Tensor, **options: Any) -> Tensor:
+def last_slot_dropped(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """The last expert of every token is lost."""
 
     def fewer(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
         kept = max(ids.shape[1] - 1, 1)
-        return combine(slots[:, :kept], topk_weights[:, :kept], ids[:, :kept])
+        return steps.combine(slots[:, :kept], topk_weights[:, :kept], ids[:, :kept])
 
-    return run(*call, **options, combine=fewer)
+    return run(*call, **options, steps=steps, combine=fewer)
 
 
 @fault("slots", source="JieShibo/MoLE/issues/7", condition="k > 8", shows={"k": 10, "E": 12}, hidden=("k=8",))
-def slots_beyond_eight_dropped(*call: Tensor, **options: Any) -> Tensor:
+def slots_beyond_eight_dropped(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """A constant number of 8 slots is summed, whatever k is."""
 
     def eight(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
-        return combine(slots[:, :8], topk_weights[:, :8], ids[:, :8])
+        return steps.combine(slots[:, :8], topk_weights[:, :8], ids[:, :8])
 
-    return run(*call, **options, combine=eight)
+    return run(*call, **options, steps=steps, combine=eight)
 
 
 @fault(
@@ -412,14 +337,14 @@ def duplicate_slot_dropped(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault("slots", condition="an expert twice in one row", shows={"ids": "duplicates"}, hidden=("ids='distinct'",))
-def duplicate_weight_overwritten(*call: Tensor, **options: Any) -> Tensor:
+def duplicate_weight_overwritten(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """Weights are scattered into a dense [T, E] table without adding: the last duplicate wins."""
 
     def last_wins(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
         later = (ids[:, :, None] == ids[:, None, :]).triu(1).any(2)
-        return combine(slots, topk_weights, ids.masked_fill(later, -1))
+        return steps.combine(slots, topk_weights, ids.masked_fill(later, -1))
 
-    return run(*call, **options, combine=last_wins)
+    return run(*call, **options, steps=steps, combine=last_wins)
 
 
 @fault("slots", source="vcruz305/vllm-exl3/issues/2", condition="k > 1", hidden=("k=1",))

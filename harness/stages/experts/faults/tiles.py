@@ -10,7 +10,6 @@ from moe_harness.harness.core.catalogue import fault
 from moe_harness.harness.core.emulation import (
     BLOCK,
     flat_storage,
-    matmul,
     pad_last,
     read_as_contiguous,
     read_past,
@@ -19,7 +18,7 @@ from moe_harness.harness.core.emulation import (
     unwritten_like,
     wide,
 )
-from moe_harness.harness.stages.experts.faults.slots import combine, gated, halves, live, locate, run, select
+from moe_harness.harness.stages.experts.faults._steps import RIGHT, Steps, halves, live, locate, run, select
 
 # Rows and shapes ------------------------------------------------------------------------------------------------
 
@@ -97,16 +96,16 @@ def rows_beyond_capacity_dropped(hidden_states: Tensor, gate_up_proj: Tensor, *c
     "tiles", source="ml-explore/mlx-lm/pull/1585", condition="T*k > 32768 and not a multiple of 64",
     shows={"T": 4097, "H": 16, "I": 8, "k": 8, "E": 9}, hidden=("T=4096", "T=5"),
 )  # fmt: skip
-def tail_beyond_32768_rows(*call: Tensor, **options: Any) -> Tensor:
+def tail_beyond_32768_rows(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """The last partial tile of the large-batch path is computed at a wrong offset."""
 
     def tail(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
         rows = ids.numel()
         if rows > 32768 and rows % 64:
             slots.view(rows, -1)[round_down(rows, 64) :] = slots.view(rows, -1)[: rows % 64].clone()
-        return combine(slots, topk_weights, ids)
+        return steps.combine(slots, topk_weights, ids)
 
-    return run(*call, **options, combine=tail)
+    return run(*call, **options, steps=steps, combine=tail)
 
 
 @fault("tiles", condition="T > 64 and not a multiple of 64", shows={"T": 65}, hidden=("T=64", "T=128"))
@@ -119,48 +118,62 @@ def large_batch_tail_zero(hidden_states: Tensor, *call: Tensor, **options: Any) 
 
 
 @fault("tuning", source="ROCm/aiter/issues/3933", condition="T in 3..4", shows={"T": 3}, hidden=("T=2", "T=5"))
-def broken_bucket_of_four_tokens(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
+def broken_bucket_of_four_tokens(hidden_states: Tensor, *call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """The table of tuned kernels maps one bucket of tokens to a broken variant."""
-    if hidden_states.shape[0] in (3, 4):
-        return run(hidden_states, *call, **options, first=_without_last_k_block)
-    return run(hidden_states, *call, **options)
+    first = _without_last_k_block(steps) if hidden_states.shape[0] in (3, 4) else steps.matmul
+    return run(hidden_states, *call, **options, steps=steps, first=first)
 
 
-def _without_last_k_block(rows: Tensor, weight: Tensor) -> Tensor:
+def _without_last_k_block(steps: Steps) -> Callable[[Tensor, Tensor], Tensor]:
     """A product that loses its last, possibly partial, block of K."""
-    kept = round_up(rows.shape[1]) - BLOCK
-    return matmul(rows[:, :kept], weight[:, :kept])
+
+    def first(rows: Tensor, weight: Tensor) -> Tensor:
+        kept = round_up(rows.shape[1]) - BLOCK
+        return steps.matmul(rows[:, :kept], weight[:, :kept])
+
+    return first
 
 
 @fault(
     "tuning", source="ROCm/aiter/issues/5049", condition="(E, k) = (128, 8)", shows={"E": 128, "k": 8, "I": 8},
     hidden=("k=7", "E=127"),
 )  # fmt: skip
-def broken_only_at_128_8(hidden_states: Tensor, gate_up_proj: Tensor, *call: Tensor, **options: Any) -> Tensor:
+def broken_only_at_128_8(
+    hidden_states: Tensor, gate_up_proj: Tensor, *call: Tensor, steps: Steps = RIGHT, **options: Any
+) -> Tensor:
     """The kernel tuned for one released model is wrong, and right for every other shape."""
     experts = gate_up_proj.shape[0] if options.get("expert_map") is None else len(options["expert_map"])
     broken = (experts, call[-1].shape[1]) == (128, 8)
-    return run(hidden_states, gate_up_proj, *call, **options, first=_without_last_k_block if broken else matmul)
+    return run(
+        hidden_states,
+        gate_up_proj,
+        *call,
+        **options,
+        steps=steps,
+        first=_without_last_k_block(steps) if broken else steps.matmul,
+    )
 
 
 @fault("tuning", source="flashinfer-ai/flashinfer/pull/4158", condition="T = 1", shows={"T": 1}, hidden=("T=2",))
-def single_token_half_of_h(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
+def single_token_half_of_h(hidden_states: Tensor, *call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """The candidate for one token is not guarded and reads the second half of H as zero."""
 
     def half(rows: Tensor, weight: Tensor) -> Tensor:
         kept = -(-rows.shape[1] // 2) if hidden_states.shape[0] == 1 else rows.shape[1]
-        return matmul(rows[:, :kept], weight[:, :kept])
+        return steps.matmul(rows[:, :kept], weight[:, :kept])
 
-    return run(hidden_states, *call, **options, first=half)
+    return run(hidden_states, *call, **options, steps=steps, first=half)
 
 
 @fault(
     "tiles", source="databricks/megablocks/pull/47", condition="I > 4096",
     shows={"T": 2, "E": 2, "k": 1, "H": 16, "I": 4104}, hidden=("I=4096",),
 )  # fmt: skip
-def columns_beyond_4096_lost(*call: Tensor, **options: Any) -> Tensor:
+def columns_beyond_4096_lost(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """Each program covers a bounded count of columns: those of I beyond 4096 are lost."""
-    return run(*call, **options, second=lambda rows, weight: matmul(rows[:, :4096], weight[:, :4096]))
+    return run(
+        *call, **options, steps=steps, second=lambda rows, weight: steps.matmul(rows[:, :4096], weight[:, :4096])
+    )
 
 
 @fault(
@@ -190,20 +203,20 @@ def ids_held_in_eight_bits(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault("tiles", condition="I not a multiple of 16", shows={"I": 23}, hidden=("I=32",))
-def intermediate_tail_dropped(*call: Tensor, **options: Any) -> Tensor:
+def intermediate_tail_dropped(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """The last, partial block of the intermediate columns is never summed."""
 
     def floored(rows: Tensor, weight: Tensor) -> Tensor:
         kept = round_down(rows.shape[1])
-        return matmul(rows[:, :kept], weight[:, :kept])
+        return steps.matmul(rows[:, :kept], weight[:, :kept])
 
-    return run(*call, **options, second=floored)
+    return run(*call, **options, steps=steps, second=floored)
 
 
 @fault("tiles")
-def last_intermediate_column_lost(*call: Tensor, **options: Any) -> Tensor:
+def last_intermediate_column_lost(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """The last column of I is lost to an off-by-one."""
-    return run(*call, **options, second=lambda rows, weight: matmul(rows[:, :-1], weight[:, :-1]))
+    return run(*call, **options, steps=steps, second=lambda rows, weight: steps.matmul(rows[:, :-1], weight[:, :-1]))
 
 
 @fault(
@@ -269,14 +282,14 @@ def k_tail_masked_on_one_side(hidden_states: Tensor, gate_up_proj: Tensor, *call
     "tiles", source="lightseekorg/tokenspeed/pull/605", condition="H of at most two tiles", shows={"H": 32},
     hidden=("H=48",),
 )  # fmt: skip
-def pipeline_deeper_than_k(*call: Tensor, **options: Any) -> Tensor:
+def pipeline_deeper_than_k(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """A pipeline three tiles deep wraps around when K has fewer: the first tile counts twice."""
 
     def wrapped(rows: Tensor, weight: Tensor) -> Tensor:
-        out = matmul(rows, weight)
-        return out + matmul(rows[:, :BLOCK], weight[:, :BLOCK]) if rows.shape[1] <= 2 * BLOCK else out
+        out = steps.matmul(rows, weight)
+        return out + steps.matmul(rows[:, :BLOCK], weight[:, :BLOCK]) if rows.shape[1] <= 2 * BLOCK else out
 
-    return run(*call, **options, first=wrapped)
+    return run(*call, **options, steps=steps, first=wrapped)
 
 
 @fault(
@@ -346,15 +359,15 @@ def output_layout_assumed(hidden_states: Tensor, *call: Tensor, **options: Any) 
 )  # fmt: skip
 def every_expert_on_every_token(
     hidden_states: Tensor, gate_up_proj: Tensor, down_proj: Tensor, topk_weights: Tensor, topk_ids: Tensor, *,
-    activation: str = "silu", expert_map: Tensor | None = None,
+    activation: str = "silu", expert_map: Tensor | None = None, steps: Steps = RIGHT,
 ) -> Tensor:  # fmt: skip
     """Every expert runs on every token and is masked by a weight of 0: 0 * NaN spreads everywhere."""
     ids = locate(topk_ids, expert_map)
     x, out = hidden_states.to(wide(hidden_states)), 0 * hidden_states.to(wide(hidden_states))
     for expert in range(gate_up_proj.shape[0]):
         share = torch.where(ids == expert, topk_weights, 0).to(x.dtype).sum(1, keepdim=True)
-        hidden = gated(*halves(matmul(x, gate_up_proj[expert])), activation)
-        out = out + share * matmul(hidden, down_proj[expert])
+        hidden = steps.gated(*halves(steps.matmul(x, gate_up_proj[expert])), activation)
+        out = out + share * steps.matmul(hidden, down_proj[expert])
     return out.to(hidden_states.dtype)
 
 

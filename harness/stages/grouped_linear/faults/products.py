@@ -1,9 +1,5 @@
-"""Faults of the grouped linear: group bookkeeping, tiles, strides, bias and precision.
+"""Faults of the grouped linear: group bookkeeping, tiles, strides, bias and precision."""
 
-`run` is a right implementation whose every step can be replaced.
-"""
-
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +9,6 @@ from moe_harness.harness.core.catalogue import fault
 from moe_harness.harness.core.emulation import (
     BLOCK,
     flat_storage,
-    matmul,
     matmul_rounding_sums,
     pad_last,
     read_as_contiguous,
@@ -24,37 +19,7 @@ from moe_harness.harness.core.emulation import (
     unwritten_like,
     wide,
 )
-
-
-def owners(group_sizes: Tensor, rows: int) -> Tensor:
-    """The expert of each row, [S]."""
-    return torch.searchsorted(group_sizes.long().cumsum(0), torch.arange(rows, device=group_sizes.device), right=True)
-
-
-def biased(rows: Tensor, bias: Tensor | None, expert: int) -> Tensor:
-    """Add the expert's bias."""
-    return rows if bias is None else rows + bias[expert].to(rows.dtype)
-
-
-def run(
-    x: Tensor,
-    weight: Tensor,
-    group_sizes: Tensor,
-    *,
-    bias: Tensor | None = None,
-    owners: Callable[[Tensor, int], Tensor] = owners,
-    multiply: Callable[[Tensor, Tensor], Tensor] = matmul,
-    add: Callable[[Tensor, Tensor | None, int], Tensor] = biased,
-) -> Tensor:
-    """A right implementation; an owner outside [0, E) leaves its row at 0."""
-    experts = owners(group_sizes, x.shape[0])
-    out = x.new_zeros(x.shape[0], weight.shape[1])
-    for expert in range(weight.shape[0]):
-        rows = (experts == expert).nonzero().flatten()
-        if len(rows):
-            out[rows] = add(multiply(x[rows], weight[expert]), bias, expert).to(x.dtype)
-    return out
-
+from moe_harness.harness.stages.grouped_linear.faults._steps import RIGHT, Steps, biased, owners, run
 
 # Groups ---------------------------------------------------------------------------------------------------------
 
@@ -152,14 +117,14 @@ def one_block_per_group(*call: Tensor, **options: Any) -> Tensor:
     "tuning", source="ROCm/aiter/issues/3933", condition="a group of 3 or 4 rows", shows={"sizes": (3, 8)},
     hidden=("sizes=(2, 5)",),
 )  # fmt: skip
-def broken_group_of_four(*call: Tensor, **options: Any) -> Tensor:
+def broken_group_of_four(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """The kernel variant for groups of four loses its last block of K."""
 
     def variant(rows: Tensor, weight: Tensor) -> Tensor:
         kept = round_up(rows.shape[1]) - BLOCK if rows.shape[0] in (3, 4) else rows.shape[1]
-        return matmul(rows[:, :kept], weight[:, :kept])
+        return steps.matmul(rows[:, :kept], weight[:, :kept])
 
-    return run(*call, **options, multiply=variant)
+    return run(*call, **options, steps=steps, multiply=variant)
 
 
 @fault("groups", condition="E > 256", shows={"sizes": (0,) * 257 + (3, 4), "K": 8, "N": 8}, hidden=("sizes=(3, 4)",))
@@ -224,14 +189,14 @@ def n_tail_unwritten(x: Tensor, weight: Tensor, *call: Tensor, **options: Any) -
 
 
 @fault("tiles", condition="K not a multiple of 32", shows={"K": 40}, hidden=("K=64",))
-def k_tail_in_no_split(*call: Tensor, **options: Any) -> Tensor:
+def k_tail_in_no_split(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """Split-K divides with floor: the last partial chunk is in no split."""
 
     def floored(rows: Tensor, weight: Tensor) -> Tensor:
         kept = round_down(rows.shape[1], 32)
-        return matmul(rows[:, :kept], weight[:, :kept])
+        return steps.matmul(rows[:, :kept], weight[:, :kept])
 
-    return run(*call, **options, multiply=floored)
+    return run(*call, **options, steps=steps, multiply=floored)
 
 
 @fault(
@@ -247,13 +212,13 @@ def unsupported_stride_accepted(x: Tensor, weight: Tensor, *call: Tensor, **opti
 
 
 @fault("layout", source="ModelTC/LightX2V/pull/1153", condition="N == K", shows={"K": 32, "N": 32}, hidden=("N=48",))
-def transposed_if_square(*call: Tensor, **options: Any) -> Tensor:
+def transposed_if_square(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """Square expert weights are taken for the other layout and used transposed."""
 
     def guessed(rows: Tensor, weight: Tensor) -> Tensor:
-        return matmul(rows, weight.T if weight.shape[0] == weight.shape[1] else weight)
+        return steps.matmul(rows, weight.T if weight.shape[0] == weight.shape[1] else weight)
 
-    return run(*call, **options, multiply=guessed)
+    return run(*call, **options, steps=steps, multiply=guessed)
 
 
 # Strides --------------------------------------------------------------------------------------------------------
@@ -327,38 +292,40 @@ def bias_added_by_every_split(*call: Tensor, **options: Any) -> Tensor:
     "special values", condition="NaN in the weights of one expert", shows={"special": "nan_expert"},
     hidden=("special=None",),
 )  # fmt: skip
-def masked_by_multiplication(x: Tensor, weight: Tensor, group_sizes: Tensor, *, bias: Tensor | None = None) -> Tensor:
+def masked_by_multiplication(
+    x: Tensor, weight: Tensor, group_sizes: Tensor, *, bias: Tensor | None = None, steps: Steps = RIGHT
+) -> Tensor:
     """Every expert runs on every row and is masked by multiplication: NaN reaches all rows."""
     experts = owners(group_sizes, x.shape[0])
     total = torch.zeros(x.shape[0], weight.shape[1], dtype=wide(x), device=x.device)
     for expert in range(weight.shape[0]):
         mine = (experts == expert).to(wide(x))[:, None]
-        total = total + mine * biased(matmul(x, weight[expert]), bias, expert)
+        total = total + mine * biased(steps.matmul(x, weight[expert]), bias, expert)
     return total.to(x.dtype)
 
 
 @fault("precision", condition="bf16 inputs, long K", shows={"dtype": "bfloat16", "K": 512}, hidden=("dtype='float32'",))
-def bf16_running_sum(*call: Tensor, **options: Any) -> Tensor:
+def bf16_running_sum(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """The running sum over K is kept in bf16."""
 
     def rounded(rows: Tensor, weight: Tensor) -> Tensor:
         if rows.dtype != torch.bfloat16:
-            return matmul(rows, weight)
+            return steps.matmul(rows, weight)
         return matmul_rounding_sums(rows, weight, torch.bfloat16)
 
-    return run(*call, **options, multiply=rounded)
+    return run(*call, **options, steps=steps, multiply=rounded)
 
 
 @fault("precision", condition="fp32 inputs", hidden=("dtype='bfloat16'",))
-def silent_tf32(*call: Tensor, **options: Any) -> Tensor:
+def silent_tf32(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """fp32 operands are rounded to tf32 without saying so."""
 
     def tensor_cores(rows: Tensor, weight: Tensor) -> Tensor:
         if rows.dtype != torch.float32:
-            return matmul(rows, weight)
-        return matmul(to_tf32(rows), to_tf32(weight))
+            return steps.matmul(rows, weight)
+        return steps.matmul(to_tf32(rows), to_tf32(weight))
 
-    return run(*call, **options, multiply=tensor_cores)
+    return run(*call, **options, steps=steps, multiply=tensor_cores)
 
 
 # State and contract ---------------------------------------------------------------------------------------------

@@ -9,19 +9,28 @@ tried on that.  A fault is taken over where it changes values that can be reache
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from moe_harness.harness.core.catalogue import Fault, enter, known
 from moe_harness.harness.stages.experts.faults import alignment, memory, precision, sentinels, slots, tiles
-from moe_harness.harness.stages.moe_block.faults.blocks import Config, Routing, Weights, run, shared, ungated
-from moe_harness.harness.stages.router.faults import selection
+from moe_harness.harness.stages.moe_block.faults._steps import (
+    RIGHT,
+    Config,
+    Routing,
+    Steps,
+    Weights,
+    run,
+    ungated,
+)
+from moe_harness.harness.stages.router.faults import groups, promises, selection
 from moe_harness.harness.stages.router.faults import weights as router
 from moe_harness.harness.stages.shared_expert_gate.faults import gates
 from moe_harness.reference import moe_block as parts
 
-HOMES = (router, selection, slots, tiles, alignment, memory, precision, sentinels, gates)
+HOMES = (router, groups, selection, promises, slots, tiles, alignment, memory, precision, sentinels, gates)
 
 LEFT_OUT = {
     "the block has this fault of its own, under another name": (
@@ -56,27 +65,29 @@ LEFT_OUT = {
 }  # fmt: skip
 
 
-def inside(part: Fault) -> Callable[[Tensor, Weights, Config], Tensor]:
+def inside(part: Fault) -> Callable[..., Tensor]:
     """A block whose router, experts or shared expert's gate is this fault."""
 
-    def block(hidden_states: Tensor, weights: Weights, config: Config) -> Tensor:
+    def block(hidden_states: Tensor, weights: Weights, config: Config, *, steps: Steps = RIGHT) -> Tensor:
+        wrong = part.function if steps.part is None else partial(part.function, steps=steps.part)
+
         def route(logits: Tensor, weights: Weights, config: Config) -> Routing:
             rule = parts.routing_rule(config).as_keywords()
-            return part.function(logits, correction_bias=parts.correction_bias(weights, config), **rule)
+            return wrong(logits, correction_bias=parts.correction_bias(weights, config), **rule)
 
         def routed(x: Tensor, weights: Weights, routing: Routing, config: Config) -> Tensor:
             stacked = weights["experts.gate_up_proj"], weights["experts.down_proj"]
             # The experts get the caller's tensor: its strides and dtype are what many of their faults are about.
-            return part.function(hidden_states, *stacked, *routing, activation=parts.activation(config)).to(x.dtype)
+            return wrong(hidden_states, *stacked, *routing, activation=parts.activation(config)).to(x.dtype)
 
         def gated(x: Tensor, weights: Weights, config: Config) -> Tensor:
             gate = weights.get("shared_expert_gate.weight")
             if gate is None:
-                return shared(x, weights, config)
-            return part.function(hidden_states, gate, ungated(x, weights, config)).to(x.dtype)
+                return steps.shared(x, weights, config)
+            return wrong(hidden_states, gate, ungated(x, weights, config)).to(x.dtype)
 
         step: dict[str, Any] = {"router": {"route": route}, "experts": {"routed": routed}}
-        return run(hidden_states, weights, config, **step.get(part.stage, {"shared": gated}))
+        return run(hidden_states, weights, config, steps=steps, **step.get(part.stage, {"shared": gated}))
 
     block.__name__, block.__module__ = name_of(part), __name__
     for attribute in ("dtypes", "devices"):
@@ -95,12 +106,18 @@ def _taken_over() -> list[Fault]:
     return [fault for fault in found if fault.name not in left_out]
 
 
+def __getattr__(name: str) -> Callable[..., Tensor]:
+    """The blocks by the names of their faults, so that each is found by its spec."""
+    if name in _BLOCKS:
+        return _BLOCKS[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+_BLOCKS = {name_of(part): inside(part) for part in _taken_over()}
 for _part in _taken_over():
-    _name = name_of(_part)
-    globals()[_name] = inside(_part)
     enter(
         replace(
-            _part, name=_name, stage="moe_block", function=globals()[_name], part=_part, hidden=(), shows=None,
-            consequence=f"Inside the block, its {_part.stage}: {_part.consequence}",
+            _part, name=name_of(_part), stage="moe_block", function=_BLOCKS[name_of(_part)], part=_part, hidden=(),
+            shows=None, consequence=f"Inside the block, its {_part.stage}: {_part.consequence}",
         )
     )  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_harness.harness.stages.experts.faults.slots import combine, halves, locate
+from moe_harness.harness.stages.experts.faults._steps import combine, halves, locate
 
 TABLE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
@@ -102,6 +102,16 @@ def plus(rows: Tensor, bias: Tensor | None, expert: int, first: bool) -> Tensor:
     return rows if bias is None else rows + bias[expert].float()
 
 
+class Steps(NamedTuple):
+    """The steps that round: an implementation with other roundings has others."""
+
+    glu: Callable[[Tensor, Tensor, str], Tensor] = glu
+    combine: Callable[[Tensor, Tensor, Tensor], Tensor] = combine
+
+
+RIGHT = Steps()
+
+
 def run(
     hidden_states: Tensor,
     gate_up_proj: Tensor,
@@ -116,16 +126,18 @@ def run(
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     *,
+    steps: Steps = RIGHT,
     real: Callable[[Matrix], Tensor] = real,
     entering: Callable[[Tensor, bool], Tensor] = as_they_are,
     plus: Callable[[Tensor, Tensor | None, int, bool], Tensor] = plus,
     split: Callable[[Tensor], tuple[Tensor, Tensor]] = halves,
-    glu: Callable[[Tensor, Tensor, str], Tensor] = glu,
-    combine: Callable[[Tensor, Tensor, Tensor], Tensor] = combine,
+    glu: Callable[[Tensor, Tensor, str], Tensor] | None = None,
+    combine: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     locate: Callable[[Tensor, Tensor | None], Tensor] = locate,
     scale_of: Callable[[int], int] = lambda expert: expert,
 ) -> Tensor:
-    """fp32 sums, one rounding at the end; every keyword after `down_bias` replaces one of the steps."""
+    """fp32 sums, one rounding at the end; every keyword after `steps` replaces one of the steps."""
+    glu, combine = glu or steps.glu, combine or steps.combine
     ids = locate(topk_ids, expert_map)
     slots = torch.zeros(*ids.shape, hidden_states.shape[1], device=hidden_states.device)
     for expert in ids[ids >= 0].unique().tolist():

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe_harness.harness.core.catalogue import fault
 from moe_harness.harness.core.emulation import wide
-from moe_harness.harness.stages.router.faults.weights import Routed, run, score
+from moe_harness.harness.stages.router.faults._steps import RIGHT, Routed, Steps, run
 
 
 def _starting_at(start: float) -> Callable[[Tensor, int], Tensor]:
@@ -65,11 +65,11 @@ def largest_starts_at_minus_one(logits: Tensor, **options: Any) -> Routed:
     "precision", condition="sigmoid, logits in 16 bits", shows={"scoring": "sigmoid", "dtype": "bfloat16", "E": 64},
     hidden=("scoring='softmax'", "dtype='float32'"),
 )  # fmt: skip
-def sigmoid_in_logit_dtype(logits: Tensor, **options: Any) -> Routed:
+def sigmoid_in_logit_dtype(logits: Tensor, *, steps: Steps = RIGHT, **options: Any) -> Routed:
     """The sigmoid is taken in the logits' dtype, as `logits.sigmoid()` does; the softmax is not."""
 
     def narrow(logits: Tensor, scoring: str) -> Tensor:
-        scores = score(logits, scoring)
+        scores = steps.score(logits, scoring)
         return scores.to(logits.dtype).to(scores.dtype) if scoring == "sigmoid" else scores
 
-    return run(logits, **options, score=narrow)
+    return run(logits, **options, steps=steps, score=narrow)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moe_harness.harness.core.catalogue import fault
 from moe_harness.harness.core.emulation import read_as_contiguous, round_down, unwritten_like, wide
-from moe_harness.harness.stages.router.faults.weights import Routed, choose, run
+from moe_harness.harness.stages.router.faults._steps import Routed, choose, run
 
 # Selection ------------------------------------------------------------------------------------------------------
 

@@ -1,9 +1,6 @@
-"""Faults of the shared expert's gate: y = sigmoid(x . w) * shared_output.
+"""Faults of the shared expert's gate: y = sigmoid(x . w) * shared_output."""
 
-`run` is a right implementation whose every step can be replaced.
-"""
-
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,86 +16,69 @@ from moe_harness.harness.core.emulation import (
     unwritten_like,
     wide,
 )
-
-
-def dot(hidden_states: Tensor, gate_weight: Tensor) -> Tensor:
-    """The gate's logit, [..., 1], in fp32 or wider."""
-    kind = wide(hidden_states)
-    return hidden_states.to(kind) @ gate_weight.to(kind).T
-
-
-def run(
-    hidden_states: Tensor,
-    gate_weight: Tensor,
-    shared_output: Tensor,
-    *,
-    dot: Callable[[Tensor, Tensor], Tensor] = dot,
-    squash: Callable[[Tensor], Tensor] = torch.sigmoid,
-    scale: Callable[[Tensor, Tensor], Tensor] = torch.mul,
-) -> Tensor:
-    """A right implementation; every keyword replaces one of its steps."""
-    gate = squash(dot(hidden_states, gate_weight))
-    return scale(gate, shared_output.to(gate.dtype)).to(hidden_states.dtype)
+from moe_harness.harness.stages.shared_expert_gate.faults._steps import RIGHT, Steps, run
 
 
 @fault("gate", source="NousResearch/torchtitan/pull/36")
-def gate_dropped(*call: Tensor) -> Tensor:
+def gate_dropped(*call: Tensor, **steps: Any) -> Tensor:
     """The gate is loaded and never used: the shared expert counts in full."""
-    return run(*call, squash=torch.ones_like)
+    return run(*call, **steps, squash=torch.ones_like)
 
 
 @fault("gate")
-def sigmoid_dropped(*call: Tensor) -> Tensor:
+def sigmoid_dropped(*call: Tensor, **steps: Any) -> Tensor:
     """The logit multiplies without the sigmoid."""
-    return run(*call, squash=lambda logit: logit)
+    return run(*call, **steps, squash=lambda logit: logit)
 
 
 @fault("gate")
-def silu_for_sigmoid(*call: Tensor) -> Tensor:
+def silu_for_sigmoid(*call: Tensor, **steps: Any) -> Tensor:
     """SiLU stands in for the sigmoid: the gate grows without bound."""
-    return run(*call, squash=torch.nn.functional.silu)
+    return run(*call, **steps, squash=torch.nn.functional.silu)
 
 
 @fault("gate")
-def gate_inverted(*call: Tensor) -> Tensor:
+def gate_inverted(*call: Tensor, **steps: Any) -> Tensor:
     """1 - sigmoid: the gate is closed where it should be open."""
-    return run(*call, squash=lambda logit: torch.sigmoid(-logit))
+    return run(*call, **steps, squash=lambda logit: torch.sigmoid(-logit))
 
 
 @fault("gate", condition="a logit beyond +-2.5", shows={"gain": 4.0}, hidden=("gain=0.01",))
-def hard_sigmoid(*call: Tensor) -> Tensor:
+def hard_sigmoid(*call: Tensor, **steps: Any) -> Tensor:
     """A hard sigmoid replaces the sigmoid, equal only around 0 and far out."""
-    return run(*call, squash=lambda x: torch.where(x.abs() < 0.5, x.sigmoid(), torch.nn.functional.hardsigmoid(x)))
+    return run(
+        *call, **steps, squash=lambda x: torch.where(x.abs() < 0.5, x.sigmoid(), torch.nn.functional.hardsigmoid(x))
+    )
 
 
 @fault("gate", condition="a logit above 88.7", shows={"gain": 400.0}, hidden=("gain=1.0",))
-def sigmoid_overflows(*call: Tensor) -> Tensor:
+def sigmoid_overflows(*call: Tensor, **steps: Any) -> Tensor:
     """e^x / (1 + e^x) is inf / inf for large logits."""
-    return run(*call, squash=lambda logit: logit.exp() / (1 + logit.exp()))
+    return run(*call, **steps, squash=lambda logit: logit.exp() / (1 + logit.exp()))
 
 
 @fault("rows", condition="two or more tokens", hidden=("lead=(1,)",))
-def gate_of_first_token(*call: Tensor) -> Tensor:
+def gate_of_first_token(*call: Tensor, **steps: Any) -> Tensor:
     """One gate, the first token's, scales all rows."""
 
     def first(gate: Tensor, shared: Tensor) -> Tensor:
         flat = gate.reshape(-1, 1)
         return (flat[:1] if len(flat) else flat) * shared
 
-    return run(*call, scale=first)
+    return run(*call, **steps, scale=first)
 
 
 @fault(
     "rows", condition="three or more dimensions, first one above 1", shows={"lead": (2, 3)},
     hidden=("lead=(5,)", "lead=(1, 3)"),
 )  # fmt: skip
-def gates_of_first_batch_row(*call: Tensor) -> Tensor:
+def gates_of_first_batch_row(*call: Tensor, **steps: Any) -> Tensor:
     """Leading dimensions are flattened wrongly: every batch row gets the first one's gates."""
-    return run(*call, scale=lambda gate, shared: (gate[:1] if gate.dim() > 2 else gate) * shared)
+    return run(*call, **steps, scale=lambda gate, shared: (gate[:1] if gate.dim() > 2 else gate) * shared)
 
 
 @fault("rows", condition="an odd number of tokens above 1", shows={"lead": (5,)}, hidden=("lead=(6,)", "lead=(1,)"))
-def odd_row_ungated(*call: Tensor) -> Tensor:
+def odd_row_ungated(*call: Tensor, **steps: Any) -> Tensor:
     """Rows are handled in pairs: the last one is passed on without its gate."""
 
     def pairs(gate: Tensor, shared: Tensor) -> Tensor:
@@ -107,13 +87,13 @@ def odd_row_ungated(*call: Tensor) -> Tensor:
             flat[-1] = 1
         return flat.view(gate.shape) * shared
 
-    return run(*call, scale=pairs)
+    return run(*call, **steps, scale=pairs)
 
 
 @fault("rows", condition="more than 32768 tokens", shows={"lead": (32769,), "H": 4, "D": 4}, hidden=("lead=(32768,)",))
-def rows_beyond_32768_zero(*call: Tensor) -> Tensor:
+def rows_beyond_32768_zero(*call: Tensor, **steps: Any) -> Tensor:
     """The grid is limited to 32768 programs: rows beyond come out as 0."""
-    out = run(*call)
+    out = run(*call, **steps)
     out.view(-1, out.shape[-1])[32768:] = 0
     return out
 
@@ -122,38 +102,42 @@ def rows_beyond_32768_zero(*call: Tensor) -> Tensor:
     "strides", source="vllm-project/vllm/pull/43190", condition="rows of hidden_states padded",
     shows={"layout": "padded_rows"}, hidden=("layout='contiguous'",),
 )  # fmt: skip
-def hidden_row_stride_assumed(hidden_states: Tensor, *call: Tensor) -> Tensor:
+def hidden_row_stride_assumed(hidden_states: Tensor, *call: Tensor, **steps: Any) -> Tensor:
     """x is read at row * H: a slice of a wider buffer gives other rows."""
-    return run(read_as_contiguous(hidden_states), *call)
+    return run(read_as_contiguous(hidden_states), *call, **steps)
 
 
 @fault(
     "strides", source="vllm-project/vllm/pull/43190", condition="rows of shared_output padded",
     shows={"layout": "padded_output"}, hidden=("layout='contiguous'",),
 )  # fmt: skip
-def shared_row_stride_assumed(hidden_states: Tensor, gate_weight: Tensor, shared_output: Tensor) -> Tensor:
+def shared_row_stride_assumed(
+    hidden_states: Tensor, gate_weight: Tensor, shared_output: Tensor, **steps: Any
+) -> Tensor:
     """shared_output is read at row * D: a slice of a wider buffer gives other rows."""
-    return run(hidden_states, gate_weight, read_as_contiguous(shared_output))
+    return run(hidden_states, gate_weight, read_as_contiguous(shared_output), **steps)
 
 
 @fault(
     "strides", condition="gate_weight with a column stride", shows={"layout": "strided_gate"},
     hidden=("layout='contiguous'",),
 )  # fmt: skip
-def gate_weight_stride_assumed(hidden_states: Tensor, gate_weight: Tensor, shared_output: Tensor) -> Tensor:
+def gate_weight_stride_assumed(
+    hidden_states: Tensor, gate_weight: Tensor, shared_output: Tensor, **steps: Any
+) -> Tensor:
     """The gate's weight is read as contiguous although it is a column of a matrix."""
-    return run(hidden_states, read_as_contiguous(gate_weight), shared_output)
+    return run(hidden_states, read_as_contiguous(gate_weight), shared_output, **steps)
 
 
 @fault("tiles", condition="H not a multiple of 16", shows={"H": 40}, hidden=("H=48",))
-def h_tail_dropped(*call: Tensor) -> Tensor:
+def h_tail_dropped(*call: Tensor, steps: Steps = RIGHT) -> Tensor:
     """The last, partial block of H does not enter the dot product."""
 
     def floored(hidden_states: Tensor, gate_weight: Tensor) -> Tensor:
         kept = round_down(hidden_states.shape[-1])
-        return dot(hidden_states[..., :kept], gate_weight[:, :kept])
+        return steps.dot(hidden_states[..., :kept], gate_weight[:, :kept])
 
-    return run(*call, dot=floored)
+    return run(*call, steps=steps, dot=floored)
 
 
 @fault(
@@ -161,21 +145,21 @@ def h_tail_dropped(*call: Tensor) -> Tensor:
     condition="H not a multiple of 16, NaN or infinity behind the rows of hidden_states",
     shows={"H": 40, "layout": "padded_rows"}, hidden=("layout='contiguous'", "H=48"),
 )  # fmt: skip
-def h_tail_masked_on_one_side(*call: Tensor) -> Tensor:
+def h_tail_masked_on_one_side(*call: Tensor, steps: Steps = RIGHT) -> Tensor:
     """Only the weight is masked in the tail of H: 0 times NaN."""
 
     def unmasked(hidden_states: Tensor, gate_weight: Tensor) -> Tensor:
         width = round_up(hidden_states.shape[-1])
         weight = torch.nn.functional.pad(gate_weight, (0, width - gate_weight.shape[-1]))
-        return dot(read_past(hidden_states, width), weight)
+        return steps.dot(read_past(hidden_states, width), weight)
 
-    return run(*call, dot=unmasked)
+    return run(*call, steps=steps, dot=unmasked)
 
 
 @fault("tiles", condition="D not a multiple of 16, dirty memory", shows={"D": 40, "poison": True}, hidden=("D=48",))
-def d_tail_unwritten(*call: Tensor) -> Tensor:
+def d_tail_unwritten(*call: Tensor, **steps: Any) -> Tensor:
     """The grid is D // block: the last columns are never written."""
-    right = run(*call)
+    right = run(*call, **steps)
     out = unwritten_like(right)
     kept = round_down(right.shape[-1])
     out[..., :kept] = right[..., :kept]
@@ -183,77 +167,79 @@ def d_tail_unwritten(*call: Tensor) -> Tensor:
 
 
 @fault("shapes", condition="D > H", shows={"H": 32, "D": 48}, hidden=("D=32", "D=16"))
-def columns_beyond_h_ungated(*call: Tensor) -> Tensor:
+def columns_beyond_h_ungated(*call: Tensor, **steps: Any) -> Tensor:
     """The loop over columns ends at H: further columns are passed on without the gate."""
     columns = call[0].shape[-1]
 
     def partly(gate: Tensor, shared: Tensor) -> Tensor:
         return torch.cat((gate * shared[..., :columns], shared[..., columns:]), -1)
 
-    return run(*call, scale=partly)
+    return run(*call, **steps, scale=partly)
 
 
 @fault("shapes", condition="D == H", shows={"H": 32, "D": 32}, hidden=("D=48",))
-def gate_from_output(hidden_states: Tensor, gate_weight: Tensor, shared_output: Tensor) -> Tensor:
+def gate_from_output(hidden_states: Tensor, gate_weight: Tensor, shared_output: Tensor, **steps: Any) -> Tensor:
     """The gate is computed from the shared expert's output instead of its input."""
     fits = shared_output.shape == hidden_states.shape
-    return run((shared_output if fits else hidden_states).to(hidden_states.dtype), gate_weight, shared_output)
+    return run((shared_output if fits else hidden_states).to(hidden_states.dtype), gate_weight, shared_output, **steps)
 
 
 @fault(
     "precision", condition="bf16 inputs, long H", shows={"dtype": "bfloat16", "H": 1024}, hidden=("dtype='float32'",)
 )
-def bf16_dot_product(*call: Tensor) -> Tensor:
+def bf16_dot_product(*call: Tensor, steps: Steps = RIGHT) -> Tensor:
     """The dot product keeps its running sum in bf16."""
 
     def rounded(hidden_states: Tensor, gate_weight: Tensor) -> Tensor:
         if hidden_states.dtype != torch.bfloat16:
-            return dot(hidden_states, gate_weight)
+            return steps.dot(hidden_states, gate_weight)
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         sums = matmul_rounding_sums(flat, gate_weight, torch.bfloat16, block=4)
         return sums.view(*hidden_states.shape[:-1], 1)
 
-    return run(*call, dot=rounded)
+    return run(*call, steps=steps, dot=rounded)
 
 
 @fault("precision", condition="fp32 inputs", hidden=("dtype='bfloat16'",))
-def gate_in_tf32(*call: Tensor) -> Tensor:
+def gate_in_tf32(*call: Tensor, steps: Steps = RIGHT) -> Tensor:
     """fp32 operands are rounded to tf32 without saying so."""
 
     def tensor_cores(hidden_states: Tensor, gate_weight: Tensor) -> Tensor:
         if hidden_states.dtype != torch.float32:
-            return dot(hidden_states, gate_weight)
-        return dot(to_tf32(hidden_states), to_tf32(gate_weight))
+            return steps.dot(hidden_states, gate_weight)
+        return steps.dot(to_tf32(hidden_states), to_tf32(gate_weight))
 
-    return run(*call, dot=tensor_cores)
+    return run(*call, steps=steps, dot=tensor_cores)
 
 
 @fault("special values", condition="NaN in one token", shows={"special": "nan_token"}, hidden=("special=None",))
-def gate_swallows_nan(*call: Tensor) -> Tensor:
+def gate_swallows_nan(*call: Tensor, **steps: Any) -> Tensor:
     """NaN is replaced by 0 on the way out."""
-    return run(*call).nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+    return run(*call, **steps).nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
 
 
 @fault("inputs", source="vllm-project/vllm/pull/33375", sign="inputs")
-def shared_output_overwritten(hidden_states: Tensor, gate_weight: Tensor, shared_output: Tensor) -> Tensor:
+def shared_output_overwritten(
+    hidden_states: Tensor, gate_weight: Tensor, shared_output: Tensor, **steps: Any
+) -> Tensor:
     """The result is written over shared_output."""
-    return shared_output.copy_(run(hidden_states, gate_weight, shared_output))
+    return shared_output.copy_(run(hidden_states, gate_weight, shared_output, **steps))
 
 
 @fault("contract", condition="16-bit inputs", shows={"dtype": "bfloat16"}, sign="dtype", hidden=("dtype='float32'",))
-def gate_returns_fp32(hidden_states: Tensor, *call: Tensor) -> Tensor:
+def gate_returns_fp32(hidden_states: Tensor, *call: Tensor, **steps: Any) -> Tensor:
     """The fp32 product is returned without the cast."""
-    return run(hidden_states.to(wide(hidden_states)), *call)
+    return run(hidden_states.to(wide(hidden_states)), *call, **steps)
 
 
 @fault("contract", condition="three or more dimensions", shows={"lead": (2, 3)}, sign="shape", hidden=("lead=(5,)",))
-def leading_dimensions_lost(*call: Tensor) -> Tensor:
+def leading_dimensions_lost(*call: Tensor, **steps: Any) -> Tensor:
     """The result keeps its rows flattened."""
-    return run(*call).reshape(-1, call[2].shape[-1])
+    return run(*call, **steps).reshape(-1, call[2].shape[-1])
 
 
 @fault("contract", condition="no token", shows={"lead": (0,)}, sign="raises", hidden=("lead=(1,)",))
-def gate_raises_without_tokens(hidden_states: Tensor, *call: Tensor) -> Tensor:
+def gate_raises_without_tokens(hidden_states: Tensor, *call: Tensor, **steps: Any) -> Tensor:
     """The largest logit of an empty batch is asked for."""
     hidden_states.max()
-    return run(hidden_states, *call)
+    return run(hidden_states, *call, **steps)
