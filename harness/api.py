@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from moe_harness.harness.commands import options
-from moe_harness.harness.core import contracts
 from moe_harness.harness.core.errors import CannotJudge, UsageError
 from moe_harness.harness.report import Progress, Result, dumps, failure_text
 from moe_harness.harness.report.html import render
@@ -91,7 +90,7 @@ def check(
     configs: Iterable[str] | str = (),
     checks: Iterable[str] | str = (),
     seed: int = 0,
-    ranks: Iterable[int] = (1, 2, 3, 4),
+    ranks: Iterable[int] | None = None,
     timeout: float = 60.0,
     quiet: bool = False,
 ) -> Judgement:
@@ -103,6 +102,8 @@ def check(
     Args:
         implementation: the object, or a spec as --impl takes it.
         stage: one of `moe-harness list`.
+        ranks: world sizes, 1, 2, 3 and 4 for the stages that run over ranks alone; a model is judged over ranks where
+            they are given, and on one device otherwise.
         timeout: seconds one case may take.
         quiet: no progress on standard error.
 
@@ -118,16 +119,16 @@ def check(
                           'put the call under if __name__ == "__main__":')  # fmt: skip
     stage = options.one_of("stage", stage, options.ALL_STAGES)
     request = options.request(stage, device, _list(dtypes), profile, _list(configs), seed)
-    asked = session.RunOptions(request.dtypes if _list(dtypes) else None, timeout,
-                            options.chosen_checks(stage, request, _list(checks)))  # fmt: skip
+    worlds = options.worlds_of(stage, None if ranks is None else [",".join(map(str, ranks))])
+    chosen = options.chosen_checks(stage, request, _list(checks), bool(worlds))
+    asked = session.RunOptions(request.dtypes if _list(dtypes) else None, timeout, chosen)
     spec = implementation if isinstance(implementation, str) else spec_of(implementation)
     prepare()
     with _progress(quiet) as progress:
-        if stage in contracts.STAGES:
+        if not worlds:
             return Judgement(session.judge(stage, spec, request, asked, progress))
         from moe_harness.harness.ranks.run import judge_ranks
 
-        worlds = options.worlds([",".join(map(str, ranks))])
         return Judgement(judge_ranks(stage, spec, request, asked, worlds, progress))
 
 

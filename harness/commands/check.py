@@ -9,6 +9,7 @@ import typer
 from moe_harness.harness.commands import options
 from moe_harness.harness.core import contracts
 from moe_harness.harness.core.errors import HarnessError, UsageError
+from moe_harness.harness.core.ranked_stage import is_over_ranks
 from moe_harness.harness.run.kept import last_failed as last_failed_cases
 from moe_harness.harness.run.kept import remember_failed
 
@@ -22,7 +23,9 @@ def check(
     config: options.Configs = None,
     checks: options.Checks = None,
     seed: options.Seed = 0,
-    ranks: Annotated[str, typer.Option(help=f"World sizes for {', '.join(contracts.RANK_STAGES)}.")] = "1,2,3,4",
+    ranks: Annotated[
+        str | None, typer.Option(help=f"World sizes, 1,2,3,4 for {', '.join(contracts.RANK_STAGES)}; of model too.")
+    ] = None,
     timeout: options.Timeout = 60.0,
     last_failed: Annotated[
         bool, typer.Option("--last-failed", "--lf", help="Only what failed when it was judged last.")
@@ -42,10 +45,9 @@ def check(
 
     request = options.request(stage, device, dtype, profile, config, seed)
     stage = options.one_of("stage", stage, options.ALL_STAGES)
-    asked = session.RunOptions(
-        request.dtypes if dtype else None, timeout, options.chosen_checks(stage, request, checks), None, fail_fast
-    )
-    worlds, specs = options.worlds([ranks]), options.specs(impl)
+    worlds, specs = options.worlds_of(stage, None if ranks is None else [ranks]), options.specs(impl)
+    chosen = options.chosen_checks(stage, request, checks, bool(worlds))
+    asked = session.RunOptions(request.dtypes if dtype else None, timeout, chosen, None, fail_fast)
     options.writable(json)
     options.writable(html)
     options.readable(baseline)
@@ -55,7 +57,7 @@ def check(
     with report.Progress() as progress:
         for spec in specs:
             try:
-                cases = _failed_last(stage, spec, progress) if last_failed else None
+                cases = _failed_last(stage, spec, bool(worlds), progress) if last_failed else None
                 one = replace(asked, cases=cases)
                 results.append(_judge(stage, spec, request, one, worlds, progress, _keeper(json, results)))
             except HarnessError as error:
@@ -79,9 +81,9 @@ def _compared(baseline: Path | None, results: list, status: int) -> int:
     return against(baseline, to_json(results), status)
 
 
-def _failed_last(stage: str, spec: str, progress: Any) -> tuple[str, ...] | None:
+def _failed_last(stage: str, spec: str, over_ranks: bool, progress: Any) -> tuple[str, ...] | None:
     """The cases of --last-failed; None, and so all of the plan, where none is known."""
-    cases = last_failed_cases(stage, spec)
+    cases = tuple(case for case in last_failed_cases(stage, spec) if is_over_ranks(case) == over_ranks)
     if not cases:
         progress.note(f"{spec}: no failure of the last run is known, all cases are judged")
     return cases or None
@@ -90,7 +92,7 @@ def _failed_last(stage: str, spec: str, progress: Any) -> tuple[str, ...] | None
 def _judge(stage: str, spec: str, request: Any, asked: Any, worlds: tuple[int, ...], progress: Any, keep: Any) -> Any:
     from moe_harness.harness.run import session
 
-    if stage in contracts.STAGES:
+    if not worlds:
         return session.judge(stage, spec, request, asked, progress)
     from moe_harness.harness.ranks.run import judge_ranks
 

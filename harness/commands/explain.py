@@ -13,7 +13,7 @@ import typer
 from moe_harness.harness.commands import options
 from moe_harness.harness.core import contracts, registry
 from moe_harness.harness.core.errors import unknown
-from moe_harness.harness.core.folders import needed_part
+from moe_harness.harness.core.ranked_stage import plan_over_ranks
 
 SOURCE_LINES = 12  # of a fault's code
 
@@ -75,7 +75,9 @@ def _example(stage: str, check: str) -> str | None:
     from moe_harness.harness.core.plan import plan
     from moe_harness.harness.core.request import Request
 
-    cases = needed_part(stage, "cases").plan([2]) if stage in contracts.RANK_STAGES else plan(stage, Request())
+    cases = list(plan_over_ranks(stage, [2])) if stage in contracts.OVER_RANKS else []
+    if stage in contracts.STAGES:
+        cases += plan(stage, Request())
     return next((planned.id for planned in cases if planned.check == check), None)
 
 

@@ -18,6 +18,7 @@ from moe_harness.harness.core.names import CHECK_NAMES
 from moe_harness.harness.core.request import PROFILES, Request
 
 ALL_STAGES = (*contracts.STAGES, *contracts.RANK_STAGES)
+WORLDS = (1, 2, 3, 4)  # where --ranks says nothing else
 
 
 def starting_with(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
@@ -139,22 +140,39 @@ def request(
     )  # fmt: skip
 
 
-def known_checks(stage: str, asked: Request) -> list[str]:
+def known_checks(stage: str, asked: Request, over_ranks: bool = False) -> list[str]:
     """Names of the checks that a run of the stage makes."""
-    if stage in contracts.RANK_STAGES:
+    if over_ranks or stage in contracts.RANK_STAGES:
         from moe_harness.harness.core.ranked_stage import find_ranked
 
-        return [*find_ranked(stage).checks, "property"]
+        ranked = find_ranked(stage)
+        return [*ranked.checks, *(["property"] if ranked.searches else [])]
     from moe_harness.harness.core.plan import plan
 
     return [*dict.fromkeys(planned.check for planned in plan(stage, asked)), "property"]
 
 
-def chosen_checks(stage: str, asked: Request, checks: Iterable[str] | None) -> tuple[str, ...] | None:
+def chosen_checks(
+    stage: str, asked: Request, checks: Iterable[str] | None, over_ranks: bool = False
+) -> tuple[str, ...] | None:
     """Those of --check; None where all are wanted."""
     names = listed(checks)
-    known = known_checks(stage, asked) if names else []
+    known = known_checks(stage, asked, over_ranks) if names else []
     return tuple(one_of(f"check of {stage}", name, known) for name in names) or None
+
+
+def worlds_of(stage: str, ranks: Iterable[str] | None) -> tuple[int, ...]:
+    """The world sizes that a stage is judged over; empty where it is judged on one device.
+
+    Raises:
+        UsageError: --ranks for a stage that no implementation of runs over ranks.
+    """
+    if ranks is None:
+        return WORLDS if stage in contracts.RANK_STAGES else ()
+    if stage not in contracts.OVER_RANKS:
+        raise UsageError(f"--ranks is given, but {stage} is judged on one device; over ranks are "
+                         f"{', '.join(contracts.OVER_RANKS)}")  # fmt: skip
+    return worlds(ranks)
 
 
 def worlds(values: Iterable[str]) -> tuple[int, ...]:

@@ -6,10 +6,10 @@ from typing import Annotated, Any
 import typer
 
 from moe_harness.harness.commands import options
-from moe_harness.harness.core import contracts
 from moe_harness.harness.core.case import parse_id
 from moe_harness.harness.core.errors import EXIT_CANNOT_JUDGE, UsageError, unknown
 from moe_harness.harness.core.names import CHECK_NAMES
+from moe_harness.harness.core.ranked_stage import is_over_ranks
 
 
 def replay(
@@ -24,7 +24,7 @@ def replay(
 
     from moe_harness.harness.report.terminal import emit, failure_block
 
-    ranked = any(case.split("/")[0] in contracts.RANK_STAGES for case in cases)
+    ranked = any(is_over_ranks(case) for case in cases)
     answers = _of_ranks(cases, impl, device, timeout) if ranked else _of_one_device(cases, impl, device, timeout)
     console, failed, executed = Console(), 0, 0
     for answer in answers:

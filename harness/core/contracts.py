@@ -25,7 +25,8 @@ STAGES = stages_with("contract")
 SIGNATURES: dict[str, inspect.Signature] = {
     stage: inspect.signature(getattr(needed_part(stage, "contract"), stage)) for stage in STAGES
 }
-RANK_STAGES = stages_with("ranked")  # one object or one call per rank; see core.ranked_stage
+OVER_RANKS = stages_with("ranked")  # one object or one call per rank; see core.ranked_stage
+RANK_STAGES = tuple(stage for stage in OVER_RANKS if stage not in STAGES)  # those that are judged in no other way
 
 
 def permissive(stage: str) -> tuple[str, ...]:

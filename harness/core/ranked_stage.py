@@ -7,12 +7,20 @@ Such a stage is a folder of harness/stages with four modules, the first three of
     strategy.py     `cases(worlds, **traits)`, drawn at random
     rank_task.py    `run(me, spec, seed)`, what one rank does for a case; `traits(me, spec, seed)`, where the plan
                     depends on the implementation
+
+A stage of one device may be judged over ranks too: beside its other modules it has `ranked.py`, `rank_task.py` and in
+`cases.py` a `plan_over_ranks`.  The name of the check tells its cases over ranks from the others.
 """
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from moe_harness.harness.core.contracts import RANK_STAGES
+from moe_harness.harness.core.contracts import OVER_RANKS, RANK_STAGES
 from moe_harness.harness.core.folders import needed_part
+from moe_harness.harness.core.plan import Planned
+
+Reports = Sequence[dict[str, Any]]  # what each rank observed
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,8 @@ class RankedStage:
     further: tuple[str, ...]  # what else a finding may be about
     is_function: bool = False  # otherwise a class, one object of it on each rank
     has_traits: bool = False  # whether the plan depends on what an implementation says of itself
+    searches: bool = True  # whether cases are drawn at random too
+    across: Callable[[Reports], Iterator[dict[str, Any]]] | None = None  # findings that no rank can make alone
 
     @property
     def call(self) -> str:
@@ -40,6 +50,18 @@ class RankedStage:
 def find_ranked(stage: str) -> RankedStage:
     """The stage of that name; LookupError where it is none over many ranks."""
     return needed_part(stage, "ranked").RANKED
+
+
+def is_over_ranks(case_id: str) -> bool:
+    """Whether the case of that id, "stage/check/fields", runs on many ranks."""
+    stage, check = (case_id.split("/") + [""])[:2]
+    return stage in RANK_STAGES or (stage in OVER_RANKS and check in find_ranked(stage).checks)
+
+
+def plan_over_ranks(stage: str, worlds: Sequence[int], **how: Any) -> Iterable[Planned]:
+    """The cases of a stage over these numbers of ranks."""
+    cases = needed_part(stage, "cases")
+    return getattr(cases, "plan_over_ranks", cases.plan)(worlds, **how)
 
 
 def rank_checks() -> tuple[str, ...]:

@@ -34,6 +34,7 @@ class Rank:
     backend: str
     recorder: Recording
     group: dist.ProcessGroup
+    folder: str = ""  # for files; all ranks' where they are on one machine
 
     @property
     def device(self) -> torch.device:

@@ -11,16 +11,17 @@ from typing import Any
 
 from moe_harness.harness.core import blame, errors
 from moe_harness.harness.core.case import parse_id
-from moe_harness.harness.core.contracts import RANK_STAGES, check_stage
-from moe_harness.harness.core.folders import PACKAGE, needed_part
+from moe_harness.harness.core.contracts import OVER_RANKS, check_stage
+from moe_harness.harness.core.folders import PACKAGE
 from moe_harness.harness.core.ranked_cases import one_of
-from moe_harness.harness.core.ranked_stage import find_ranked
+from moe_harness.harness.core.ranked_stage import find_ranked, plan_over_ranks
 from moe_harness.harness.ranks import pool
 from moe_harness.harness.ranks.calls import RecordedCall
 from moe_harness.harness.ranks.failure import RankFailure
 from moe_harness.harness.ranks.jobs import Injection
 
 Finding = dict[str, Any]
+BLANK: Finding = {"headroom": None, "where": {}, "diagnosis": []}
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def judge(
         UsageError, CannotJudge: the case or the implementation cannot be found or imported.
     """
     stage, check, parsed = parse_id(case)
-    one_of("check", check, find_ranked(check_stage(stage, RANK_STAGES)).checks)
+    one_of("check", check, find_ranked(check_stage(stage, OVER_RANKS)).checks)
     ranks: int = parsed.R  # type: ignore[attr-defined]
     name, task, load = task_of(stage), {"impl": spec, "case": case}, (stage, spec)
     outcome = pool.run(name, task, ranks=ranks, backend=backend, injection=injection, budget=budget, load=load)
@@ -67,6 +68,10 @@ def judge(
     elif outcome.failure is not None and not _stopped_by_findings(outcome.failure, reports):
         _raise_usage(outcome.failure)
         findings.insert(0, _from_failure(outcome.failure, case))
+    elif outcome.ok and (across := find_ranked(stage).across) is not None:
+        observed_by_rank = [report["observed"] for report in reports]
+        seen = [{**BLANK, "check": check, "case": case, **finding} for finding in across(observed_by_rank)]
+        findings = [*seen, *findings]
     explained = findings and findings[0]["check"] == "inputs"
     if findings and (plain := _plain_everywhere(reports)):
         findings[0]["diagnosis"], explained = plain, True
@@ -86,8 +91,8 @@ def planned(
     Raises:
         UsageError, CannotJudge: the stage or the implementation cannot be found, or is of no known kind.
     """
-    traits = traits_of(check_stage(stage, RANK_STAGES), spec, backend)
-    plan = needed_part(stage, "cases").plan(worlds, profile=profile, seed=seed, **traits)
+    traits = traits_of(check_stage(stage, OVER_RANKS), spec, backend)
+    plan = plan_over_ranks(stage, worlds, profile=profile, seed=seed, **traits)
     return [planned.id for planned in plan]
 
 

@@ -36,7 +36,8 @@ class RankRun:
         self.stage, self.spec, self.request, self.options = stage, spec, request, options
         self.listener, self.keep = listener, keep
         self.worlds, self.backend = worlds, "nccl" if request.device == "cuda" else "gloo"
-        self.account = ResultBuilder(stage, spec, request, listener, partial=options.partial)
+        asked = find_ranked(stage).checks
+        self.account = ResultBuilder(stage, spec, request, listener, partial=options.partial, checks=asked)
         self.left: Counter[str] = Counter()  # cases of each check that are planned and not judged yet
         self.broken: Counter[str] = Counter()  # kinds of failure that ended the ranks' processes
         self.told: set[str] = set()
@@ -99,7 +100,7 @@ class RankRun:
         return self.options.checks is None or check in self.options.checks
 
     def _searches(self) -> bool:
-        return self.options.cases is None and self._wants("property")
+        return self.options.cases is None and self._wants("property") and find_ranked(self.stage).searches
 
     def result(self, *, final: bool = True) -> Result:
         """What is known by now; a planned case that was not judged keeps it from passing."""

@@ -63,14 +63,17 @@ def why_skipped(answer: dict[str, Any]) -> str:
 class ResultBuilder:
     """What is known of one implementation.
 
-    `request` is what is judged, `partial` whether only some checks were asked for.
+    `request` is what is judged, `partial` whether only some checks were asked for; `checks` those of a run over ranks.
     """
 
-    def __init__(self, stage: str, spec: str, request: Request, listener: Any, *, partial: bool = False):
+    def __init__(
+        self, stage: str, spec: str, request: Request, listener: Any, *, partial: bool = False,
+        checks: tuple[str, ...] = (),
+    ):  # fmt: skip
         self.stage, self.spec, self.request, self.listener = stage, spec, request, listener
         self.partial = partial
-        self.core_check = find_ranked(stage).checks[0] if stage in RANK_STAGES else "contract"
-        self.core_checks = find_ranked(stage).checks if stage in RANK_STAGES else CORE_CHECKS
+        checks = checks or (find_ranked(stage).checks if stage in RANK_STAGES else ())
+        self.core_check, self.core_checks = ("contract", CORE_CHECKS) if not checks else (checks[0], checks)
         self.explain: Callable[[Failure], None] = lambda failure: None  # adds the cause to the first, before it is told
         self.started = time.monotonic()
         self.loaded: dict[str, Any] = {"declared": {}, "versions": {}}

@@ -1,14 +1,18 @@
 """Cases of the stage `model`: a tiny checkpoint of a family, and what is asked of the loaded model.
 
 `variant` is "logits" (model(input_ids)), "layers" (every model.layer(i) alone, on the reference's residual stream) or
-"tokens" (greedy model.generate of prompts of several lengths together).
+"tokens" (greedy model.generate of prompts of several lengths together).  Over ranks there is "drawn" too, where every
+rank has to draw the same tokens.
+
+model/over_ranks/variant=logits,R=2,ep=1        two ranks that hold whole experts
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from moe_harness.harness.core.case import Case
+from moe_harness.harness.core.plan import Planned
 from moe_harness.harness.core.request import Request
 
 FAMILIES = ("qwen3_moe", "qwen2_moe", "qwen3")
@@ -29,6 +33,9 @@ class ModelCase(Case):
     renormalize: bool = True
     theta: float = 10000.0
     shards: int = 2
+    R: int = 1  # ranks; over_ranks asks one of them too
+    ep: bool = False  # expert_parallel
+    twins: bool = False  # experts come in pairs of equal logits and weights, and an odd number of them is chosen
 
     def rows(self) -> int:
         return self.B * (self.L + self.new)
@@ -39,6 +46,10 @@ class ModelCase(Case):
     def core(self) -> bool:
         """Layers are optional in the contract, families are the implementation's choice."""
         return super().core() and self.variant != "layers" and self.family == "qwen3_moe"
+
+    def part(self) -> str:
+        """Either way of sharing the experts may be refused."""
+        return f"{self.dtype}, {'whole' if self.ep else 'cut'} experts"
 
 
 CaseType = ModelCase
@@ -87,3 +98,27 @@ def _special(request: Request) -> Iterator[Case]:
         yield ModelCase(variant="logits", theta=1e6, L=30, B=2, dtype=dtype)
         yield ModelCase(variant="logits", shards=1, dtype=dtype)
         yield ModelCase(variant="logits", family="qwen3", tied=True, shards=5, dtype=dtype)
+
+
+def plan_over_ranks(worlds: Sequence[int], *, profile: str = "quick", seed: int = 0) -> Iterator[Planned]:
+    """Teacher-forced, then end to end: every rank alike, with experts cut and whole, one prompt and several.
+
+    Dense layers and shared experts have sums of their own; they come after what every implementation is for.
+    """
+    for ranks in worlds:
+        for ep in (False, True):
+            for seed_of, case in enumerate(_of_world(profile), start=seed):  # whole experts get the checkpoints of cut
+                if not ep or case.family != "qwen3":
+                    yield Planned("over_ranks", case.but(R=ranks, ep=ep, seed=seed_of))
+
+
+def _of_world(profile: str) -> Iterator[ModelCase]:
+    yield ModelCase(variant="logits", B=1, L=5)
+    yield ModelCase(variant="logits", B=3, L=5)
+    yield ModelCase(variant="logits", B=3, L=5, dtype="bf16")
+    yield ModelCase(variant="logits", B=3, L=5, twins=True)  # either twin is right, if all ranks choose the same
+    yield ModelCase(variant="tokens", B=3, L=5, new=5)
+    yield ModelCase(variant="drawn", B=3, L=5, new=5, dtype="bf16")
+    for place, family in enumerate(("qwen2_moe", "qwen3", *(FURTHER if profile != "quick" else ()))):
+        yield ModelCase(variant="logits", family=family, B=3, L=5, dtype=("fp32", "bf16")[place % 2])
+        yield ModelCase(variant="tokens", family=family, B=3, L=5, new=4)

@@ -161,12 +161,16 @@ def ask(case: ModelCase) -> Question:
     changes: dict[str, Any] = {"tie_word_embeddings": case.tied, "rope_theta": case.theta, "num_hidden_layers": 2}
     if case.family != "qwen3" and not case.family.startswith("deepseek"):  # no released DeepSeek-V2 renormalises
         changes["norm_topk_prob"] = case.renormalize
+    if case.twins:
+        changes["num_experts_per_tok"] = 3
     keys = checkpoints.config(case.family, **changes) | {"torch_dtype": str(DTYPES[case.dtype]).removeprefix("torch.")}
     weights = checkpoints.tensors(keys, case.seed, DTYPES[case.dtype], decisive=True)
+    if case.twins:
+        checkpoints.pair_experts(weights, keys)
     model = Model(keys, {name: weight.double() for name, weight in weights.items()})  # once, not in every run
     draw = torch.Generator().manual_seed(case.seed + 7)
     ids = torch.randint(0, keys["vocab_size"], (CANDIDATES * case.B, case.L), generator=draw)
-    make = {"logits": _logits, "layers": _layers, "tokens": _tokens}[case.variant]
+    make = {"logits": _logits, "layers": _layers, "tokens": _tokens, "drawn": _drawn}[case.variant]
     question = make(case, model, ids)
     question.keys, question.weights = keys, weights
     return question
@@ -174,8 +178,18 @@ def ask(case: ModelCase) -> Question:
 
 def _logits(case: ModelCase, model: Model, ids: Tensor) -> Question:
     ids = ids[: case.B]
-    bound = logit_bound(model, ids, DTYPES[case.dtype])
+    forced = None
+    if case.twins:  # whichever twin is chosen, the values are these
+        state = State()
+        model(ids, state)
+        forced = {layer: (weights, chosen) for layer, (_, weights, chosen) in state.routed.items()}
+    bound = logit_bound(model, ids, DTYPES[case.dtype], forced)
     return _enough(Question(model.config, {}, ids, bound), bound.routed)
+
+
+def _drawn(case: ModelCase, model: Model, ids: Tensor) -> Question:
+    """Prompts alone: which tokens are drawn is the implementation's, that they are the same on all ranks is not."""
+    return Question(model.config, {}, ids[: case.B], None)
 
 
 def _layers(case: ModelCase, model: Model, ids: Tensor) -> Question:

@@ -1,0 +1,67 @@
+"""The stage `model` over ranks: what is right passes, each mistake of a stranger fails with its cause in words."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from moe_harness.harness.commands.app import app
+from moe_harness.harness.core.case import parse_id
+from moe_harness.harness.core.errors import UsageError
+from moe_harness.harness.core.request import Request
+from moe_harness.harness.ranks import judge
+from moe_harness.harness.ranks.run import judge_ranks
+from moe_harness.harness.report.results import verdict_of
+from moe_harness.harness.run.session import RunOptions
+from moe_harness.suites.model.strangers_over_ranks import SAID
+
+CASES = [case for case, _ in SAID.values()]
+FILE = Path(__file__).parent / "strangers_over_ranks.py"
+
+
+@pytest.mark.parametrize("spec", ["qwen3_moe", f"{FILE}:right"])
+def test_right_models_pass(spec: str) -> None:
+    cases = tuple(dict.fromkeys([CASES[0].replace("R=2", "R=1"), *CASES]))
+    result = judge_ranks("model", spec, Request(), RunOptions(cases=cases), (1, 2), None)
+    assert verdict_of(result) == "pass", result["failures"][:2]
+    assert result["judged"] == 1 and result["coverage"]["axes"]["R"] == {"1": 1, "2": 6}
+
+
+def test_the_cases_are_those_of_a_run() -> None:
+    planned = judge.planned("model", "qwen3_moe", (1, 2, 4))
+    assert {str(parse_id(case)[2]) for case in CASES} <= {str(parse_id(case)[2]) for case in planned}
+    assert {parse_id(case)[2].R for case in planned} == {1, 2, 4}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_a_mistake_is_failed_with_its_cause(name: str) -> None:
+    case, words = SAID[name]
+    findings = judge.judge(f"{FILE}:{name}", case).findings
+    assert findings, f"{name} survives {case}"
+    told = " ".join([findings[0]["message"], *(cause["fault"] for cause in findings[0]["diagnosis"])])
+    assert words in told, findings[0]
+
+
+def test_what_supports_half_of_it_is_told_so() -> None:
+    """Cut experts alone pass, one device alone is unsupported."""
+    cut = tuple(SAID[name][0].replace("ep=1,", "") for name in ("seeds_by_rank", "head_not_gathered"))
+    whole = (SAID["experts_reduced_twice"][0],)
+    result = judge_ranks("model", f"{FILE}:cuts_only", Request(), RunOptions(cases=cut + whole), (2,), None)
+    assert verdict_of(result) == "pass" and result["coverage"]["unsupported"][0]["cases"] == 1
+    result = judge_ranks("model", f"{FILE}:on_one_device", Request(), RunOptions(cases=cut), (2,), None)
+    assert verdict_of(result) == "unsupported" and "'group'" in result["coverage"]["unsupported"][0]["reason"]
+
+
+def test_the_command(tmp_path: Path) -> None:
+    """Verdict, exit status and replay as everywhere; ranks are refused where a stage has none."""
+    run, file = CliRunner(), tmp_path / "result.json"
+    told = run.invoke(app, ["check", "--stage", "experts", "--impl", "torch:loop", "--ranks", "2"])
+    assert isinstance(told.exception, UsageError) and "judged on one device" in str(told.exception)
+    arguments = ["--stage", "model", "--impl", f"{FILE}:head_not_gathered", "--ranks", "2", "-x", "--json", str(file)]
+    assert run.invoke(app, ["check", *arguments]).exit_code == 1
+    result = json.loads(file.read_text())
+    assert result["verdict"] == "fail" and result["stage"] == "model"
+    case = result["failures"][0]["case"]
+    assert run.invoke(app, ["replay", case, "--impl", f"{FILE}:head_not_gathered"]).exit_code == 1
+    assert run.invoke(app, ["replay", case, "--impl", f"{FILE}:right"]).exit_code == 0
