@@ -27,7 +27,7 @@ REPLICATED = "local_allreduce"  # the scheme that needs the same tokens on all r
 class Block(Protocol):
     """What a layer offers: its router, the experts of this rank and its part of the shared expert."""
 
-    def route(self, name: str, x: Tensor, dead: Tensor | None) -> tuple[Tensor, Tensor]: ...
+    def route(self, name: str, x: Tensor, pads: Tensor | None) -> tuple[Tensor, Tensor]: ...
 
     def routed(self, name: str, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor: ...
 
@@ -37,9 +37,9 @@ class Block(Protocol):
 ExpertLayout = Callable[[Block, str, Tensor, Tensor | None], Tensor]
 
 
-def alone(block: Block, name: str, x: Tensor, dead: Tensor | None) -> Tensor:
-    """x [T, H] -> [T, H] with every expert here; `dead` bool [T, 1] marks pad rows, which read no expert."""
-    return _sum(block.routed(name, x, *block.route(name, x, dead)), block.shared(name, x))
+def alone(block: Block, name: str, x: Tensor, pads: Tensor | None) -> Tensor:
+    """x [T, H] -> [T, H] with every expert here; `pads` int [T] is negative in pad rows, which read no expert."""
+    return _sum(block.routed(name, x, *block.route(name, x, pads)), block.shared(name, x))
 
 
 class Summed:
@@ -53,8 +53,8 @@ class Summed:
     def __init__(self, ranks: Ranks, dispatcher: Any = None, local: Tensor | None = None):
         self.ranks, self.dispatcher, self.local = ranks, dispatcher, local
 
-    def __call__(self, block: Block, name: str, x: Tensor, dead: Tensor | None) -> Tensor:
-        weights, ids = block.route(name, x, dead)
+    def __call__(self, block: Block, name: str, x: Tensor, pads: Tensor | None) -> Tensor:
+        weights, ids = block.route(name, x, pads)
         if self.dispatcher is None:
             ids = ids if self.local is None else self.local[ids.long()].to(ids.dtype)
             return self.ranks.reduced(_sum(block.routed(name, x, weights, ids), block.shared(name, x)))
@@ -77,17 +77,17 @@ class Exchanged:
     def __init__(self, place: Placement, dispatcher: Any, over: Ranks, columns: dist.ProcessGroup | None = None):
         self.place, self.dispatcher, self.over, self.columns = place, dispatcher, over, columns
 
-    def __call__(self, block: Block, name: str, x: Tensor, dead: Tensor | None) -> Tensor:
+    def __call__(self, block: Block, name: str, x: Tensor, pads: Tensor | None) -> Tensor:
         if self.place.data_parallel:
-            return self._own(block, name, x, dead)
+            return self._own(block, name, x, pads)
         counts = share(len(x), self.over.size)
         first = sum(counts[: self.over.rank])
         here = slice(first, first + counts[self.over.rank])
-        own = self._own(block, name, x[here], None if dead is None else dead[here])
+        own = self._own(block, name, x[here], None if pads is None else pads[here])
         return self.over.rows(own, counts)
 
-    def _own(self, block: Block, name: str, x: Tensor, dead: Tensor | None) -> Tensor:
-        d = self.dispatcher.dispatch(x, *block.route(name, x, dead))
+    def _own(self, block: Block, name: str, x: Tensor, pads: Tensor | None) -> Tensor:
+        d = self.dispatcher.dispatch(x, *block.route(name, x, pads))
         routed = self.dispatcher.combine(block.routed(name, d.hidden_states, d.topk_weights, d.topk_ids), d)
         state = COMPLETE if self.columns is None else PARTIAL
         return reduction(routed, block.shared(name, x), self.columns, routed_state=state, shared_state=COMPLETE)

@@ -14,6 +14,15 @@ VARIANTS = {("torch", "router"): "loop", ("torch", "experts"): "loop"}
 
 
 @dataclass(frozen=True)
+class Joined:
+    """What a decoding step joins where its library can: fewer launches for the same numbers."""
+
+    router: Callable[..., tuple[Tensor, Tensor]]  # from hidden states, pad rows left out
+    experts_by_slot: Callable[..., Tensor]
+    sum_norm: Callable[..., tuple[Tensor, Tensor]]  # the experts' sum, the residual and the next norm
+
+
+@dataclass(frozen=True)
 class Kernels:
     """One function of each stage, with the stage's signature."""
 
@@ -25,6 +34,7 @@ class Kernels:
     experts: Callable[..., Tensor]
     latent_attention: Callable[..., Tensor]  # of no stage: `impls.torch.latent_attention` says what it takes
     best_in_shard: Callable[..., tuple[Tensor, Tensor, Tensor]]  # the sampler's, of a part of the vocabulary
+    joined: Joined | None = None
 
     @classmethod
     def of(cls, library: str) -> "Kernels":
@@ -36,7 +46,7 @@ class Kernels:
             module = import_module(f"moe_harness.impls.{library}.{name}")
             found[name] = getattr(module, VARIANTS.get((library, name), name))
         sampling = import_module(f"moe_harness.impls.{library}.sampler")
-        return cls(**found, best_in_shard=sampling.best_in_shard)
+        return cls(**found, best_in_shard=sampling.best_in_shard, joined=_joined() if library == "triton" else None)
 
     @property
     def capturable(self) -> bool:
@@ -47,3 +57,11 @@ class Kernels:
     def for_device(cls, device: torch.device) -> "Kernels":
         """Those that are fastest on `device`."""
         return cls.of("triton" if device.type == "cuda" else "torch")
+
+
+def _joined() -> Joined:
+    from moe_harness.impls.triton.experts import experts_by_slot
+    from moe_harness.impls.triton.router import router_from_hidden
+    from moe_harness.impls.triton.sum_norm import sum_norm
+
+    return Joined(router_from_hidden, experts_by_slot, sum_norm)

@@ -17,7 +17,7 @@ from moe_harness.impls.qwen3_moe.expert_layouts import REPLICATED, ExpertLayout,
 from moe_harness.impls.qwen3_moe.kernels import Kernels
 from moe_harness.impls.qwen3_moe.loader import load
 from moe_harness.impls.qwen3_moe.lockstep import LockstepEngine
-from moe_harness.impls.qwen3_moe.network import Cache, Flat, Network, cache_shape
+from moe_harness.impls.qwen3_moe.network import BySlot, Cache, Flat, Network, cache_shape
 from moe_harness.impls.qwen3_moe.pages import Pages
 from moe_harness.impls.qwen3_moe.ranks import Ranks, share
 from moe_harness.impls.qwen3_moe.runner import Runner
@@ -175,6 +175,7 @@ class Model:
         flat, cache = self._alone(*hidden_states.shape[:2])
         rows = hidden_states.to(self.device, self.dtype).flatten(0, 1)
         output, stream = self.network.layer(i, rows, None, flat, cache.keys[i], cache.values[i])
+        assert isinstance(output, Tensor)  # a whole sequence is no decoding step
         return (output + stream).view_as(hidden_states)
 
     @torch.inference_mode()
@@ -191,11 +192,12 @@ class Model:
         )
         if name == "attention":
             x = network.norm(f"{layer}.input_layernorm.weight", rows)[0]
-            output = network.attention(f"{layer}.self_attn", x, flat, cache.keys[i], cache.values[i])
+            output: Tensor | BySlot = network.attention(f"{layer}.self_attn", x, flat, cache.keys[i], cache.values[i])
         else:
             x = network.norm(f"{layer}.post_attention_layernorm.weight", rows)[0]
             mlp = network.sparse if i in self.config.sparse_layers else network.dense
             output = mlp(f"{layer}.mlp", x, flat)
+        assert isinstance(output, Tensor)
         return (rows + output).view_as(hidden_states)
 
     def _alone(self, batch: int, length: int) -> tuple[Flat, Cache]:

@@ -67,13 +67,24 @@ class Flat:
     decoding: int
     padded: bool = False
     rest_start: Tensor | None = field(init=False, default=None)  # query_start of the others, from 0
-    dead: Tensor | None = field(init=False, default=None)  # [T, 1], the pad rows
 
     def __post_init__(self) -> None:
         if 0 < self.decoding < len(self.context):
             object.__setattr__(self, "rest_start", self.query_start[self.decoding :] - self.decoding)
-        if self.padded:
-            object.__setattr__(self, "dead", (self.slots < 0)[:, None])
+
+    @property
+    def pads(self) -> Tensor | None:
+        """int [T], negative in pad rows; None where there cannot be any."""
+        return self.slots if self.padded else None
+
+
+@dataclass(frozen=True)
+class BySlot:
+    """What the experts of a sparse layer yield, [T * k, H] with weights and ids [T, k]: the next norm sums it."""
+
+    rows: Tensor
+    weights: Tensor
+    ids: Tensor
 
 
 class Network:
@@ -111,14 +122,15 @@ class Network:
 
     def __call__(self, ids: Tensor, flat: Flat, cache: Cache, rows: Tensor | None = None) -> Tensor:
         """Logits [T, V] of ids [T], or [R, V] of the chosen rows int [R] alone; V is the rank's share of tokens."""
-        output, stream = self.embed(ids), None
+        output: Tensor | BySlot = self.embed(ids)
+        stream: Tensor | None = None
         for i in range(self.config.layers):
             output, stream = self.layer(i, output, stream, flat, cache.keys[i], cache.values[i])
         return self.logits(output, stream, rows)
 
-    def logits(self, output: Tensor, stream: Tensor | None, rows: Tensor | None = None) -> Tensor:
+    def logits(self, output: Tensor | BySlot, stream: Tensor | None, rows: Tensor | None = None) -> Tensor:
         """The last norm and the head of the sum of both, [T, H] -> [T or R, V]."""
-        if rows is not None:
+        if rows is not None and isinstance(output, Tensor):  # all rows of what is still by slot
             output, stream = output[rows], None if stream is None else stream[rows]
         x, _ = self.norm("model.norm.weight", output, stream)
         return F.linear(x, self.head)
@@ -143,8 +155,8 @@ class Network:
         return self.ranks.winner(*candidates, inverse_of(given["temperature"], torch.float64), plan)
 
     def layer(
-        self, i: int, output: Tensor, stream: Tensor | None, flat: Flat, keys: Tensor, values: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self, i: int, output: Tensor | BySlot, stream: Tensor | None, flat: Flat, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor | BySlot, Tensor]:
         """Layer i on the stream output + stream, both [T, H]: the mlp's output and the stream it belongs to."""
         name = f"model.layers.{i}"
         x, stream = self.norm(f"{name}.input_layernorm.weight", output, stream)
@@ -184,18 +196,34 @@ class Network:
         decoded = attend(q[:first], flat.tables[:first], flat.query_start[: first + 1], flat.context[:first])
         return torch.cat((decoded, attend(q[first:], flat.tables[first:], flat.rest_start, flat.context[first:])))
 
-    def sparse(self, name: str, x: Tensor, flat: Flat) -> Tensor:
+    def sparse(self, name: str, x: Tensor, flat: Flat) -> Tensor | BySlot:
         """Router, experts, and the shared expert where there is one: [T, H] -> [T, H]."""
-        return self.experts(self, name, x, flat.dead)
+        if (
+            flat.padded
+            and self.kernels.joined is not None
+            and self.experts is alone
+            and not self.config.shared_expert_size
+        ):
+            return self._by_slot(name, x, flat)
+        return self.experts(self, name, x, flat.pads)
 
-    def route(self, name: str, x: Tensor, dead: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _by_slot(self, name: str, x: Tensor, flat: Flat) -> BySlot:
+        weights, ids = self.route(name, x, flat.pads)
+        up, down = self.p[f"{name}.experts.gate_up_proj"], self.p[f"{name}.experts.down_proj"]
+        assert self.kernels.joined is not None
+        rows = self.kernels.joined.experts_by_slot(x, up, down, ids, activation=self.config.activation)
+        return BySlot(rows, weights, ids)
+
+    def route(self, name: str, x: Tensor, pads: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weights and ids [T, k]; -1 in pad rows, which read no expert's weights."""
         c = self.config
         gate = self.p[f"{name}.gate.weight"]
+        if pads is not None and self.kernels.joined is not None:
+            return self.kernels.joined.router(x, gate, pads=pads, rounded=not c.router_in_fp32, **c.routing())
         wide = torch.promote_types(x.dtype, torch.float32) if c.router_in_fp32 else x.dtype
         logits = F.linear(x.to(wide), gate.to(wide))
         weights, ids = self.kernels.router(logits, **c.routing())
-        return weights, ids if dead is None else ids.masked_fill_(dead, -1)
+        return weights, ids if pads is None else ids.masked_fill_((pads < 0)[:, None], -1)
 
     def routed(self, name: str, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         """The weighted sum over this rank's experts, by their local ids."""
@@ -221,8 +249,13 @@ class Network:
         act = F.silu(gate) if self.config.activation == "silu" else F.gelu(gate, approximate="tanh")
         return F.linear(act * up, self.p[f"{name}.down_proj.weight"])
 
-    def norm(self, name: str, x: Tensor, stream: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def norm(self, name: str, x: Tensor | BySlot, stream: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The norm of x + stream, and that sum."""
+        if isinstance(x, BySlot):
+            assert stream is not None and self.kernels.joined is not None
+            return self.kernels.joined.sum_norm(
+                x.rows, x.weights, x.ids, stream, self.p[name], num_experts=self.config.num_experts, eps=self.config.eps
+            )
         if stream is None:
             return self.kernels.rms_norm(x, self.p[name], eps=self.config.eps), x
         return self.kernels.rms_norm(x, self.p[name], eps=self.config.eps, residual=stream)

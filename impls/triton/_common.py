@@ -59,8 +59,9 @@ def programs_at_once(device: torch.device) -> int:
 def early_start(device: torch.device) -> bool:
     """Whether a kernel may be launched before the one it depends on has ended (programmatic dependent launch).
 
-    Only kernels inside one call do this, and every one of them waits before it reads or writes anything that those
-    before it touch.  The first kernel of a call starts in the ordinary way, when everything before it has ended.
+    Every kernel that does waits, in each of its programs, before it reads or writes anything that kernels before it
+    touch; so whatever stands before in the stream has ended by then, and a kernel of somebody else in between is
+    waited for like one of ours.
     """
     return device.type == "cuda" and not interpreting() and torch.cuda.get_device_capability(device)[0] >= 9
 

@@ -1,8 +1,7 @@
-r"""The experts for a few tokens: three launches, no alignment.
+r"""The experts for a few tokens: two launches, no alignment; the weighted sum follows as behind the tiled products.
 
     act[s]  = activation(g) * u,  [g; u] = gate_up[e] @ x[t]        one program per slot s = (t, j) and BN columns
     y[s]    = down[e] @ act[s]                                      likewise
-    out[t]  = sum over j of w[t, j] * y[s]                          `_combine`
 
 With a handful of slots nearly every expert has one row, so every slot is a tile of its own: one real row among the 16
 that the tensor cores want.  A masked slot ends its programs at once.
@@ -15,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_harness.impls.launching import empty, launch
-from moe_harness.impls.triton._combine import combine
 from moe_harness.impls.triton._common import (
     after_previous,
     early_start,
@@ -42,6 +40,7 @@ def _few_gate_up(
 ):  # fmt: skip
     """act[slot, BN columns]; nothing is written for a masked slot."""
     let_next_start(PDL)
+    after_previous(PDL)
     slot = tl.program_id(1)
     e = local_expert(ids, emap, slot, slot < S, top_k, id_row, id_col, map_len, E, HAS_MAP)
     if e >= 0:
@@ -88,10 +87,9 @@ def _few_down(
 
 
 def few_tokens(
-    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor,
-    activation: str, expert_map: Tensor | None, walk: Walk,
-) -> Tensor:  # fmt: skip
-    """[T, H] for x [T, H], gate_up [E, 2I, H], down [E, H, I], weights and ids [T, k], any strides."""
+    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, activation: str, expert_map: Tensor | None, walk: Walk
+) -> Tensor:
+    """y [T * k, H] for x [T, H], gate_up [E, 2I, H], down [E, H, I] and ids [T, k], any strides."""
     (tokens, top_k), (experts, hidden, width) = ids.shape, down.shape
     slots = tokens * top_k
     act, y = empty(x, slots, width), empty(x, slots, hidden)
@@ -106,7 +104,7 @@ def few_tokens(
             x, w_up, act, ids, emap, slots, hidden, width, top_k, experts, emap.numel(),
             *ids.stride(), *x.stride(), *gate_up.stride(), **shared,
             BN=walk.up_n, BK=walk.up_k, EVEN_K=hidden % walk.up_k == 0, TMA=tma_up, GELU=activation == "gelu_tanh",
-            num_warps=walk.up_warps, num_stages=walk.up_stages,
+            launch_pdl=early, num_warps=walk.up_warps, num_stages=walk.up_stages,
         )  # fmt: skip
         launch(
             _few_down, (triton.cdiv(hidden, walk.down_n), slots),
@@ -115,4 +113,4 @@ def few_tokens(
             BN=walk.down_n, BK=walk.down_k, EVEN_K=width % walk.down_k == 0, TMA=tma_down, launch_pdl=early,
             num_warps=walk.down_warps, num_stages=walk.down_stages,
         )  # fmt: skip
-    return combine(y, weights, ids, experts, expert_map)
+    return y

@@ -57,6 +57,7 @@ def _align_small(
     """Program e: its first position is the number of slots of lower experts; its slots follow in order."""
     e = tl.program_id(0)
     let_next_start(PDL)
+    after_previous(PDL)
     slot = tl.arange(0, BLOCK)
     mine = local_expert(ids, emap, slot, slot < S, top_k, id_row, id_col, map_len, E, HAS_MAP)
     start = tl.sum(((mine >= 0) & (mine < e)).to(tl.int32), 0)
@@ -152,7 +153,7 @@ def align(topk_ids: Tensor, num_experts: int, expert_map: Tensor | None = None) 
             warps = min(16, max(1, block // 256))
             launch(
                 _align_small, (num_experts,), topk_ids, emap, slots, counts, *shared,
-                HAS_MAP=has_map, BLOCK=block, PDL=early, num_warps=warps,
+                HAS_MAP=has_map, BLOCK=block, PDL=early, launch_pdl=early, num_warps=warps,
             )  # fmt: skip
             return counts, slots
         part = 64 if total <= 32768 else 128

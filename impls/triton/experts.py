@@ -49,13 +49,21 @@ def run_entry(
 
     Grids are sized for `expected` slots with a local expert; more are handled.
     """
+    y = _by_slot(entry, x, up, down, ids, activation, expert_map, expected)
+    return combine(y, weights, ids, up.shape[0], expert_map)
+
+
+def _by_slot(
+    entry: configs.Entry, x: Tensor, up: Tensor, down: Tensor, ids: Tensor, activation: str, expert_map: Tensor | None,
+    expected: int,
+) -> Tensor:  # fmt: skip
+    """[T * k, H], each slot's expert without its weight; rows of masked slots are undefined."""
     if entry.walk is not None:
-        return few_tokens(x, up, down, weights, ids, activation, expert_map, entry.walk)
+        return few_tokens(x, up, down, ids, activation, expert_map, entry.walk)
     first, second = entry.products()
     counts, slots = align(ids, up.shape[0], expert_map)
     act = gate_up(x, up, counts, slots, ids.shape[1], activation, first, expected)
-    y = linear(act, down, counts, second, expected, slots=slots)
-    return combine(y, weights, ids, up.shape[0], expert_map)
+    return linear(act, down, counts, second, expected, slots=slots)
 
 
 def experts(
@@ -110,6 +118,21 @@ def _experts(
     return run_entry(
         entry, hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, activation, expert_map, slots
     )
+
+
+def experts_by_slot(x: Tensor, up: Tensor, down: Tensor, ids: Tensor, *, activation: str) -> Tensor:
+    """What `experts` sums, with a row for each slot: [T * k, H], undefined where the id is masked.
+
+    Raises:
+        as `experts`; ValueError where there is no slot or no expert.
+    """
+    _check(x, up, down, ids, ids, activation)
+    if not ids.numel() or not up.numel():
+        raise ValueError(f"topk_ids are {tuple(ids.shape)} of {up.shape[0]} experts, but should hold a slot")
+    num_experts, hidden, width = down.shape
+    shape = configs.Shape(num_experts, hidden, width, ids.shape[1], x.element_size())
+    entry = configs.choose(shape, ids.numel(), x.device)
+    return _by_slot(entry, x, up, down, ids, activation, None, ids.numel())
 
 
 experts.deterministic = True

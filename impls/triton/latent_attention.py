@@ -139,7 +139,7 @@ def _extend(
     `paged_attention._extend`."""
     BQ: tl.constexpr = BM // BH
     block, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    s, beyond = 0, sequences
+    s, beyond = tile * 0, sequences  # a number of the device, with one sequence too
     while beyond - s > 1:
         middle = (s + beyond) // 2
         reached = (tl.load(query_start + middle.to(tl.int64) * start_s) // BQ + middle) <= tile

@@ -102,6 +102,7 @@ def _decode(
 ):  # fmt: skip
     """Key/value head program_id(0) of sequence program_id(1), part program_id(2) of its keys; few queries."""
     let_next_start(PDL)
+    after_previous(PDL)
     head, s, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
     first = tl.load(query_start + s * start_s).to(tl.int64)
     count = (tl.load(query_start + (s + 1) * start_s) - first).to(tl.int32)
@@ -177,7 +178,7 @@ def _extend(
     """
     BQ: tl.constexpr = BM // GROUP
     head, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    s, beyond = 0, sequences
+    s, beyond = tile * 0, sequences  # a number of the device, with one sequence too
     while beyond - s > 1:
         middle = (s + beyond) // 2
         reached = (tl.load(query_start + middle.to(tl.int64) * start_s) // BQ + middle) <= tile
@@ -250,22 +251,23 @@ paged_attention.graph_capturable = True
 def decode_config(q: Tensor, key_cache: Tensor, block_table: Tensor) -> Config:
     """Tiling of a call with few queries a sequence; it depends on shapes alone, so that a graph stays right.
 
-    Measured with pages of 32, 32/4 heads of 128 in bf16, mean context 900 (NOTES.md).  From 512 programs on, each is
-    one warp with six short blocks on their way, and only sequences over 1,024 keys are split, for balance.  With fewer,
-    sequences are split until there are 16 programs a multiprocessor.
+    Measured with pages of 32, 32/4 heads of 128 in bf16, contexts of 200 to 1,500 (NOTES.md).  Blocks of 32 keys with
+    six on their way are best at every size.  From 512 programs on, only sequences over 2,048 keys are split, for
+    balance; with fewer, sequences are split until there are two programs a multiprocessor.
     """
     group = q.shape[1] // key_cache.shape[2]
     rows = max(16, triton.next_power_of_2(group))
     if interpreting():
         return Config(rows, 16, 4, 1, 4, 1)
     programs = len(block_table) * key_cache.shape[2]
-    heavy = q.shape[2] * q.element_size() > 512  # bytes of a key, which limit how many blocks fit in shared memory
+    key_bytes = q.shape[2] * q.element_size()  # which limit how many blocks fit in shared memory
+    stages = 6 if key_bytes <= 256 else 3 if key_bytes <= 512 else 2
     if programs >= 512:
-        config = Config(rows, 16, 16, 64, 1, 3 if heavy else 6)
+        config = Config(rows, 32, 16, 64, 2, stages)
     else:
-        splits = 1 << max(0, (16 * programs_at_once(q.device) // programs).bit_length() - 1)
-        least = 1 if programs <= 8 else 2 if programs <= 64 else 4
-        config = Config(rows, 32, min(splits, 64), least, 4, 2 if heavy else 3)
+        wanted = max(1, 2 * programs_at_once(q.device) // programs)
+        splits = max(4, 1 << (wanted.bit_length() - 1))
+        config = Config(rows, 32, min(splits, 64), 1 if programs <= 8 else 2 if programs <= 64 else 4, 2, stages)
     longest = triton.cdiv(block_table.shape[1] * key_cache.shape[1], config.keys * config.least)
     return config._replace(splits=min(config.splits, triton.next_power_of_2(max(1, longest))))
 
@@ -292,14 +294,14 @@ def _run_decode(
     tokens, query_heads, width = q.shape
     heads, sequences = keys.shape[2], len(length)
     splits = config.splits
-    early = splits > 1 and early_start(q.device)
+    early = early_start(q.device)
     part = q.new_empty(tokens, query_heads, splits, width if splits > 1 else 0, dtype=torch.float32)
     top, mass = q.new_empty(2, tokens, query_heads, splits, dtype=torch.float32)
     _decode[(heads, sequences, splits)](
         q, keys, values, table, start, length, out, part, top, mass, splits, config.least, scale * LOG2_E,
         *_strides(q, keys, values, table, start, length),
         HEADS=heads, GROUP=query_heads // heads, D=width, BD=max(16, triton.next_power_of_2(width)),
-        PAGE=keys.shape[1], BM=config.rows, BN=config.keys, WIDEN=interpreting(), PDL=early,
+        PAGE=keys.shape[1], BM=config.rows, BN=config.keys, WIDEN=interpreting(), PDL=early, launch_pdl=early,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if splits > 1:

@@ -11,7 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_harness.impls.triton._common import interpreting, narrow, on, require
+from moe_harness.impls.triton._common import (
+    after_previous,
+    early_start,
+    interpreting,
+    let_next_start,
+    narrow,
+    on,
+    require,
+)
 
 __all__ = ["rms_norm"]  # what is registered
 
@@ -21,9 +29,11 @@ LONGEST = 16384
 @triton.jit
 def _norm_rows(
     x, residual, weight, out, total, rows, H, eps, x_row, x_col, r_row, r_col, w_col,
-    ADD: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, WIDEN: tl.constexpr,
+    ADD: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BM rows of H columns; results are contiguous."""
+    let_next_start(PDL)
+    after_previous(PDL)
     row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
     column = tl.arange(0, BH)
     live = (row < rows) & (column < H)[None, :]
@@ -78,10 +88,11 @@ def rms_norm(
         added = flat if residual is None else residual.reshape(rows, hidden)
         width = triton.next_power_of_2(hidden)
         tall = 8 if interpreting() else max(1, 512 // width)
+        early = early_start(x.device)
         with on(x.device):
             _norm_rows[(triton.cdiv(rows, tall),)](
                 flat, added, weight, out, total, rows, hidden, eps, *flat.stride(), *added.stride(), weight.stride(0),
-                ADD=residual is not None, BM=tall, BH=width, WIDEN=interpreting(),
+                ADD=residual is not None, BM=tall, BH=width, WIDEN=interpreting(), PDL=early, launch_pdl=early,
                 num_warps=max(1, min(16, width // 512)),
             )  # fmt: skip
     return out if residual is None else (out, total)

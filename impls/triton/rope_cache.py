@@ -13,7 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_harness.impls.triton._common import interpreting, narrow, on, require
+from moe_harness.impls.triton._common import (
+    after_previous,
+    early_start,
+    interpreting,
+    let_next_start,
+    narrow,
+    on,
+    require,
+)
 
 __all__ = ["rope_cache"]  # what is registered
 
@@ -66,13 +74,15 @@ def _rope_cache(
     q_t, q_h, q_d, k_t, k_h, k_d, v_t, v_h, v_d, position_t, slot_t,
     kc_p, kc_s, kc_h, kc_d, vc_p, vc_s, vc_h, vc_d, qn_d, kn_d,
     HEADS: tl.constexpr, GROUP: tl.constexpr, BG: tl.constexpr, D: tl.constexpr, BH: tl.constexpr,
-    PAGE: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, WIDEN: tl.constexpr,
+    PAGE: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Token program_id(0).  Programs below HEADS have the query heads of one key/value head, those from it on its key.
 
     Everything a program reads is on its way before the angle is taken, which takes the longest.
     """
     HALF: tl.constexpr = D // 2
+    let_next_start(PDL)
+    after_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     plane = tl.arange(0, BH)
@@ -155,6 +165,7 @@ def rope_cache(
         return out
     group = query_heads // k.shape[1]
     high, low = _in_two_parts(math.log2(theta))
+    early = early_start(q.device)
     with on(q.device):
         _rope_cache[(tokens, 2 * k.shape[1])](
             q, k, v, positions, slots, key_cache, value_cache, q if q_norm is None else q_norm,
@@ -163,7 +174,7 @@ def rope_cache(
             0 if q_norm is None else q_norm.stride(0), 0 if k_norm is None else k_norm.stride(0),
             HEADS=k.shape[1], GROUP=group, BG=triton.next_power_of_2(group), D=width,
             BH=triton.next_power_of_2(width // 2), PAGE=key_cache.shape[1], Q_NORM=q_norm is not None,
-            K_NORM=k_norm is not None, WIDEN=interpreting(), num_warps=1,
+            K_NORM=k_norm is not None, WIDEN=interpreting(), PDL=early, launch_pdl=early, num_warps=1,
         )  # fmt: skip
     return out
 

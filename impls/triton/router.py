@@ -8,10 +8,9 @@ The choice is made on integers: the bits of the selection score, made to compare
 integers is one instruction per warp; the smallest lane that holds it is the expert, so ties have one answer.  A NaN
 counts as -inf, and lanes behind the last expert, like those already chosen, hold an integer that no score reaches.
 
-`router_from_hidden` runs the gate's product first: one more launch, parallel over rows and experts, logits in fp32.
+`router_from_hidden` runs the gate's product first: one more launch, parallel over rows, experts and, for few tokens,
+parts of the hidden dimension, which the routing adds up in order; logits in fp32.
 """
-
-from typing import Any
 
 import torch
 import triton
@@ -19,11 +18,25 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_harness.impls.launching import Repeated, empty, launch
-from moe_harness.impls.triton._common import exact_exp, exact_sigmoid, interpreting, on, product, require
+from moe_harness.impls.triton._common import (
+    after_previous,
+    early_start,
+    exact_exp,
+    exact_sigmoid,
+    interpreting,
+    let_next_start,
+    narrow,
+    on,
+    product,
+    require,
+)
 
 __all__ = ["router"]  # what is registered; router_from_hidden starts from the hidden states
 
 LEAST: tl.constexpr = tl.constexpr(-2147483648)
+TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+FEW = 512  # tokens up to which the gate's product is cut into PARTS: a whole row is 16 steps one after the other
+PARTS = 8
 
 
 @triton.jit
@@ -66,17 +79,24 @@ def _allowed(selection, lane, E, GROUPS: tl.constexpr, TOP: tl.constexpr, SUM2: 
 
 @triton.jit
 def _router(
-    logits, bias, weights, ids, T, E, scale, l_row, l_col, b_col, K,
+    logits, bias, pads, weights, ids, T, E, scale, l_part, l_row, l_col, b_col, pad_row, K,
     BM: tl.constexpr, BE: tl.constexpr, BLOCK_K: tl.constexpr, SIGMOID: tl.constexpr, RENORM: tl.constexpr,
-    BIAS: tl.constexpr, GROUPS: tl.constexpr, TOP: tl.constexpr, BLOCK_G: tl.constexpr,
+    BIAS: tl.constexpr, GROUPS: tl.constexpr, TOP: tl.constexpr, BLOCK_G: tl.constexpr, PARTS: tl.constexpr,
+    ROUND: tl.constexpr, PADS: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """BM rows: weights fp32 [T, K] and ids int64 [T, K]."""
+    """BM rows: weights fp32 [T, K] and ids int64 [T, K], -1 in rows with a negative pad."""
+    let_next_start(PDL)
+    after_previous(PDL)
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     lane = tl.arange(0, BE)
     real = (lane < E)[None, :]
     mask = (row < T)[:, None] & real
     at = logits + row[:, None].to(tl.int64) * l_row + lane[None, :].to(tl.int64) * l_col
     x = tl.load(at, mask=mask, other=float("-inf")).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        x += tl.load(at + part * l_part, mask=mask, other=0.0)
+    if ROUND is not None:
+        x = narrow(x, ROUND, WIDEN).to(tl.float32)
     if SIGMOID:
         scores = tl.where(real, exact_sigmoid(x), 0.0)
     else:
@@ -102,25 +122,32 @@ def _router(
     out = row[:, None].to(tl.int64) * K + slot
     live = (row < T)[:, None] & (slot < K)
     tl.store(weights + out, w * scale, mask=live)
+    if PADS:
+        dead = tl.load(pads + row.to(tl.int64) * pad_row, mask=row < T, other=0) < 0
+        chosen_ids = tl.where(dead[:, None], -1, chosen_ids)
     tl.store(ids + out, chosen_ids.to(tl.int64), mask=live)
 
 
 @triton.jit
 def _gate_logits(
     x, w, out, T, E, H, x_row, x_col, w_row, w_col,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WIDEN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STEPS: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[BM rows, BN experts] in fp32."""
+    """out[part program_id(2), BM rows, BN experts] in fp32, of STEPS times BK columns of x."""
+    let_next_start(PDL)
+    after_previous(PDL)
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     e = tl.program_id(1) * BN + tl.arange(0, BN)
     acc = tl.zeros((BM, BN), tl.float32)
-    for k0 in tl.range(0, H, BK):
+    first = tl.program_id(2) * STEPS * BK
+    for k0 in tl.range(first, tl.minimum(first + STEPS * BK, H), BK):
         k = k0 + tl.arange(0, BK)
         at_x = x + row[:, None].to(tl.int64) * x_row + k[None, :].to(tl.int64) * x_col
         at_w = w + e[:, None].to(tl.int64) * w_row + k[None, :].to(tl.int64) * w_col
         rows = tl.load(at_x, mask=(row < T)[:, None] & (k < H)[None, :], other=0.0)
         acc = product(rows, tl.load(at_w, mask=(e < E)[:, None] & (k < H)[None, :], other=0.0).T, acc, WIDEN)
-    tl.store(out + row[:, None].to(tl.int64) * E + e[None, :], acc, mask=(row < T)[:, None] & (e < E)[None, :])
+    at = out + (tl.program_id(2).to(tl.int64) * T + row[:, None]) * E + e[None, :]
+    tl.store(at, acc, mask=(row < T)[:, None] & (e < E)[None, :])
 
 
 def _check(experts: int, top_k: int, scoring: str, num_expert_group: int | None, topk_group: int | None) -> None:
@@ -161,18 +188,22 @@ def router(
         TypeError, NotImplementedError: dtype or device the kernel does not run on.
     """
     return _route(
-        (router_logits, correction_bias), top_k, scoring, renormalize, num_expert_group, topk_group,
-        routed_scaling_factor,
+        (router_logits, correction_bias, None), top_k, scoring, renormalize, num_expert_group, topk_group,
+        routed_scaling_factor, None,
     )  # fmt: skip
 
 
 @Repeated
 def _route(
-    router_logits: Tensor, correction_bias: Tensor | None, top_k: int, scoring: str, renormalize: bool,
-    num_expert_group: int | None, topk_group: int | None, routed_scaling_factor: float,
+    router_logits: Tensor, correction_bias: Tensor | None, pads: Tensor | None, top_k: int, scoring: str,
+    renormalize: bool, num_expert_group: int | None, topk_group: int | None, routed_scaling_factor: float,
+    rounded: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`router` with every argument by position."""
-    tokens, experts = router_logits.shape
+    """`router` with every argument by position, of logits [T, E] or of parts [n, T, E] whose sum they are.
+
+    Rows with a negative number in `pads` get the id -1.  Logits are rounded to the dtype `rounded` first.
+    """
+    tokens, experts = router_logits.shape[-2:]
     _check(experts, top_k, scoring, num_expert_group, topk_group)
     require(router_logits)
     weights = empty(router_logits, tokens, top_k, dtype=torch.float32)
@@ -182,15 +213,19 @@ def _route(
     block_e = max(16, triton.next_power_of_2(experts))
     rows, warps = _rows(tokens, block_e)
     groups = num_expert_group or 0
+    early = early_start(router_logits.device)
+    bias, skip = (router_logits if given is None else given for given in (correction_bias, pads))
+    parts = router_logits if router_logits.ndim == 3 else router_logits[None]
     with on(router_logits.device):
         launch(
-            _router, (triton.cdiv(tokens, rows),),
-            router_logits, router_logits if correction_bias is None else correction_bias, weights, ids,
-            tokens, experts, routed_scaling_factor, *router_logits.stride(),
-            0 if correction_bias is None else correction_bias.stride(0), top_k,
+            _router, (triton.cdiv(tokens, rows),), router_logits, bias, skip, weights, ids,
+            tokens, experts, routed_scaling_factor, *parts.stride(),
+            0 if correction_bias is None else bias.stride(0), 0 if pads is None else skip.stride(0), top_k,
             BM=rows, BE=block_e, BLOCK_K=triton.next_power_of_2(top_k), SIGMOID=scoring == "sigmoid",
             RENORM=renormalize, BIAS=correction_bias is not None, GROUPS=groups, TOP=topk_group or 0,
-            BLOCK_G=triton.next_power_of_2(max(groups, 1)), num_warps=warps,
+            BLOCK_G=triton.next_power_of_2(max(groups, 1)), PARTS=len(parts),
+            ROUND=None if rounded is None else TYPES[rounded],
+            PADS=pads is not None, WIDEN=interpreting(), PDL=early, launch_pdl=early, num_warps=warps,
         )  # fmt: skip
     return weights, ids
 
@@ -204,29 +239,44 @@ def _rows(tokens: int, block_e: int) -> tuple[int, int]:
     return (1, 1) if tokens <= 512 or block_e > 256 else (4, 4)
 
 
-def router_from_hidden(hidden_states: Tensor, gate_weight: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    """Route hidden_states [T, H] with the gate's weight [E, H]; `options` as for `router`.
+def router_from_hidden(
+    hidden_states: Tensor, gate_weight: Tensor, *, pads: Tensor | None = None, rounded: bool = False, top_k: int,
+    scoring: str = "softmax", renormalize: bool = True, correction_bias: Tensor | None = None,
+    num_expert_group: int | None = None, topk_group: int | None = None, routed_scaling_factor: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Route hidden_states [T, H] with the gate's weight [E, H]; options and results as of `router`.
 
-    The logits are kept in fp32, which may choose another expert than logits rounded to the model's dtype.
+    Args:
+        pads: int [T]; rows with a negative one get the id -1, and what they hold changes nothing.
+        rounded: whether logits are rounded to the dtype of hidden_states, as a model does that calls its gate apart;
+            kept in fp32 they may choose another expert.
     """
-    return router(_logits((hidden_states, gate_weight)), **options)
+    return _route(
+        (_logits((hidden_states, gate_weight)), correction_bias, pads), top_k, scoring, renormalize, num_expert_group,
+        topk_group, routed_scaling_factor, hidden_states.dtype if rounded else None,
+    )  # fmt: skip
 
 
 @Repeated
 def _logits(hidden_states: Tensor, gate_weight: Tensor) -> Tensor:
-    """fp32 [T, E] of hidden_states [T, H] and gate_weight [E, H]."""
+    """fp32 parts [n, T, E] whose sum is hidden_states [T, H] times gate_weight [E, H]."""
     require(hidden_states, gate_weight)
     (tokens, depth), experts = hidden_states.shape, gate_weight.shape[0]
-    logits = empty(hidden_states, tokens, experts, dtype=torch.float32)
+    step = 32 if hidden_states.element_size() == 4 else 128
+    steps = triton.cdiv(depth, step)
+    steps = triton.cdiv(steps, PARTS) if tokens <= FEW else steps
+    parts = max(1, triton.cdiv(depth, steps * step)) if depth else 1
+    logits = empty(hidden_states, parts, tokens, experts, dtype=torch.float32)
     rows = 16 if tokens <= 2048 else 64
-    columns = 16 if tokens <= 1024 else 64
+    columns = 32 if tokens <= FEW else 16 if tokens <= 1024 else 64
+    early = early_start(hidden_states.device)
     if tokens:
         with on(hidden_states.device):
             launch(
-                _gate_logits, (triton.cdiv(tokens, rows), triton.cdiv(experts, columns)),
+                _gate_logits, (triton.cdiv(tokens, rows), triton.cdiv(experts, columns), parts),
                 hidden_states, gate_weight, logits, tokens, experts, depth,
                 *hidden_states.stride(), *gate_weight.stride(),
-                BM=rows, BN=columns, BK=32 if hidden_states.element_size() == 4 else 128, WIDEN=interpreting(),
+                BM=rows, BN=columns, BK=step, STEPS=max(1, steps), WIDEN=interpreting(), PDL=early, launch_pdl=early,
             )  # fmt: skip
     return logits
 

@@ -172,10 +172,7 @@ def _calls(kind: str, load: Workload, how: Any) -> list[Callable[[], Tensor]]:
     """One call per set of weights."""
     total, top_k, experts = load.ids.numel(), load.ids.shape[1], load.up[0].shape[0]
     if kind == "walk":
-        return [
-            partial(few_tokens, load.x, load.up[i], load.down[i], load.weights, load.ids, "silu", None, how)
-            for i in range(2)
-        ]
+        return [partial(few_tokens, load.x, load.up[i], load.down[i], load.ids, "silu", None, how) for i in range(2)]
     counts, slots = align(load.ids, experts)
     if kind == "gate_up":
         return [partial(gate_up, load.x, load.up[i], counts, slots, top_k, "silu", how, total) for i in range(2)]

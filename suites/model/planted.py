@@ -360,11 +360,7 @@ def token_of_a_preempted_request_twice(patch: MonkeyPatch) -> None:
 
 @fault("github.com/sgl-project/sglang/pull/30895, 25852, " + f"{V}/pull/46428", "network")
 def pad_rows_read_experts(patch: MonkeyPatch) -> None:
-    def sparse(original: Callable, self: Network, name: str, x: torch.Tensor, flat: Any) -> torch.Tensor:
-        object.__setattr__(flat, "dead", None)
-        return original(self, name, x, flat)
-
-    around(patch, Network, "sparse", sparse)
+    around(patch, Network, "route", lambda original, self, name, x, pads: original(self, name, x, None))
 
 
 @fault("github.com/mirage-project/mirage/pull/764", "network")

@@ -204,4 +204,4 @@ def owners_by_another_division(patch: MonkeyPatch, rank: int) -> None:
 
 @fault(f"{SG}/pull/30895", layout=EP, seen="pad rows read experts")
 def pad_rows_into_the_reduction(patch: MonkeyPatch, rank: int) -> None:
-    around(patch, Network, "route", lambda original, self, name, x, dead: original(self, name, x, None))
+    around(patch, Network, "route", lambda original, self, name, x, pads: original(self, name, x, None))

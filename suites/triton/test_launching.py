@@ -96,7 +96,7 @@ def draw(name: str, seed: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Ten
         sizes = torch.multinomial(torch.ones(e), t, replacement=True, generator=generator).bincount(minlength=e)
         return normal(t, h), normal(e, i, h), sizes.to(DEVICE), normal(e, i)
     if name == "router":
-        return normal(t, e), normal(e)
+        return normal(t, e), normal(e), None
     return {"logits": (normal(t, h), normal(e, h)), "shared_expert_gate": (normal(t, h), normal(1, h), normal(t, i))}[
         name
     ]
@@ -105,7 +105,7 @@ def draw(name: str, seed: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Ten
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "experts": ("silu",),
     "few experts": ("gelu_tanh",),
-    "router": (2, "sigmoid", True, None, None, 1.5),
+    "router": (2, "sigmoid", True, None, None, 1.5, None),
 }
 
 
@@ -191,8 +191,8 @@ def test_threads_share_plans_and_nothing_else() -> None:
 def test_old_plans_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launching, "KEPT", 2)
     for tokens in (1, 2, 3, 1):
-        logits, bias = draw("router", tokens)
-        tensors = (logits[:tokens], bias)
+        logits, *rest = draw("router", tokens)
+        tensors = (logits[:tokens], *rest)
         assert equal(run("router", tensors), run("router", tensors, repeated=False))
     shapes = [key[1] for key in REPEATED["router"].plans]
     assert shapes == [(3, SIZES["E"]), (1, SIZES["E"])]
@@ -202,8 +202,8 @@ def test_no_tokens_are_repeated_as_nothing() -> None:
     (x, *rest) = draw("experts", 0)
     none = (x[:0], rest[0], rest[1], rest[2][:0], rest[3][:0], None)
     assert [run("experts", none)[0].shape for _ in range(2)] == [(0, SIZES["H"])] * 2
-    logits, bias = draw("router", 0)
-    assert [run("router", (logits[:0], bias))[1].shape for _ in range(2)] == [(0, 2)] * 2
+    logits, *options = draw("router", 0)
+    assert [run("router", (logits[:0], *options))[1].shape for _ in range(2)] == [(0, 2)] * 2
 
 
 def test_a_call_that_raises_leaves_nothing() -> None:

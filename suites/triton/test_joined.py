@@ -1,0 +1,100 @@
+"""What a decoding step joins: the same numbers as its stages one by one, and nothing of a pad row or a masked slot."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_harness.fixtures import checkpoints
+from moe_harness.harness.core import bounds
+from moe_harness.impls.qwen3_moe.model import load_model
+from moe_harness.impls.qwen3_moe.network import BySlot
+from moe_harness.impls.qwen3_moe.runner import Filled
+from moe_harness.impls.triton._combine import combine
+from moe_harness.impls.triton.experts import experts, experts_by_slot
+from moe_harness.impls.triton.rms_norm import rms_norm
+from moe_harness.impls.triton.router import router, router_from_hidden
+from moe_harness.impls.triton.sum_norm import sum_norm
+from moe_harness.suites.triton import DEVICE, runnable
+
+pytestmark = runnable
+EPS = 1e-6
+
+
+def normal(*size: int, seed: int) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def batch(tokens: int, num_experts: int, top_k: int) -> tuple[Tensor, Tensor]:
+    """Weights and ids, the last slot of every token masked."""
+    weights, ids = normal(tokens, num_experts, seed=1).softmax(-1).topk(top_k)
+    ids[:, -1] = -1
+    return weights, ids
+
+
+@pytest.mark.parametrize(("tokens", "hidden"), [(1, 32), (5, 48), (3, 7)])
+def test_the_sum_of_the_experts_joins_the_norm(tokens: int, hidden: int) -> None:
+    """fp32 leaves nothing to round in between, so that the numbers are those of two launches."""
+    weights, ids = batch(tokens, 8, 3)
+    y, residual, weight = normal(tokens * 3, hidden, seed=2), normal(tokens, 2 * hidden, seed=3), normal(hidden, seed=4)
+    y[2::3] = torch.nan  # of masked slots
+    weights[:, -1] = torch.nan
+    out, total = sum_norm(y, weights, ids, residual[:, ::2], weight, num_experts=8, eps=EPS)
+    wanted = rms_norm(combine(y, weights, ids, 8, None), weight, eps=EPS, residual=residual[:, ::2])
+    for got, want in zip((out, total), wanted, strict=True):
+        assert got.isfinite().all()
+        assert (got - want).abs().max() <= 8 * bounds.ACCUMULATOR * want.abs().max()
+
+
+def test_rows_by_slot_are_what_the_experts_sum() -> None:
+    weights, ids = batch(6, 4, 2)
+    x, up, down = normal(6, 32, seed=5), normal(4, 32, 32, seed=6), normal(4, 32, 16, seed=7)
+    y = experts_by_slot(x, up, down, ids, activation="silu")
+    assert torch.equal(combine(y, weights, ids, 4, None), experts(x, up, down, weights, ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_gate_joins_the_routing(dtype: torch.dtype) -> None:
+    """Small integers have exact logits; a pad row with NaN gets no expert and spoils no other."""
+    draw = torch.Generator().manual_seed(8)
+    x = torch.randint(-2, 3, (9, 300), generator=draw).to(DEVICE, dtype)
+    gate = torch.randint(-2, 3, (12, 300), generator=draw).to(DEVICE, dtype) * 2.0**-4
+    pads = torch.tensor([4, -1, 0, 1, 2, -1, 3, 5, 6], device=DEVICE)
+    logits = (x.double() @ gate.double().T).to(dtype)
+    x[pads < 0] = torch.nan
+    weights, ids = router_from_hidden(x, gate, pads=pads, rounded=True, top_k=3)
+    wanted = router(logits.float(), top_k=3)
+    live = pads >= 0
+    assert torch.equal(weights[live], wanted[0][live])
+    assert torch.equal(ids[live], wanted[1][live])
+    assert (ids[~live] == -1).all()
+
+
+def test_a_padded_step_gives_the_logits_of_a_plain_one(tmp_path: Path) -> None:
+    """Only a step for a graph joins anything."""
+    folder = checkpoints.make(tmp_path, "qwen3_moe", dtype=torch.float32, num_hidden_layers=2)
+    model = load_model(
+        folder, device=DEVICE, dtype="fp32", kernels="triton", graphs=False, page_size=4, max_sequences=6,
+        max_tokens=16, pages=60, max_length=80,
+    )  # fmt: skip
+    engine, runner = model.engine, model.engine.runner
+    engine.add(model.requests([[5, 6, 7]], 4)[0])
+    engine.step()
+    step = engine.scheduler.plan()
+    assert step is not None
+    before, yielded, original = runner.last_tokens.clone(), [], model.network.sparse
+
+    def sparse(*given):
+        yielded.append(original(*given))
+        return yielded[-1]
+
+    model.network.sparse = sparse  # type: ignore[method-assign]
+    with torch.inference_mode():
+        plain = runner.run(runner.builder.carry(step))[0].clone()
+        assert not any(isinstance(out, BySlot) for out in yielded)
+        runner.last_tokens.copy_(before)
+        runner.builder.carry(step, 3)
+        padded = runner.run(Filled(3, 3, 3, 3, cut=False), padded=True)[0]
+    assert isinstance(yielded[-1], BySlot)
+    assert (padded[:1] - plain).abs().max() <= 2**12 * bounds.ACCUMULATOR * plain.abs().max()
