@@ -10,6 +10,8 @@ exactly (256 in bf16), in units of the smallest weight.  Any indexing, masking, 
 certain.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -43,10 +45,13 @@ def draw(
 
 
 def value(
-    hidden_states: Tensor, gate_up_proj: Tensor, down_proj: Tensor, topk_weights: Tensor, topk_ids: Tensor,
+    hidden_states: Tensor, gate_up_proj: Any, down_proj: Any, topk_weights: Tensor, topk_ids: Tensor,
     *, activation: str, expert_map: Tensor | None, gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The exact result, [T, H] in fp64; act(g) is g here, so that the value owes nothing to any exp."""
+    """The exact result, [T, H] in fp64; act(g) is g here, so that the value owes nothing to any exp.
+
+    Both weights may be anything that gives the matrix of an expert by its number.
+    """
     x, out = hidden_states.double(), torch.zeros(hidden_states.shape, dtype=torch.float64, device=hidden_states.device)
     for expert, tokens, slots in routed_rows(local_ids(topk_ids, expert_map)):
         first = x[tokens] @ gate_up_proj[expert].double().T

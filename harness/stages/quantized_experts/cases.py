@@ -125,7 +125,7 @@ def _exact(request: Request) -> Iterator[Case]:
             yield QuantizedCase(T=tokens, I=256, format=format, data="codes", activation=activation, dtype=next(dtypes))
     yield QuantizedCase(T=21, H=200, I=72, data="codes", dtype=next(dtypes))
     for shape in request.model_shapes():
-        for format in request.pick(SCALED[:1] + SCALED[-1:], SCALED):
+        for format in request.pick(_shipped(shape), SCALED):
             yield from _of_model(request, shape, format, T=4, data="exact")
 
 
@@ -145,8 +145,13 @@ def _numeric(request: Request) -> Iterator[Case]:
     for width, inner in ((96, 160), (288, 96)):
         yield QuantizedCase(T=40, H=width, I=inner, format="mxfp4", dtype=request.dtypes[-1], activation="swiglu_oai")
     for shape in request.model_shapes():
-        for format in request.pick(SCALED[:1] + SCALED[-1:], SCALED):
+        for format in request.pick(_shipped(shape), SCALED):
             yield from _of_model(request, shape, format, T=4, bias=format == "mxfp4")
+
+
+def _shipped(shape: Any) -> tuple[str, ...]:
+    """The format of the model's weights, or two for one that has them in 16 bits alone."""
+    return (shape.format,) if shape.format else SCALED[:1] + SCALED[-1:]
 
 
 def _of_model(request: Request, shape: Any, format: str, **fields: Any) -> Iterator[Case]:

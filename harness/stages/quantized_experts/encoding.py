@@ -1,5 +1,7 @@
 """Codes and scales: drawn at random, or such that they stand for a given matrix exactly."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -47,21 +49,46 @@ def exact(matrix: Tensor, format: str, draw: Builder) -> tuple[Tensor, Tensor | 
     experts, rows, columns = matrix.shape
     powers = torch.tensor(POWERS[format])
     scale = powers[draw.integers(0, len(powers), (experts, *scale_shape(format, rows, columns))).long()]
-    codes = matrix.float() / over_elements(scale, format, rows, columns)
+
+    def codes(expert: int) -> Tensor:
+        return _stored(matrix[expert].float() / over_elements(scale[expert], format, rows, columns), format)
+
+    return _by_expert(codes, experts), _scale_stored(scale, format, draw)
+
+
+def _by_expert(codes: Callable[[int], Tensor], experts: int) -> Tensor:
+    """Codes [E, ...] of one expert at a time: in fp32 those of a released model would take gigabytes."""
+    first = codes(0)
+    out = first.new_empty(experts, *first.shape)
+    out[0] = first
+    for expert in range(1, experts):
+        out[expert] = codes(expert)
+    return out
+
+
+def _stored(codes: Tensor, format: str) -> Tensor:
+    """Numbers of the size of codes as the nearest codes of the format; those of int4 from -8 to 7."""
     if format in ("fp8_block", "fp8_channel"):
-        return codes.to(FP8), scale
+        return codes.clamp(-LARGEST, LARGEST).to(FP8)
     if format == "int8_channel":
-        return codes.round().to(torch.int8), scale
+        return codes.round().clamp(-127, 127).to(torch.int8)
     if format == "int4_group":
-        return packed(codes.round().long() + 8), scale.to(draw.dtype)
-    return packed(_e2m1(codes)), (scale.log2() + MX_BIAS).to(torch.uint8)
+        return packed((codes.round().clamp(-8, 7) + 8).to(torch.uint8))
+    return packed(_e2m1(codes))
+
+
+def _scale_stored(scale: Tensor, format: str, draw: Builder) -> Tensor:
+    """Scales in the dtype of the format; those of mxfp4 are powers of two."""
+    if format == "mxfp4":
+        return (scale.log2() + MX_BIAS).to(torch.uint8)
+    return scale.to(draw.dtype) if format == "int4_group" else scale
 
 
 def _e2m1(values: Tensor) -> Tensor:
-    """Four-bit codes of the nearest e2m1 values."""
+    """Four-bit codes, uint8, of the nearest e2m1 values."""
     table = torch.tensor(E2M1)
-    nearest = torch.bucketize(values.abs().contiguous(), (table[1:] + table[:-1]) / 2)
-    return nearest + 8 * (values < 0).long()
+    nearest = torch.bucketize(values.abs(), (table[1:] + table[:-1]) / 2, out_int32=True)
+    return nearest.to(torch.uint8) | (values < 0).to(torch.uint8) << 3
 
 
 def drawn(
@@ -71,14 +98,15 @@ def drawn(
     shape = (experts, rows, columns)
     if format == "plain":
         return draw.large_normal(*shape, scale=size).to(draw.dtype), None
-    normal = draw.large_normal(*shape).float()
+    normal = draw.large_normal(*shape)
+    unit = {"fp8_block": 60.0, "fp8_channel": 60.0, "int8_channel": 40.0, "int4_group": 3.0, "mxfp4": 2.0}[format]
     doublings = (draw.uniform(experts, *scale_shape(format, rows, columns)) - 0.5) * SPREAD
-    if format in ("fp8_block", "fp8_channel"):
-        return (normal * 60).clamp(-LARGEST, LARGEST).to(FP8), size / 60 * doublings.exp2()
-    if format == "int8_channel":
-        return (normal * 40).round().clamp(-127, 127).to(torch.int8), size / 40 * doublings.exp2()
-    if format == "int4_group":
-        codes = (normal * 3).round().clamp(-8, 7).long() + 8
-        return packed(codes), (size / 3 * doublings.exp2()).to(draw.dtype)
-    exponent = MX_BIAS + torch.tensor(size / 2).log2().round() + doublings.round()
-    return packed(_e2m1(normal * 2)), exponent.to(torch.uint8)
+
+    def codes(expert: int) -> Tensor:
+        return _stored(normal[expert].float() * unit, format)
+
+    if format == "mxfp4":
+        scale = (torch.tensor(size / unit).log2().round() + doublings.round()).exp2()
+    else:
+        scale = size / unit * doublings.exp2()
+    return _by_expert(codes, experts), _scale_stored(scale, format, draw)

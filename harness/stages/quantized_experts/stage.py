@@ -1,5 +1,6 @@
 """The stage `quantized_experts`: data whose faults show, and what a right result is."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -102,14 +103,26 @@ class QuantizedExperts(Experts):
         """The only right result of an exact case, [T, H] in fp64; act(g) is g there."""
         a, k = call.args, call.keywords
         return exact.value(
-            a["hidden_states"], dequantised(a["gate_up_proj"], a["gate_up_scale"], k["format"]),
-            dequantised(a["down_proj"], a["down_scale"], k["format"]), a["topk_weights"], a["topk_ids"],
+            a["hidden_states"], _Matrices(a["gate_up_proj"], a["gate_up_scale"], k["format"]),
+            _Matrices(a["down_proj"], a["down_scale"], k["format"]), a["topk_weights"], a["topk_ids"],
             activation=k["activation"], expert_map=k["expert_map"], gate_up_bias=k["gate_up_bias"],
             down_bias=k["down_bias"],
         )  # fmt: skip
 
     def place_of(self, call: Call, row: int, column: int) -> dict[str, Any]:
         return super().place_of(call, row, column) | {"format": call.keywords["format"]}
+
+
+@dataclass
+class _Matrices:
+    """What codes and scales stand for, of one expert at a time: all in fp64 are eight times their codes."""
+
+    codes: Tensor
+    scale: Tensor | None
+    format: str
+
+    def __getitem__(self, expert: Any) -> Any:
+        return dequantised(self.codes[expert], None if self.scale is None else self.scale[expert], self.format)
 
 
 STAGE = QuantizedExperts()
