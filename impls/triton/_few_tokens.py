@@ -39,8 +39,8 @@ def _few_gate_up(
     GELU: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """act[slot, BN columns]; nothing is written for a masked slot."""
-    let_next_start(PDL)
     after_previous(PDL)
+    let_next_start(PDL)
     slot = tl.program_id(1)
     e = local_expert(ids, emap, slot, slot < S, top_k, id_row, id_col, map_len, E, HAS_MAP)
     if e >= 0:

@@ -56,8 +56,8 @@ def _align_small(
 ):
     """Program e: its first position is the number of slots of lower experts; its slots follow in order."""
     e = tl.program_id(0)
-    let_next_start(PDL)
     after_previous(PDL)
+    let_next_start(PDL)
     slot = tl.arange(0, BLOCK)
     mine = local_expert(ids, emap, slot, slot < S, top_k, id_row, id_col, map_len, E, HAS_MAP)
     start = tl.sum(((mine >= 0) & (mine < e)).to(tl.int32), 0)

@@ -101,8 +101,8 @@ def _decode(
     BM: tl.constexpr, BN: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Key/value head program_id(0) of sequence program_id(1), part program_id(2) of its keys; few queries."""
-    let_next_start(PDL)
     after_previous(PDL)
+    let_next_start(PDL)
     head, s, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
     first = tl.load(query_start + s * start_s).to(tl.int64)
     count = (tl.load(query_start + (s + 1) * start_s) - first).to(tl.int32)

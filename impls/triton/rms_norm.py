@@ -32,8 +32,8 @@ def _norm_rows(
     ADD: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BM rows of H columns; results are contiguous."""
-    let_next_start(PDL)
     after_previous(PDL)
+    let_next_start(PDL)
     row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
     column = tl.arange(0, BH)
     live = (row < rows) & (column < H)[None, :]

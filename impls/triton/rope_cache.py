@@ -81,8 +81,8 @@ def _rope_cache(
     Everything a program reads is on its way before the angle is taken, which takes the longest.
     """
     HALF: tl.constexpr = D // 2
-    let_next_start(PDL)
     after_previous(PDL)
+    let_next_start(PDL)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     plane = tl.arange(0, BH)

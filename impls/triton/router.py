@@ -85,8 +85,8 @@ def _router(
     ROUND: tl.constexpr, PADS: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BM rows: weights fp32 [T, K] and ids int64 [T, K], -1 in rows with a negative pad."""
-    let_next_start(PDL)
     after_previous(PDL)
+    let_next_start(PDL)
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     lane = tl.arange(0, BE)
     real = (lane < E)[None, :]
@@ -134,8 +134,8 @@ def _gate_logits(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STEPS: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[part program_id(2), BM rows, BN experts] in fp32, of STEPS times BK columns of x."""
-    let_next_start(PDL)
     after_previous(PDL)
+    let_next_start(PDL)
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     e = tl.program_id(1) * BN + tl.arange(0, BN)
     acc = tl.zeros((BM, BN), tl.float32)

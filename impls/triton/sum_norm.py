@@ -32,12 +32,12 @@ def _sum_norm(
     K: tl.constexpr, BH: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Token program_id(0)."""
-    let_next_start(PDL)
     t = tl.program_id(0)
     column = tl.arange(0, BH)
     inside = column < H
     factor = tl.load(scale + column.to(tl.int64) * s_col, mask=inside, other=0.0).to(tl.float32)
     after_previous(PDL)
+    let_next_start(PDL)
     added = tl.load(residual + t.to(tl.int64) * r_row + column.to(tl.int64) * r_col, mask=inside, other=0.0)
     acc = tl.zeros((BH,), tl.float32)
     for j in tl.static_range(K):

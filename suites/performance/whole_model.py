@@ -283,7 +283,7 @@ def components(model: Any, batch: int, context: int) -> dict[str, dict[str, floa
     """Microseconds of each part of a decoding step, over all layers, and its floor."""
     import torch.nn.functional as F
 
-    from moe_harness.impls.qwen3_moe.network import Flat
+    from moe_harness.impls.qwen3_moe.network import BySlot, Flat
 
     runner, network, c, p = model.engine.runner, model.network, model.config, model.network.p
     k, layers, b = network.kernels, range(c.layers), runner.block
@@ -303,14 +303,15 @@ def components(model: Any, batch: int, context: int) -> dict[str, dict[str, floa
     head = F.linear(x, network.head)
     name = "model.layers.{}.".format
 
-    def route(i: int) -> None:
-        out = F.linear(x, p[name(i) + "mlp.gate.weight"])
-        _, chosen = k.router(out, top_k=c.top_k, renormalize=True)
-        chosen.masked_fill_(flat.dead, -1)
+    def experts(i: int) -> torch.Tensor:
+        up, down = (p[f"{name(i)}mlp.experts.{part}_proj"] for part in ("gate_up", "down"))
+        return k.joined.experts_by_slot(x, up, down, ids, activation=c.activation)
+
+    by_slot = BySlot(experts(0), weights, ids)
 
     def norms(i: int) -> None:
-        for part in ("input", "post_attention"):
-            k.rms_norm(x, p[f"{name(i)}{part}_layernorm.weight"], eps=c.eps, residual=h)
+        network.norm(f"{name(i)}input_layernorm.weight", by_slot, h)
+        network.norm(f"{name(i)}post_attention_layernorm.weight", x, h)
 
     keys, values = runner.cache.keys, runner.cache.values
     parts: dict[str, Callable[[int], Any]] = {
@@ -321,9 +322,9 @@ def components(model: Any, batch: int, context: int) -> dict[str, dict[str, floa
         ),
         "attention": lambda i: network._attend(turned, flat, keys[i], values[i]),
         "o_proj": lambda i: F.linear(mixed, p[name(i) + "self_attn.o_proj.weight"]),
-        "norms": norms,
-        "router": route,
-        "experts": lambda i: network.routed(name(i) + "mlp", x, weights, ids),
+        "norms": norms,  # the experts' sum joined to the first
+        "router": lambda i: network.route(name(i) + "mlp", x, flat.pads),
+        "experts": experts,
     }  # fmt: skip
     found = {part: graph_time(lambda run=run: [run(i) for i in layers]) for part, run in parts.items()}
     found["lm_head"] = graph_time(lambda: F.linear(x, network.head))
@@ -354,9 +355,9 @@ def floor(c: Any, batch: int, context: int, touched: int) -> dict[str, float]:
         "rope_cache": cost(batch * 2 * (q + 2 * kv)),
         "attention": cost(batch * (context * 2 * kv + 2 * q)),
         "o_proj": product(batch, q, H),
-        "norms": cost(batch * 2 * 4 * H),
+        "norms": cost(batch * (2 * 4 + c.top_k) * H),
         "router": product(batch, H, c.num_experts),
-        "experts": cost(touched * 3 * H * c.expert_size + 2 * batch * H + slots, 2 * slots * 3 * H * c.expert_size),
+        "experts": cost(touched * 3 * H * c.expert_size + batch * H + slots * H, 2 * slots * 3 * H * c.expert_size),
     }
     found = {part: us * c.layers for part, us in layer.items()}
     found["lm_head"] = product(batch, H, c.vocab_size)
