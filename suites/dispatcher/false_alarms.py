@@ -1,8 +1,9 @@
 """Count false alarms over many ranks: right dispatchers and layers on random cases of worlds 1, 2 and 4.
 
-    python -m moe_harness.suites.dispatcher.false_alarms --cases 5000 --json docs/false_alarms_ranks.json
+    python -m moe_harness.suites.dispatcher.false_alarms --cases 10000 --json docs/false_alarms_ranks.json
 
-With n cases and no alarm the rate is below 3 / n at 95 % confidence.
+Case n follows from the seed and n alone, and what the file holds is not judged again: a run that is interrupted goes on
+where it stopped.  With n cases and no alarm the rate is below 3 / n at 95 % confidence.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import time
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from moe_harness.harness.core.plan import Planned
 from moe_harness.harness.core.ranked_cases import DTYPES
@@ -69,28 +71,32 @@ def drawn(rng: random.Random) -> tuple[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="False alarms over many ranks.")
-    parser.add_argument("--cases", type=int, default=5000)
+    parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, required=True, help="Written every 100 cases; what it holds is kept.")
     given = parser.parse_args()
-    rng, alarms, counts, start = random.Random(given.seed), [], Counter(), time.monotonic()
-    for number in range(given.cases):
-        spec, case = drawn(rng)
+    found = known(given.json, given.seed)
+    counts, start = Counter(found["outcomes"]), time.monotonic()
+    for number in range(found["cases"], given.cases):
+        spec, case = drawn(random.Random(f"{given.seed}/{number}"))
         verdict = judge.judge(spec, case)
         outcome = "failed" if verdict.findings else "refused" if verdict.unsupported else "passed"
         counts[f"{case.split('/')[0]} {outcome}"] += 1
-        alarms += [{"impl": spec, "case": case, "told": f["message"]} for f in verdict.findings]
-        if number % 500 == 499:
-            print(
-                f"{number + 1} cases, {time.monotonic() - start:.0f} s, {dict(counts)}, {len(alarms)} alarms",
-                flush=True,
-            )
-    command = f"python -m moe_harness.suites.dispatcher.false_alarms --cases {given.cases} --seed {given.seed}"
+        found["alarms"] += [{"impl": spec, "case": case, "told": f["message"]} for f in verdict.findings]
+        found |= {"cases": number + 1, "outcomes": dict(sorted(counts.items()))}
+        if number % 100 == 99 or number + 1 == given.cases:
+            text = json.dumps(found, indent=1).replace(str(STRANGERS.parent), "suites/dispatcher/strangers")
+            given.json.write_text(text + "\n")
+            print(f"{number + 1} cases, {time.monotonic() - start:.0f} s, {len(found['alarms'])} alarms", flush=True)
+
+
+def known(path: Path, seed: int) -> dict[str, Any]:
+    """What an earlier run with this seed left at `path`, to go on from; nothing judged where there is none."""
+    command = f"python -m moe_harness.suites.dispatcher.false_alarms --seed {seed} --json {path}"
     found = {"command": command, "torch": version("torch"), "worlds": WORLDS, "implementations": IMPLEMENTATIONS,
-             "cases": given.cases, "outcomes": dict(sorted(counts.items())), "alarms": alarms}  # fmt: skip
-    if given.json is not None:
-        text = json.dumps(found, indent=1).replace(str(STRANGERS.parent), "suites/dispatcher/strangers")
-        given.json.write_text(text + "\n")
+             "cases": 0, "outcomes": {}, "alarms": []}  # fmt: skip
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    return found | (earlier if earlier.get("command") == command else {})
 
 
 if __name__ == "__main__":
