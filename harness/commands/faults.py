@@ -49,7 +49,7 @@ def faults(
     useless = kill_matrix.unjustified(result) if whole else []
     for name in useless:
         print(f"the check {name} is the first killer of no fault and has no justification")
-    raise typer.Exit(EXIT_FAIL if result["survivors"] or useless else 0)
+    raise typer.Exit(EXIT_FAIL if result["survivors"] or result["thin"] or useless else 0)
 
 
 def _chosen(stage: str | None, names: tuple[str, ...] | None) -> list:

@@ -4,12 +4,15 @@
 their default are left out of the id.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
 from moe_harness.harness.core.errors import UsageError, unknown
 from moe_harness.harness.core.folders import needed_part, stages_with
+
+SIZES = re.compile(r"\d*([+x]\d+)*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,12 @@ class Case:
     def shows(self) -> bool:
         """Whether a result can be wrong in a value at all."""
         return self.rows() > 0
+
+    def shape(self) -> tuple[object, ...]:
+        """The sizes alone: what a stage adds to a case and is a number, or numbers ("3+0+2", "2x3")."""
+        common = {field.name for field in fields(Case)}
+        values = [getattr(self, field.name) for field in fields(self) if field.name not in common]
+        return tuple(v for v in values if SIZES.fullmatch(str(v)) and not isinstance(v, bool))
 
     def steps(self) -> int:
         """About how many small tiles a kernel goes through, which is what it costs to interpret one."""

@@ -58,6 +58,7 @@ class Fault:
     shows: Mapping[str, Any] | None = None  # parameters of a small case; None where none is feasible on a CPU
     sign: str = "value"  # a key of SIGNS: what is seen in that case
     devices: tuple[str, ...] = ("cpu", "cuda")
+    few: str | None = None  # why fewer than three cases of a quick run kill it
     stateful: bool = False  # keeps something between calls, so a verdict depends on the calls before
     part: "Fault | None" = field(default=None, repr=False)  # inside a block: the fault of its part
 
@@ -85,6 +86,7 @@ def fault(
     sign: str = "value",
     devices: tuple[str, ...] = ("cpu", "cuda"),
     stateful: bool = False,
+    few: str | None = None,
     **declares: object,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Enter a function in the catalogue; `declares` become attributes of it (`deterministic=True`, ...).
@@ -115,7 +117,7 @@ def fault(
         example = None if shows is None else MappingProxyType(dict(shows))
         enter(Fault(
             function.__name__, stage, family, condition, consequence_of(function), call, url(source), hidden, example,
-            sign, devices, stateful,
+            sign, devices, few, stateful,
         ))  # fmt: skip
         return call
 

@@ -7,6 +7,8 @@ cases in the order of a real run.  As many faults are judged at a time as there 
 Until a fault is killed for the first time every case of every check is judged.  After that each further check gets at
 most `AFTER_FIRST_KILL` cases, spread evenly over its plan: "survived 24 of 359" then says that 24 were judged, no more.
 A fault of a part inside a block gets `OF_A_PART` of them: what each check sees of it stands in the row of the part.
+
+A row also counts the shapes of the cases that kill, as far as three: see `breadth`.
 """
 
 import os
@@ -24,6 +26,7 @@ from moe_harness.harness.core.plan import ON_CUDA_ONLY, Planned, plan
 from moe_harness.harness.core.ranked_stage import find_ranked, rank_checks
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.process.pool import DEATHS, Pool
+from moe_harness.harness.proof import breadth
 from moe_harness.harness.run import property_search
 
 Matrix = dict[str, Any]
@@ -84,7 +87,7 @@ def judge_fault(fault: Fault, options: MatrixOptions) -> Row:
     row: Row = {
         "fault": fault.name, "stage": fault.stage, "family": fault.family, "source": fault.source,
         "condition": fault.condition, "consequence": fault.consequence, "status": "survived", "reason": None,
-        "first_killer": None, "checks": {}, "seconds": 0.0,
+        "first_killer": None, "checks": {}, "killing": [], "shapes": 0, "few": fault.few, "seconds": 0.0,
     }  # fmt: skip
     if fault.stage in RANKED and options.request.device != "cpu":
         return row | {"status": "skipped", "reason": "faults of many ranks are judged with --device cpu"}
@@ -110,7 +113,7 @@ def judge_fault(fault: Fault, options: MatrixOptions) -> Row:
 def _fill(row: Row, pool: Pool, dtypes: tuple[str, ...], request: Request, after_first: int) -> None:
     """Every check in the order of a run."""
     asked = Request(request.profile, request.device, dtypes, request.configs, request.seed)
-    judged = 0
+    judged, left = 0, []
     for check, ids in _by_check(row["stage"], asked).items():
         if check in ON_CUDA_ONLY and request.device != "cuda":
             row["checks"][check] = _cell("not run", 0, len(ids), "needs --device cuda")
@@ -118,9 +121,19 @@ def _fill(row: Row, pool: Pool, dtypes: tuple[str, ...], request: Request, after
         sample = list(ids) if row["status"] == "survived" else spread(ids, after_first)
         cell = row["checks"][check] = _judge_check(pool, sample, len(ids))
         judged += cell["cases"]
+        left += sorted(set(ids) - set(sample[: cell["cases"]]), key=ids.index)
+        row["killing"] += [cell["case"]] if cell["status"] == "killed" else []
         if cell["status"] == "killed" and row["status"] == "survived":
             row["status"] = "killed"
             row["first_killer"] = {"check": check, "case": cell["case"], "cases": judged, "of_check": cell["cases"]}
+    _broaden(row, left, lambda case_id: pool.deaths < DEATHS and _kills_one(pool.judge_one(case_id)))
+
+
+def _broaden(row: Row, left: list[str], kills: Callable[[str], bool]) -> None:
+    """Look among the cases that are left for three shapes that kill, and count the shapes."""
+    if row["killing"]:
+        breadth.seek(row["killing"], left, kills)
+    row["shapes"] = breadth.shapes(row["killing"])
 
 
 def _fill_ranked(row: Row, fault: Fault, options: MatrixOptions) -> None:
@@ -128,13 +141,15 @@ def _fill_ranked(row: Row, fault: Fault, options: MatrixOptions) -> None:
     from moe_harness.harness.ranks.judge import judge, planned
 
     request = options.request
-    ids = planned(fault.stage, fault.spec, WORLDS, profile=request.profile, seed=request.seed)
-    judged = breakdowns = 0
+    ids = all_ids = planned(fault.stage, fault.spec, WORLDS, profile=request.profile, seed=request.seed)
+    judged, breakdowns, seen = 0, 0, set[str]()
     while ids and breakdowns < DEATHS:
         case_id, *ids = ids
         judged += 1
+        seen.add(case_id)
         verdict = judge(fault.spec, case_id, budget=options.timeout)
         breakdowns += verdict.failure is not None
+        row["killing"] += [case_id] if verdict.findings else []
         for finding in verdict.findings:
             _kill(row, finding, judged, judged + len(ids))
         if row["status"] == "survived" and verdict.findings:
@@ -143,6 +158,8 @@ def _fill_ranked(row: Row, fault: Fault, options: MatrixOptions) -> None:
             row["status"], ids = "killed", spread(ids, options.after_first)
     for check in find_ranked(fault.stage).findings:
         row["checks"].setdefault(check, _cell("survived", judged, judged, None))
+    left = [case_id for case_id in all_ids if case_id not in seen]
+    _broaden(row, left, lambda case_id: bool(judge(fault.spec, case_id, budget=options.timeout).findings))
 
 
 def _kill(row: Row, finding: dict[str, Any], cases: int, planned: int) -> None:
@@ -158,12 +175,16 @@ def _judge_check(pool: Pool, ids: list[str], planned: int) -> Cell:
     executed, reason = 0, None
     for count, case_id in enumerate(ids, 1):
         answer = pool.judge_one(case_id)
-        if answer["status"] in ("failed", "died"):
+        if _kills_one(answer):
             message = answer["reason"] or answer["findings"][0]["message"]
             return _cell("killed", count, planned, None) | {"case": case_id, "message": message.splitlines()[0][:300]}
         executed += answer["status"] == "passed"
         reason = answer["reason"] or reason
     return _cell("survived" if executed else "unsupported", len(ids), planned, None if executed else reason)
+
+
+def _kills_one(answer: dict[str, Any]) -> bool:
+    return answer["status"] in ("failed", "died")
 
 
 def _cell(status: str, cases: int, planned: int, reason: str | None) -> Cell:
@@ -223,6 +244,7 @@ def matrix(rows: list[Row], options: MatrixOptions, seconds: float) -> Matrix:
         "after_first_kill_of_a_part": min(OF_A_PART, options.after_first), "checks": checks,
         "killed": sum(row["status"] == "killed" for row in judged), "judged": len(judged),
         "survivors": [row["fault"] for row in judged if row["status"] == "survived"],
+        "wanted_shapes": breadth.WANTED, "thin": [row["fault"] for row in judged if thin(row)],
         "skipped": [{"fault": row["fault"], "reason": row["reason"]} for row in rows if row["status"] == "skipped"],
         "summary": [summary(check, judged) for check in checks], "rows": rows,
     }  # fmt: skip
@@ -236,6 +258,11 @@ def summary(check: str, rows: list[Row]) -> dict[str, Any]:
     executed = any(row["checks"].get(check, {}).get("cases") for row in rows)
     why = None if first else JUSTIFICATIONS.get(check) if executed else "not run on this device"
     return {"check": check, "kills": len(killed), "first": first, "only": only, "justification": why}
+
+
+def thin(row: Row) -> bool:
+    """Whether too few shapes kill the fault, without a reason."""
+    return row["status"] == "killed" and row["shapes"] < breadth.WANTED and not row["few"]
 
 
 def unjustified(result: Matrix) -> list[str]:

@@ -36,6 +36,10 @@ def print_matrix(result: Matrix, console: Console) -> None:
     wide.print(_worth(result))
     for entry in result["skipped"]:
         wide.print(f"skipped  {entry['fault']}: {entry['reason']}", style="dim", highlight=False)
+    counted = {row["fault"]: row["shapes"] for row in result["rows"]}
+    for name in result["thin"]:
+        told = f"{counted[name]} of the {result['wanted_shapes']} wanted"
+        wide.print(f"[bold red]thin[/]  {name}: killed by cases of so many shapes: {told}", highlight=False)
     for name in result["survivors"]:
         wide.print(f"[bold red]survived[/]  {name}", highlight=False)
     wide.print(headline(result), style="bold", highlight=False)
@@ -53,11 +57,12 @@ def _table(stage: str, rows: list[Row], result: Matrix) -> Table:
     table.add_column("fault", no_wrap=True)
     for check in checks:
         table.add_column(SHORT.get(check, check), justify="right")
+    table.add_column("shapes", justify="right")
     table.add_column("first killer", no_wrap=True)
     for row in rows:
         first = row["first_killer"]
         told = f"{first['check']}, case {first['cases']}" if first else f"[red]{row['status']}[/]"
-        table.add_row(row["fault"], *(_text(row, check) for check in checks), told)
+        table.add_row(row["fault"], *(_text(row, check) for check in checks), str(row["shapes"]), told)
     return table
 
 
