@@ -286,6 +286,9 @@ def _special(request: Request) -> Iterator[Case]:
             if request.profile != "quick":
                 width, inner = (130, 65) if request.device == "cuda" else (128, 64)
                 yield ExpertsCase(T=130, H=width, I=inner, E=16, k=4, dtype=dtype, data=variant)
+    for tokens, experts, top_k in ((17, 6, 2), (5, 8, 2), (40, 16, 3), (9, 7, 4), (33, 60, 4), (21, 128, 8)):
+        for dtype in request.dtypes:
+            yield ExpertsCase(T=tokens, H=48, I=24, E=experts, k=top_k, dtype=dtype, data="partial_sums")
 
 
 def _laws(request: Request) -> Iterator[Case]:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from moe_harness.harness.core import bounds
 from moe_harness.harness.core.call import INTS, Builder, Call
-from moe_harness.harness.core.stage import Declared, Output, Stage
-from moe_harness.harness.stages.experts import exact, routing
+from moe_harness.harness.core.stage import Declared, Output, Stage, Truths
+from moe_harness.harness.stages.experts import exact, partial_sums, routing
 from moe_harness.harness.stages.experts.bound import experts_bound
 from moe_harness.harness.stages.experts.cases import ExpertsCase
 from moe_harness.reference.experts import local_ids
@@ -26,9 +26,15 @@ class Experts(Stage):
         draw = Builder(case, device)
         expert_map, local = routing.expert_map(case)
         topk_ids = routing.masked(case, routing.ids(case, draw), draw)
+        paired = case.data == "partial_sums"
+        if paired:
+            topk_ids = partial_sums.pair_up(topk_ids, case.E, draw)
         topk_weights = routing.weights(case, draw)
-        if case.data == "exact":
-            hidden, gate_up, down, topk_weights = exact.draw(case, draw, topk_ids, topk_weights, expert_map, local)
+        if case.data == "exact" or paired:
+            counted = partial_sums.others(topk_ids, case.E) if paired else topk_ids  # those that add to a result
+            hidden, gate_up, down, topk_weights = exact.draw(case, draw, counted, topk_weights, expert_map, local)
+            if paired:
+                partial_sums.cancel(case, topk_ids, gate_up, down, topk_weights)
         else:
             hidden, gate_up, down = _normal(case, draw, local)
             _make_special(case, hidden, gate_up, down, topk_ids, topk_weights)
@@ -48,6 +54,11 @@ class Experts(Stage):
     def outputs(self, call: Call) -> list[Output]:
         hidden = call.args["hidden_states"]
         return [Output("the result", tuple(hidden.shape), hidden.dtype)]
+
+    def truth(self, call: Call, declared: Declared) -> Truths | None:
+        if call.case.data == "partial_sums" and partial_sums.is_exact(call.case, declared):
+            return self.exact_value(call)
+        return super().truth(call, declared)
 
     def expect(self, call: Call, declared: Declared) -> bounds.Bound:
         """What a right result may be, within the permitted roundings."""

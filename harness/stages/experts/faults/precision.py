@@ -100,6 +100,22 @@ def combined_in_bf16(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, combine=running)
 
 
+@fault(
+    "precision", condition="16-bit inputs, k > 2", shows={"dtype": "bfloat16", "k": 6, "T": 33}, rounds=("weighted",),
+    hidden=("k=1",),
+)  # fmt: skip
+def slots_summed_in_the_inputs_dtype(*call: Tensor, **options: Any) -> Tensor:
+    """Each slot's share is added to the output in memory, in 16 bits, and only the shares' rounding is declared."""
+
+    def running(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
+        total = torch.zeros_like(slots[:, 0], dtype=call[0].dtype)
+        for slot in (live(topk_weights, ids, slots.dtype)[..., None] * slots).unbind(1):
+            total = (total.to(slot.dtype) + slot).to(total.dtype)
+        return total
+
+    return run(*call, **options, combine=running)
+
+
 @fault("precision", condition="fp32 or fp16 inputs", hidden=("dtype='bfloat16'",))
 def weights_cast_to_bf16(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """Routing weights are cast to bf16 whatever the model's dtype is."""
