@@ -4,6 +4,7 @@ import contextlib
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moe_harness.harness.checks.memory import copies, refill, results_of
 from moe_harness.harness.checks.plain import plain
@@ -30,13 +31,12 @@ def graph_replay(trial: Trial, case: Case) -> Record:
     _churn(trial, case)
     for turn in range(REPLAYS):
         refill(call, trial.build(case.but(seed=case.seed + 1000 + turn)))
-        for tensor in results_of(result):
+        trial.expect_written(call)
+        for tensor in returned(result):
             tensor.fill_(poison_value(tensor.dtype))
         graph.replay()
         torch.cuda.synchronize()
-        record.merge(
-            trial.judge(call, copies(result) if isinstance(result, tuple) else result.clone()), f"replay {turn}: "
-        )
+        record.merge(trial.judge(call, kept(trial.collected(call, result))), f"replay {turn}: ")
         if record.findings:
             break
     return record
@@ -75,10 +75,19 @@ def side_stream(trial: Trial, case: Case) -> Record:
     with torch.cuda.stream(stream), torch.no_grad():
         torch.cuda._sleep(SLEEP_CYCLES)
         refill_quietly(late, values)
-        result = trial.launch(late, wait=False)
-        kept = copies(result)
+        result = kept(trial.result_of(late, trial.launch(late, wait=False)))
     torch.cuda.synchronize()
-    return trial.judge(values, kept if isinstance(result, tuple) else kept[0])
+    return trial.judge(values, result)
+
+
+def returned(result: Any) -> tuple[Tensor, ...]:
+    """The tensors that a call returned; none where it only writes in place."""
+    return () if result is None else results_of(result)
+
+
+def kept(result: Any) -> Any:
+    """A copy of what a call yields."""
+    return copies(result) if isinstance(result, tuple) else copies(result)[0]
 
 
 def refill_quietly(call: Call, values: Call) -> None:

@@ -73,18 +73,29 @@ class Trial:
             Rejected: NotImplementedError, ValueError or TypeError (any exception at all on an optional case).
             Broken: another exception, an input that was written to, or a result of another form.
         """
-        outputs = self.stage.outputs(call)
-        inside = [output.inside for output in outputs if output.inside]
-        if inside and call.truth is None:  # afterwards the operands no longer say what was asked
-            call.truth = self.stage.truth(call, self.subject.declared.rounds)
+        self.expect_written(call)
         before = {name: dict(value) for name, value in call.args.items() if isinstance(value, dict)}
         result = self.launch(call)
         _check_entries(before, call.args)
-        modified = call.arena.violations(inside)
+        return self.collected(call, result)
+
+    def expect_written(self, call: Call) -> None:
+        """Note what is right where operands are written in place: afterwards they no longer say what was asked."""
+        if call.truth is None and any(output.inside for output in self.stage.outputs(call)):
+            call.truth = self.stage.truth(call, self.subject.declared.rounds)
+
+    def collected(self, call: Call, result: Any) -> Any:
+        """What a call yields: what it returned, of the right form, and copies of the operands that it writes in place.
+
+        Raises:
+            Broken: the form is another one, or something else was written to.
+        """
+        outputs = self.stage.outputs(call)
+        modified = call.arena.violations([output.inside for output in outputs if output.inside])
         if modified:
             operand, what = modified[0]
             raise Broken(f"the input {operand} {what}, but no input may be written, nor anything around it")
-        return self._checked(call, outputs, result)
+        return self.result_of(call, result)
 
     def launch(self, call: Call, *, wait: bool = True) -> Any:
         """Call it; `wait` for the device, or leave that to the caller.  Raises as `invoke`."""
@@ -146,8 +157,9 @@ class Trial:
                 break
         return record
 
-    def _checked(self, call: Call, outputs: list[Output], result: Any) -> Any:
-        """The result with what was written in place behind it; what is returned is as the contract says."""
+    def result_of(self, call: Call, result: Any) -> Any:
+        """As `collected`, without a look at the memory around the operands, which would wait for the device."""
+        outputs = self.stage.outputs(call)
         wanted = [output for output in outputs if output.inside is None]
         found = result if isinstance(result, tuple | list) else () if result is None and not wanted else (result,)
         if len(found) != len(wanted) or (len(wanted) == 1 and result is not found[0]):

@@ -131,5 +131,9 @@ def _laws(request: Request) -> Iterator[RopeCacheCase]:
 
 
 def _cuda_cases(request: Request) -> dict[str, Sequence[Case]]:
+    small = [
+        RopeCacheCase(T=tokens, Hq=32, Hk=4, D=128, page=16, order=order, dtype=dtype)
+        for tokens in (1, 8, 65) for order in ("token", "head") for dtype in request.dtypes
+    ]  # fmt: skip
     large = [RopeCacheCase(T=64, Hq=8, Hk=4, D=128, page=1 << 16, data="large", norms="none", dtype=request.dtypes[-1])]
-    return {"large_offsets": large}
+    return {"graph_replay": small, "side_stream": small, "large_offsets": large}

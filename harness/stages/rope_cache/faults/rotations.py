@@ -24,7 +24,7 @@ def norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 def angle(positions: Tensor, width: int, theta: float) -> Tensor:
     """[T, 1, D / 2], fp32 from fp64."""
-    exponents = torch.arange(0, width, 2, dtype=torch.float64) / width
+    exponents = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
     return (positions.double()[:, None] * theta**-exponents)[:, None]
 
 
@@ -101,7 +101,7 @@ def frequencies_in_16_bits(q: Tensor, *call: Tensor, **options: object) -> Tenso
     """Frequencies are rounded to the dtype of the model before they meet the positions."""
 
     def rounded(positions: Tensor, width: int, theta: float) -> Tensor:
-        frequency = angle(torch.ones(1), width, theta).to(q.dtype).double()
+        frequency = angle(torch.ones(1, device=positions.device), width, theta).to(q.dtype).double()
         return positions.double()[:, None, None] * frequency
 
     return run(q, *call, **options, angle=rounded)
