@@ -82,9 +82,28 @@ def _example(stage: str, check: str) -> str | None:
 
 
 def _rounding(name: str, told: dict[str, str]) -> Lines:
-    yield "stored", told["question"]
+    if "question" in told:
+        yield "stored", told["question"]
+    yield from ((f"in {stage}", words) for stage, words in told.items() if stage != "question")
     yield "bound", "its variance, ulp^2 / 12 of each value stored, is part of sigma where it is permitted"
-    yield "declared", f"fused.rounds = ({name!r}, ...); with nothing declared all but tf32 are permitted"
+    asked_for = _only_declared(name)
+    yield (
+        "declared",
+        f"kernel.rounds = ({name!r}, ...); "
+        + (
+            f"accepted only where it is declared{asked_for}"
+            if asked_for is not None
+            else "permitted with none declared"
+        ),
+    )
+
+
+def _only_declared(name: str) -> str | None:
+    """Of which stage a rounding has to be declared to be accepted, in words; None where it is permitted anyway."""
+    if name in contracts.DECLARED_ROUNDINGS[len(contracts.ROUNDINGS) :]:
+        return ""
+    stages = [s for s in contracts.STAGES if name in getattr(needed_part(s, "contract"), "DECLARED_ONLY", ())]
+    return f", in {', '.join(stages)}" if stages else None
 
 
 def _stage(name: str) -> Lines:

@@ -11,7 +11,8 @@ import pytest
 from moe_harness.harness.commands import explain, options
 from moe_harness.harness.commands.init import CLASSES, TEMPLATES, templates
 from moe_harness.harness.core.catalogue import all_faults
-from moe_harness.harness.core.contracts import DECLARED_ROUNDINGS, RANK_STAGES
+from moe_harness.harness.core.contracts import DECLARED_ROUNDINGS, RANK_STAGES, STAGES
+from moe_harness.harness.core.folders import needed_part
 
 SOME = {"router": "contract,special", "experts": "contract", "moe_block": "contract"}
 
@@ -69,10 +70,20 @@ def test_no_template_for_a_library_says_which_there_are(tmp_path):
     assert done.returncode == 2 and "torch" in done.stderr
 
 
+def _own_roundings(stage):
+    contract = needed_part(stage, "contract")
+    return {*getattr(contract, "ROUNDINGS", ()), *getattr(contract, "DECLARED_ONLY", ())}
+
+
 def test_every_check_rounding_and_stage_is_explained():
     told = tomllib.loads(Path(explain.__file__).with_name("explanations.toml").read_text())
     checks = {check for stage in options.ALL_STAGES for check in explain._checks(stage)}
-    assert set(told["roundings"]) == set(DECLARED_ROUNDINGS)
+    own = {stage: _own_roundings(stage) for stage in STAGES}
+    assert set(told["roundings"]) == set(DECLARED_ROUNDINGS).union(*own.values())
+    for stage, names in own.items():  # of a stage's own set each is told for that stage, or means what it always does
+        for name in names:
+            assert stage in told["roundings"][name] or stage == "quantized_experts", (stage, name)
+    assert {s for words in told["roundings"].values() for s in words} - {"question"} <= set(STAGES)
     assert not (unwritten := checks - set(told["checks"])) or all(dict(explain._unwritten(name)) for name in unwritten)
     assert set(told["checks"]) <= checks | {"routing"}, "words for a check that no stage has"
     assert all({"question", "equation", "bound", "source"} == set(entry) for entry in told["checks"].values())
@@ -83,7 +94,8 @@ def test_every_check_rounding_and_stage_is_explained():
     [
         ("numeric", ("sigma", "8.92", "moe-harness replay", "--impl")),
         ("gate_up_swapped", ("GSM8K", "experts", "def gate_up_swapped", "moe-harness faults --fault gate_up_swapped")),
-        ("partial_sum", ("sum over slots", "rounds")),
+        ("partial_sum", ("sum over slots", "in paged_attention", "rounds")),
+        ("scaled_query", ("in paged_attention", "accepted only where it is declared")),
         ("experts", ("experts(hidden_states,", "moe-harness init experts")),
     ],
 )
