@@ -5,7 +5,7 @@ their default are left out of the id.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
@@ -65,6 +65,14 @@ class Case:
     def part(self) -> str:
         """Which part of the core it belongs to: an implementation passes that is judged in all of one part."""
         return self.dtype
+
+
+def in_shapes(cases: Iterable[Case], *shapes: Mapping[str, Any]) -> Iterator[Case]:
+    """The cases, and then each again in every one of these shapes: what one shape alone shows, an edit may lose."""
+    first = list(cases)
+    yield from first
+    for shape in shapes:
+        yield from (case.but(**shape) for case in first)
 
 
 def tile_steps(rows: int, experts: int, depth: int, columns: int) -> int:

@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 
-from moe_harness.harness.core.case import Case, parse_id
+from moe_harness.harness.core.case import parse_id
+from moe_harness.harness.core.plan import Planned
 
 WANTED = 3  # cases of different shapes
 SOUGHT = 150  # more cases of a fault that are judged for them: about 3 s
@@ -20,7 +21,12 @@ BACKGROUND = 0.2  # weight of a field that is at its default in the killing case
 
 def shapes(ids: Iterable[str]) -> int:
     """How many different shapes there are among these cases."""
-    return len({parse_id(case_id)[2].shape() for case_id in ids})
+    return len({planned(case_id).case.shape() for case_id in ids})
+
+
+def planned(case_id: str) -> Planned:
+    """The check and the case of an id."""
+    return Planned(*parse_id(case_id)[1:])
 
 
 def seek(killing: list[str], unjudged: list[str], kills: Callable[[str], bool]) -> int:
@@ -32,43 +38,30 @@ def seek(killing: list[str], unjudged: list[str], kills: Callable[[str], bool]) 
         kills: judges a case.
     """
     judged = 0
-    left = {case_id: parse_id(case_id)[2] for case_id in unjudged}
-    while left and judged < SOUGHT:
-        known = [parse_id(case_id)[2] for case_id in killing]
-        if len({case.shape() for case in known}) >= WANTED:
+    known = [planned(case_id) for case_id in killing]
+    left = {case_id: planned(case_id) for case_id in unjudged}
+    while judged < SOUGHT and len(seen := {one.case.shape() for one in known}) < WANTED:
+        left = {case_id: one for case_id, one in left.items() if one.case.shape() not in seen}
+        order = sorted(left, key=lambda case_id: min(distance(one, left[case_id]) for one in known))
+        tried = order[: SOUGHT - judged]
+        found = next((count for count, case_id in enumerate(tried, 1) if kills(case_id)), None)
+        judged += found or len(tried)
+        if found is None:
             break
-        left = {i: case for i, case in left.items() if case.shape() not in {one.shape() for one in known}}
-        found = _first_kill(_by_likeness(left, known)[: SOUGHT - judged], kills)
-        judged += found[0]
-        for case_id in found[1]:
-            del left[case_id]
-        if found[2] is None:
-            break
-        killing.append(found[2])
+        killing.append(tried[found - 1])
+        known.append(left[killing[-1]])
+        left = {case_id: left[case_id] for case_id in order[found:]}
     return judged
 
 
-def _first_kill(ids: list[str], kills: Callable[[str], bool]) -> tuple[int, list[str], str | None]:
-    """(cases judged, those, the one that kills)."""
-    for count, case_id in enumerate(ids, 1):
-        if kills(case_id):
-            return count, ids[:count], case_id
-    return len(ids), ids, None
-
-
-def _by_likeness(cases: dict[str, Case], known: list[Case]) -> list[str]:
-    return sorted(cases, key=lambda case_id: min(distance(one, cases[case_id]) for one in known))
-
-
-def distance(killing: Case, other: Case) -> float:
-    """How little speaks for it that a condition of `killing` holds for `other`."""
-    total = 0.0
-    for each in fields(killing):
+def distance(killing: Planned, other: Planned) -> float:
+    """How little speaks for it that what shows in one case shows in the other."""
+    total = 0.0 if killing.check == other.check else 1.0
+    for each in fields(killing.case):
         if each.name in ("seed", "optional"):
             continue
-        here, there = getattr(killing, each.name), getattr(other, each.name)
-        usual = here == each.default
-        total += (BACKGROUND if usual else 1.0) * _apart(here, there)
+        here, there = getattr(killing.case, each.name), getattr(other.case, each.name)
+        total += (BACKGROUND if here == each.default else 1.0) * _apart(here, there)
     return total
 
 

@@ -6,7 +6,7 @@ from itertools import cycle
 from typing import Any, ClassVar, Self
 
 from moe_harness.harness.core import boundaries as at
-from moe_harness.harness.core.case import Case, tile_steps
+from moe_harness.harness.core.case import Case, in_shapes, tile_steps
 from moe_harness.harness.core.pairwise import pairwise
 from moe_harness.harness.core.request import Request
 
@@ -20,6 +20,8 @@ SPECIALS = (
     "token_nan", "token_inf", "expert_nan", "expert_inf", "down_inf", "unused_expert_nan", "tiny", "huge", "cancelling",
     "signed_weights", "outside_fp16",
 )  # fmt: skip
+# In 32s, as `_special` says, and an even number of experts, which cancel in pairs.
+SPECIAL_SHAPES = ({"T": 33, "H": 32, "I": 64, "E": 10, "k": 3}, {"T": 7, "H": 96, "I": 32, "k": 4})
 LAWS = (
     "token_permutation", "expert_relabelling", "slot_permutation", "batch_split", "row_alone", "weight_linearity",
     "power_of_two", "masked_is_zero_weight", "duplicates_add", "padding_zero", "padding_nan", "padding_huge",
@@ -72,7 +74,7 @@ def plan(request: Request) -> dict[str, list[Case]]:
         "sentinels": numbered(_sentinels(request)),
         "layouts": numbered(_layouts(request)),
         "memory": numbered(_memory(request)),
-        "special": numbered(_special(request)),
+        "special": numbered([*in_shapes(_special(request), *SPECIAL_SHAPES), *_partial_sums(request)]),
         "laws": numbered(_laws(request)),
         "determinism": numbered(_repeats(request)),
         "batch_invariance": numbered(_repeats(request)),
@@ -183,6 +185,8 @@ def _turning(request: Request) -> Iterator[Case]:
             yield ExpertsCase(T=tokens, E=experts, k=top_k, dtype=dtype, variant="poisoned", **fields)
     for tokens, top_k in ((5, 3), (3, 4), (33, 3), (70, 8), (129, 4)):
         yield ExpertsCase(T=tokens, E=8, k=top_k, routing="crowded", dtype=next(dtypes), **small)
+    # each of two experts with more rows than 16 bits count
+    yield ExpertsCase(T=66_000, H=4, I=8, E=4, k=2, routing="one", data="exact", dtype=next(dtypes))
 
 
 def _numeric(request: Request) -> Iterator[Case]:
@@ -210,6 +214,9 @@ def _numeric(request: Request) -> Iterator[Case]:
             4,
         ):  # of few partial sums each weighs little: many elements show one that is rounded too often
             yield ExpertsCase(T=1200, H=96, I=32, E=8, k=top_k, dtype=dtype, weights="model")
+    for width, inner, experts, top_k in ((256, 64, 16, 4), (80, 40, 6, 2)):  # a single token may take another way
+        for dtype in (request.dtypes[0], request.dtypes[-1]):
+            yield ExpertsCase(T=1, H=width, I=inner, E=experts, k=top_k, dtype=dtype, activation="gelu_tanh")
 
 
 def _of_model(request: Request, shape: Any, **fields: Any) -> Case:
@@ -227,6 +234,8 @@ def _sentinels(request: Request) -> Iterator[Case]:
         yield ExpertsCase(T=19, E=6, k=3, routing="duplicates", masked="some", map=kind, data="exact")
         yield ExpertsCase(T=1, E=128, k=8, masked="some", map=kind, data="exact", dtype=request.dtypes[-1])
         yield ExpertsCase(T=130, E=9, k=4, masked="some", map=kind, data="exact", ints="int32", optional=True)
+    for tokens, experts, top_k in ((5, 4, 2), (33, 16, 4)):  # nothing to do, in other shapes
+        yield ExpertsCase(T=tokens, E=experts, k=top_k, masked="all", data="exact", dtype=request.dtypes[-1])
 
 
 def _layouts(request: Request) -> Iterator[Case]:
@@ -273,6 +282,8 @@ def _memory(request: Request) -> Iterator[Case]:
         yield ExpertsCase(T=33, H=72, I=40, E=16, k=4, dtype=dtype, masked="rows")
         yield ExpertsCase(T=12, H=24, I=16, E=64, k=1, dtype=dtype, map="block")
         yield ExpertsCase(T=80, H=33, I=17, E=6, k=2, dtype=dtype, map="alternate", routing="skewed")
+    for tokens, experts, top_k in ((17, 12, 3), (40, 5, 2)):  # every slot live
+        yield ExpertsCase(T=tokens, H=48, I=24, E=experts, k=top_k, dtype=request.dtypes[0])
 
 
 def _special(request: Request) -> Iterator[Case]:
@@ -286,6 +297,9 @@ def _special(request: Request) -> Iterator[Case]:
             if request.profile != "quick":
                 width, inner = (130, 65) if request.device == "cuda" else (128, 64)
                 yield ExpertsCase(T=130, H=width, I=inner, E=16, k=4, dtype=dtype, data=variant)
+
+
+def _partial_sums(request: Request) -> Iterator[Case]:
     for tokens, experts, top_k in ((17, 6, 2), (5, 8, 2), (40, 16, 3), (9, 7, 4), (33, 60, 4), (21, 128, 8)):
         for dtype in request.dtypes:
             yield ExpertsCase(T=tokens, H=48, I=24, E=experts, k=top_k, dtype=dtype, data="partial_sums")

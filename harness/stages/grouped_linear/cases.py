@@ -6,7 +6,7 @@ from itertools import cycle
 from typing import Any, ClassVar, Self
 
 from moe_harness.harness.core import boundaries as at
-from moe_harness.harness.core.case import Case, tile_steps
+from moe_harness.harness.core.case import Case, in_shapes, tile_steps
 from moe_harness.harness.core.pairwise import pairwise
 from moe_harness.harness.core.request import Request
 
@@ -54,7 +54,9 @@ def plan(request: Request) -> dict[str, list[Case]]:
         "numeric": request.numbered(_numeric(request)),
         "layouts": request.numbered(_layouts(request)),
         "memory": request.numbered(_memory(request)),
-        "special": request.numbered(_special(request)),
+        "special": request.numbered(
+            in_shapes(_special(request), {"S": 70, "K": 32, "E": 5}, {"S": 9, "K": 96, "N": 32, "E": 3})
+        ),
         "laws": request.numbered(_laws(request)),
         "determinism": request.numbered(_memory(request)),
         "batch_invariance": request.numbered(_memory(request)),
@@ -124,6 +126,9 @@ def _turning(request: Request) -> Iterator[Case]:
     for width, rows in zip(at.WIDTHS_BEYOND_4096, (2, 17, 33, 70), strict=True):
         yield GroupedLinearCase(S=rows, K=width, N=8, E=3, data="exact", dtype=next(dtypes))
         yield GroupedLinearCase(S=rows, K=8, N=width, E=3, bias=True, data="exact", dtype=next(dtypes))
+    yield GroupedLinearCase(S=33_001, K=16, N=8, E=3, data="exact", dtype=next(dtypes))
+    for experts in (1, 64):
+        yield GroupedLinearCase(S=0, K=24, N=40, E=experts, data="exact", dtype=next(dtypes))
 
 
 def _of_model(request: Request, shape: Any, **fields: Any) -> Case:
@@ -169,6 +174,8 @@ def _layouts(request: Request) -> Iterator[Case]:
             for layout in dict.fromkeys((f"{operand}:{kind}", f"all:{kind}")):
                 fields: dict[str, Any] = {"S": 29, "K": 24, "N": 16, "E": 4, "bias": True, "data": "exact"} | sizes
                 yield GroupedLinearCase(layout=layout, dtype=request.dtypes[-1], **fields)
+    for rows, width in ((7, 40), (48, 16), (24, 24)):  # results as wide as x
+        yield GroupedLinearCase(S=rows, K=width, N=width, E=3, layout="x:transposed", data="exact")
 
 
 def _memory(request: Request) -> Iterator[Case]:

@@ -6,7 +6,7 @@ from itertools import cycle
 from typing import Any, ClassVar, Self
 
 from moe_harness.harness.core import boundaries as at
-from moe_harness.harness.core.case import Case
+from moe_harness.harness.core.case import Case, in_shapes
 from moe_harness.harness.core.request import Request
 
 FAMILIES = (
@@ -28,6 +28,7 @@ SHAPES: tuple[dict[str, Any], ...] = (
     {"family": "qwen2_moe", "T": 9, "E": 4, "k": 2, "H": 1025, "I": 16},
     {"family": "deepseek_v2", "T": 33, "k": 6, "method": "greedy"},
 )
+MORE_SHAPES = ({"T": 7, "H": 32, "I": 16, "E": 8, "k": 2}, {"T": 19, "H": 96, "E": 32, "k": 6})
 LAWS = ("token_permutation", "batch_split", "row_alone")
 
 
@@ -63,8 +64,10 @@ def plan(request: Request) -> dict[str, list[Case]]:
         "contract": request.numbered(_contract(request)),
         "numeric": request.numbered(_numeric(request)),
         "layouts": request.numbered(_layouts(request)),
-        "memory": request.numbered(_small(request)),
-        "special": request.numbered(_special(request)),
+        "memory": request.numbered(
+            [*_small(request), *(MoeBlockCase(dtype=request.dtypes[0], **shape) for shape in MORE_SHAPES)]
+        ),
+        "special": request.numbered(in_shapes(_special(request), *MORE_SHAPES)),
         "laws": request.numbered(_laws(request)),
         "determinism": request.numbered(_small(request)),
         "batch_invariance": request.numbered(_small(request)),
@@ -125,6 +128,23 @@ def _turning(request: Request) -> Iterator[Case]:
         yield MoeBlockCase(family=family, T=7, k=1, renorm="no", H=40, I=16, shared=32, dtype=next(dtypes))
     for family in ("qwen2_moe", "qwen3_moe", "deepseek_v2"):
         yield MoeBlockCase(family=family, T=7, E=256, k=8, H=32, I=16, shared=16, dtype=next(dtypes))
+    yield from _once_more(request)
+
+
+def _once_more(request: Request) -> Iterator[Case]:
+    """Conditions that one shape above meets, in two others."""
+    for tokens, width in ((3, 32), (40, 48)):
+        small: dict[str, Any] = {"T": tokens, "H": width, "I": 16, "shared": 16}
+        for dtype in request.dtypes:
+            yield MoeBlockCase(family="qwen3_next", renorm="default", optional=True, dtype=dtype, **small)
+        yield MoeBlockCase(E=128, k=8, dtype=request.dtypes[-1], **small)
+        for experts, top_k in ((12, 3), (24, 5)):
+            for renorm in ("yes", "no"):
+                yield MoeBlockCase(family="qwen2_moe", E=experts, k=top_k, renorm=renorm, **small)
+        yield MoeBlockCase(E=6, k=6, **small | {"H": 2 * width})
+    for tokens, width in ((5, 1531), (12, 2047)):  # long sums, and an odd width
+        for dtype in request.dtypes:
+            yield MoeBlockCase(family="qwen2_moe", T=tokens, H=width, I=16, E=5, k=3, shared=16, dtype=dtype)
 
 
 def _layouts(request: Request) -> Iterator[Case]:

@@ -144,6 +144,9 @@ def _numeric(request: Request) -> Iterator[PagedAttentionCase]:
         for row in pairwise(axes, request.seed + 1 + round_):
             query_heads, heads = row.pop("heads")
             yield PagedAttentionCase(Hq=query_heads, Hk=heads, **row)
+    for sequences, length, heads, page in ((1, 600, 2, 16), (3, 777, 1, 8)):  # more blocks than a loop may expect
+        for dtype in (request.dtypes[0], request.dtypes[-1]):
+            yield PagedAttentionCase(S=sequences, length=length, Hq=4 * heads, Hk=heads, D=64, page=page, dtype=dtype)
 
 
 def _layouts(request: Request) -> Iterator[PagedAttentionCase]:
@@ -158,6 +161,11 @@ def _layouts(request: Request) -> Iterator[PagedAttentionCase]:
                     yield PagedAttentionCase(
                         layout=f"{operand}:{kind}", queries=queries, stale=stale, dtype=dtype, **shape
                     )
+    for operand in OPERANDS:
+        for kind in at.LAYOUTS[:5]:
+            for sequences, heads, width in ((2, 4, 32), (7, 3, 20)):
+                shape = {"S": sequences, "length": 21, "Hq": 2 * heads, "Hk": heads, "D": width, "page": 8}
+                yield PagedAttentionCase(layout=f"{operand}:{kind}", dtype=request.dtypes[0], **shape)
 
 
 def _memory(request: Request) -> list[PagedAttentionCase]:
@@ -173,6 +181,8 @@ def _special(request: Request) -> Iterator[PagedAttentionCase]:
             for queries in ("decode", "few"):
                 yield PagedAttentionCase(data=data, queries=queries, dtype=dtype)
             yield PagedAttentionCase(data=data, S=2, length=130, page=16, dtype=dtype)
+    for data in SPECIALS:
+        yield PagedAttentionCase(data=data, S=3, length=70, page=8, Hq=6, Hk=3, D=32, dtype=request.dtypes[0])
 
 
 def _laws(request: Request) -> Iterator[PagedAttentionCase]:

@@ -70,7 +70,7 @@ def plan(request: Request) -> dict[str, list[Case]]:
         "sentinels": numbered(_sentinels(request)),
         "layouts": numbered(_layouts(request)),
         "memory": numbered(_memory(request)),
-        "special": numbered(_special(request)),
+        "special": numbered([*_special(request), *_special_in_shapes(request)]),
         "laws": numbered(_laws(request)),
         "determinism": numbered(_repeats(request)),
         "batch_invariance": numbered(_repeats(request)),
@@ -210,6 +210,15 @@ def _special(request: Request) -> Iterator[Case]:
         if data in OF_CODES:  # where a code's last bit shows
             for format in formats:
                 yield QuantizedCase(T=20, format=format, data=data, dtype=request.dtypes[0], I=256)
+
+
+def _special_in_shapes(request: Request) -> Iterator[Case]:
+    formats = cycle(FORMATS)
+    for data, known in SPECIALS.items():
+        for tokens, inner, experts, top_k in ((33, 128, 4, 3), (7, 256, 12, 2)):
+            for format in known or (next(formats), next(formats), next(formats)):
+                fields: dict[str, Any] = {"T": tokens, "I": inner, "E": experts, "k": top_k}
+                yield QuantizedCase(data=data, format=format, dtype=request.dtypes[-1], **fields)
 
 
 def _laws(request: Request) -> Iterator[Case]:

@@ -73,7 +73,7 @@ def plan(request: Request) -> dict[str, list[Case]]:
         "layouts": request.numbered(_layouts(request)),
         "memory": request.numbered(_memory(request)),
         "laws": request.numbered(_laws(request)),
-        "determinism": request.numbered([*_memory(request), RouterCase(T=21, E=60, k=4, data="ties")]),
+        "determinism": request.numbered([*_memory(request), *_ties()]),
         "batch_invariance": request.numbered(_memory(request)),
         "leak": request.numbered([RouterCase(T=2048, E=64, k=8, dtype=request.dtypes[0])]),
         **request.on_cuda(_cuda_cases(request)),
@@ -185,6 +185,10 @@ def _special(request: Request) -> Iterator[Case]:
                 yield RouterCase(T=12, E=60, k=4, data=data, scoring=scoring, dtype=dtype)
             yield RouterCase(T=9, E=64, k=8, data=data, scoring=scoring, bias="small", groups="8x4")
             yield RouterCase(T=9, E=6, k=6, data=data, scoring=scoring, renorm=False)
+    for data in SPECIALS:
+        for scoring in ("softmax", "sigmoid"):
+            for tokens, experts, top_k in ((5, 32, 3), (33, 128, 8)):
+                yield RouterCase(T=tokens, E=experts, k=top_k, data=data, scoring=scoring, dtype=request.dtypes[0])
 
 
 def _layouts(request: Request) -> Iterator[Case]:
@@ -205,12 +209,19 @@ def _layouts(request: Request) -> Iterator[Case]:
         for bias in ("small", "negative"):
             fields: dict[str, Any] = {"bias": bias, "scoring": "sigmoid", "layout": f"correction_bias:{kind}"}
             yield RouterCase(T=19, E=24, k=3, **fields)
+    for kind in at.LAYOUTS[:5]:
+        yield RouterCase(T=7, E=60, k=4, layout=f"router_logits:{kind}")
 
 
 def _memory(request: Request) -> Iterator[Case]:
     for dtype in request.dtypes:
         yield RouterCase(T=21, E=60, k=4, dtype=dtype)
         yield RouterCase(T=21, E=64, k=6, dtype=dtype, scoring="sigmoid", bias="small", groups="8x4", scale=2.5)
+
+
+def _ties() -> Iterator[Case]:
+    for tokens, experts, top_k in ((21, 60, 4), (9, 16, 2), (40, 128, 8)):
+        yield RouterCase(T=tokens, E=experts, k=top_k, data="ties")
 
 
 def _laws(request: Request) -> Iterator[Case]:

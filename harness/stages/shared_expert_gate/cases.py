@@ -6,7 +6,7 @@ from math import prod
 from typing import ClassVar, Self
 
 from moe_harness.harness.core import boundaries as at
-from moe_harness.harness.core.case import Case
+from moe_harness.harness.core.case import Case, in_shapes
 from moe_harness.harness.core.pairwise import pairwise
 from moe_harness.harness.core.request import Request
 
@@ -47,7 +47,9 @@ def plan(request: Request) -> dict[str, list[Case]]:
         "numeric": request.numbered(_numeric(request)),
         "layouts": request.numbered(_layouts(request)),
         "memory": request.numbered(_memory(request)),
-        "special": request.numbered(_special(request)),
+        "special": request.numbered(
+            in_shapes(_special(request), {"lead": "2x9", "H": 96, "D": 24}, {"lead": "33", "H": 32, "D": 64})
+        ),
         "laws": request.numbered(_laws(request)),
         "determinism": request.numbered(_memory(request)),
         "batch_invariance": request.numbered(_memory(request)),
@@ -89,6 +91,8 @@ def _exact(request: Request) -> Iterator[Case]:
         dtype = request.dtypes[place % len(request.dtypes)]
         yield GateCase(lead="33", H=width, D=16, data="exact", dtype=dtype)
         yield GateCase(lead="17", H=16, D=width, data="exact", dtype=dtype)
+    for lead in ("33001", "5x8003"):
+        yield GateCase(lead=lead, H=8, D=16, data="exact", dtype=request.dtypes[0])
 
 
 def _numeric(request: Request) -> Iterator[Case]:
