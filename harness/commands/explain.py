@@ -13,6 +13,7 @@ import typer
 from moe_harness.harness.commands import options
 from moe_harness.harness.core import contracts, registry
 from moe_harness.harness.core.errors import unknown
+from moe_harness.harness.core.folders import needed_part
 from moe_harness.harness.core.ranked_stage import plan_over_ranks
 
 SOURCE_LINES = 12  # of a fault's code
@@ -86,24 +87,16 @@ def _rounding(name: str, told: dict[str, str]) -> Lines:
         yield "stored", told["question"]
     yield from ((f"in {stage}", words) for stage, words in told.items() if stage != "question")
     yield "bound", "its variance, ulp^2 / 12 of each value stored, is part of sigma where it is permitted"
-    asked_for = _only_declared(name)
-    yield (
-        "declared",
-        f"kernel.rounds = ({name!r}, ...); "
-        + (
-            f"accepted only where it is declared{asked_for}"
-            if asked_for is not None
-            else "permitted with none declared"
-        ),
-    )
+    yield "declared", f"kernel.rounds = ({name!r}, ...); {_accepted(name)}"
 
 
-def _only_declared(name: str) -> str | None:
-    """Of which stage a rounding has to be declared to be accepted, in words; None where it is permitted anyway."""
-    if name in contracts.DECLARED_ROUNDINGS[len(contracts.ROUNDINGS) :]:
-        return ""
+def _accepted(name: str) -> str:
+    """Whether a rounding has to be declared, and of which stage."""
     stages = [s for s in contracts.STAGES if name in getattr(needed_part(s, "contract"), "DECLARED_ONLY", ())]
-    return f", in {', '.join(stages)}" if stages else None
+    if stages:
+        return f"accepted only where it is declared, in {', '.join(stages)}"
+    anyway = name not in contracts.DECLARED_ROUNDINGS[len(contracts.ROUNDINGS) :]
+    return "permitted with none declared" if anyway else "accepted only where it is declared"
 
 
 def _stage(name: str) -> Lines:

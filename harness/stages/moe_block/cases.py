@@ -28,7 +28,10 @@ SHAPES: tuple[dict[str, Any], ...] = (
     {"family": "qwen2_moe", "T": 9, "E": 4, "k": 2, "H": 1025, "I": 16},
     {"family": "deepseek_v2", "T": 33, "k": 6, "method": "greedy"},
 )
-MORE_SHAPES = ({"T": 7, "H": 32, "I": 16, "E": 8, "k": 2}, {"T": 19, "H": 96, "E": 32, "k": 6})
+MORE_SHAPES: tuple[dict[str, Any], ...] = (
+    {"T": 7, "H": 32, "I": 16, "E": 8, "k": 2},
+    {"T": 19, "H": 96, "E": 32, "k": 6},
+)
 LAWS = ("token_permutation", "batch_split", "row_alone")
 
 
