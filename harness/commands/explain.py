@@ -62,7 +62,9 @@ def _check(name: str, told: dict[str, str]) -> Lines:
 
 
 def _checks(stage: str) -> list[str]:
-    return options.known_checks(stage, _request())
+    """On one device and over ranks."""
+    ranked = options.known_checks(stage, _request(), over_ranks=True) if stage in contracts.OVER_RANKS else []
+    return list(dict.fromkeys([*options.known_checks(stage, _request()), *ranked]))
 
 
 def _unwritten(name: str) -> Lines:
