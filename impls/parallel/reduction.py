@@ -9,6 +9,7 @@
 partial + replicated would count the replicated part once per rank; reducing what is complete multiplies it.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from moe_harness.impls.dispatchers.collectives import scatter_sum
 
-__all__ = ["reduction"]
+__all__ = ["reduction", "symmetric"]
 
 Group = Any  # a ProcessGroup; None where nothing is partial, or for the world
 
@@ -71,3 +72,37 @@ def _reduced(value: Tensor, state: str, group: Group, rows: Sequence[int] | None
     if state == PARTIAL:
         dist.all_reduce(own, group=group)
     return own
+
+
+def symmetric(
+    routed: Tensor,
+    shared: Tensor | None,
+    group: Group,
+    *,
+    routed_state: str,
+    shared_state: str | None = None,
+    rows: Sequence[int] | None = None,
+) -> Tensor:
+    """As `reduction`, partial sums of all rows through symmetric memory where they fit; a replicated part goes along.
+
+    Raises:
+        NotImplementedError: on every rank, where the group is not on GPUs, or Triton is missing.
+        ValueError: as `reduction`.
+    """
+    through = _through(group, routed.device)
+    fits = routed_state == PARTIAL and rows is None and shared_state != COMPLETE and through.fits(routed)
+    if not fits:
+        return reduction(routed, shared, group, routed_state=routed_state, shared_state=shared_state, rows=rows)
+    if shared is not None and shared_state == PARTIAL:
+        routed, shared = routed + shared, None
+    return through(routed, residual=shared)[1]
+
+
+@functools.cache
+def _through(group: Group, device: Any) -> Any:
+    """One workspace for all layers of a group."""
+    from moe_harness.impls.parallel.symmetric import SumNorm, available
+
+    if not available(group):
+        raise NotImplementedError("symmetric memory joins GPUs over nccl, by kernels of Triton")
+    return SumNorm(group, device)
