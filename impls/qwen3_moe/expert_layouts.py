@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moe_harness.impls.parallel.reduction import COMPLETE, PARTIAL, reduction
 from moe_harness.impls.qwen3_moe.placement import Placement
-from moe_harness.impls.qwen3_moe.ranks import Ranks, share
+from moe_harness.impls.qwen3_moe.ranks import Ranks, Unsummed, share
 
 REGISTRY = "moe_harness.impls.dispatchers.dispatcher"
 REPLICATED = "local_allreduce"  # the scheme that needs the same tokens on all ranks
@@ -33,8 +33,10 @@ class Block(Protocol):
 
     def shared(self, name: str, x: Tensor) -> Tensor | None: ...
 
+    def reduced(self, partial: Tensor) -> Tensor | Unsummed: ...
 
-ExpertLayout = Callable[[Block, str, Tensor, Tensor | None], Tensor]
+
+ExpertLayout = Callable[[Block, str, Tensor, Tensor | None], Tensor | Unsummed]
 
 
 def alone(block: Block, name: str, x: Tensor, pads: Tensor | None) -> Tensor:
@@ -53,15 +55,15 @@ class Summed:
     def __init__(self, ranks: Ranks, dispatcher: Any = None, local: Tensor | None = None):
         self.ranks, self.dispatcher, self.local = ranks, dispatcher, local
 
-    def __call__(self, block: Block, name: str, x: Tensor, pads: Tensor | None) -> Tensor:
+    def __call__(self, block: Block, name: str, x: Tensor, pads: Tensor | None) -> Tensor | Unsummed:
         weights, ids = block.route(name, x, pads)
         if self.dispatcher is None:
             ids = ids if self.local is None else self.local[ids.long()].to(ids.dtype)
-            return self.ranks.reduced(_sum(block.routed(name, x, weights, ids), block.shared(name, x)))
+            return block.reduced(_sum(block.routed(name, x, weights, ids), block.shared(name, x)))
         d = self.dispatcher.dispatch(x, weights, ids)
         # Rows are the tokens themselves, so that the shared expert's part goes into the same sum.
         out = _sum(block.routed(name, d.hidden_states, d.topk_weights, d.topk_ids), block.shared(name, x))
-        return self.dispatcher.combine(out, d)
+        return block.reduced(out) if self.ranks.sums_in_the_norm(out) else self.dispatcher.combine(out, d)
 
 
 class Exchanged:

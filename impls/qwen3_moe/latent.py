@@ -22,6 +22,7 @@ from moe_harness.impls.qwen3_moe.pieces import Cut, Piece
 
 if TYPE_CHECKING:
     from moe_harness.impls.qwen3_moe.network import Flat, Network
+    from moe_harness.impls.qwen3_moe.ranks import Unsummed
     from moe_harness.impls.qwen3_moe.weights import Layout
 
 EPS = 1e-6  # of the norms in here, whatever rms_norm_eps says
@@ -72,7 +73,7 @@ class LatentAttention:
         self.sizes, self.scale = sizes, sizes.query**-0.5 * sizes.angles.sharpness
         self.turns = sizes.angles.table(network.config.max_positions, wide, weight.device)
 
-    def __call__(self, name: str, x: Tensor, flat: Flat, cache: Tensor) -> Tensor:
+    def __call__(self, name: str, x: Tensor, flat: Flat, cache: Tensor) -> Tensor | Unsummed:
         """[T, H] -> [T, H], without the residual; writes the tokens' rows into cache [P, page, 1, R + D_rope]."""
         network, sizes = self.network, self.sizes
         q, latent, k_rope = self._projected(name, x)

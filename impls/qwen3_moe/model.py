@@ -17,9 +17,9 @@ from moe_harness.impls.qwen3_moe.expert_layouts import REPLICATED, ExpertLayout,
 from moe_harness.impls.qwen3_moe.kernels import Kernels
 from moe_harness.impls.qwen3_moe.loader import load
 from moe_harness.impls.qwen3_moe.lockstep import LockstepEngine
-from moe_harness.impls.qwen3_moe.network import BySlot, Cache, Flat, Network, cache_shape
+from moe_harness.impls.qwen3_moe.network import Cache, Flat, Network, Output, cache_shape
 from moe_harness.impls.qwen3_moe.pages import Pages
-from moe_harness.impls.qwen3_moe.ranks import Ranks, share
+from moe_harness.impls.qwen3_moe.ranks import Ranks, SumNorm, share
 from moe_harness.impls.qwen3_moe.runner import Runner
 from moe_harness.impls.qwen3_moe.sequence import Request
 from moe_harness.impls.qwen3_moe.weights import Layout
@@ -43,6 +43,8 @@ class Options:
         prefixes: whether computed prefixes are kept for later requests.
         graphs: whether decoding steps run as CUDA graphs, on a GPU and with kernels that can be captured.
         kernels: "triton", "torch"; None: Triton's on a GPU.
+        symmetric: whether GPUs of one host sum over ranks through symmetric memory, with the norm behind each sum in
+            the same launch; otherwise by NCCL.
     """
 
     max_sequences: int = 256
@@ -54,6 +56,7 @@ class Options:
     prefixes: bool = True
     graphs: bool = True
     kernels: str | None = None
+    symmetric: bool = False  # its kernel has run under the interpreter only
 
 
 DISABLED = "disabled"
@@ -175,8 +178,7 @@ class Model:
         flat, cache = self._alone(*hidden_states.shape[:2])
         rows = hidden_states.to(self.device, self.dtype).flatten(0, 1)
         output, stream = self.network.layer(i, rows, None, flat, cache.keys[i], cache.values[i])
-        assert isinstance(output, Tensor)  # a whole sequence is no decoding step
-        return (output + stream).view_as(hidden_states)
+        return (self.network.finished(output) + stream).view_as(hidden_states)
 
     @torch.inference_mode()
     def half(self, i: int, name: str, hidden_states: Tensor) -> Tensor:
@@ -192,13 +194,12 @@ class Model:
         )
         if name == "attention":
             x = network.norm(f"{layer}.input_layernorm.weight", rows)[0]
-            output: Tensor | BySlot = network.attention(f"{layer}.self_attn", x, flat, cache.keys[i], cache.values[i])
+            output: Output = network.attention(f"{layer}.self_attn", x, flat, cache.keys[i], cache.values[i])
         else:
             x = network.norm(f"{layer}.post_attention_layernorm.weight", rows)[0]
             mlp = network.sparse if i in self.config.sparse_layers else network.dense
             output = mlp(f"{layer}.mlp", x, flat)
-        assert isinstance(output, Tensor)
-        return (rows + output).view_as(hidden_states)
+        return (rows + network.finished(output)).view_as(hidden_states)
 
     def _alone(self, batch: int, length: int) -> tuple[Flat, Cache]:
         """A batch of `batch` whole sequences, and a cache for one layer at a time."""
@@ -291,6 +292,8 @@ def load_model(
         placed = {}  # a dense model has no experts to place
     layout = Layout(config, *((group.rank(), group.size()) if spread else (0, 1)), **placed)
     ranks = Ranks(group, place) if spread else None
+    if ranks is not None and chosen.symmetric:
+        ranks.sum_norm = symmetric_sums(group, place)
     experts = expert_layout(layout.placement, config.num_experts, dispatcher, ranks)
     parameters = layout.empty(found, place)
     load(folder, layout, parameters, progress)
@@ -299,6 +302,21 @@ def load_model(
         dispatcher.removeprefix("dispatchers:") if layout.placement.expert_parallel else DISABLED
     )
     return model
+
+
+def symmetric_sums(group: Any, device: torch.device) -> SumNorm:
+    """What sums over the ranks of a group through symmetric memory.
+
+    Raises:
+        NotImplementedError: on every rank, where the group is not on GPUs or Triton is missing.
+    """
+    from moe_harness.impls.parallel import symmetric
+
+    if not symmetric.available(group):
+        raise NotImplementedError(
+            "symmetric=True joins GPUs over nccl by kernels of Triton, wanted symmetric=False here"
+        )
+    return symmetric.SumNorm(group, device)
 
 
 PLACED = ("expert_shards", "copies", "data_parallel")

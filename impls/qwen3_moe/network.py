@@ -16,7 +16,7 @@ from torch import Tensor
 from moe_harness.impls.qwen3_moe.expert_layouts import ExpertLayout, alone
 from moe_harness.impls.qwen3_moe.kernels import Kernels
 from moe_harness.impls.qwen3_moe.latent import LatentAttention
-from moe_harness.impls.qwen3_moe.ranks import Ranks
+from moe_harness.impls.qwen3_moe.ranks import Ranks, Unsummed
 from moe_harness.impls.qwen3_moe.weights import Layout
 from moe_harness.impls.torch.sampler import inverse_of
 
@@ -87,6 +87,9 @@ class BySlot:
     ids: Tensor
 
 
+Output = Tensor | BySlot | Unsummed  # of half a layer, [T, H]
+
+
 class Network:
     """The layers of one rank.
 
@@ -107,11 +110,20 @@ class Network:
         self.head = parameters["model.embed_tokens.weight" if layout.config.tied else "lm_head.weight"]
         self.latent = LatentAttention(self) if layout.config.latent else None
 
-    def reduced(self, partial: Tensor) -> Tensor:
-        """The sum of all ranks' partial results; one rank's is whole."""
-        return partial if self.ranks is None else self.ranks.reduced(partial)
+    def reduced(self, partial: Tensor) -> Tensor | Unsummed:
+        """The sum of all ranks' partial results, or what the next norm makes it of; one rank's is whole."""
+        if self.ranks is None:
+            return partial
+        return Unsummed(partial) if self.ranks.sums_in_the_norm(partial) else self.ranks.reduced(partial)
 
-    def embed(self, ids: Tensor) -> Tensor:
+    def finished(self, output: Output) -> Tensor:
+        """`output` where no norm is behind it."""
+        if isinstance(output, Tensor):
+            return output
+        assert isinstance(output, Unsummed) and self.ranks is not None  # a whole sequence is no decoding step
+        return self.ranks.reduced(output.part)
+
+    def embed(self, ids: Tensor) -> Tensor | Unsummed:
         """[T] -> [T, H]; each rank knows the tokens of its own shard."""
         rows, own = self.p["model.embed_tokens.weight"], self.layout.vocabulary
         if self.ranks is None:
@@ -122,16 +134,17 @@ class Network:
 
     def __call__(self, ids: Tensor, flat: Flat, cache: Cache, rows: Tensor | None = None) -> Tensor:
         """Logits [T, V] of ids [T], or [R, V] of the chosen rows int [R] alone; V is the rank's share of tokens."""
-        output: Tensor | BySlot = self.embed(ids)
+        output: Output = self.embed(ids)
         stream: Tensor | None = None
         for i in range(self.config.layers):
             output, stream = self.layer(i, output, stream, flat, cache.keys[i], cache.values[i])
         return self.logits(output, stream, rows)
 
-    def logits(self, output: Tensor | BySlot, stream: Tensor | None, rows: Tensor | None = None) -> Tensor:
+    def logits(self, output: Output, stream: Tensor | None, rows: Tensor | None = None) -> Tensor:
         """The last norm and the head of the sum of both, [T, H] -> [T or R, V]."""
-        if rows is not None and isinstance(output, Tensor):  # all rows of what is still by slot
-            output, stream = output[rows], None if stream is None else stream[rows]
+        if rows is not None and not isinstance(output, BySlot):  # all rows of what is still by slot
+            output = output[rows] if isinstance(output, Tensor) else Unsummed(output.part[rows])
+            stream = None if stream is None else stream[rows]
         x, _ = self.norm("model.norm.weight", output, stream)
         return F.linear(x, self.head)
 
@@ -155,8 +168,8 @@ class Network:
         return self.ranks.winner(*candidates, inverse_of(given["temperature"], torch.float64), plan)
 
     def layer(
-        self, i: int, output: Tensor | BySlot, stream: Tensor | None, flat: Flat, keys: Tensor, values: Tensor
-    ) -> tuple[Tensor | BySlot, Tensor]:
+        self, i: int, output: Output, stream: Tensor | None, flat: Flat, keys: Tensor, values: Tensor
+    ) -> tuple[Output, Tensor]:
         """Layer i on the stream output + stream, both [T, H]: the mlp's output and the stream it belongs to."""
         name = f"model.layers.{i}"
         x, stream = self.norm(f"{name}.input_layernorm.weight", output, stream)
@@ -165,7 +178,7 @@ class Network:
         mlp = self.sparse if i in self.config.sparse_layers else self.dense
         return mlp(f"{name}.mlp", x, flat), stream
 
-    def attention(self, name: str, x: Tensor, flat: Flat, keys: Tensor, values: Tensor) -> Tensor:
+    def attention(self, name: str, x: Tensor, flat: Flat, keys: Tensor, values: Tensor) -> Output:
         """[T, H] -> [T, H], without the residual."""
         if self.latent is not None:
             return self.latent(name, x, flat, keys)
@@ -196,7 +209,7 @@ class Network:
         decoded = attend(q[:first], flat.tables[:first], flat.query_start[: first + 1], flat.context[:first])
         return torch.cat((decoded, attend(q[first:], flat.tables[first:], flat.rest_start, flat.context[first:])))
 
-    def sparse(self, name: str, x: Tensor, flat: Flat) -> Tensor | BySlot:
+    def sparse(self, name: str, x: Tensor, flat: Flat) -> Output:
         """Router, experts, and the shared expert where there is one: [T, H] -> [T, H]."""
         if (
             flat.padded
@@ -240,7 +253,7 @@ class Network:
             out = torch.sigmoid(F.linear(x, self.p[f"{name}.shared_expert_gate.weight"])) * out
         return out
 
-    def dense(self, name: str, x: Tensor, flat: Flat) -> Tensor:
+    def dense(self, name: str, x: Tensor, flat: Flat) -> Output:
         """The mlp of a layer without experts: [T, H] -> [T, H]."""
         return self.reduced(self._gated(name, x))
 
@@ -249,13 +262,16 @@ class Network:
         act = F.silu(gate) if self.config.activation == "silu" else F.gelu(gate, approximate="tanh")
         return F.linear(act * up, self.p[f"{name}.down_proj.weight"])
 
-    def norm(self, name: str, x: Tensor | BySlot, stream: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def norm(self, name: str, x: Output, stream: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The norm of x + stream, and that sum."""
         if isinstance(x, BySlot):
             assert stream is not None and self.kernels.joined is not None
             return self.kernels.joined.sum_norm(
                 x.rows, x.weights, x.ids, stream, self.p[name], num_experts=self.config.num_experts, eps=self.config.eps
             )
+        if isinstance(x, Unsummed):
+            assert self.ranks is not None and self.ranks.sum_norm is not None
+            return self.ranks.sum_norm(x.part, self.p[name], eps=self.config.eps, residual=stream)
         if stream is None:
             return self.kernels.rms_norm(x, self.p[name], eps=self.config.eps), x
         return self.kernels.rms_norm(x, self.p[name], eps=self.config.eps, residual=stream)

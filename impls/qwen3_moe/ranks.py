@@ -13,8 +13,9 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -37,8 +38,31 @@ class RankLost(RuntimeError):
     """A rank has ended while others wait for it."""
 
 
+@dataclass(frozen=True)
+class Unsummed:
+    """This rank's part [T, H] of a sum over ranks that the norm behind it makes, in the same launch."""
+
+    part: Tensor
+
+
+class SumNorm(Protocol):
+    """`impls.parallel.symmetric.SumNorm`."""
+
+    def fits(self, part: Tensor) -> bool: ...
+
+    def __call__(
+        self, part: Tensor, weight: Tensor | None = None, *, eps: float = 0.0, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
+
+
 class Ranks:
-    """This rank among those of `group`.  A collective."""
+    """This rank among those of `group`.  A collective.
+
+    Attributes:
+        sum_norm: makes sums through symmetric memory, with the norm behind them; None: they are the group's all_reduce.
+    """
+
+    sum_norm: SumNorm | None = None
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
         self.group, self.device = group, device
@@ -51,6 +75,10 @@ class Ranks:
     def reduced(self, partial: Tensor) -> Tensor:
         """The sum over ranks, the same bits on each: every router after it chooses alike."""
         return reduction(partial, None, self.group, routed_state=PARTIAL)
+
+    def sums_in_the_norm(self, partial: Tensor) -> bool:
+        """Whether the norm behind a partial result sums it; the same on every rank."""
+        return self.sum_norm is not None and self.sum_norm.fits(partial)
 
     def columns(self, own: Tensor, widths: Sequence[int]) -> Tensor:
         """All columns of a matrix of which each rank has the next ones: own [T, widths[rank]] -> [T, sum]."""

@@ -43,6 +43,16 @@ def test_a_mistake_is_failed_with_its_cause(name: str) -> None:
     assert words in told, findings[0]
 
 
+@pytest.mark.parametrize("shared", ["", "ep=1,"])
+def test_sums_in_symmetric_memory_are_right_and_leave_no_other(shared: str) -> None:
+    pytest.importorskip("triton")
+    loader = FILE.with_name("symmetric_sums.py")
+    verdict = judge.judge(f"{loader}:load_model", f"model/over_ranks/variant=logits,B=1,L=5,R=2,{shared}seed=0")
+    assert verdict.passed, verdict.findings or verdict.unsupported
+    calls = [call.op for call in verdict.traces[0]]
+    assert "all_reduce" not in calls and "all_gather" in " ".join(calls)
+
+
 def test_what_supports_half_of_it_is_told_so() -> None:
     """Cut experts alone pass, one device alone is unsupported."""
     cut = tuple(SAID[name][0].replace("ep=1,", "") for name in ("seeds_by_rank", "head_not_gathered"))
