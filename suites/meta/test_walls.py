@@ -10,7 +10,8 @@ from moe_harness.suites.imports import FILES, KNOWS, ROOT, TREES, imports, reach
 FINDER = "moe_harness.harness.core.registry"  # the one module that names the package of implementations
 # Folders whose tests are of an implementation's own inside, or time several: they import it.  All others name a spec.
 OF_IMPLEMENTATIONS = {"triton", "model", "performance", "accuracy"}
-ALLOWED = {"suites/dispatcher/interpreted.py"}  # puts an implementation's kernels under the interpreter, in the ranks
+# These put an implementation's kernels under the interpreter, in the ranks.
+ALLOWED = {"suites/dispatcher/interpreted.py", "suites/reduction/interpreted.py"}
 
 
 @pytest.mark.parametrize(
