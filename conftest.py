@@ -21,6 +21,11 @@ REPORTS = pytest.StashKey[list[pytest.TestReport]]()
 LEDGER = pytest.StashKey[OutcomeLog]()
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """-n auto: half as many workers again as processors, since tests over ranks wait for each other, not for a core."""
+    return 3 * len(os.sched_getaffinity(0)) // 2
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """--ledger FILE; `python -m moe_harness.suites.outcome_log FILE` then tells what is missing."""
     parser.addoption("--ledger", type=Path, help="write each test's outcome here as it comes")

@@ -59,10 +59,10 @@ def programs_at_once(device: torch.device) -> int:
 def early_start(device: torch.device) -> bool:
     """Whether a kernel may be launched before the one it depends on has ended (programmatic dependent launch).
 
-    Every kernel that does waits before it reads or writes what the kernel before it touches.  The first kernel of a call
-    waits before everything else, and only then lets the next one start: so all that was in the stream before the call
-    has ended when the second kernel begins, which may read the operands of the call at once.  (With the two the other
-    way round, a decoding step's second product read ids that the router was still writing.)
+    Every kernel that does waits before it reads or writes what the kernel before it touches.  The first kernel of a
+    call waits before everything else, and only then lets the next one start: so all that was in the stream before the
+    call has ended when the second kernel begins, which may read the operands of the call at once.  (With the two the
+    other way round, a decoding step's second product read ids that the router was still writing.)
     """
     return device.type == "cuda" and not interpreting() and torch.cuda.get_device_capability(device)[0] >= 9
 
