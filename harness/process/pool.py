@@ -33,6 +33,14 @@ COMPILERS = re.compile(r"triton/(compiler/|backends/\w+/compiler)|torch/(_induct
 DEATHS = 3  # crashes and hangs after which the kill matrix judges a fault no further; a run goes by `Deaths`
 
 
+def waited_for_processor(pid: int | None) -> float:
+    """Seconds that the main thread of a process was ready to run while others did; 0 where the kernel does not say."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) * 1e-9
+    except (OSError, IndexError, ValueError):
+        return 0.0
+
+
 class Worker:
     """One judging process."""
 
@@ -50,13 +58,25 @@ class Worker:
         self.current: str | None = None
         self.history: list[str] = []
         self.compiling_since: float | None = None
-        self.deadline = time.monotonic() + START_BUDGET
+        self.allow(START_BUDGET)
 
     def give(self, case_id: str, budget: float) -> None:
         self.current = case_id
         self.history.append(case_id)
-        self.deadline = time.monotonic() + budget
+        self.allow(budget)
         self.connection.send(("judge", case_id))
+
+    def allow(self, seconds: float) -> None:
+        """From now on the process has so many seconds, those not counted in which it waits for a processor."""
+        self.deadline, self.waited = time.monotonic() + seconds, waited_for_processor(self.process.pid)
+
+    def is_late(self) -> bool:
+        """Whether its time is over."""
+        if time.monotonic() <= self.deadline:
+            return False
+        before, self.waited = self.waited, waited_for_processor(self.process.pid)
+        self.deadline += self.waited - before
+        return time.monotonic() > self.deadline
 
     def memory(self) -> int:
         """Resident bytes."""
@@ -239,7 +259,7 @@ class Pool:
                 return answer
         except (EOFError, OSError):
             return self._bury(worker, f"the process was {_ended(worker)}", replace)
-        if time.monotonic() > worker.deadline:
+        if worker.is_late():
             worker.tell_where()
             if self._may_compile(worker):
                 return None
@@ -257,7 +277,7 @@ class Pool:
         now = time.monotonic()
         if not worker.is_compiling():
             over, worker.compiling_since = worker.compiling_since is not None, None
-            worker.deadline = now + self._budget_now()
+            worker.allow(self._budget_now())
             return over
         if worker.compiling_since is None:
             worker.compiling_since = now

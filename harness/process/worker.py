@@ -134,6 +134,8 @@ def _loaded(connection: Connection, stage: str, spec: str, device: str) -> Trial
             subject = load(stage, spec)
         if device not in subject.declared.devices:
             raise _other_device(spec, device, subject.declared.devices)
+        if device == "cuda":
+            torch.zeros(1, device=device)  # a context takes seconds, which belong to no case
         interpreted = os.environ.get("TRITON_INTERPRET") == "1" and "triton" in sys.modules
         connection.send({"declared": subject.declared.as_dict(), "versions": versions(), "interpreted": interpreted})
         return Trial(subject, device)

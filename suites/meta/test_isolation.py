@@ -9,6 +9,7 @@ import pytest
 
 from moe_harness.harness.core.invocation import Broken, _check_entries
 from moe_harness.harness.core.request import Request
+from moe_harness.harness.process import pool as pool_module
 from moe_harness.harness.process.pool import Pool, prepare
 from moe_harness.harness.run.session import RunOptions, judge
 
@@ -185,3 +186,15 @@ def test_a_case_that_is_being_compiled_is_no_hang(tmp_path):
             verdicts[folder] = pool.judge_one("shared_expert_gate/contract/lead=5")
     assert verdicts["torch/_inductor"]["status"] == "passed", verdicts
     assert verdicts["kernels"]["status"] == "died" and "hangs" in verdicts["kernels"]["reason"]
+
+
+def test_waiting_for_a_processor_is_no_hang(tmp_path, monkeypatch):
+    """The same pause is a hang, and none where the process was ready to run all the while."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    statuses = []
+    for waited in (lambda pid: 0.0, lambda pid: time.monotonic()):
+        monkeypatch.setattr(pool_module, "waited_for_processor", waited)
+        with Pool("shared_expert_gate", f"{tmp_path / 'slow.py'}:gate", "cpu", 1, budget=1.0) as pool:
+            pool.start()
+            statuses.append(pool.judge_one("shared_expert_gate/contract/lead=5")["status"])
+    assert statuses == ["died", "passed"]
