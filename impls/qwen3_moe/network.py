@@ -18,6 +18,7 @@ from moe_harness.impls.qwen3_moe.kernels import Kernels
 from moe_harness.impls.qwen3_moe.latent import LatentAttention
 from moe_harness.impls.qwen3_moe.ranks import Ranks, Unsummed
 from moe_harness.impls.qwen3_moe.weights import Layout
+from moe_harness.impls.torch.cut import kept
 from moe_harness.impls.torch.sampler import inverse_of
 
 
@@ -156,16 +157,26 @@ class Network:
         return self.ranks.columns(logits, shares)
 
     def sample(self, logits: Tensor, given: dict[str, Tensor], cuts: dict[str, Tensor], plan: Tensor) -> Tensor:
-        """Tokens [R] of the logits of this rank's shard; only of rows that are cut are all logits brought together.
+        """Tokens [R] of the logits of this rank's shard; no row is ever brought together.
 
         Args:
             given: temperature, seeds and positions of the stage `sampler`; `cuts`: top_k and top_p, or nothing.
             plan: the step's fingerprint, int64 [1].
         """
-        if self.ranks is None or cuts:
-            return self.kernels.sampler(self.whole(logits), **given, **cuts)
+        if self.ranks is None:
+            return self.kernels.sampler(logits, **given, **cuts)
+        if cuts:
+            logits = logits.masked_fill(~self._kept(logits, given["temperature"], **cuts), -torch.inf)
         candidates = self.kernels.best_in_shard(logits, **given, first=self.layout.vocabulary.start)
         return self.ranks.winner(*candidates, inverse_of(given["temperature"], torch.float64), plan)
+
+    def _kept(self, logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+        """Which tokens of this rank's shard the cuts leave, bool [R, V]."""
+        assert self.ranks is not None
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        top = self.ranks.largest(wide.amax(1))
+        scores = (wide - top[:, None]) * inverse_of(temperature, wide.dtype)[:, None]
+        return kept(scores, top_k, top_p, self.config.vocab_size, self.ranks)
 
     def layer(
         self, i: int, output: Output, stream: Tensor | None, flat: Flat, keys: Tensor, values: Tensor

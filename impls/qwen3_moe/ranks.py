@@ -89,6 +89,24 @@ class Ranks:
         """All rows of a matrix of which each rank has the next ones: own [counts[rank], H] -> [sum, H]."""
         return gather_rows(own, counts, self.group)
 
+    def total(self, numbers: Tensor) -> Tensor:
+        """int64 [...], the sum over the ranks' shards of the vocabulary (`impls.torch.cut.Shards`)."""
+        found = numbers.clone()
+        dist.all_reduce(found, group=self.group)
+        return found
+
+    def before(self, numbers: Tensor) -> Tensor:
+        """int64 [B], the sum over the shards of the ranks before this one."""
+        gathered = numbers.new_empty(self.size * len(numbers))
+        all_gather(gathered, numbers.contiguous(), self.group)
+        return gathered.view(self.size, -1)[: self.rank].sum(0)
+
+    def largest(self, values: Tensor) -> Tensor:
+        """[B], the largest of the ranks'."""
+        found = values.clone()
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group)
+        return found
+
     def winner(self, tops: Tensor, scores: Tensor, tokens: Tensor, inverse: Tensor, plan: Tensor) -> Tensor:
         """The token [B] with the best score over all shards.
 

@@ -8,6 +8,8 @@ has the same random numbers (the Triton kernel has) draws the same token.
 import torch
 from torch import Tensor
 
+from moe_harness.impls.torch.cut import Whole, kept
+
 __all__ = ["sampler"]
 
 WORD = 0xFFFF_FFFF
@@ -34,7 +36,7 @@ def sampler(
     scores = (wide - wide.amax(1, keepdim=True)) * inverse_of(temperature, wide.dtype)[:, None]
     noisy = scores + gumbel(seeds, positions, logits.shape[1])
     if top_k is not None or top_p is not None:
-        noisy = noisy.masked_fill(~_kept(scores, top_k, top_p), -torch.inf)
+        noisy = noisy.masked_fill(~kept(scores, top_k, top_p, logits.shape[1], Whole()), -torch.inf)
     return torch.where(warm, noisy.argmax(1), greedy)
 
 
@@ -95,21 +97,6 @@ def random_bits(seeds: Tensor, positions: Tensor, count: int, first: int = 0) ->
         a, b, c, d = (two >> 32) & WORD ^ b ^ low, two & WORD, (one >> 32) & WORD ^ d ^ high, one & WORD
         low, high = low + 0x9E3779B9 & WORD, high + 0xBB67AE85 & WORD
     return torch.stack([a, b, c, d], dim=2).flatten(1)[:, :count]
-
-
-def _kept(scores: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Tensor:
-    """Which tokens of scores [B, V] the cuts leave, bool [B, V]."""
-    ordered, order = scores.sort(dim=1, descending=True, stable=True)
-    rank = torch.arange(scores.shape[1], device=scores.device)
-    kept = torch.ones_like(ordered, dtype=torch.bool)
-    if top_k is not None:
-        kept = (rank < top_k[:, None]) | (top_k < 1)[:, None]
-    if top_p is not None:
-        weights = ordered.exp().double().masked_fill(~kept, 0.0)
-        reached = weights.cumsum(1) - weights
-        kept &= (reached < top_p.double()[:, None] * weights.sum(1, keepdim=True)) | (top_p >= 1)[:, None]
-    kept[:, :1] = True
-    return torch.zeros_like(kept).scatter(1, order, kept)
 
 
 def check(

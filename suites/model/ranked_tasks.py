@@ -16,8 +16,9 @@ from moe_harness.harness.core.ranked_task import Rank
 from moe_harness.harness.ranks.launch import Member
 from moe_harness.impls.qwen3_moe.batch import Filled
 from moe_harness.impls.qwen3_moe.model import Model, load_model
-from moe_harness.impls.qwen3_moe.ranks import RanksDiffer
+from moe_harness.impls.qwen3_moe.ranks import Ranks, RanksDiffer
 from moe_harness.impls.qwen3_moe.sequence import Request
+from moe_harness.impls.torch.cut import kept
 from moe_harness.suites.model import planted_ranks
 
 ENGINE: dict[str, Any] = {"page_size": 4, "max_sequences": 6, "max_tokens": 12, "pages": 40, "max_length": 60}
@@ -142,6 +143,66 @@ def forward(me: Rank, spec: dict[str, Any], seed: int) -> int:
 def few_tokens(me: Rank, spec: dict[str, Any], seed: int) -> str:
     """The logits of three tokens for each rank, which is what the interpreted kernels have time for."""
     return digest(load(spec, me.group)(torch.tensor(IDS)[:, :3]))
+
+
+CUTS: tuple[dict[str, Any], ...] = (
+    {"top_k": 1}, {"top_k": 5}, {"top_p": 0.3}, {"top_p": 0.9}, {"top_k": 20, "top_p": 0.5}, {"top_k": 500}, {},
+)  # fmt: skip
+
+
+def cut_tokens(me: Rank, spec: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Drawn tokens of requests with cuts beside some without, over ranks and, on rank 0, on one."""
+    requests = [
+        Request(tuple(PROMPTS[i % len(PROMPTS)]), 3, 8.0, seed=i, **CUTS[i % len(CUTS)]) for i in range(3 * len(CUTS))
+    ]
+    model = load(spec, me.group)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, change in CUT_FAULTS.get(spec.get("fault", ""), {}).items():
+            patch.setattr(Ranks, name, change)
+        before = len(me.recorder.calls)
+        found = {"spread": model.engine.generate(requests)}
+    found["largest"] = max(call.sent for call in me.recorder.calls[before:])
+    if me.rank == 0:
+        found["one"] = load(spec).engine.generate(requests)
+    return found
+
+
+CUT_FAULTS: dict[str, dict[str, Any]] = {
+    "the_nucleus_of_each_shard": {"total": lambda self, numbers: numbers},
+    "the_top_of_each_shard": {"largest": lambda self, values: values},
+}
+
+
+def cut_rows(me: Rank, spec: dict[str, Any], seed: int) -> list[str]:
+    """Random rows, many of them with equal logits: what shards keep is what a sort keeps; returns what differs."""
+    random, wrong = torch.Generator().manual_seed(seed), []
+    ranks = Ranks(me.group, torch.device("cpu"))
+    for trial in range(40):
+        batch, vocabulary = (int(torch.randint(*span, (1,), generator=random)) for span in ((1, 5), (3, 60)))
+        logits = torch.randn(batch, vocabulary, generator=random) * 3
+        logits = logits.round() if trial % 2 else logits.double()
+        logits[:, 0] = -torch.inf if trial % 5 == 0 else logits[:, 0]
+        scores = logits - logits.amax(1, keepdim=True)
+        top_k = torch.randint(0, vocabulary + 3, (batch,), generator=random) if trial % 3 else None
+        top_p = torch.rand(batch, generator=random) * 1.1 if trial % 4 else None
+        found = kept(scores.tensor_split(me.world_size, 1)[me.rank], top_k, top_p, vocabulary, ranks)
+        wanted = sorted_cut(scores, top_k, top_p).tensor_split(me.world_size, 1)[me.rank]
+        wrong += [] if torch.equal(found, wanted) else [f"trial {trial}, {batch} rows of {vocabulary}"]
+    return wrong
+
+
+def sorted_cut(scores: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Tensor:
+    """What top_k and then top_p keep of whole rows, bool [B, V], from a sort."""
+    ordered, order = scores.sort(dim=1, descending=True, stable=True)
+    left = torch.ones_like(ordered, dtype=torch.bool)
+    if top_k is not None:
+        left = (torch.arange(scores.shape[1]) < top_k[:, None]) | (top_k < 1)[:, None]
+    if top_p is not None:
+        weights = ordered.double().exp().masked_fill(~left, 0.0)
+        reached = weights.cumsum(1) - weights
+        left = left & ((reached < top_p.double()[:, None] * weights.sum(1, keepdim=True)) | (top_p >= 1)[:, None])
+    left[:, :1] = True
+    return torch.zeros_like(left).scatter(1, order, left)
 
 
 def other_prompts(me: Rank, spec: dict[str, Any], seed: int) -> str:
