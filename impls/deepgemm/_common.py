@@ -1,6 +1,7 @@
 """DeepGEMM's grouped products of rows that lie one expert behind the other, each expert's padded to whole tiles.
 
-`m_indices` int32 [M] tells the expert of every row, -1 that of padding, which is left as it is.
+`m_indices` int32 [M] tells the expert of every row, -1 that of padding, which is left as it is.  Read in 2.0.0 and
+2.8.0, which can take where experts end instead; a later one does so unless told otherwise.
 """
 
 from typing import Any, NamedTuple
@@ -42,3 +43,11 @@ def spread(rows: Tensor, layout: Padded) -> Tensor:
     out = rows.new_zeros(len(layout.m_indices), *rows.shape[1:])
     out[layout.to] = rows
     return out
+
+
+def multiply(function: str, *operands: Any, **options: Any) -> None:
+    """A grouped product with an expert for each row.  Its binding writes the names of arguments into the docstring."""
+    product = of(function)
+    if "use_psum_layout" in (product.__doc__ or ""):
+        options["use_psum_layout"] = False
+    product(*operands, **options)

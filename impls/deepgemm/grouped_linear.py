@@ -1,4 +1,4 @@
-"""DeepGEMM's grouped product in bf16, `m_grouped_bf16_gemm_nt_contiguous`.  Untried: written against its interface."""
+"""DeepGEMM's grouped product in bf16, `m_grouped_bf16_gemm_nt_contiguous`.  Untried."""
 
 import torch
 from torch import Tensor
@@ -17,11 +17,12 @@ def grouped_linear(x: Tensor, weight: Tensor, group_sizes: Tensor, *, bias: Tens
     """
     odd = bool(x.shape[1] % 8 or weight.shape[1] % 8)
     refuse("deep_gemm's grouped product", bias=bias, K_or_N_that_8_does_not_divide=odd)
-    multiply = _common.of("m_grouped_bf16_gemm_nt_contiguous")
     layout = _common.padded(group_sizes.long())
     out = torch.empty(len(layout.m_indices), weight.shape[1], dtype=x.dtype, device=x.device)
     if len(x):
-        multiply(_common.spread(x, layout), weight.contiguous(), out, layout.m_indices)
+        _common.multiply(
+            "m_grouped_bf16_gemm_nt_contiguous", _common.spread(x, layout), weight.contiguous(), out, layout.m_indices
+        )
     return out[layout.to]
 
 

@@ -1,6 +1,6 @@
 """The quantised experts on DeepGEMM's grouped fp8 product, `m_grouped_fp8_gemm_nt_contiguous`.
 
-Untried: written against its interface.  Sorting, quantising, the activation and the weighted sum are plain PyTorch:
+Untried.  Sorting, quantising, the activation and the weighted sum are plain PyTorch:
 what is judged are the products.  On Hopper scales stay fp32 (`disable_ue8m0_cast`).
 """
 
@@ -25,9 +25,10 @@ def _quantised(rows: Tensor) -> tuple[Tensor, Tensor]:
 def _product(rows: Tensor, codes: Tensor, scale: Tensor, m_indices: Tensor) -> Tensor:
     """rows [M, K] and the matrices [E, N, K] of their experts -> [M, N] bf16."""
     out = torch.empty(len(rows), codes.shape[1], dtype=torch.bfloat16, device=rows.device)
-    _common.of("m_grouped_fp8_gemm_nt_contiguous")(
-        _quantised(rows), (codes.contiguous(), scale.contiguous()), out, m_indices, disable_ue8m0_cast=True
-    )
+    _common.multiply(
+        "m_grouped_fp8_gemm_nt_contiguous", _quantised(rows), (codes.contiguous(), scale.contiguous()), out, m_indices,
+        disable_ue8m0_cast=True,
+    )  # fmt: skip
     return out
 
 

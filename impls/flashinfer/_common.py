@@ -1,4 +1,7 @@
-"""FlashInfer's `cutlass_fused_moe`: its first weights are [up; gate], the other way round than a checkpoint's."""
+"""FlashInfer's `cutlass_fused_moe`: its first weights are [up; gate], the other way round than a checkpoint's.
+
+Read in 0.7.4 and in the tests of this function there (`w3, w1 = chunk(w31)`, silu of what w1 gives).
+"""
 
 from typing import Any
 

@@ -1,15 +1,31 @@
-"""SGLang's fused MoE in 16 bits, `fused_experts_impl` of its Triton runner.  Untried: written against its interface.
+"""SGLang's fused MoE in 16 bits, `fused_experts_impl` of its Triton runner, and its alignment.  Untried.
 
-Triton kernels with the alignment of sglang-kernel.  Rows of gate_up are [gate; up]; ids are int32.
+Read in 0.5.3 and 0.5.23, which keeps the function in another module.  There it also reads what a server has published
+and a process group, so that outside of one it is refused with sglang's own words.  Triton kernels with the alignment of
+sglang-kernel.  Rows of gate_up are [gate; up]; ids are int32.
 """
+
+from typing import Any
 
 from torch import Tensor
 
+from moe_harness.impls.aligned import experts_by_blocks
 from moe_harness.impls.foreign import needed, no_masked_slot, refuse
 
-__all__ = ["experts"]
+__all__ = ["aligned", "experts"]
 
-MODULE, INSTALL = "sglang.srt.layers.moe.fused_moe_triton.fused_moe", "pip install sglang"
+FOLDERS = ("moe_runner.triton_utils", "fused_moe_triton")  # where newer and older versions keep the same functions
+INSTALL = "pip install sglang==0.5.3"
+BLOCK = 16
+
+
+def of(module: str, attribute: str) -> Any:
+    """`attribute` of a module of its Triton runner, in whichever folder this version has it."""
+    newer, older = (f"sglang.srt.layers.moe.{folder}.{module}" for folder in FOLDERS)
+    try:
+        return needed(newer, attribute, INSTALL)
+    except NotImplementedError:
+        return needed(older, attribute, INSTALL)
 
 
 def experts(
@@ -29,11 +45,40 @@ def experts(
     """
     refuse("sglang's fused_experts_impl", expert_map=expert_map, activation_but_silu=activation != "silu")
     no_masked_slot("sglang", topk_ids)
-    return needed(MODULE, "fused_experts_impl", INSTALL)(
-        hidden_states, gate_up_proj.contiguous(), down_proj.contiguous(), topk_weights.float(), topk_ids.int(),
-        inplace=False, activation=activation,
+    return of("fused_moe", "fused_experts_impl")(
+        hidden_states.contiguous(), gate_up_proj.contiguous(), down_proj.contiguous(),
+        topk_weights.float().contiguous(), topk_ids.int().contiguous(), inplace=False, activation=activation,
     )  # fmt: skip
 
 
 experts.devices = ("cuda",)
 experts.dtypes = ("fp16", "bf16")
+
+
+def aligned(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    *,
+    activation: str = "silu",
+    expert_map: Tensor | None = None,
+) -> Tensor:
+    """`moe_align_block_size` before plain products: what is judged is that alignment.
+
+    Raises:
+        NotImplementedError: sglang is not installed, a masked slot, a map.
+    """
+    refuse("sglang's moe_align_block_size", expert_map=expert_map)
+    no_masked_slot("sglang", topk_ids)
+    slots, owners, total = of("moe_align_block_size", "moe_align_block_size")(
+        topk_ids.int().contiguous(), BLOCK, len(gate_up_proj)
+    )
+    return experts_by_blocks(
+        hidden_states, gate_up_proj, down_proj, topk_weights, activation, slots, owners, total, BLOCK
+    )
+
+
+aligned.devices = ("cuda",)
+aligned.dtypes = ("fp16", "bf16")

@@ -1,9 +1,9 @@
-"""SGLang's fused MoE with fp8 blocks, w8a8.  Untried: written against its interface."""
+"""SGLang's fused MoE with fp8 blocks, w8a8.  Untried, read where `experts` was."""
 
 from torch import Tensor
 
-from moe_harness.impls.foreign import needed, no_masked_slot, refuse
-from moe_harness.impls.sglang.experts import INSTALL, MODULE
+from moe_harness.impls.foreign import no_masked_slot, refuse
+from moe_harness.impls.sglang.experts import of
 
 __all__ = ["fp8"]
 
@@ -34,9 +34,10 @@ def fp8(
         part_of_a_group_of_128=bool(down_proj.shape[1] % 128 or down_proj.shape[2] % 128),
     )  # fmt: skip
     no_masked_slot("sglang", topk_ids)
-    return needed(MODULE, "fused_experts_impl", INSTALL)(
-        hidden_states, gate_up_proj, down_proj, topk_weights.float(), topk_ids.int(), inplace=False,
-        activation=activation, use_fp8_w8a8=True, w1_scale=gate_up_scale, w2_scale=down_scale, block_shape=[128, 128],
+    return of("fused_moe", "fused_experts_impl")(
+        hidden_states.contiguous(), gate_up_proj.contiguous(), down_proj.contiguous(),
+        topk_weights.float().contiguous(), topk_ids.int().contiguous(), inplace=False, activation=activation,
+        use_fp8_w8a8=True, w1_scale=gate_up_scale, w2_scale=down_scale, block_shape=[128, 128],
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """The routers of sglang-kernel (`sgl_kernel`): `topk_softmax`, `topk_sigmoid`, `moe_fused_gate`.
 
-Untried: written against their interface.  The first two fill tensors that they are given.
+Untried.  Read in sgl-kernel 0.3.14, the package's name with sglang 0.5.3; `topk_sigmoid` came behind it.  The first two
+fill tensors that they are given.
 """
 
 import torch

@@ -30,8 +30,10 @@ def run(
     experts = len(gate_up_proj) if expert_map is None else len(expert_map)
     if experts > MOST_EXPERTS:
         raise NotImplementedError(f"vllm aligns at most {MOST_EXPERTS} experts, not {experts}")
+    # It asserts that rows lie one behind the other, and takes it for granted of ids and weights.
+    up, down = (w if w.stride(-1) == 1 else w.contiguous() for w in (gate_up_proj, down_proj))
     return of("fused_moe", "fused_experts")(
-        hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids.int(),
+        hidden_states.contiguous(), up, down, topk_weights.contiguous(), topk_ids.int().contiguous(),
         inplace=False,
         activation=of("activation", "MoEActivation")(activation),
         global_num_experts=experts,

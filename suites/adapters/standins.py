@@ -7,6 +7,7 @@ that the judge refuses, one that hands over another dtype or shape is told at on
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -121,6 +122,12 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
         rows = permuted_hidden_states[inv_permuted_idx].view(*topk_weights.shape, -1)
         out.copy_((rows.float() * topk_weights[..., None]).sum(1))
 
+    def moe_align_block_size(
+        topk_ids: Tensor, block_size: int, num_experts: int, expert_map: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        slots, experts, total = _aligned(topk_ids, block_size, num_experts)
+        return slots, experts if expert_map is None else expert_map[experts], total
+
     layers = "vllm.model_executor.layers.fused_moe"
     put(monkeypatch, f"{layers}.fused_moe", fused_experts=fused_experts)
     put(monkeypatch, f"{layers}.activation", MoEActivation=MoEActivation)
@@ -129,6 +136,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     put(monkeypatch, f"{layers}.router.fused_topk_router", fused_topk=fused_topk)
     put(monkeypatch, f"{layers}.router.fused_topk_bias_router", fused_topk_bias=fused_topk_bias)
     put(monkeypatch, f"{layers}.router.grouped_topk_router", grouped_topk=grouped_topk)
+    put(monkeypatch, f"{layers}.moe_align_block_size", moe_align_block_size=moe_align_block_size)
     put(monkeypatch, f"{layers}.moe_permute_unpermute", moe_permute=moe_permute, moe_unpermute=moe_unpermute)
 
 
@@ -138,13 +146,31 @@ KINDS = {
 }  # fmt: skip
 
 
+def _aligned(topk_ids: Tensor, block: int, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Slots by expert in whole blocks, padded by their number; the expert of each block; how many entries count."""
+    holds(topk_ids, INT, 2)
+    assert topk_ids.is_contiguous()
+    slots, owners = [], []
+    for expert in range(experts):
+        own = (topk_ids.flatten() == expert).nonzero().flatten()
+        blocks = -(-len(own) // block)
+        slots += [own, own.new_full((blocks * block - len(own),), topk_ids.numel())]
+        owners += blocks * [expert]
+    found = torch.cat(slots).int()
+    room = torch.full((3 * block,), 1 << 30, dtype=INT)  # behind the entries that count there may be anything
+    return torch.cat([found, room]), torch.tensor(owners + 3 * [0], dtype=INT), torch.tensor([len(found)], dtype=INT)
+
+
 def _route(logits: Tensor, top_k: int, scoring: str, renormalize: bool, **more: Any) -> tuple[Tensor, Tensor]:
     weights, ids = plain("router", "torch:loop")(logits, top_k=top_k, scoring=scoring, renormalize=renormalize, **more)
     return weights, ids.int()
 
 
+SGLANG = "sglang.srt.layers.moe.fused_moe_triton"
+
+
 def sglang(monkeypatch: pytest.MonkeyPatch) -> None:
-    """sglang and sglang-kernel; its routers fill what they are given."""
+    """sglang 0.5.3 and sgl-kernel 0.3.14; its routers fill what they are given."""
 
     def fill(weights: Tensor, ids: Tensor, chosen: tuple[Tensor, Tensor]) -> None:
         holds(weights, FLOAT, 2)
@@ -180,9 +206,9 @@ def sglang(monkeypatch: pytest.MonkeyPatch) -> None:
                       topk_group=topk_group, routed_scaling_factor=scale)  # fmt: skip
 
     def fused_experts_impl(
-        hidden_states: Tensor, w1: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, inplace: bool = False,
-        activation: str = "silu", use_fp8_w8a8: bool = False, w1_scale: Tensor | None = None,
-        w2_scale: Tensor | None = None, block_shape: list[int] | None = None,
+        hidden_states: Tensor, w1: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, b1: None = None,
+        b2: None = None, inplace: bool = False, activation: str = "silu", use_fp8_w8a8: bool = False,
+        w1_scale: Tensor | None = None, w2_scale: Tensor | None = None, block_shape: list[int] | None = None,
     ) -> Tensor:  # fmt: skip
         holds(topk_ids, INT, 2)
         holds(topk_weights, FLOAT, 2)
@@ -197,11 +223,12 @@ def sglang(monkeypatch: pytest.MonkeyPatch) -> None:
         return stage(hidden_states, w1, w1_scale, w2, w2_scale, *routed, format="fp8_block", activation=activation)
 
     put(monkeypatch, "sgl_kernel", topk_softmax=topk_softmax, topk_sigmoid=topk_sigmoid, moe_fused_gate=moe_fused_gate)
-    put(monkeypatch, "sglang.srt.layers.moe.fused_moe_triton.fused_moe", fused_experts_impl=fused_experts_impl)
+    put(monkeypatch, f"{SGLANG}.fused_moe", fused_experts_impl=fused_experts_impl)
+    put(monkeypatch, f"{SGLANG}.moe_align_block_size", moe_align_block_size=_aligned)
 
 
 def flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """flashinfer.fused_moe: up rows before gate rows, and so their scales."""
+    """flashinfer 0.7.4, flashinfer.fused_moe: up rows before gate rows, and so their scales."""
 
     def gate_first(rows: Tensor) -> Tensor:
         assert rows.is_contiguous()
@@ -231,6 +258,7 @@ def flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
     ) -> None:  # fmt: skip
         holds(topk_values, FLOAT, 2)
         holds(topk_indices, INT, 2)
+        holds(bias, scores.dtype, 1)
         weights, ids = _route(scores, topk, "sigmoid", True, correction_bias=bias, num_expert_group=n_group,
                               topk_group=topk_group, routed_scaling_factor=routed_scaling_factor)  # fmt: skip
         topk_values.copy_(weights)
@@ -241,7 +269,12 @@ def flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def deepgemm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """deep_gemm: tiles of 128 rows of one expert, or of padding; what is padding is not written."""
+    """deep_gemm 2.8: tiles of 128 rows of one expert, or of padding; what is padding is not written."""
+
+    def bf16(a: Tensor, b: Tensor, d: Tensor, grouped_layout: Tensor, *, use_psum_layout: bool = True) -> None:
+        """As its binding tells: (..., use_psum_layout: bool = True)."""
+        assert not use_psum_layout
+        product(a, b, d, grouped_layout)
 
     def product(a: Tensor, b: Tensor, d: Tensor, m_indices: Tensor) -> None:
         holds(m_indices, INT, 1)
@@ -260,27 +293,42 @@ def deepgemm(monkeypatch: pytest.MonkeyPatch) -> None:
         spread = by_block.repeat_interleave(128, 1)[:, : codes.shape[1]].repeat_interleave(128, 2)
         product(rows.float() * by_group.repeat_interleave(128, 1), codes.float() * spread, d, m_indices)
 
-    put(monkeypatch, "deep_gemm", m_grouped_bf16_gemm_nt_contiguous=product, m_grouped_fp8_gemm_nt_contiguous=fp8,
+    put(monkeypatch, "deep_gemm", m_grouped_bf16_gemm_nt_contiguous=bf16, m_grouped_fp8_gemm_nt_contiguous=fp8,
         get_m_alignment_for_contiguous_layout=lambda: 128)  # fmt: skip
 
 
 def torchtitan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchtitan.models.moe.moe."""
+    """torchtitan 0.3.0, torchtitan.models.common.moe."""
 
     class TokenChoiceTopKRouter(torch.nn.Module):
-        def __init__(
-            self, dim: int, num_experts: int, top_k: int, score_func: str, route_norm: bool, route_scale: float
-        ):
+        @dataclass(kw_only=True)
+        class Config:
+            num_experts: int
+            gate: Any
+            num_expert_groups: int | None = None
+            num_limited_groups: int | None = None
+            top_k: int = 1
+            score_func: str = "sigmoid"
+            route_norm: bool = False
+            route_scale: float = 1.0
+
+        def __init__(self, config: Config):
             super().__init__()
-            self.gate = torch.nn.Linear(dim, num_experts, bias=False)
-            self.rule = {"top_k": top_k, "scoring": score_func, "renormalize": route_norm}
-            self.scale = route_scale
+            self.gate, self.config = config.gate.build(), config
 
         def forward(self, x: Tensor, expert_bias: Tensor | None = None) -> tuple[Tensor, Tensor, None]:
-            more = {"correction_bias": expert_bias, "routed_scaling_factor": self.scale}
-            return *plain("router", "torch:loop")(self.gate(x), **self.rule, **more), None
+            c = self.config
+            scores = self.gate(x)
+            assert scores.dtype == FLOAT and scores.shape[1] == c.num_experts
+            assert c.num_expert_groups is None or expert_bias is not None
+            found = plain("router", "torch:loop")(
+                scores, top_k=c.top_k, scoring=c.score_func, renormalize=c.route_norm, correction_bias=expert_bias,
+                num_expert_group=c.num_expert_groups, topk_group=c.num_limited_groups,
+                routed_scaling_factor=c.route_scale,
+            )  # fmt: skip
+            return *found, None
 
-    put(monkeypatch, "torchtitan.models.moe.moe", TokenChoiceTopKRouter=TokenChoiceTopKRouter)
+    put(monkeypatch, "torchtitan.models.common.moe", TokenChoiceTopKRouter=TokenChoiceTopKRouter)
 
 
 def megatron(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,3 +349,22 @@ def megatron(monkeypatch: pytest.MonkeyPatch) -> None:
 
     put(monkeypatch, "megatron.core.transformer.moe.moe_utils",
         topk_routing_with_score_function=topk_routing_with_score_function)  # fmt: skip
+
+
+def liger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """liger-kernel 0.8.5, its normalisations: what comes behind eps is offset, casting mode and in_place."""
+
+    class Alone:
+        @staticmethod
+        def apply(x: Tensor, w: Tensor, eps: float, offset: float, casting_mode: str, in_place: bool) -> Tensor:
+            assert (offset, casting_mode, in_place) == (0.0, "llama", False)
+            return plain("rms_norm", "torch")(x, w, eps=eps)
+
+    class Added:
+        @staticmethod
+        def apply(x: Tensor, r: Tensor, w: Tensor, eps: float, *rest: Any) -> tuple[Tensor, Tensor]:
+            assert rest == (0.0, "llama", False)
+            return plain("rms_norm", "torch")(x, w, eps=eps, residual=r)
+
+    put(monkeypatch, "liger_kernel.ops.rms_norm", LigerRMSNormFunction=Alone)
+    put(monkeypatch, "liger_kernel.ops.fused_add_rms_norm", LigerFusedAddRMSNormFunction=Added)

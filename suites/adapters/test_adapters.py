@@ -15,6 +15,7 @@ from moe_harness.harness.core.invocation import Trial
 from moe_harness.harness.stages.experts.cases import ExpertsCase
 from moe_harness.harness.stages.grouped_linear.cases import GroupedLinearCase
 from moe_harness.harness.stages.quantized_experts.cases import QuantizedCase
+from moe_harness.harness.stages.rms_norm.cases import RmsNormCase
 from moe_harness.harness.stages.router.cases import RouterCase
 from moe_harness.suites.adapters import standins
 
@@ -27,6 +28,7 @@ DEEPSEEK: dict[str, Any] = {
 ADAPTERS: dict[str, list[Case]] = {
     "vllm": [EXPERTS, EXPERTS.but(map="alternate", activation="gelu_tanh")],
     "vllm:permuted": [EXPERTS],
+    "vllm:aligned": [EXPERTS, EXPERTS.but(map="alternate", activation="gelu_tanh")],
     "vllm:fused_topk": [RouterCase(**PLAIN, renorm=False), RouterCase(**PLAIN, scoring="sigmoid")],
     "vllm:fused_topk_bias": [RouterCase(**PLAIN, scoring="sigmoid", bias="small", scale=2.5)],
     "vllm:grouped_topk": [RouterCase(**DEEPSEEK), RouterCase(**PLAIN, groups="4x2", renorm=False)],
@@ -35,6 +37,7 @@ ADAPTERS: dict[str, list[Case]] = {
     "vllm:int8": [BLOCKS.but(format="int8_channel")],
     "vllm:int4": [BLOCKS.but(format="int4_group")],
     "sglang": [EXPERTS],
+    "sglang:aligned": [EXPERTS.but(T=40)],
     "sglang:fp8": [BLOCKS],
     "sglang:topk_softmax": [RouterCase(**PLAIN, renorm=False), RouterCase(**PLAIN)],
     "sglang:topk_sigmoid": [RouterCase(**PLAIN, scoring="sigmoid", bias="small")],
@@ -44,11 +47,16 @@ ADAPTERS: dict[str, list[Case]] = {
     "flashinfer:fused_topk_deepseek": [RouterCase(**DEEPSEEK)],
     "deepgemm": [GroupedLinearCase(S=150, E=4, dtype="bf16")],
     "deepgemm:fp8": [BLOCKS.but(T=40, E=3)],
-    "torchtitan": [RouterCase(**PLAIN, renorm=False, scale=2.5), RouterCase(**PLAIN, scoring="sigmoid", bias="small")],
+    "torchtitan": [
+        RouterCase(**PLAIN, renorm=False, scale=2.5),
+        RouterCase(**PLAIN, scoring="sigmoid", bias="small"),
+        RouterCase(**DEEPSEEK, dtype="bf16"),
+    ],
+    "liger": [RmsNormCase(lead="5"), RmsNormCase(lead="5", residual=True)],
     "megatron": [RouterCase(**PLAIN, renorm=False), RouterCase(**PLAIN), RouterCase(**DEEPSEEK)],
 }
 GIVEN = [pytest.param(spec, case, id=f"{spec}-{n}") for spec, cases in ADAPTERS.items() for n, case in enumerate(cases)]
-PACKAGES = ("vllm", "sglang", "sgl_kernel", "flashinfer", "deep_gemm", "torchtitan", "megatron")
+PACKAGES = ("vllm", "sglang", "sgl_kernel", "flashinfer", "deep_gemm", "torchtitan", "megatron", "liger_kernel")
 REFUSED = [
     ("vllm", EXPERTS.but(masked="some"), "indexes with every id"),
     ("vllm:fused_topk", RouterCase(**DEEPSEEK), "takes no correction bias"),
@@ -56,7 +64,11 @@ REFUSED = [
     ("sglang:moe_fused_gate", RouterCase(**DEEPSEEK | {"E": 20}), "a power of two"),
     ("flashinfer", EXPERTS.but(activation="gelu_tanh"), "activation but silu"),
     ("deepgemm", GroupedLinearCase(bias=True), "takes no bias"),
-    ("torchtitan", RouterCase(**DEEPSEEK), "takes no groups"),
+    ("flashinfer:fused_topk_deepseek", RouterCase(**DEEPSEEK | {"E": 160}), "group of more than 32"),
+    ("vllm:permuted", EXPERTS.but(H=68), "whole 16 bytes"),
+    ("sglang:aligned", EXPERTS.but(map="alternate"), "takes no expert map"),
+    ("torchtitan", RouterCase(**DEEPSEEK | {"bias": "none"}), "groups without a bias"),
+    ("megatron", RouterCase(T=3, E=8, k=1, scoring="sigmoid"), "renormalised sigmoid of one expert"),
     ("megatron", RouterCase(**DEEPSEEK | {"k": 2}), "sum of other experts"),
 ]
 
@@ -66,7 +78,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every library, as a stand-in."""
     for package in PACKAGES:
         hide(monkeypatch, package)
-    for name in ("vllm", "sglang", "flashinfer", "deepgemm", "torchtitan", "megatron"):
+    for name in ("vllm", "sglang", "flashinfer", "deepgemm", "torchtitan", "megatron", "liger"):
         getattr(standins, name)(monkeypatch)
 
 
