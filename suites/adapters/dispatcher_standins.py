@@ -15,11 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_harness.impls.dispatchers.all_to_all import AllToAll
-from moe_harness.impls.dispatchers.all_to_all_dedup import AllToAllDedup
-from moe_harness.impls.dispatchers.deepep import DeepEP
-from moe_harness.impls.megatron.dispatcher import TokenDispatcher as Megatron
-from moe_harness.impls.torchtitan.dispatcher import TokenDispatcher as Torchtitan
+from moe_harness.harness.core.registry import find
 
 INT = torch.int64
 
@@ -43,17 +39,17 @@ def _present() -> Iterator[None]:
         sys.modules.update(before)
 
 
-def _over(kind: Any, group: Any, experts: int) -> Any:
+def _over(spec: str, group: Any, experts: int) -> Any:
     """This project's dispatcher over experts in equal blocks."""
     ranks = torch.distributed.get_world_size(group)
-    return kind(group, num_experts=experts, owner=torch.arange(experts) * ranks // experts)
+    return find("dispatcher", spec)(group, num_experts=experts, owner=torch.arange(experts) * ranks // experts)
 
 
 class _ByExpert:
     """Rows of (row, expert) pairs sent to their experts, sorted by them, and back."""
 
     def __init__(self, group: Any, experts: int, rows: Tensor, weights: Tensor, ids: Tensor):
-        self.dispatcher = _over(AllToAll, group, experts)
+        self.dispatcher = _over("dispatchers:all_to_all", group, experts)
         self.sent = self.dispatcher.dispatch(rows, weights[:, None], ids[:, None])
         local = self.sent.topk_ids.flatten()
         self.order = local.argsort(stable=True)
@@ -154,7 +150,7 @@ class Buffer:
             "num_tokens_per_rank": "per rank", "num_tokens_per_rdma_rank": None,
             "num_tokens_per_expert": "per expert", "is_token_in_rank": "in rank",
         }  # fmt: skip
-        dispatcher = _over(AllToAllDedup, self.group, self.experts)
+        dispatcher = _over("dispatchers:all_to_all_dedup", self.group, self.experts)
         d = dispatcher.dispatch(x, topk_weights, topk_idx)
         return d.hidden_states, d.topk_ids, d.topk_weights, [], SimpleNamespace(by=dispatcher, d=d), None
 
@@ -182,10 +178,10 @@ class OnTheCPU:
             super().__init__(*given, **more)
 
 
-class torchtitan(OnTheCPU, Torchtitan): ...
+class torchtitan(OnTheCPU, find("dispatcher", "torchtitan")): ...
 
 
-class megatron(OnTheCPU, Megatron): ...
+class megatron(OnTheCPU, find("dispatcher", "megatron")): ...
 
 
-class deepep(OnTheCPU, DeepEP): ...
+class deepep(OnTheCPU, find("dispatcher", "dispatchers:deepep")): ...
