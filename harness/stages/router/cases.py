@@ -187,7 +187,7 @@ def _special(request: Request) -> Iterator[Case]:
             yield RouterCase(T=9, E=6, k=6, data=data, scoring=scoring, renorm=False)
     for data in SPECIALS:
         for scoring in ("softmax", "sigmoid"):
-            for tokens, experts, top_k in ((5, 32, 3), (33, 128, 8)):
+            for tokens, experts, top_k in ((5, 32, 3), (33, 128, 8), (17, 16, 2)):
                 yield RouterCase(T=tokens, E=experts, k=top_k, data=data, scoring=scoring, dtype=request.dtypes[0])
 
 
