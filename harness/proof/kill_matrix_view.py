@@ -197,7 +197,8 @@ def _panel(x: int, title: str, checks: list[str], rows: list[Row]) -> Iterator[s
         yield f'<text transform="translate({at},{top - 4}) rotate(-90)" font-size="9">{escape(check)}</text>'
     for line, row in enumerate(rows):
         y = top + line * CELL_HEIGHT
-        yield f"<g><title>{escape(row['fault'])}: {escape(row['condition'])}</title>"
+        told = f"{row['fault']}: {row['condition']}; cases of {row['shapes']} shapes kill it"
+        yield f"<g><title>{escape(told)}</title>"
         for place, check in enumerate(checks):
             yield (f'<rect x="{x + place * CELL_WIDTH}" y="{y}" width="{CELL_WIDTH - 1}" height="{CELL_HEIGHT - 1}" '
                    f'fill="{colour(row, check)}"/>')  # fmt: skip
