@@ -7,13 +7,9 @@ import torch
 from vllm.model_executor.layers.fused_moe.router.fused_topk_bias_router import fused_topk_bias
 
 torch.manual_seed(0)
-experts, top_k = 7, 4
-logits = torch.randn(1, experts, device="cuda")
-bias = torch.full((experts,), -3.0, device="cuda")
-_, ids = fused_topk_bias(
-    hidden_states=logits, gating_output=logits, scoring_func="sigmoid", e_score_correction_bias=bias, topk=top_k,
-    renormalize=True,
-)  # fmt: skip
-wanted = (logits.sigmoid() + bias).topk(top_k).indices
+logits = torch.randn(1, 7, device="cuda")
+bias = torch.full((7,), -3.0, device="cuda")
+ids = fused_topk_bias(logits, logits, "sigmoid", bias, topk=4, renormalize=True)[1]
+wanted = (logits.sigmoid() + bias).topk(4).indices
 print("got", ids.tolist(), "wanted", wanted.tolist())
 assert sorted(ids[0].tolist()) == sorted(wanted[0].tolist())

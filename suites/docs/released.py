@@ -26,11 +26,12 @@ Where the library is missing they are refused, with the line that installs it.
 
 | library | implementations |
 |---|---|
-| vLLM | `vllm:fp8_token`, `vllm:int8`, `vllm:int4`, `vllm:permuted` |
-| SGLang | `sglang`, `sglang:fp8`, `sglang:topk_softmax`, `sglang:topk_sigmoid`, `sglang:moe_fused_gate` |
+| vLLM | `vllm:fp8_token`, `vllm:int8`, `vllm:int4`, `vllm:permuted`, `vllm:aligned` |
+| SGLang | `sglang`, `sglang:aligned`, `sglang:fp8` |
+| sgl-kernel | `sglang:topk_softmax`, `sglang:topk_sigmoid`, `sglang:moe_fused_gate` |
 | FlashInfer | `flashinfer`, `flashinfer:fp8`, `flashinfer:fused_topk_deepseek` |
 | DeepGEMM | `deepgemm`, `deepgemm:fp8` |
-| torchtitan, Megatron Core | `torchtitan`, `megatron` (routers) |
+| Liger | `liger` (RMSNorm) |
 | DeepEP | `dispatchers:deepep` |"""
 
 
@@ -46,8 +47,10 @@ def page() -> str:
 
 def section(library: dict[str, Any]) -> str:
     """One library at one version: findings, how to repeat them, times."""
+    on_cpu = library["device"] == "CPU"
+    device = "on the CPU" if on_cpu else f"one {library['device']}"
     lines = [
-        f"## {library['library']} {library['version']}, one {library['device']}, torch {library['torch']}",
+        f"## {library['library']} {library['version']}, {device}, torch {library['torch']}",
         "",
         f"Judged at {library['judged_at']}: {library['how']}. `{library['install']}` brings it.",
         "",
@@ -57,16 +60,19 @@ def section(library: dict[str, Any]) -> str:
         file = found.get("reproducer")
         link = f"[{file}](released/{file})" if file else "-"
         lines.append(row(found["kernel"], found["finding"], found["seen"], found["kind"], link))
-    lines += ["", "To repeat one, on a machine with a GPU and the library:", "", "```"]
-    lines += [replay(found) for found in library["findings"] if "case" in found]
-    lines += ["```", "", "The reproducers have not been run since they were written down."]
+    repeated = [replay(found, on_cpu) for found in library["findings"] if "case" in found]
+    if repeated:
+        where = "with the library" if on_cpu else "on a machine with a GPU and the library"
+        lines += ["", f"To repeat one, {where}:", "", "```", *repeated, "```"]
+    if any("reproducer" in found for found in library["findings"]):
+        lines += ["", "The reproducers have not been run since they were written down."]
     for table in library["timed"]:
         lines += ["", *timed(table)]
     return "\n".join(lines)
 
 
-def replay(found: dict[str, Any]) -> str:
-    return f"moe-harness replay {found['case']} --impl {found['spec']} --device cuda"
+def replay(found: dict[str, Any], on_cpu: bool) -> str:
+    return f"moe-harness replay {found['case']} --impl {found['spec']}{'' if on_cpu else ' --device cuda'}"
 
 
 def timed(table: dict[str, Any]) -> list[str]:
