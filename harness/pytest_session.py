@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ from moe_harness.harness import report
 from moe_harness.harness.commands import options
 from moe_harness.harness.core.contracts import STAGES
 from moe_harness.harness.core.errors import HarnessError, UsageError
+from moe_harness.harness.core.findings import Answer, Finding, restored
 from moe_harness.harness.core.plan import ON_CUDA_ONLY, Planned, plan
 from moe_harness.harness.core.request import EXAMPLES, Request
 from moe_harness.harness.process.pool import EXPLAINED, Pool, prepare
-from moe_harness.harness.run.result_builder import Listener, ResultBuilder
+from moe_harness.harness.run.result_builder import Listener, ResultBuilder, add_cause, failure_of
 from moe_harness.harness.run.session import INTERPRETED_STEPS, SEARCH_SECONDS
 
 
@@ -70,11 +72,11 @@ class Session:
         from moe_harness.harness.run import property_search
 
         pool = self.pool(stage, spec)
-        answers: dict[str, dict[str, Any]] = {}
+        answers: dict[str, Answer] = {}
 
         def judge(case: Any) -> bool:
             answers[case.id()] = answer = pool.judge_one(Planned("property", case).id)
-            return answer["status"] not in ("failed", "died")
+            return not answer.fails
 
         dtypes = tuple(pool.workers[0].loaded["declared"]["dtypes"])
         drawn = {"examples": EXAMPLES[self.request.profile], "start": self.request.seed}
@@ -83,25 +85,22 @@ class Session:
         if smallest is not None:
             self.conclude(item, stage, spec, answers[smallest.id()])
 
-    def conclude(self, item: pytest.Item, stage: str, spec: str, answer: dict[str, Any]) -> None:
+    def conclude(self, item: pytest.Item, stage: str, spec: str, answer: Answer) -> None:
         """Turn an answer into the test's outcome, and keep it for the report."""
         __tracebackhide__ = True
-        self.answers[item.nodeid] = {"spec": spec, "answer": answer}
-        if answer["status"] == "unsupported":
-            pytest.skip(f"unsupported: {answer['reason']}")
-        if answer["status"] == "skipped":
-            pytest.skip(answer["reason"])
-        if answer["status"] == "passed":
+        self.answers[item.nodeid] = {"spec": spec, "answer": asdict(answer)}
+        if answer.status == "unsupported":
+            pytest.skip(f"unsupported: {answer.reason}")
+        if answer.status == "skipped":
+            pytest.skip(answer.reason or "")
+        if answer.status == "passed":
             return
-        finding = (answer["findings"] or [{"message": answer["reason"], "headroom": None}])[0]
-        judged, pool = answer.get("judged", answer["id"]), self.pool(stage, spec)
-        if pool.explained < EXPLAINED:
-            pool.explain(judged, finding)
-        replay = ResultBuilder(stage, spec, self.request, Listener()).replay_line([judged])
-        pytest.fail(
-            report.failure_text({**finding, "check": judged.split("/")[1], "case": judged, "replay": replay}),
-            pytrace=False,
-        )
+        finding, pool = (answer.findings or [Finding(answer.reason or "")])[0], self.pool(stage, spec)
+        replay = ResultBuilder(stage, spec, self.request, Listener()).replay_line([answer.judged])
+        failure = failure_of(answer.judged, finding, replay)
+        if finding.where and pool.explained < EXPLAINED:
+            add_cause(failure, pool.explain(answer.judged))
+        pytest.fail(report.failure_text(dict(failure)), pytrace=False)
 
     def pool(self, stage: str, spec: str) -> Pool:
         """The worker process for an implementation, started when first asked for."""
@@ -142,8 +141,9 @@ def results_of(heard: Iterable[dict[str, Any]], request: Request) -> list[report
     """The answers of all tests, put together as the command puts them together."""
     accounts: dict[tuple[str, str], ResultBuilder] = {}
     for told in heard:
-        key = told["answer"]["id"].split("/")[0], told["spec"]
+        answer = restored(told["answer"])
+        key = answer.id.split("/")[0], told["spec"]
         if key not in accounts:
             accounts[key] = ResultBuilder(*key, request, Listener())
-        accounts[key].take(told["answer"])
+        accounts[key].take(answer)
     return [account.result() for account in accounts.values()]

@@ -1,15 +1,18 @@
 """`moe-harness replay CASE ... --impl SPEC`: single cases again, with everything that is found."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from moe_harness.harness.commands import options
 from moe_harness.harness.core.case import parse_id
 from moe_harness.harness.core.errors import EXIT_CANNOT_JUDGE, UsageError, unknown
+from moe_harness.harness.core.findings import Answer, Explanation
 from moe_harness.harness.core.names import CHECK_NAMES
 from moe_harness.harness.core.ranked_stage import is_over_ranks
+
+Judged = Iterator[tuple[Answer, Explanation | None]]  # an answer, and why its first finding is so
 
 
 def replay(
@@ -23,23 +26,26 @@ def replay(
     from rich.console import Console
 
     from moe_harness.harness.report.terminal import emit, failure_block
+    from moe_harness.harness.run.result_builder import add_cause, failure_of
 
     ranked = any(is_over_ranks(case) for case in cases)
     answers = _of_ranks(cases, impl, device, timeout) if ranked else _of_one_device(cases, impl, device, timeout)
     console, failed, executed = Console(), 0, 0
-    for answer in answers:
-        case = answer["id"]
-        console.print(f"{answer['status']}  {case}", highlight=False, soft_wrap=True)
-        if answer["reason"]:
-            console.print(f"  {answer['reason']}", highlight=False, soft_wrap=True, markup=False)
-        for finding in answer["findings"]:
-            emit(console, failure_block({**finding, "check": case.split("/")[1], "case": case}))
-        executed += answer["status"] in ("passed", "failed", "died")
-        failed += answer["status"] in ("failed", "died")
+    for answer, why in answers:
+        console.print(f"{answer.status}  {answer.id}", highlight=False, soft_wrap=True)
+        if answer.reason:
+            console.print(f"  {answer.reason}", highlight=False, soft_wrap=True, markup=False)
+        failures = [failure_of(answer.id, finding) for finding in answer.findings]
+        if failures:
+            add_cause(failures[0], why)
+        for failure in failures:
+            emit(console, failure_block(dict(failure)))
+        executed += answer.executed
+        failed += answer.fails
     raise typer.Exit(1 if failed else 0 if executed else EXIT_CANNOT_JUDGE)
 
 
-def _of_one_device(cases: list[str], impl: str, device: str, timeout: float) -> Iterator[dict[str, Any]]:
+def _of_one_device(cases: list[str], impl: str, device: str, timeout: float) -> Judged:
     from moe_harness.harness.process.pool import Pool, prepare
 
     stages = {parse_id(case)[0] for case in cases}
@@ -53,14 +59,12 @@ def _of_one_device(cases: list[str], impl: str, device: str, timeout: float) -> 
         pool.start()
         for case in cases:
             answer = pool.judge_one(case)
-            if answer["findings"]:
-                pool.explain(answer.get("judged", case), answer["findings"][0])
-            yield answer
+            somewhere = answer.findings and answer.findings[0].where
+            yield answer, pool.explain(answer.judged) if somewhere else None
 
 
-def _of_ranks(cases: list[str], impl: str, device: str, timeout: float) -> Iterator[dict[str, Any]]:
+def _of_ranks(cases: list[str], impl: str, device: str, timeout: float) -> Judged:
     from moe_harness.harness.ranks.judge import judge
-    from moe_harness.harness.ranks.run import as_answer
 
     for case in cases:
-        yield as_answer(judge(impl, case, backend="nccl" if device == "cuda" else "gloo", budget=timeout))
+        yield judge(impl, case, backend="nccl" if device == "cuda" else "gloo", budget=timeout).answer(), None

@@ -1,6 +1,6 @@
-"""What a check finds, as plain data that crosses from the judging process to the reporting one."""
+"""What a check finds and what is said of a case: plain data that crosses from the judging process to the other."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 HISTOGRAM_EDGES = tuple(i / 4 for i in range(41))  # |z| from 0 to 10 in quarters; the last bin holds all beyond
@@ -17,11 +17,7 @@ class Finding:
     looks_like: list[str] = field(default_factory=list)
     diagnosis: list[dict[str, str]] = field(default_factory=list)
     heatmap: dict[str, Any] | None = None
-
-
-def unfinished(case_id: str, status: str, reason: str) -> dict[str, Any]:
-    """A worker's answer for a case that it could not answer itself."""
-    return {"id": case_id, "status": status, "reason": reason, "seconds": 0.0, **asdict(Record())}
+    about: str = ""  # over many ranks: which of the stage's findings it is
 
 
 @dataclass
@@ -51,3 +47,72 @@ class Record:
         self.elements += other.elements
         self.histogram = [a + b for a, b in zip(self.histogram, other.histogram, strict=True)]
         self.observations |= other.observations
+
+
+@dataclass
+class RankReport:
+    """What one rank tells the controller of a case."""
+
+    rank: int
+    findings: list[Finding] = field(default_factory=list)
+    rejected: str | None = None
+    observed: dict[str, Any] = field(default_factory=dict)
+
+    def fail(
+        self,
+        check: str,
+        message: str,
+        *,
+        headroom: float | None = None,
+        where: dict[str, Any] | None = None,
+        diagnosis: list[dict[str, str]] | None = None,
+    ) -> None:
+        place = {"rank": self.rank} if where is None else where
+        self.findings.append(Finding(message, headroom, place, diagnosis=diagnosis or [], about=check))
+
+
+@dataclass
+class Explanation:
+    """Why a case fails: known faults that explain it, best first, what its error looks like, how many are known."""
+
+    diagnosis: list[dict[str, str]] = field(default_factory=list)
+    looks_like: list[str] = field(default_factory=list)
+    known: int = 0
+
+
+@dataclass
+class Answer:
+    """What a judging process, or many ranks together, say of one case."""
+
+    id: str  # "stage/check/fields", as it was planned
+    status: str  # passed, failed, unsupported, skipped, died or error
+    reason: str | None = None
+    seconds: float = 0.0
+    record: Record = field(default_factory=Record)
+    judged: str = ""  # the id of the data that judged, `id` where they are the planned ones
+    rejected: int = 0  # wrong outputs that these data were proved to reject
+    accepted: list[str] = field(default_factory=list)  # those that the planned data would have accepted
+    device_lost: bool = False  # a CUDA error has poisoned the process
+    counts_as: str = ""  # the check in whose name it counts, where not the id's own
+
+    def __post_init__(self) -> None:
+        self.judged = self.judged or self.id
+
+    @property
+    def findings(self) -> list[Finding]:
+        return self.record.findings
+
+    @property
+    def fails(self) -> bool:
+        return self.status in ("failed", "died")
+
+    @property
+    def executed(self) -> bool:
+        return self.fails or self.status == "passed"
+
+
+def restored(answer: dict[str, Any]) -> Answer:
+    """An answer that travelled as `dataclasses.asdict` makes it, where only plain data can."""
+    record = answer["record"]
+    findings = [Finding(**finding) for finding in record["findings"]]
+    return Answer(**{**answer, "record": Record(**{**record, "findings": findings})})

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_harness.harness.core.contracts import OVER_RANKS, RANK_STAGES
+from moe_harness.harness.core.findings import Finding
 from moe_harness.harness.core.folders import needed_part
 from moe_harness.harness.core.plan import Planned
 
@@ -34,7 +35,7 @@ class RankedStage:
     is_function: bool = False  # otherwise a class, one object of it on each rank
     has_traits: bool = False  # whether the plan depends on what an implementation says of itself
     searches: bool = True  # whether cases are drawn at random too
-    across: Callable[[Reports], Iterator[dict[str, Any]]] | None = None  # findings that no rank can make alone
+    across: Callable[[Reports], Iterator[Finding]] | None = None  # findings that no rank can make alone
 
     @property
     def call(self) -> str:

@@ -1,7 +1,7 @@
-"""What the task of one rank is written with: who it is, how it enters code under judgement, and what it reports."""
+"""What the task of one rank is written with: who it is, and how it enters code under judgement."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from hashlib import sha1
 from typing import Any, Protocol
 
@@ -73,32 +73,6 @@ def enter(me: Rank, function: Callable[..., Any], *arguments: Any, **keywords: A
         if me.recorder.failed is not None or blame.is_judges(error) or not blame.own_refusal(error):
             raise
         raise Refused(f"{type(error).__name__}: {error}") from error
-
-
-@dataclass
-class RankReport:
-    """Collected on one rank; crosses to the controller as a dict."""
-
-    rank: int
-    findings: list[dict[str, Any]] = field(default_factory=list)
-    rejected: str | None = None
-    observed: dict[str, Any] = field(default_factory=dict)
-
-    def fail(
-        self,
-        check: str,
-        message: str,
-        *,
-        headroom: float | None = None,
-        where: dict[str, Any] | None = None,
-        diagnosis: list[dict[str, str]] | None = None,
-    ) -> None:
-        place = {"rank": self.rank} if where is None else where
-        finding = {"check": check, "message": message, "headroom": headroom, "where": place}
-        self.findings.append({**finding, "diagnosis": diagnosis or []})
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def digest(result: Tensor) -> str:

@@ -350,9 +350,9 @@ PLACE = re.compile(r"^(?:the law \w+ does not hold: |among rows [\d to]+: |a cal
 VALUE = "wrong values"
 
 
-def kind_of(finding: dict[str, Any]) -> str:
+def kind_of(message: str) -> str:
     """How a case failed, in the words of its message without its numbers; all wrong elements are one kind."""
-    text = LIST.sub("[#]", NUMBER.sub("#", PLACE.sub("", finding["message"].splitlines()[0])))
+    text = LIST.sub("[#]", NUMBER.sub("#", PLACE.sub("", message.splitlines()[0])))
     if text.startswith(("element ", "topk_weights[#]", "the rms of ")) or " sigma" in text:
         return VALUE
     return text.split("; ")[0].split(" (")[0][:100]

@@ -56,8 +56,8 @@ def _run(spec: str, case: str, backend: str) -> tuple[tuple[str | None, ...], bo
         return None
     if not outcome.ok:
         return None
-    digests = tuple(report["observed"].get("digest") for report in outcome.results)
-    found = {finding["check"] for report in outcome.results for finding in report["findings"]}
+    digests = tuple(report.observed.get("digest") for report in outcome.results)
+    found = {finding.about for report in outcome.results for finding in report.findings}
     return None if None in digests else (digests, find_ranked(stage).checks[0] in found)
 
 

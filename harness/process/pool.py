@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_harness.harness.core.errors import CannotJudge, HarnessError, UsageError
-from moe_harness.harness.core.findings import unfinished
+from moe_harness.harness.core.findings import Answer, Explanation
 from moe_harness.harness.process import scratch
 from moe_harness.harness.process.deaths import Deaths
 from moe_harness.harness.process.start import start
@@ -152,7 +152,7 @@ class Pool:
             self._await_loaded(worker)
         return self.workers[0].loaded
 
-    def judge(self, case_ids: Iterable[str]) -> Iterator[dict[str, Any]]:
+    def judge(self, case_ids: Iterable[str]) -> Iterator[Answer]:
         """Answers as they come, in no fixed order.  What is like cases that died is answered "skipped"."""
         waiting, put_off = deque(case_ids), list[str]()
         busy: list[Worker] = []
@@ -178,28 +178,29 @@ class Pool:
                 waiting.extend(case_id for case_id in put_off if not self.causes.why_not(case_id))
                 put_off = [case_id for case_id in put_off if case_id not in waiting]
         for case_id in put_off:
-            yield unfinished(case_id, "skipped", self.causes.why_not(case_id) or "")
+            yield Answer(case_id, "skipped", self.causes.why_not(case_id) or "")
 
-    def _note(self, answer: dict[str, Any]) -> None:
-        died = answer["status"] == "died" or bool(answer.get("device_lost"))
-        self.causes.note(answer["id"], died=died, hung=died and HANGS in (answer["reason"] or ""))
+    def _note(self, answer: Answer) -> None:
+        died = answer.status == "died" or answer.device_lost
+        self.causes.note(answer.id, died=died, hung=died and HANGS in (answer.reason or ""))
 
-    def judge_one(self, case_id: str) -> dict[str, Any]:
+    def judge_one(self, case_id: str) -> Answer:
         return next(iter(self.judge([case_id])))
 
-    def judge_alone(self, case_ids: list[str]) -> dict[str, Any]:
+    def judge_alone(self, case_ids: list[str]) -> Answer:
         """The answer for the last of `case_ids`, judged in this order in a fresh process."""
         worker = self._make()
         try:
             self._await_loaded(worker)
             for case_id in case_ids:
                 worker.give(case_id, self._budget_now())
-                answer: Any = None
+                answer: Answer | None = None
                 while answer is None:
                     wait([worker.connection], POLL)
                     answer = self._answer(worker, replace=False)
-                if answer["status"] == "died":
+                if answer.status == "died":
                     break
+            assert answer is not None
             return answer
         finally:
             worker.stop()
@@ -218,24 +219,20 @@ class Pool:
         self._await_loaded(fresh)
         return None
 
-    def explain(self, case_id: str, failure: dict[str, Any]) -> None:
-        """Add to a finding or failure what causes it; what raised or died, and so is nowhere, has told its own."""
-        if failure.get("where"):
-            self.explained += 1
-            _add_cause(failure, self.ask(4 * EXPLAIN_SECONDS, "explain", case_id, EXPLAIN_SECONDS))
+    def explain(self, case_id: str) -> Explanation | None:
+        """Why a case fails, from an idle worker; None where it dies or takes too long over it."""
+        self.explained += 1
+        return self.ask(4 * EXPLAIN_SECONDS, "explain", case_id, EXPLAIN_SECONDS)
 
-    def explain_alone(self, case_id: str, failure: dict[str, Any]) -> None:
-        """As `explain`, while the workers are busy."""
-        if not failure.get("where"):
-            return
+    def explain_alone(self, case_id: str) -> Explanation | None:
+        """As `explain`, from a process of its own: the workers may be busy."""
         worker = self._make()
         try:
             self._await_loaded(worker)
             worker.connection.send(("explain", case_id, EXPLAIN_SECONDS))
-            if worker.connection.poll(4 * EXPLAIN_SECONDS):
-                _add_cause(failure, worker.connection.recv())
+            return worker.connection.recv() if worker.connection.poll(4 * EXPLAIN_SECONDS) else None
         except (EOFError, OSError, HarnessError):  # the failure stands without a cause
-            pass
+            return None
         finally:
             worker.stop()
 
@@ -249,12 +246,12 @@ class Pool:
     def _budget_now(self) -> float:
         return self.budget if self.deaths == 0 else max(5.0, self.budget / 4)
 
-    def _answer(self, worker: Worker, replace: bool = True) -> dict[str, Any] | None:
+    def _answer(self, worker: Worker, replace: bool = True) -> Answer | None:
         """What a busy worker has to say by now; its death is an answer too."""
         try:
             if worker.connection.poll():
-                answer = worker.connection.recv()
-                if replace and answer.get("device_lost"):
+                answer: Answer = worker.connection.recv()
+                if replace and answer.device_lost:
                     self._replace(worker)
                 return answer
         except (EOFError, OSError):
@@ -284,12 +281,12 @@ class Pool:
         worker.deadline = now + COMPILE_LOOK
         return now - worker.compiling_since < COMPILE_BUDGET
 
-    def _bury(self, worker: Worker, cause: str, replace: bool) -> dict[str, Any]:
+    def _bury(self, worker: Worker, cause: str, replace: bool) -> Answer:
         worker.stop()
         words = worker.last_words()
         if replace:
             self._replace(worker)
-        return unfinished(str(worker.current), "died", cause + (f"; it last printed: {words}" if words else ""))
+        return Answer(str(worker.current), "died", cause + (f"; it last printed: {words}" if words else ""))
 
     def _replace(self, worker: Worker) -> None:
         """A fresh process in the place of one that died, or whose device is lost."""
@@ -313,12 +310,6 @@ class Pool:
             error = kind(worker.loaded["error"])
             error.add_note(worker.loaded["traceback"])
             raise error
-
-
-def _add_cause(failure: dict[str, Any], told: dict[str, Any] | None) -> None:
-    if told is not None:
-        failure["diagnosis"], failure["known"] = told["diagnosis"], told.get("known", 0)
-        failure["looks_like"] = list(dict.fromkeys([*failure["looks_like"], *told["looks_like"]]))
 
 
 def _serve(environment: dict[str, str], *arguments: Any) -> None:

@@ -10,7 +10,6 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict
 from multiprocessing.connection import Connection
 from time import perf_counter
 from typing import Any
@@ -21,7 +20,7 @@ from moe_harness.harness.checks import CHECKS
 from moe_harness.harness.core.case import parse_id
 from moe_harness.harness.core.contracts import load
 from moe_harness.harness.core.errors import HarnessError
-from moe_harness.harness.core.findings import Record
+from moe_harness.harness.core.findings import Answer, Explanation, Record
 from moe_harness.harness.core.invocation import Broken, Rejected, Trial, first_line, kept_defaults
 from moe_harness.harness.core.plan import Planned
 from moe_harness.harness.process.parent_watch import end_with
@@ -47,7 +46,7 @@ def serve(connection: Connection, output: str, stage: str, spec: str, device: st
         connection.send(TASKS[message[0]](trial, *message[1:]))
 
 
-def judge_id(trial: Trial, case_id: str) -> dict[str, Any]:
+def judge_id(trial: Trial, case_id: str) -> Answer:
     """Judge the case of that id; whatever goes wrong, in the implementation or here, is part of the answer."""
     _, check, case = parse_id(case_id)
     started = perf_counter()
@@ -74,12 +73,11 @@ def judge_id(trial: Trial, case_id: str) -> dict[str, Any]:
         else:
             status, reason = "error", f"the harness failed on {case_id}: {traceback.format_exc()}"
     judged = case_id if proof.case in (None, case) else Planned(check, proof.case).id
-    answer = {"id": case_id, "status": status, "reason": reason, "seconds": perf_counter() - started, **asdict(record),
-              "judged": judged, "power": proof.as_dict()}  # fmt: skip
+    seconds = perf_counter() - started
     lost = status in ("failed", "error", "skipped") and _is_device_lost(trial.device)
     if trial.device == "cuda" and not lost and torch.cuda.memory_reserved() > KEPT:
         torch.cuda.empty_cache()  # the other workers need it
-    return answer | {"device_lost": lost}
+    return Answer(case_id, status, reason, seconds, record, judged, proof.rejected, proof.accepted, lost)
 
 
 def _is_device_lost(device: str) -> bool:
@@ -93,7 +91,7 @@ def _is_device_lost(device: str) -> bool:
     return False
 
 
-def explain_id(trial: Trial, case_id: str, seconds: float) -> dict[str, Any]:
+def explain_id(trial: Trial, case_id: str, seconds: float) -> Explanation:
     """Known faults that explain what a failing case yields, best first, and what its error looks like."""
     from moe_harness.harness.core.catalogue import all_faults
     from moe_harness.harness.diagnosis.operands import ignored_offsets
@@ -107,9 +105,9 @@ def explain_id(trial: Trial, case_id: str, seconds: float) -> dict[str, Any]:
         told, seen = explain(trial, case, seconds), looks(trial, case)
         if not told:
             seen += [*read_off(trial, case), *ignored_offsets(trial, case)]
-        return {"diagnosis": told, "looks_like": seen, "known": known}
+        return Explanation(told, seen, known)
     except (Rejected, Broken):  # it does other things than when it was judged: a failure of its state, told elsewhere
-        return {"diagnosis": [], "looks_like": []}
+        return Explanation()
 
 
 def describe(trial: Trial) -> str:

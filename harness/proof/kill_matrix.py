@@ -21,6 +21,7 @@ from typing import Any
 
 from moe_harness.harness.core.catalogue import RANKED, Fault
 from moe_harness.harness.core.errors import HarnessError
+from moe_harness.harness.core.findings import Finding
 from moe_harness.harness.core.names import CHECK_NAMES
 from moe_harness.harness.core.plan import ON_CUDA_ONLY, Planned, plan
 from moe_harness.harness.core.ranked_stage import find_ranked, rank_checks
@@ -126,7 +127,7 @@ def _fill(row: Row, pool: Pool, dtypes: tuple[str, ...], request: Request, after
         if cell["status"] == "killed" and row["status"] == "survived":
             row["status"] = "killed"
             row["first_killer"] = {"check": check, "case": cell["case"], "cases": judged, "of_check": cell["cases"]}
-    _broaden(row, left, lambda case_id: pool.deaths < DEATHS and _kills_one(pool.judge_one(case_id)))
+    _broaden(row, left, lambda case_id: pool.deaths < DEATHS and pool.judge_one(case_id).fails)
 
 
 def _broaden(row: Row, left: list[str], kills: Callable[[str], bool]) -> None:
@@ -151,9 +152,9 @@ def _fill_ranked(row: Row, fault: Fault, options: MatrixOptions) -> None:
         breakdowns += verdict.failure is not None
         row["killing"] += [case_id] if verdict.findings else []
         for finding in verdict.findings:
-            _kill(row, finding, judged, judged + len(ids))
+            _kill(row, case_id, finding, judged, judged + len(ids))
         if row["status"] == "survived" and verdict.findings:
-            check = verdict.findings[0]["check"]
+            check = verdict.findings[0].about
             row["first_killer"] = {"check": check, "case": case_id, "cases": judged, "of_check": judged}
             row["status"], ids = "killed", spread(ids, options.after_first)
     for check in find_ranked(fault.stage).findings:
@@ -162,10 +163,10 @@ def _fill_ranked(row: Row, fault: Fault, options: MatrixOptions) -> None:
     _broaden(row, left, lambda case_id: bool(judge(fault.spec, case_id, budget=options.timeout).findings))
 
 
-def _kill(row: Row, finding: dict[str, Any], cases: int, planned: int) -> None:
-    message = finding["message"].splitlines()[0][:300]
-    cell = _cell("killed", cases, planned, None) | {"case": finding["case"], "message": message}
-    row["checks"].setdefault(finding["check"], cell)
+def _kill(row: Row, case_id: str, finding: Finding, cases: int, planned: int) -> None:
+    message = finding.message.splitlines()[0][:300]
+    cell = _cell("killed", cases, planned, None) | {"case": case_id, "message": message}
+    row["checks"].setdefault(finding.about, cell)
 
 
 def _judge_check(pool: Pool, ids: list[str], planned: int) -> Cell:
@@ -175,16 +176,12 @@ def _judge_check(pool: Pool, ids: list[str], planned: int) -> Cell:
     executed, reason = 0, None
     for count, case_id in enumerate(ids, 1):
         answer = pool.judge_one(case_id)
-        if _kills_one(answer):
-            message = answer["reason"] or answer["findings"][0]["message"]
+        if answer.fails:
+            message = answer.reason or answer.findings[0].message
             return _cell("killed", count, planned, None) | {"case": case_id, "message": message.splitlines()[0][:300]}
-        executed += answer["status"] == "passed"
-        reason = answer["reason"] or reason
+        executed += answer.status == "passed"
+        reason = answer.reason or reason
     return _cell("survived" if executed else "unsupported", len(ids), planned, None if executed else reason)
-
-
-def _kills_one(answer: dict[str, Any]) -> bool:
-    return answer["status"] in ("failed", "died")
 
 
 def _cell(status: str, cases: int, planned: int, reason: str | None) -> Cell:

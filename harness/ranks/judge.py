@@ -1,17 +1,18 @@
 """The judgement of the stages that run on many ranks, from the controller's side.  Imports no torch.
 
 verdict = judge("dispatchers:all_to_all", "dispatcher/dense/R=2,E=3,k=1,T=0+2")
-verdict.findings       plain dicts: check, case, message, where, headroom, diagnosis
+verdict.findings       what each is `about`, its message, where, headroom, diagnosis
 verdict.unsupported    why every rank refused the case, or None
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moe_harness.harness.core import blame, errors
 from moe_harness.harness.core.case import parse_id
 from moe_harness.harness.core.contracts import OVER_RANKS, check_stage
+from moe_harness.harness.core.findings import Answer, Finding, RankReport, Record
 from moe_harness.harness.core.folders import PACKAGE
 from moe_harness.harness.core.ranked_cases import one_of
 from moe_harness.harness.core.ranked_stage import find_ranked, plan_over_ranks
@@ -19,9 +20,6 @@ from moe_harness.harness.ranks import pool
 from moe_harness.harness.ranks.calls import RecordedCall
 from moe_harness.harness.ranks.failure import RankFailure
 from moe_harness.harness.ranks.jobs import Injection
-
-Finding = dict[str, Any]
-BLANK: Finding = {"headroom": None, "where": {}, "diagnosis": []}
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,14 @@ class Verdict:
     def passed(self) -> bool:
         return not self.findings and self.unsupported is None
 
+    def answer(self, counts_as: str = "") -> Answer:
+        """The verdict as what a run takes."""
+        status = "failed" if self.findings else "passed" if self.unsupported is None else "unsupported"
+        record = Record()
+        for finding in self.findings:
+            record.add(replace(finding, headroom=finding.headroom or float("inf")))
+        return Answer(self.case, status, self.unsupported, self.seconds, record, counts_as=counts_as)
+
 
 def judge(
     spec: str, case: str, *, backend: str = "gloo", injection: Injection | None = None, budget: float = pool.BUDGET
@@ -56,29 +62,28 @@ def judge(
     name, task, load = task_of(stage), {"impl": spec, "case": case}, (stage, spec)
     outcome = pool.run(name, task, ranks=ranks, backend=backend, injection=injection, budget=budget, load=load)
     _raise_not_theirs(outcome.failure)
-    reports = [result for result in outcome.results if result is not None]
-    findings = [{**finding, "case": case} for report in reports for finding in report["findings"]]
-    findings.sort(key=lambda finding: finding["check"] not in ("contract", "inputs"))  # others may follow from these
-    refused = {report["rank"]: report["rejected"] for report in reports if report["rejected"] is not None}
+    reports: list[RankReport] = [result for result in outcome.results if result is not None]
+    findings = [finding for report in reports for finding in report.findings]
+    findings.sort(key=lambda finding: finding.about not in ("contract", "inputs"))  # others may follow from these
+    refused = {report.rank: report.rejected for report in reports if report.rejected is not None}
     unsupported = None
     if len(refused) == ranks or (refused and parsed.optional):  # outside the contract one rank may refuse for all
         unsupported, findings = next(iter(refused.values())), []
     elif refused:
-        findings.insert(0, _refused_alone(refused, ranks, case))
+        findings.insert(0, _refused_alone(refused, ranks))
     elif outcome.failure is not None and not _stopped_by_findings(outcome.failure, reports):
         _raise_usage(outcome.failure)
-        findings.insert(0, _from_failure(outcome.failure, case))
+        findings.insert(0, _from_failure(outcome.failure))
     elif outcome.ok and (across := find_ranked(stage).across) is not None:
-        observed_by_rank = [report["observed"] for report in reports]
-        seen = [{**BLANK, "check": check, "case": case, **finding} for finding in across(observed_by_rank)]
+        seen = [replace(finding, about=check) for finding in across([report.observed for report in reports])]
         findings = [*seen, *findings]
-    explained = findings and findings[0]["check"] == "inputs"
+    explained = bool(findings) and findings[0].about == "inputs"
     if findings and (plain := _plain_everywhere(reports)):
-        findings[0]["diagnosis"], explained = plain, True
+        findings[0].diagnosis, explained = plain, True
     if findings and not explained and outcome.ok and stage == "dispatcher" and injection is None:
         again = pool.run(name, {**task, "explain": True}, ranks=ranks, backend=backend, budget=budget)
-        findings[0]["diagnosis"] += _received(again.results)
-    observed = [report["observed"] for report in reports]
+        findings[0].diagnosis += _received(again.results)
+    observed = [report.observed for report in reports]
     return Verdict(case, findings, unsupported, outcome.failure, observed, outcome.traces, outcome.seconds,
                    outcome.left)  # fmt: skip
 
@@ -153,34 +158,32 @@ def _raise_usage(failure: RankFailure) -> None:
         raise error(message)
 
 
-def _stopped_by_findings(failure: RankFailure, reports: list[dict[str, Any]]) -> bool:
+def _stopped_by_findings(failure: RankFailure, reports: list[RankReport]) -> bool:
     """Whether the others only wait because this rank broke the contract and was judged no further."""
-    stopped = {r["rank"] for r in reports if any(f["check"] == "contract" for f in r["findings"])}
+    stopped = {r.rank for r in reports if any(f.about == "contract" for f in r.findings)}
     return failure.kind == "deadlock" and failure.rank in stopped
 
 
-def _plain_everywhere(reports: list[dict[str, Any]]) -> list[dict[str, str]]:
+def _plain_everywhere(reports: list[RankReport]) -> list[dict[str, str]]:
     """The name of results that say nothing of how they were computed, where that of every rank has it."""
-    told = [one for report in reports for one in report["observed"].get("plain", [])]
+    told = [one for report in reports for one in report.observed.get("plain", [])]
     return told[0] if told and all(one == told[0] for one in told) else []
 
 
-def _received(results: list[Any]) -> list[dict[str, str]]:
+def _received(results: list[RankReport | None]) -> list[dict[str, str]]:
     """What each rank found odd about the rows that came to it."""
-    statements = [s for result in results if result is not None for s in result["observed"].get("received", [])]
+    statements = [s for result in results if result is not None for s in result.observed.get("received", [])]
     return statements[:6]
 
 
-def _refused_alone(refused: dict[int, str], ranks: int, case: str) -> Finding:
+def _refused_alone(refused: dict[int, str], ranks: int) -> Finding:
     ones = ", ".join(f"rank {rank} raises {message.splitlines()[0]}" for rank, message in sorted(refused.items()))
     others = [rank for rank in range(ranks) if rank not in refused]
     message = f"{ones}, but ranks {others} go on; an implementation that needs more has to raise on every rank"
-    return {"check": "refusal", "case": case, "message": message, "headroom": None,
-            "where": {"rank": min(refused)}, "diagnosis": []}  # fmt: skip
+    return Finding(message, where={"rank": min(refused)}, about="refusal")
 
 
-def _from_failure(failure: RankFailure, case: str) -> Finding:
+def _from_failure(failure: RankFailure) -> Finding:
     evidence = [{"fault": "secondary error", "evidence": line} for line in failure.secondary]
     where = {"rank": failure.rank, "call": failure.call}
-    return {"check": "ranks", "case": case, "message": f"{failure.kind}: {failure.headline()}", "headroom": None,
-            "where": where, "diagnosis": evidence, "trace": failure.trace}  # fmt: skip
+    return Finding(f"{failure.kind}: {failure.headline()}", where=where, diagnosis=evidence, about="ranks")

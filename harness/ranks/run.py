@@ -136,7 +136,7 @@ class RankRun:
             self.broken[verdict.failure.kind] += 1
         for left in verdict.left:
             self._tell_left(left)
-        self.account.take(as_answer(verdict))
+        self.account.take(verdict.answer())
         return verdict
 
     def _tell_left(self, left: str) -> None:
@@ -175,29 +175,12 @@ class RankRun:
                            out_of_time=lambda: time.monotonic() > end)  # fmt: skip
         for name, verdict in verdicts.items():
             if not verdict.findings or (smallest is not None and name == smallest.id()):
-                self.account.take({**as_answer(verdict), "counts_as": "property"})
+                self.account.take(verdict.answer(counts_as="property"))
 
 
 def _together(case: Any) -> int:
     """How many ranks work together in a case."""
     return case.R // getattr(case, "groups", 1)
-
-
-def as_answer(verdict: Verdict) -> dict[str, Any]:
-    """A verdict in the form that a worker's answer has."""
-    status = "failed" if verdict.findings else "passed" if verdict.unsupported is None else "unsupported"
-    findings = [{**f, "looks_like": [], "headroom": f.get("headroom") or float("inf")} for f in verdict.findings]
-    return {
-        "id": verdict.case,
-        "status": status,
-        "reason": verdict.unsupported,
-        "seconds": verdict.seconds,
-        "findings": findings,
-        "worst": max([f["headroom"] for f in findings], default=0.0),
-        "elements": 0,
-        "histogram": [],
-        "observations": {},
-    }
 
 
 def judge_ranks(

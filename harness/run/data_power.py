@@ -9,7 +9,6 @@ the same recipe with another seed, then the stage's ordinary data of the same sh
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -38,9 +37,6 @@ class Proof:
     case: Case | None
     rejected: int = 0  # wrong outputs that were rejected on it; 0 where none applies to the case
     accepted: list[str] = field(default_factory=list)  # what the planned data would have accepted
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"rejected": self.rejected, "accepted": self.accepted}
 
 
 def prove(trial: Trial, case: Case) -> Proof:

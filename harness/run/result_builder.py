@@ -6,16 +6,16 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, cast
 
 from moe_harness.harness.core.case import Case, parse_id
 from moe_harness.harness.core.contracts import RANK_STAGES
-from moe_harness.harness.core.findings import HISTOGRAM_EDGES, MAX_Z
+from moe_harness.harness.core.findings import HISTOGRAM_EDGES, MAX_Z, Answer, Explanation, Finding
 from moe_harness.harness.core.ranked_stage import find_ranked
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.diagnosis.clusters import Cluster, Outcome, cluster, kind_of, most_common
 from moe_harness.harness.report import Result
-from moe_harness.harness.report.results import Check, Coverage, Failure, FailureCluster, Power
+from moe_harness.harness.report.results import Check, Coverage, Diagnosis, Failure, FailureCluster, Heatmap, Power
 
 HEATMAPS_PER_CHECK = 5
 CORE_CHECKS = ("contract", "exact", "numeric", "routing")  # on one device; over ranks all that are planned
@@ -52,12 +52,29 @@ class Tally:
         }  # fmt: skip
 
 
-def why_skipped(answer: dict[str, Any]) -> str:
+def why_skipped(answer: Answer) -> str:
     """The reason in one line, never none: of a traceback the last line that says something."""
-    lines = [line.strip() for line in (answer["reason"] or "").splitlines() if line.strip()]
+    lines = [line.strip() for line in (answer.reason or "").splitlines() if line.strip()]
     if not lines:
         return "the judge gave no reason"
-    return lines[-1] if answer["status"] == "error" else lines[0]
+    return lines[-1] if answer.status == "error" else lines[0]
+
+
+def failure_of(case_id: str, finding: Finding, replay: str = "") -> Failure:
+    """A finding of a case, as the report has it."""
+    return {
+        "check": case_id.split("/")[1], "case": case_id, "message": finding.message, "headroom": finding.headroom,
+        "where": finding.where, "looks_like": finding.looks_like,
+        "diagnosis": cast(list[Diagnosis], finding.diagnosis), "replay": replay,
+        "heatmap": cast(Heatmap | None, finding.heatmap),
+    }  # fmt: skip
+
+
+def add_cause(failure: Failure, told: Explanation | None) -> None:
+    """Enter why it fails, where that was found out, into a failure."""
+    if told is not None:
+        failure["diagnosis"], failure["known"] = cast(list[Diagnosis], told.diagnosis), told.known
+        failure["looks_like"] = list(dict.fromkeys([*failure["looks_like"], *told.looks_like]))
 
 
 class ResultBuilder:
@@ -107,7 +124,7 @@ class ResultBuilder:
         """Enter the cases of these that nothing was heard of as skipped."""
         for case_id in case_ids:
             if case_id not in self.answered:
-                self.take({"id": case_id, "status": "skipped", "reason": reason})
+                self.take(Answer(case_id, "skipped", reason))
 
     def interrupt(self) -> None:
         """Ctrl-C: the result is what is known until then."""
@@ -116,69 +133,61 @@ class ResultBuilder:
 
     # ------------------------------------------------------------------------------------------------ what comes back
 
-    def take(self, answer: dict[str, Any]) -> None:
+    def take(self, answer: Answer) -> None:
         """Count one answer of a worker."""
-        _, check, case = parse_id(answer["id"])
-        self.answered.add(answer["id"])
+        _, check, case = parse_id(answer.id)
+        self.answered.add(answer.id)
         if check == self.core_check and case.core() and case.rows():
-            judged = answer["status"] in ("passed", "failed", "died")
-            self.core.add((case.part(), judged))
-            self.core_refused += [answer["id"]] if answer["status"] == "unsupported" else []
-        check = answer.get("counts_as", check)
+            self.core.add((case.part(), answer.executed))
+            self.core_refused += [answer.id] if answer.status == "unsupported" else []
+        check = answer.counts_as or check
         tally = self.tallies.setdefault(check, Tally())
-        status = COUNTED_AS.get(answer["status"], answer["status"])
+        status = COUNTED_AS.get(answer.status, answer.status)
         tally.counts[status] += 1
-        tally.seconds += answer.get("seconds", 0.0)
-        tally.worst = max(tally.worst, answer.get("worst", 0.0))
+        tally.seconds += answer.seconds
+        tally.worst = max(tally.worst, answer.record.worst)
         if status == "unsupported":
-            alike = re.sub(r"\d+", "#", answer["reason"])  # one entry for messages that differ in sizes only
-            self.reasons.setdefault(alike, answer["reason"])
-            self.refused[alike].append(answer["id"])
+            reason = answer.reason or ""
+            alike = re.sub(r"\d+", "#", reason)  # one entry for messages that differ in sizes only
+            self.reasons.setdefault(alike, reason)
+            self.refused[alike].append(answer.id)
             tally.reasons[self.reasons[alike]] += 1
         elif status == "skipped":
             reason = why_skipped(answer)
             self.skipped[check, reason] += 1
             tally.reasons[reason] += 1
-            if answer["status"] == "error":
-                self.error = answer["reason"]
+            if answer.status == "error":
+                self.error = answer.reason
         else:
-            self._take_executed(check, case, answer)
+            self._take_executed(check, answer)
         if check != "property":
             self.listener.advance(check, status)
 
-    def _take_executed(self, check: str, case: Case, answer: dict[str, Any]) -> None:
-        judged = self._judged_as(answer)
-        case = parse_id(judged)[2]
+    def _take_executed(self, check: str, answer: Answer) -> None:
+        self._note_power(answer)
+        record, case = answer.record, parse_id(answer.judged)[2]
         self.executed.append(case.but(variant=f"{check}:{case.variant}"))
-        self.elements += answer["elements"]
-        self.histogram = [a + b for a, b in zip(self.histogram, answer["histogram"] or self.histogram, strict=True)]
-        for name, text in answer["observations"].items():
+        self.elements += record.elements
+        self.histogram = [a + b for a, b in zip(self.histogram, record.histogram, strict=True)]
+        for name, text in record.observations.items():
             self.heard[check, name][text] += 1
-        findings = answer["findings"][:1]  # one failure per case; the others are mostly its consequences
-        if answer["status"] == "died":
-            findings = [{"message": answer["reason"], "headroom": float("inf")}]
-        self.outcomes.append(Outcome(check, case, judged, kind_of(findings[0]) if findings else None))
+        findings = record.findings[:1]  # one failure per case; the others are mostly its consequences
+        if answer.status == "died":
+            findings = [Finding(answer.reason or "", float("inf"))]
+        self.outcomes.append(Outcome(check, case, answer.judged, kind_of(findings[0].message) if findings else None))
         for finding in findings:
-            self.fail(judged, finding)
+            self.fail(answer.judged, finding)
 
-    def _judged_as(self, answer: dict[str, Any]) -> str:
-        """The id of the data that judged: the planned ones, or those that took the place of data without power."""
-        planned, judged = answer["id"], answer.get("judged", answer["id"])
-        power = answer.get("power", {"rejected": 0, "accepted": []})
-        self.power["proved"] += bool(power["rejected"])
-        if judged != planned:
-            self.power["replaced"].append({"case": planned, "by": judged, "accepted": power["accepted"]})
-            self.places.setdefault(judged, self.places.get(planned, len(self.places)))
-        return judged
+    def _note_power(self, answer: Answer) -> None:
+        """Count data that were proved to judge, and name those that took the place of planned ones without power."""
+        self.power["proved"] += bool(answer.rejected)
+        if answer.judged != answer.id:
+            self.power["replaced"].append({"case": answer.id, "by": answer.judged, "accepted": answer.accepted})
+            self.places.setdefault(answer.judged, self.places.get(answer.id, len(self.places)))
 
-    def fail(self, case_id: str, finding: dict[str, Any]) -> None:
+    def fail(self, case_id: str, finding: Finding) -> None:
         """Enter one finding of a case as a failure."""
-        failure: Failure = {
-            "check": case_id.split("/")[1], "case": case_id, "message": finding["message"],
-            "headroom": finding.get("headroom"), "where": finding.get("where", {}),
-            "looks_like": finding.get("looks_like", []), "diagnosis": finding.get("diagnosis", []),
-            "replay": self.replay_line([case_id]), "heatmap": finding.get("heatmap"),
-        }  # fmt: skip
+        failure = failure_of(case_id, finding, self.replay_line([case_id]))
         self.failures.append(failure)
         if len(self.failures) == 1:
             self.explain(failure)

@@ -8,12 +8,13 @@ from typing import Any
 
 from moe_harness.harness.core.case import Case, parse_id
 from moe_harness.harness.core.errors import CannotJudge, HarnessError
+from moe_harness.harness.core.findings import Answer, Finding
 from moe_harness.harness.core.folders import stages_with
 from moe_harness.harness.core.plan import ON_CUDA_ONLY, Planned, plan
 from moe_harness.harness.core.request import EXAMPLES, Request
 from moe_harness.harness.process.pool import EXPLAINED, Pool, worker_count
 from moe_harness.harness.report import Result
-from moe_harness.harness.run.result_builder import COUNTED_AS, NEEDS_CUDA, Listener, ResultBuilder
+from moe_harness.harness.run.result_builder import COUNTED_AS, NEEDS_CUDA, Listener, ResultBuilder, add_cause
 
 SEARCH_SECONDS = {"quick": 15.0, "full": 120.0, "exhaustive": 900.0}
 CONFIRMED_PER_CHECK = 2  # failures judged once more, alone in a fresh process
@@ -87,7 +88,7 @@ class Run:
         self._explain(pool)
         self._describe(pool)
 
-    def _answers(self, pool: Pool, ids: list[str]) -> Iterator[dict[str, Any]]:
+    def _answers(self, pool: Pool, ids: list[str]) -> Iterator[Answer]:
         """Cases that fill a GPU's memory come last, one at a time."""
         large = [case_id for case_id in ids if case_id.split("/")[1] == "large_offsets"]
         yield from pool.judge(case_id for case_id in ids if case_id not in large)
@@ -129,10 +130,10 @@ class Run:
         interpreted = self.account.loaded.get("interpreted", False)
         for p in planned:
             if p.check in ON_CUDA_ONLY and self.request.device != "cuda":
-                self.account.take({"id": p.id, "status": "skipped", "reason": NEEDS_CUDA})
+                self.account.take(Answer(p.id, "skipped", NEEDS_CUDA))
             elif interpreted and p.case.steps() > INTERPRETED_STEPS:
                 reason = f"more than {INTERPRETED_STEPS} tiles take too long in Triton's interpreter"
-                self.account.take({"id": p.id, "status": "skipped", "reason": reason})
+                self.account.take(Answer(p.id, "skipped", reason))
             else:
                 ids.append(p.id)
         return ids
@@ -147,18 +148,18 @@ class Run:
         from moe_harness.harness.run import property_search
 
         end = time.monotonic() + SEARCH_SECONDS[self.request.profile]
-        answers: dict[str, dict[str, Any]] = {}
+        answers: dict[str, Answer] = {}
 
         def judge(case: Case) -> bool:
             answer = pool.judge_one(Planned("property", case).id)
             answers[case.id()] = answer
-            self.listener.advance("property", COUNTED_AS.get(answer["status"], answer["status"]))
-            return answer["status"] not in ("failed", "died")
+            self.listener.advance("property", COUNTED_AS.get(answer.status, answer.status))
+            return not answer.fails
 
         smallest = property_search.search(self.stage, self.request.dtypes, judge, examples=self._examples(),
                                      start=self.request.seed, out_of_time=lambda: time.monotonic() > end)  # fmt: skip
         for name, answer in answers.items():
-            if answer["status"] not in ("failed", "died") or (smallest is not None and name == smallest.id()):
+            if not answer.fails or (smallest is not None and name == smallest.id()):
                 self.account.take(answer)
 
     def _confirm(self, pool: Pool) -> None:
@@ -168,18 +169,18 @@ class Run:
             seen[failure["check"]] += 1
             if seen[failure["check"]] > CONFIRMED_PER_CHECK or pool.deaths:
                 continue
-            if pool.judge_alone([failure["case"]])["status"] in ("failed", "died"):
+            if pool.judge_alone([failure["case"]]).fails:
                 continue
             before = pool.history_of(failure["case"])[-1:]
-            again = before and pool.judge_alone([*before, failure["case"]])["status"] in ("failed", "died")
+            again = before and pool.judge_alone([*before, failure["case"]]).fails
             told = "it passes alone in a fresh process: the result depends on earlier calls"
             failure["looks_like"].insert(0, told + (", the one before suffices" if again else ", or on chance"))
             failure["replay"] = self.account.replay_line([*before, failure["case"]] if again else [failure["case"]])
 
     def _explain_at_once(self, failure: Any) -> None:
         """The cause of the first failure, by a process of its own: the others are at work."""
-        if self.pool is not None:
-            self.pool.explain_alone(failure["case"], failure)
+        if self.pool is not None and failure["where"]:  # what raised or died, and so is nowhere, has told its own
+            add_cause(failure, self.pool.explain_alone(failure["case"]))
 
     def _explain(self, pool: Pool) -> None:
         """Ask for the cause of each cluster's smallest case and of each check's first; what raised has told its own."""
@@ -190,7 +191,7 @@ class Run:
         chosen = [failure for failure in placed if failure["case"] in smallest][:EXPLAINED]
         for failure in [*chosen, *sorted(first.values(), key=self.account.place)[:EXPLAINED]]:
             if "known" not in failure:
-                pool.explain(failure["case"], failure)
+                add_cause(failure, pool.explain(failure["case"]))
 
     def _describe(self, pool: Pool) -> None:
         """Let the probes tell how a right implementation computes."""
@@ -208,7 +209,7 @@ class Run:
         for dtype in heard.request.dtypes:
             refusals = [i for ids in heard.refused.values() for i in ids if f"dtype={dtype}" in i or dtype == "fp32"]
             if refusals and all(case.dtype != dtype for case in heard.executed):
-                heard.fail(refusals[0], {"message": f"declares the dtype {dtype}, but refuses every case in it"})
+                heard.fail(refusals[0], Finding(f"declares the dtype {dtype}, but refuses every case in it"))
 
 
 def judge(stage: str, spec: str, request: Request, options: RunOptions, listener: Any = None) -> Result:

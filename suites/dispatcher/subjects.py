@@ -24,5 +24,5 @@ def chosen(config: pytest.Config, default: tuple[str, ...]) -> tuple[str, ...]:
 
 def format_findings(verdict: Verdict) -> str:
     """The findings of a verdict as text, the case first."""
-    lines = [f"{f['check']}: {f['message']}\n    {f['diagnosis'][:4]}" for f in verdict.findings]
+    lines = [f"{f.about}: {f.message}\n    {f.diagnosis[:4]}" for f in verdict.findings]
     return "\n".join([verdict.case, *lines])

@@ -16,7 +16,7 @@ BASES = ("Gathered", "Copies", "Deduplicated")
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_seen_where_it_shows(fault: Fault) -> None:
     verdict = judge.judge(fault.spec, fault.shows["case"])
-    assert fault.shows["seen_by"] in {finding["check"] for finding in verdict.findings}, format_findings(verdict)
+    assert fault.shows["seen_by"] in {finding.about for finding in verdict.findings}, format_findings(verdict)
 
 
 @pytest.mark.parametrize("fault", [f for f in FAULTS if f.hidden], ids=lambda fault: fault.name)
@@ -59,5 +59,5 @@ EVIDENCE = {
 @pytest.mark.parametrize("name", EVIDENCE)
 def test_the_cause_is_named(name: str) -> None:
     fault = next(f for f in FAULTS if f.name == name)
-    found = judge.judge(fault.spec, fault.shows["case"]).findings[0]["diagnosis"]
+    found = judge.judge(fault.spec, fault.shows["case"]).findings[0].diagnosis
     assert EVIDENCE[name] in {statement["fault"] for statement in found}

@@ -38,7 +38,7 @@ def test_a_late_rank_is_waited_for(impl: str) -> None:
 @pytest.mark.parametrize("call", [1, 2, COMBINE])
 def test_nan_in_a_payload_is_found(call: int) -> None:
     verdict = judge.judge("dispatchers:all_to_all_dedup", CASE, injection=Injection("nan", 0, call))
-    assert "dense" in {finding["check"] for finding in verdict.findings}, format_findings(verdict)
+    assert "dense" in {finding.about for finding in verdict.findings}, format_findings(verdict)
 
 
 @pytest.mark.parametrize("call", [1, 2, 3, COMBINE])

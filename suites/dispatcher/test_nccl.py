@@ -32,7 +32,7 @@ def test_equals_the_dense_layer(impl: str, world: int) -> None:
         judged += verdict.unsupported is None
         if verdict.findings:
             wrong.append(format_findings(verdict))
-        if len(wrong) == 3 or any(f["check"] == "ranks" for f in verdict.findings):
+        if len(wrong) == 3 or any(f.about == "ranks" for f in verdict.findings):
             break
     assert not wrong, "\n".join(wrong)
     assert judged == len(planned), verdict.unsupported

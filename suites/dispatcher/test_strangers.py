@@ -7,7 +7,7 @@ import pytest
 from moe_harness.harness.core.errors import HarnessError
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.ranks import judge
-from moe_harness.harness.ranks.run import ENOUGH, RankRun, as_answer, judge_ranks
+from moe_harness.harness.ranks.run import ENOUGH, RankRun, judge_ranks
 from moe_harness.harness.report.results import verdict_of
 from moe_harness.harness.run.result_builder import Listener
 from moe_harness.harness.run.session import RunOptions
@@ -31,7 +31,7 @@ def _first_message(name: str, stage: str) -> str:
     spec = f"{FOLDER / 'wrong.py'}:{name}"
     for case in judge.planned(stage, spec, (1, 2, 3)):
         for finding in judge.judge(spec, case, budget=5.0).findings:
-            return finding["message"]
+            return finding.message
     raise AssertionError(f"{name} survives")
 
 
@@ -72,7 +72,7 @@ def test_a_dispatcher_that_ends_every_process_ends_the_run() -> None:
 
 def test_a_planned_case_that_was_not_judged_keeps_a_run_from_passing() -> None:
     run = RankRun("dispatcher", "a.py:Right", Request(), RunOptions(), Listener(), (2,), lambda result: None)
-    run.account.take(as_answer(judge.Verdict(case="dispatcher/dense/R=2,E=4,k=2,T=3+3")))
+    run.account.take(judge.Verdict(case="dispatcher/dense/R=2,E=4,k=2,T=3+3").answer())
     assert run.result()["verdict"] == "pass"
     run.left["live"] = 1
     assert run.result()["verdict"] == "error"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_harness.harness.core.errors import CannotJudge
+from moe_harness.harness.core.findings import Answer
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.ranks import judge
 from moe_harness.harness.ranks.calls import RecordedCall
@@ -66,13 +67,13 @@ def test_right_on_a_busy_machine(name: str) -> None:
 def test_wrong_is_told_as_what_it_is(name: str) -> None:
     check, *words = WRONG[name]
     finding = _verdict(name, budget=3.0 if name == "Stopped" else 30.0).findings[0]
-    assert finding["check"] == check and all(word in finding["message"] for word in words), finding
+    assert finding.about == check and all(word in finding.message for word in words), finding
 
 
 def test_modified_inputs_are_the_cause() -> None:
     """Not the rows that changed with them, which look lost."""
     finding = _verdict("WritesHidden", "dispatcher/dense/R=2,E=4,k=1,T=3+2").findings[0]
-    assert finding["check"] == "inputs" and finding["diagnosis"][0]["fault"] == "input modified in place", finding
+    assert finding.about == "inputs" and finding.diagnosis[0]["fault"] == "input modified in place", finding
 
 
 @pytest.mark.parametrize(("name", "words"), [("BreaksTheJudge", "the harness failed"), ("FullDisk", "this machine")])
@@ -104,8 +105,7 @@ def test_what_nobody_needs_to_refuse_is_judged_in_some_dtype_or_nothing_passes(r
     account = ResultBuilder("dispatcher", "somebody:Dispatcher", Request(), Listener())
     for planned in cases.plan([1, 2, 4]):
         status, reason = ("unsupported", "not here") if refused(planned.case) else ("passed", None)
-        account.take({"id": planned.id, "status": status, "reason": reason, "elements": 1, "histogram": [],
-                      "observations": {}, "findings": []})  # fmt: skip
+        account.take(Answer(planned.id, status, reason))
     result = account.result()
     assert verdict_of(result) == verdict
     assert any(said["name"] == "core" for said in result["observations"]) is (verdict == "unsupported")

@@ -124,7 +124,7 @@ def judged(stage: str, faults: Iterable[Fault], seed: int) -> dict[str, list[Out
                 continue
             except Broken as error:
                 findings = [str(error)]
-            kind = kind_of({"message": findings[0]}) if findings else None
+            kind = kind_of(findings[0]) if findings else None
             found[name].append(Outcome(planned.check, case, planned.id, kind))
     return found
 

@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 from moe_harness.harness.core import contracts
 from moe_harness.harness.core.catalogue import all_faults
+from moe_harness.harness.core.findings import Answer
 from moe_harness.harness.core.plan import ON_CUDA_ONLY, plan
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.process.pool import Pool, prepare
@@ -43,7 +43,7 @@ def _fits(stage: str, node: ast.FunctionDef) -> bool:
     return len(node.args.args) == len(positional) and taken <= keywords and bool(taken) == bool(keywords)
 
 
-def first_kill(stage: str, spec: str, timeout: float = 20.0) -> dict[str, Any] | None:
+def first_kill(stage: str, spec: str, timeout: float = 20.0) -> Answer | None:
     """A failing answer of the quick profile on the CPU, or None where the implementation survives all of it.
 
     The case that killed it when `first_kills.json` was written comes first, as long as it is planned.
@@ -54,8 +54,8 @@ def first_kill(stage: str, spec: str, timeout: float = 20.0) -> dict[str, Any] |
         ids = _in_turn(stage, Request(dtypes=tuple(declared["dtypes"])))
         known = _known().get(_key(spec))
         for answer in pool.judge([known, *ids] if known in ids else ids):
-            assert answer["status"] != "error", answer["reason"]
-            if answer["status"] in ("failed", "died"):
+            assert answer.status != "error", answer.reason
+            if answer.fails:
                 return answer
     return None
 
@@ -91,7 +91,7 @@ def main() -> None:
     def note(one: tuple[str, str]) -> None:
         answer = first_kill(*one, timeout=20.0)
         if answer is not None:
-            found[_key(one[1])] = answer["id"]
+            found[_key(one[1])] = answer.id
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         list(threads.map(note, wrong))

@@ -34,7 +34,7 @@ def survives(fault: Any, checks: tuple[str, ...]) -> bool:
     with Pool(fault.stage, fault.spec, "cuda", 1, 120.0) as pool:
         request = Request(device="cuda", dtypes=tuple(pool.start()["declared"]["dtypes"]))
         ids = (p.id for p in plan(fault.stage, request) if p.check in checks)
-        return not any(answer["status"] in ("failed", "died") for answer in map(pool.judge_one, ids))
+        return not any(answer.fails for answer in map(pool.judge_one, ids))
 
 
 @pytest.mark.parametrize("fault", [f for f in ON_CUDA if f not in LARGE], ids=lambda fault: fault.name)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_harness.harness.core.findings import Answer, Finding, Record
 from moe_harness.harness.core.plan import plan
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.diagnosis.clusters import VALUE, Outcome, cluster, kind_of
@@ -87,16 +88,15 @@ def test_what_a_check_cannot_see_does_not_hide_the_condition():
     ],
 )
 def test_kinds_are_messages_without_their_numbers(message, kind):
-    assert kind_of({"message": message}) == kind
+    assert kind_of(message) == kind
 
 
 def test_the_result_tells_clusters_with_counts_and_a_replay_line():
     account = ResultBuilder("experts", "kernel.py:f", Request(), Listener())
     for planned in plan("experts", Request()):
         wrong = planned.case.k > 8
-        account.take({"id": planned.id, "status": "failed" if wrong else "passed", "reason": None, "elements": 1,
-                      "histogram": [], "observations": {}, "seconds": 0.0, "worst": 0.0,
-                      "findings": [{"message": "element [0, 0] is 1", "headroom": 2.0}] if wrong else []})  # fmt: skip
+        record = Record(findings=[Finding("element [0, 0] is 1", 2.0)] if wrong else [])
+        account.take(Answer(planned.id, "failed" if wrong else "passed", record=record))
     result = account.result()
     (found,) = result["clusters"]
     assert result["judged"] == 1.0

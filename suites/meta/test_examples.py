@@ -23,7 +23,7 @@ def example(fault: Fault) -> Case:
 
 def status(fault: Fault, case: Case) -> str:
     check = "laws" if case.variant else "exact" if case.data in ("exact", "greedy") else "numeric"
-    return judge_id(Trial(load(fault.stage, fault.spec), "cpu"), f"{fault.stage}/{check}/{case.id()}")["status"]
+    return judge_id(Trial(load(fault.stage, fault.spec), "cpu"), f"{fault.stage}/{check}/{case.id()}").status
 
 
 @pytest.mark.parametrize("fault", FAULTS)

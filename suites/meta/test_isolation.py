@@ -184,8 +184,8 @@ def test_a_case_that_is_being_compiled_is_no_hang(tmp_path):
         with Pool("shared_expert_gate", spec, "cpu", 1, budget=1.0) as pool:
             pool.start()
             verdicts[folder] = pool.judge_one("shared_expert_gate/contract/lead=5")
-    assert verdicts["torch/_inductor"]["status"] == "passed", verdicts
-    assert verdicts["kernels"]["status"] == "died" and "hangs" in verdicts["kernels"]["reason"]
+    assert verdicts["torch/_inductor"].status == "passed", verdicts
+    assert verdicts["kernels"].status == "died" and "hangs" in verdicts["kernels"].reason
 
 
 def test_waiting_for_a_processor_is_no_hang(tmp_path, monkeypatch):
@@ -196,5 +196,5 @@ def test_waiting_for_a_processor_is_no_hang(tmp_path, monkeypatch):
         monkeypatch.setattr(pool_module, "waited_for_processor", waited)
         with Pool("shared_expert_gate", f"{tmp_path / 'slow.py'}:gate", "cpu", 1, budget=1.0) as pool:
             pool.start()
-            statuses.append(pool.judge_one("shared_expert_gate/contract/lead=5")["status"])
+            statuses.append(pool.judge_one("shared_expert_gate/contract/lead=5").status)
     assert statuses == ["died", "passed"]

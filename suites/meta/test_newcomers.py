@@ -26,10 +26,10 @@ def told(function: Callable[..., Any], case: Case) -> tuple[list[str], str]:
     trial = Trial(Subject(case.stage, "first.py:kernel", function, Declarations.of(function), None), "cpu")
     name = f"{case.stage}/{'routing' if case.stage == 'router' else 'numeric'}/{case.id()}"
     judged, why = judge_id(trial, name), explain_id(trial, name, SECONDS)
-    (first, *_) = judged["findings"]
-    evidence = [f"{entry['fault']}: {entry['evidence']}" for entry in why["diagnosis"]]
-    words = [first["message"], *first["looks_like"], *why["looks_like"], *evidence]
-    return [entry["fault"] for entry in why["diagnosis"]], "\n".join(words)
+    (first, *_) = judged.findings
+    evidence = [f"{entry['fault']}: {entry['evidence']}" for entry in why.diagnosis]
+    words = [first.message, *first.looks_like, *why.looks_like, *evidence]
+    return [entry["fault"] for entry in why.diagnosis], "\n".join(words)
 
 
 # Outputs that say nothing of how they were made ------------------------------------------------------------------

@@ -84,7 +84,7 @@ def test_a_kernel_that_returns_zeros_fails_on_all_data_that_judge(stage: str) ->
     for item in islice(planned(stage), 0, None, 3):
         answer = judge_id(trial, item.id)
         excused = data_power.excused(item.case, "all_zeros") is not None
-        assert answer["status"] == "failed" or excused or not answer["power"]["rejected"], item.id
+        assert answer.status == "failed" or excused or not answer.rejected, item.id
 
 
 # (a recipe without power, wrong outputs that it cannot tell)
@@ -115,9 +115,9 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_recipe_without_power_is_replaced_and_counted(recipe: str) -> None:
     case_id = Planned("numeric", ExpertsCase(T=33, dtype="bf16", data=recipe)).id
     answer = judge_id(trial_of("experts", load("experts", "torch:loop").function), case_id)
-    assert answer["status"] == "passed"
-    assert set(answer["power"]["accepted"]) >= PLANTED[recipe][2]
-    assert "data=" not in answer["judged"] and answer["judged"] != case_id  # the stage's ordinary data
+    assert answer.status == "passed"
+    assert set(answer.accepted) >= PLANTED[recipe][2]
+    assert "data=" not in answer.judged and answer.judged != case_id  # the stage's ordinary data
     account = ResultBuilder("experts", "given", Request(), Listener())
     account.take(answer)
     found = account.result()["coverage"]["power"]
@@ -128,23 +128,23 @@ def test_a_recipe_without_power_is_replaced_and_counted(recipe: str) -> None:
 @pytest.mark.usefixtures("plant")
 def test_zeros_do_not_pass_where_zeros_were_right() -> None:
     answer = judge_id(zeros("experts"), "experts/numeric/T=33,data=no_weights")
-    assert answer["status"] == "failed"
+    assert answer.status == "failed"
 
 
 @pytest.mark.usefixtures("plant")
 def test_without_any_powerful_data_nothing_is_passed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data_power, "_candidates", lambda case: iter([case]))
     answer = judge_id(zeros("experts"), "experts/numeric/T=33,data=no_weights")
-    assert answer["status"] == "skipped" and "all_zeros" in answer["reason"]
+    assert answer.status == "skipped" and "all_zeros" in (answer.reason or "")
 
 
 def test_what_is_replayed_is_what_was_judged() -> None:
     """The id of the data that took the place of others needs no replacement itself."""
     trial = Trial(load("shared_expert_gate", "torch:loop"), "cpu")
     first = judge_id(trial, "shared_expert_gate/numeric/dtype=fp16,seed=50,lead=1,H=256,D=1")
-    again = judge_id(trial, first["judged"])
-    assert first["power"]["accepted"] == ["last_of_H_dropped"]
-    assert not again["power"]["accepted"] and again["judged"] == first["judged"] == again["id"]
+    again = judge_id(trial, first.judged)
+    assert first.accepted == ["last_of_H_dropped"]
+    assert not again.accepted and again.judged == first.judged == again.id
 
 
 def test_a_run_counts_what_it_replaced() -> None:

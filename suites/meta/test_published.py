@@ -53,5 +53,5 @@ def test_ordinary_data_do_not_show_it(entry: dict[str, Any]) -> None:
         assert judge(fault.spec, entry["ordinary"]).passed
         return
     trial = Trial(Subject(fault.stage, fault.spec, fault.function, Declarations.of(fault.function), None), "cpu")
-    messages = [finding["message"] for finding in judge_id(trial, entry["ordinary"])["findings"]]
+    messages = [finding.message for finding in judge_id(trial, entry["ordinary"]).findings]
     assert all("but" in entry and message.startswith(entry["but"]) for message in messages), messages

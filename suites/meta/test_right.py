@@ -51,8 +51,8 @@ def test_passes_its_share_of_the_quick_profile(number, spec):
     trial = Trial(load(SAMPLED, spec), "cpu")
     planned = [p.id for p in plan(SAMPLED, Request(seed=1)) if p.check not in (*ON_CUDA_ONLY, "leak")]
     answers = [judge_id(trial, case) for case in planned[number::EACH]]
-    assert not [(a["id"], a["findings"] or a["reason"]) for a in answers if a["status"] not in ("passed", "skipped")]
-    assert sum(a["status"] == "passed" for a in answers) >= 4
+    assert not [(a.id, a.findings or a.reason) for a in answers if a.status not in ("passed", "skipped")]
+    assert sum(a.status == "passed" for a in answers) >= 4
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_a_row_that_hangs_on_few_hidden_values_may_be_off_by_more(case):
     """False alarms of rows in which one of 384 hidden values holds 40 % of the variance."""
     spec = f"{Path(__file__).parent / 'right' / 'experts.py'}:activation_twice_rounded"
     told = judge_id(Trial(load("experts", spec), "cpu"), f"experts/numeric/{case}")
-    assert told["status"] == "passed", told
+    assert told.status == "passed", told
 
 
 def test_a_row_that_hangs_on_one_hidden_value_may_be_off_by_the_codes_of_its_own_row():
@@ -74,4 +74,4 @@ def test_a_row_that_hangs_on_one_hidden_value_may_be_off_by_the_codes_of_its_own
     spec = f"{Path(__file__).parent / 'right' / 'quantized_experts.py'}:fp8_tokens_with_powers_of_two"
     case = "seed=250052,T=19,k=3,routing=duplicates,masked=some,format=fp8_channel,bias=1"
     told = judge_id(Trial(load(SAMPLED, spec), "cpu"), f"quantized_experts/sentinels/dtype=bf16,{case}")
-    assert told["status"] == "passed", told
+    assert told.status == "passed", told

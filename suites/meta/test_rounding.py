@@ -251,5 +251,5 @@ def test_a_sum_over_few_slots_in_16_bits_is_seen_beside_every_other_declared_rou
     trial = Trial(Subject("experts", "kernel.py:kernel", kernel, declared, None), "cpu")
     cases = [p for p in plan("experts", Request(dtypes=("fp16", "bf16"))) if p.case.data == "partial_sums"]
     assert {p.case.k for p in cases} == {2, 3, 4, 8}
-    status = {p.id: judge_id(trial, p.id)["status"] for p in cases}
+    status = {p.id: judge_id(trial, p.id).status for p in cases}
     assert status == {p.id: "failed" if p.case.k in seen else "passed" for p in cases}

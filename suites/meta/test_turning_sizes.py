@@ -73,7 +73,7 @@ def test_where_kernels_turn_wrong_three_cases_see_it(stage: str, kind: str, hold
     trial = zeroed(stage)
     failed = 0
     for each in planned:
-        failed += judge_id(trial, each.id)["status"] == "failed"
+        failed += judge_id(trial, each.id).status == "failed"
         if failed == FEWEST:
             return
     raise AssertionError(f"{failed} of {len(planned)} cases see zeros where {kind}")

@@ -39,7 +39,7 @@ def test_a_mistake_is_failed_with_its_cause(name: str) -> None:
     case, words = SAID[name]
     findings = judge.judge(f"{FILE}:{name}", case).findings
     assert findings, f"{name} survives {case}"
-    told = " ".join([findings[0]["message"], *(cause["fault"] for cause in findings[0]["diagnosis"])])
+    told = " ".join([findings[0].message, *(cause["fault"] for cause in findings[0].diagnosis)])
     assert words in told, findings[0]
 
 

@@ -25,7 +25,7 @@ CASES = [
 
 def statuses(spec: str, cases: list[str] = CASES) -> dict[str, str]:
     trial = Trial(load("model", spec), "cpu")
-    return {case: judge_id(trial, case)["status"] for case in cases}
+    return {case: judge_id(trial, case).status for case in cases}
 
 
 @pytest.mark.parametrize("spec", [f"{FILE}:right", "transformers", "transformers:grouped_mm"])
@@ -45,8 +45,8 @@ def test_each_wrong_model_fails(name: str, dtype: str) -> None:
 
 def test_a_wrong_layer_is_named() -> None:
     trial = Trial(load("model", f"{FILE}:one_layer_scaled"), "cpu")
-    finding = judge_id(trial, "model/numeric/variant=layers,seed=3")["findings"][0]
-    assert finding["where"]["layer"] == 1, finding
+    finding = judge_id(trial, "model/numeric/variant=layers,seed=3").findings[0]
+    assert finding.where["layer"] == 1, finding
 
 
 def test_a_model_without_layers_is_unsupported_there_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,8 +72,8 @@ def test_most_of_what_is_planned_can_be_judged() -> None:
     trial = Trial(load("model", f"{FILE}:right"), "cpu")
     for planned in [p for p in plan("model", Request(dtypes=("bf16",))) if NOT_READ not in p.id][::3]:
         answer = judge_id(trial, planned.id)
-        assert answer["status"] == "passed", answer
-        share = int(answer["observations"]["share judged"].rstrip("%")) if answer["observations"] else 100
+        assert answer.status == "passed", answer
+        share = int(answer.record.observations["share judged"].rstrip("%")) if answer.record.observations else 100
         assert share >= 50
 
 

@@ -53,7 +53,7 @@ def test_every_kind_on_drawn_cases(case: LinearCase) -> None:
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_faults_are_seen_and_hidden_where_they_say(fault: Fault) -> None:
     verdict = judge.judge(fault.spec, fault.shows["case"])
-    assert fault.shows["seen_by"] in {finding["check"] for finding in verdict.findings}, format_findings(verdict)
+    assert fault.shows["seen_by"] in {finding.about for finding in verdict.findings}, format_findings(verdict)
     for case in fault.hidden:
         assert judge.judge(fault.spec, case).passed, case
 
@@ -66,7 +66,7 @@ def test_faults_are_killed_by_the_planned_cases(fault: Fault) -> None:
 
 def test_the_row_parallel_gate_is_caught_by_name() -> None:
     fault = next(f for f in FAULTS if f.name == "gate_row_parallel")
-    diagnosis = judge.judge(fault.spec, fault.shows["case"]).findings[0]["diagnosis"]
+    diagnosis = judge.judge(fault.spec, fault.shows["case"]).findings[0].diagnosis
     assert diagnosis[0]["fault"] == "row-parallel where replicated is meant"
 
 

@@ -58,7 +58,7 @@ def cost_of_stage(name: str, spec: str) -> dict[str, Any]:
     ids = [p for p in plan(name, Request()) if p.check not in ON_CUDA_ONLY]
     seconds: dict[str, float] = defaultdict(float)
     for planned in ids:
-        seconds[planned.check] += judge_id(trial, planned.id)["seconds"]
+        seconds[planned.check] += judge_id(trial, planned.id).seconds
     total = sum(seconds.values())
     shares = {check: round(spent / total, 3) for check, spent in sorted(seconds.items(), key=lambda item: -item[1])}
     return {

@@ -36,7 +36,7 @@ def test_equals_the_layer_on_one_rank(impl: str, world: int) -> None:
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_a_fault_shows_in_three_cases_and_hides_where_it_says(fault: Fault) -> None:
     verdict = judge.judge(fault.spec, fault.shows["case"])
-    assert fault.shows["seen_by"] in {finding["check"] for finding in verdict.findings}, format_findings(verdict)
+    assert fault.shows["seen_by"] in {finding.about for finding in verdict.findings}, format_findings(verdict)
     for case in fault.hidden:
         assert judge.judge(fault.spec, case).passed, case
     killed = 0
@@ -62,7 +62,7 @@ def test_the_fit_names_it(name: str) -> None:
     """output = a * Routed + b * Shared."""
     fault = next(fault for fault in FAULTS if fault.name == name)
     finding = judge.judge(fault.spec, fault.shows["case"]).findings[0]
-    assert NAMED[name] in finding["diagnosis"][0]["fault"], finding
+    assert NAMED[name] in finding.diagnosis[0]["fault"], finding
 
 
 SAID = {
@@ -81,9 +81,7 @@ def test_what_strangers_do_wrong(name: str) -> None:
     for planned in cases.plan([2]):
         verdict = judge.judge(f"{FILE}:{name}", planned.id, budget=10.0)
         if verdict.findings:
-            assert verdict.findings[0]["check"] == check and words in verdict.findings[0]["message"], format_findings(
-                verdict
-            )
+            assert verdict.findings[0].about == check and words in verdict.findings[0].message, format_findings(verdict)
             return
     raise AssertionError(f"{name} survives")
 

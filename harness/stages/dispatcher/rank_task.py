@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from moe_harness.harness.core.case import parse_id
+from moe_harness.harness.core.findings import RankReport
 from moe_harness.harness.core.ranked_subject import load_checked
 from moe_harness.harness.core.ranked_task import (
     Rank,
-    RankReport,
     Refused,
     differing_rows,
     digest,
@@ -35,8 +35,8 @@ _IN_PLACE = [
 ]
 
 
-def run(me: Rank, spec: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Task: spec = {"impl": ..., "case": id, "explain": bool}.  Returns a RankReport as plain data.
+def run(me: Rank, spec: dict[str, Any], seed: int) -> RankReport:
+    """Task: spec = {"impl": ..., "case": id, "explain": bool}.  Returns a RankReport.
 
     With "explain" every rank tells what is odd about the rows it received, also where its own tokens are right.
     """
@@ -51,7 +51,7 @@ def run(me: Rank, spec: dict[str, Any], seed: int) -> dict[str, Any]:
     if case.copies:
         if not supports_copies(subject):
             report.rejected = "does not declare supports_copies, so it is not made with redundant experts"
-            return report.as_dict()
+            return report
         keywords["logical"] = worlds[0].logical.clone()
     try:
         dispatcher = enter(me, subject, me.group, **keywords)
@@ -60,7 +60,7 @@ def run(me: Rank, spec: dict[str, Any], seed: int) -> dict[str, Any]:
         _judge(me, dispatcher, worlds, report, bool(spec.get("explain")))
     except Refused as refusal:
         report.rejected = str(refusal)
-    return report.as_dict()
+    return report
 
 
 def traits(me: Rank, spec: dict[str, str], seed: int) -> dict[str, bool]:

@@ -20,7 +20,8 @@ from moe_harness.fixtures import checkpoints
 from moe_harness.harness.core.bounds import DTYPES
 from moe_harness.harness.core.case import parse_id
 from moe_harness.harness.core.contracts import Subject, load
-from moe_harness.harness.core.ranked_task import Rank, RankReport, Refused, digest, enter
+from moe_harness.harness.core.findings import RankReport
+from moe_harness.harness.core.ranked_task import Rank, Refused, digest, enter
 from moe_harness.harness.stages.model import spread
 from moe_harness.harness.stages.model.cases import ModelCase
 from moe_harness.harness.stages.model.stage import STAGE, ModelCall, Question, ask, prompts_of
@@ -29,8 +30,8 @@ POLL = 0.005  # seconds between looks for what another rank writes
 HEAT, SEED = 8.0, 11  # of what is drawn: hot enough that the largest logit seldom wins
 
 
-def run(me: Rank, spec: dict[str, str], seed: int) -> dict[str, Any]:
-    """Task: spec = {"impl": ..., "case": id}.  Returns a RankReport as plain data."""
+def run(me: Rank, spec: dict[str, str], seed: int) -> RankReport:
+    """Task: spec = {"impl": ..., "case": id}.  Returns a RankReport."""
     _, _, case = parse_id(spec["case"])
     assert isinstance(case, ModelCase)
     subject, asked, report = _subject(spec["impl"]), _asked(me, case), RankReport(me.rank)
@@ -38,7 +39,7 @@ def run(me: Rank, spec: dict[str, str], seed: int) -> dict[str, Any]:
         _Judged(me, subject, case, asked, report).judge()
     except Refused as refusal:
         report.rejected = str(refusal)
-    return report.as_dict()
+    return report
 
 
 @functools.cache

@@ -1,12 +1,12 @@
 """The stage `model` over ranks: one model of them all, every call made on each alike."""
 
 from collections.abc import Iterator
-from typing import Any
 
+from moe_harness.harness.core.findings import Finding
 from moe_harness.harness.core.ranked_stage import RankedStage, Reports
 
 
-def across(reports: Reports) -> Iterator[dict[str, Any]]:
+def across(reports: Reports) -> Iterator[Finding]:
     """Tokens are the same on every rank: one that goes on with another token is lost to the others."""
     first = reports[0].get("tokens")
     for rank, report in enumerate(reports):
@@ -20,12 +20,12 @@ def across(reports: Reports) -> Iterator[dict[str, Any]]:
             if own != other
         )
         how = "drawn" if report["drawn"] else "greedy"
-        yield {
-            "message": f"the ranks' {how} tokens differ: new token {place} of prompt {row} is {first[row][place]} on "
-            f"rank 0 and {tokens[row][place]} on rank {rank}; a call is made on all ranks alike and has one answer",
-            "where": {"rank": rank, "prompt": row, "new token": place},
-            "diagnosis": [CAUSES[how]],
-        }
+        yield Finding(
+            f"the ranks' {how} tokens differ: new token {place} of prompt {row} is {first[row][place]} on rank 0 "
+            f"and {tokens[row][place]} on rank {rank}; a call is made on all ranks alike and has one answer",
+            where={"rank": rank, "prompt": row, "new token": place},
+            diagnosis=[CAUSES[how]],
+        )
         return
 
 

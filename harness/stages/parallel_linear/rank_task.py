@@ -13,8 +13,9 @@ from moe_harness.harness.core import blame
 from moe_harness.harness.core.bounds import DTYPES
 from moe_harness.harness.core.case import parse_id
 from moe_harness.harness.core.errors import UsageError
+from moe_harness.harness.core.findings import RankReport
 from moe_harness.harness.core.ranked_subject import load_checked
-from moe_harness.harness.core.ranked_task import Rank, RankReport, Refused, differing_rows, digest, enter
+from moe_harness.harness.core.ranked_task import Rank, Refused, differing_rows, digest, enter
 from moe_harness.harness.stages.parallel_linear.cases import LinearCase
 from moe_harness.reference import parallel_linear as reference
 from moe_harness.reference.grouped_linear import grouped_linear
@@ -43,15 +44,15 @@ def traits(me: Rank, spec: dict[str, str], seed: int) -> dict[str, str]:
     return {"kind": kind_of(load_checked("parallel_linear", spec["impl"]))}
 
 
-def run(me: Rank, spec: dict[str, str], seed: int) -> dict[str, Any]:
-    """Task: spec = {"impl": ..., "case": id}.  Returns a RankReport as plain data."""
+def run(me: Rank, spec: dict[str, str], seed: int) -> RankReport:
+    """Task: spec = {"impl": ..., "case": id}.  Returns a RankReport."""
     _, _, case = parse_id(spec["case"])
     subject = load_checked("parallel_linear", spec["impl"])
     report = RankReport(me.rank)
     assert isinstance(case, LinearCase)
     if kind_of(subject) != case.kind:
         report.rejected = f"{spec['impl']} is {kind_of(subject)}, the case asks for {case.kind}"
-        return report.as_dict()
+        return report
     try:
         weights, x, out = _run(me, subject, case, report)
     except Refused as refusal:
@@ -66,7 +67,7 @@ def run(me: Rank, spec: dict[str, str], seed: int) -> dict[str, Any]:
             _compare_joined(me, out, widths, whole_of(weights, x, case), case, report)
     elif report.rejected is None:
         _compare(me, out, weights, x, case, report)
-    return report.as_dict()
+    return report
 
 
 def weights_of(case: LinearCase) -> tuple[list[list[Tensor]], Tensor]:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from moe_harness.harness.core.bounds import DTYPES
 from moe_harness.harness.core.case import parse_id
+from moe_harness.harness.core.findings import RankReport
 from moe_harness.harness.core.ranked_subject import load_checked
 from moe_harness.harness.core.ranked_task import (
     Rank,
-    RankReport,
     Refused,
     differing_rows,
     digest,
@@ -30,8 +30,8 @@ from moe_harness.reference.reduction import Partial, Placed, Replicated, Sharded
 SECOND = 5003  # added to the seed for a second call, whose result must not touch the first one's
 
 
-def run(me: Rank, spec: dict[str, str], seed: int) -> dict[str, Any]:
-    """Task: spec = {"impl": ..., "case": id}.  Returns a RankReport as plain data."""
+def run(me: Rank, spec: dict[str, str], seed: int) -> RankReport:
+    """Task: spec = {"impl": ..., "case": id}.  Returns a RankReport."""
     _, _, case = parse_id(spec["case"])
     assert isinstance(case, ReductionCase)
     subject, report = load_checked("reduction", spec["impl"]), RankReport(me.rank)
@@ -40,7 +40,7 @@ def run(me: Rank, spec: dict[str, str], seed: int) -> dict[str, Any]:
         _judge(here, subject, case, report)
     except Refused as refusal:
         report.rejected = str(refusal)
-    return report.as_dict()
+    return report
 
 
 def _judge(me: Rank, subject: Any, case: ReductionCase, report: RankReport) -> None:
