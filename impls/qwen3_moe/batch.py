@@ -31,7 +31,8 @@ class Limits:
     def fields(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Every field of a block.
 
-        ids, positions, slots per token.  query_start, context, tables per sequence, in the order of the step's work.
+        ids, positions, slots per token.  query_start, context, tables and states (the row in which linear attention
+        keeps what it knows) per sequence, in the order of the step's work.
         plan: a fingerprint of the step, by which ranks find out that they do the same.
         last (index of its last token), rows, temperature, top_k, top_p, seeds and draws (position that is drawn) per
         sequence that samples, in order.
@@ -42,7 +43,7 @@ class Limits:
             "last": (torch.int64, (s,)), "rows": (torch.int64, (s,)), "ids": (torch.int64, (t,)),
             "positions": (whole, (t,)), "slots": (whole, (t,)), "query_start": (whole, (s + 1,)),
             "context": (whole, (s,)), "tables": (whole, (s, self.columns)), "temperature": (torch.float32, (s,)),
-            "top_k": (whole, (s,)), "top_p": (torch.float32, (s,)),
+            "top_k": (whole, (s,)), "top_p": (torch.float32, (s,)), "states": (torch.int64, (s,)),
         }  # fmt: skip
 
 
@@ -117,7 +118,7 @@ class Builder:
         n = len(rows)
         np.take(self.tables, rows, axis=0, out=to["tables"][:n])
         np.cumsum(counts, out=to["query_start"][1 : n + 1])
-        to["context"][:n] = starts + counts
+        to["context"][:n], to["states"][:n] = starts + counts, rows
         d = step.decoding
         to["positions"][:d] = starts[:d]
         to["slots"][:d] = to["tables"][np.arange(d), starts[:d] // page] * page + starts[:d] % page
@@ -165,6 +166,7 @@ class Builder:
         for name, value in (
             ("draws", 0),
             ("rows", self.limits.sequences),
+            ("states", self.limits.sequences),
             ("temperature", 0),
             ("top_k", 0),
             ("top_p", 1),

@@ -7,14 +7,15 @@ from typing import Any
 
 from moe_harness.impls.qwen3_moe.rope import Angles, yarn
 
-OMNI, TALKER, DEEPSEEK = "qwen3_omni_moe", "qwen3_omni_moe_talker_text", "deepseek_v2"
+OMNI, TALKER, DEEPSEEK, NEXT = "qwen3_omni_moe", "qwen3_omni_moe_talker_text", "deepseek_v2", "qwen3_next"
 ARCHITECTURES = {
     "qwen3_moe": "Qwen3MoeForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM", "qwen3": "Qwen3ForCausalLM",
     TALKER: "Qwen3OmniMoeTalkerModel", DEEPSEEK: "DeepseekV2ForCausalLM",
+    NEXT: "Qwen3NextForCausalLM",
 }  # fmt: skip
-GATED_SHARED = ("qwen2_moe", TALKER)  # families whose shared expert has a gate
+GATED_SHARED = ("qwen2_moe", TALKER, NEXT)  # families whose shared expert has a gate
 # transformers' class defaults; DeepSeek's has none
-TOP_K = {"qwen2_moe": 4, "qwen3_moe": 8, TALKER: 8}
+TOP_K = {"qwen2_moe": 4, "qwen3_moe": 8, TALKER: 8, NEXT: 10}
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -43,6 +44,30 @@ class Latent:
     def query(self) -> int:
         """Width of a query head."""
         return self.nope + self.turned
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Qwen3-Next's attention: which layers are gated delta nets, their sizes, and what the others rotate.
+
+    Attributes:
+        key, value: dimensions of a head's key and of its value.
+        kernel: positions that the convolution sees.
+        turned: dimensions of a head of the other layers that are rotated.
+    """
+
+    layers: frozenset[int]
+    key_heads: int
+    value_heads: int
+    key: int
+    value: int
+    kernel: int
+    turned: int
+
+    @property
+    def channels(self) -> int:
+        """Inputs of the convolution: queries, keys and values of all heads."""
+        return 2 * self.key_heads * self.key + self.value_heads * self.value
 
 
 @dataclass(frozen=True)
@@ -79,6 +104,12 @@ class Config:
     routed_scale: float = 1.0
     router_in_fp32: bool = False
     latent: Latent | None = None  # None: grouped queries
+    linear: Linear | None = None  # of Qwen3-Next
+
+    @property
+    def attending(self) -> list[int]:
+        """The layers that keep keys and values."""
+        return [i for i in range(self.layers) if self.linear is None or i not in self.linear.layers]
 
     def routing(self) -> dict[str, Any]:
         """Keywords of the stage `router`."""
@@ -97,7 +128,9 @@ class Config:
         )
 
     def foreign(self, key: str) -> bool:
-        """Whether a key belongs to what stands around the talker in a whole Qwen3-Omni."""
+        """Whether a key belongs to what stands around the decoder: a Qwen3-Omni, layers that guess ahead."""
+        if self.model_type == NEXT:
+            return key.startswith("mtp.")
         return self.model_type == TALKER and not key.startswith(("talker.model.", "talker.codec_head."))
 
     @classmethod
@@ -163,8 +196,8 @@ class _Reader:
             top_k=top_k,
             expert_size=self._size("moe_intermediate_size") if sparse else 0,
             shared_expert_size=self._shared(kind) if sparse else 0,
-            # False is the default of all classes; transformers never looks at DeepSeek-V2's.
-            renormalize=bool(self.keys.get("norm_topk_prob", False)) and kind != DEEPSEEK,
+            # False is the default of all classes but Qwen3-Next's; transformers never looks at DeepSeek-V2's.
+            renormalize=bool(self.keys.get("norm_topk_prob", kind == NEXT)) and kind != DEEPSEEK,
             sparse_layers=sparse,
             activation=ACTIVATIONS[self._choice("hidden_act", ACTIVATIONS, "silu")],
             eps=float(self.keys.get("rms_norm_eps", 1e-6)),
@@ -182,7 +215,25 @@ class _Reader:
             routed_scale=float(self.keys.get("routed_scaling_factor", 1.0)) if kind == DEEPSEEK else 1.0,
             router_in_fp32=kind == DEEPSEEK,
             latent=latent,
+            linear=self._linear(layers) if kind == NEXT else None,
         )
+
+    def _linear(self, layers: int) -> Linear:
+        kinds, interval = self.keys.get("layer_types"), self._size("full_attention_interval", 4)
+        if kinds is None:
+            kinds = ["full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(layers)]
+        if len(kinds) != layers or not set(kinds) <= {"full_attention", "linear_attention"}:
+            raise self._error("layer_types", kinds, f"full_attention or linear_attention for each of {layers} layers")
+        key_heads, value_heads = self._size("linear_num_key_heads", 16), self._size("linear_num_value_heads", 32)
+        if value_heads % key_heads:
+            raise self._error("linear_num_value_heads", value_heads, f"a multiple of the {key_heads} key heads")
+        parameters = self.keys.get("rope_parameters") or {}
+        share = float(parameters.get("partial_rotary_factor", self.keys.get("partial_rotary_factor", 0.25)))
+        return Linear(
+            frozenset(i for i, kind in enumerate(kinds) if kind == "linear_attention"), key_heads, value_heads,
+            self._size("linear_key_head_dim", 128), self._size("linear_value_head_dim", 128),
+            self._size("linear_conv_kernel_dim", 4), int(self._size("head_dim", 256) * share),
+        )  # fmt: skip
 
     def _enter_the_talker(self) -> None:
         """Read the talker's text model in the config of a whole Qwen3-Omni, with the codec's end of sequence."""

@@ -83,6 +83,9 @@ class Model:
         self.config, self.layout, self.device, self.dtype = layout.config, layout, device, dtype
         self.options = options or Options()
         chosen = self.options.kernels
+        if self.config.linear is not None and chosen == "triton":
+            raise NotImplementedError(f"{self.config.model_type} runs in plain torch, wanted kernels='torch' or None")
+        chosen = "torch" if self.config.linear is not None else chosen
         kernels = Kernels.for_device(device) if chosen is None else Kernels.of(chosen)
         self.ranks, self.expert_parallel_backend = ranks, DISABLED
         self.apart = layout.placement.data_parallel
@@ -194,7 +197,7 @@ class Model:
         )
         if name == "attention":
             x = network.norm(f"{layer}.input_layernorm.weight", rows)[0]
-            output: Output = network.attention(f"{layer}.self_attn", x, flat, cache.keys[i], cache.values[i])
+            output: Output = network.mix(i, x, flat, cache.keys[i], cache.values[i])
         else:
             x = network.norm(f"{layer}.post_attention_layernorm.weight", rows)[0]
             mlp = network.sparse if i in self.config.sparse_layers else network.dense
@@ -205,13 +208,13 @@ class Model:
         """A batch of `batch` whole sequences, and a cache for one layer at a time."""
         page = self.options.page_size
         columns = -(-length // page)
-        cache = Cache(self.layout, batch * columns, page, self.dtype, self.device, shared=True)
+        cache = Cache(self.layout, batch * columns, page, self.dtype, self.device, shared=True, rows=batch)
         tables = self._whole(torch.arange(batch * columns)).view(batch, columns)
         positions = self._whole(torch.arange(length))
         slots = tables[:, positions.long() // page] * page + positions % page
         flat = Flat(
             positions.repeat(batch), slots.flatten(), self._whole(torch.arange(batch + 1) * length),
-            self._whole(torch.full((batch,), length)), tables, 0,
+            self._whole(torch.full((batch,), length)), tables, 0, rows=torch.arange(batch, device=self.device),
         )  # fmt: skip
         return flat, cache
 
@@ -228,22 +231,23 @@ class Model:
         columns = max(1, -(-(length - 1) // o.page_size))  # the last token is never an input
         limits = Limits(o.max_tokens, o.max_sequences, columns, o.page_size)
         moved = self.expert_parallel_backend not in (DISABLED, REPLICATED)  # by counts that the host reads
-        graphs = o.graphs and self.network.kernels.capturable and not moved
+        graphs = o.graphs and self.network.kernels.capturable and not moved and c.linear is None
         runner = Runner(self.network, self._cache(pages), limits, self.device, graphs)
-        pool = Pages(pages, o.page_size, o.prefixes)
+        pool = Pages(pages, o.page_size, o.prefixes and c.linear is None)  # states of a prefix are not kept
         limits_of = {"max_sequences": o.max_sequences, "max_tokens": o.max_tokens, "max_length": length}
         if self.apart and self.ranks is not None:
             return LockstepEngine(self.ranks, runner.idle, runner, pool, **limits_of)
         return Engine(runner, pool, **limits_of)
 
     def _cache(self, pages: int) -> Cache:
-        return Cache(self.layout, pages, self.options.page_size, self.dtype, self.device)
+        o = self.options
+        return Cache(self.layout, pages, o.page_size, self.dtype, self.device, rows=o.max_sequences)
 
     def _pages_that_fit(self, length: int) -> int:
         """As many pages as memory allows, and no more than all sequences can fill."""
         o, c = self.options, self.config
         element = torch.empty((), dtype=self.dtype).element_size()
-        page_bytes = math.prod(cache_shape(self.layout)) * c.layers * o.page_size * element
+        page_bytes = math.prod(cache_shape(self.layout)) * max(1, len(c.attending)) * o.page_size * element
         most = o.max_sequences * -(-length // o.page_size)
         if self.device.type != "cuda":
             return max(1, min(most, CPU_CACHE // page_bytes))

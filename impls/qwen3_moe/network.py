@@ -8,6 +8,7 @@ The residual is added where the next norm reads it, so a layer passes on the pai
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor
 from moe_harness.impls.qwen3_moe.expert_layouts import ExpertLayout, alone
 from moe_harness.impls.qwen3_moe.kernels import Kernels
 from moe_harness.impls.qwen3_moe.latent import LatentAttention
+from moe_harness.impls.qwen3_moe.linear_attention import DeltaNet, Memory, gated
 from moe_harness.impls.qwen3_moe.ranks import Ranks, Unsummed
 from moe_harness.impls.qwen3_moe.weights import Layout
 from moe_harness.impls.torch.cut import kept
@@ -25,25 +27,34 @@ from moe_harness.impls.torch.sampler import inverse_of
 class Cache:
     """What attention keeps, in pages.  `shared`: all layers use the same pages, for who goes back to none.
 
+    Layers of linear attention keep a `Memory` of `rows` sequences in the place of keys.
+
     Keys and values are [pages, page_size, Hk, D] each, inside a page head by head: a program of attention reads one
     head's part of a page, which so is one run of page_size * D elements.  Latent attention keeps rows of R + D_rope
     numbers, [pages + 1, page_size, 1, R + D_rope], keys and values in one; slot -1 lies in the page too many.
     """
 
     def __init__(
-        self, layout: Layout, pages: int, page_size: int, dtype: torch.dtype, device: torch.device, shared: bool = False
-    ):
-        layers = layout.config.layers
-        held = 1 if shared else layers
+        self, layout: Layout, pages: int, page_size: int, dtype: torch.dtype, device: torch.device,
+        shared: bool = False, rows: int = 0,
+    ):  # fmt: skip
+        layers, linear = layout.config.layers, layout.config.linear
+        attending = layout.config.attending
+        held = 1 if shared else len(attending)
         parts, heads, width = cache_shape(layout)
         if parts == 1:
             self.storage = torch.zeros(held, pages + 1, page_size, heads, width, dtype=dtype, device=device)
-            self.keys = self.values = [self.storage[i % held] for i in range(layers)]
+            self.keys: list[Any] = [self.storage[i % held] for i in range(layers)]
+            self.values: list[Any] = self.keys
             return
         self.storage = torch.zeros(held, parts, pages, heads, page_size, width, dtype=dtype, device=device)
         views = self.storage.transpose(3, 4)
-        self.keys = [views[i % held, 0] for i in range(layers)]
-        self.values = [views[i % held, 1] for i in range(layers)]
+        places = {i: place % held for place, i in enumerate(attending)} if held else {}
+        self.keys = [views[places[i], 0] if i in places else None for i in range(layers)]
+        self.values = [views[places[i], 1] if i in places else None for i in range(layers)]
+        if linear is not None:
+            for i in linear.layers:
+                self.keys[i] = Memory.empty(linear, rows, dtype, device)
 
 
 def cache_shape(layout: Layout) -> tuple[int, int, int]:
@@ -67,6 +78,7 @@ class Flat:
     tables: Tensor
     decoding: int
     padded: bool = False
+    rows: Tensor | None = None  # int64 [S], where linear attention keeps what it knows of each sequence
     rest_start: Tensor | None = field(init=False, default=None)  # query_start of the others, from 0
 
     def __post_init__(self) -> None:
@@ -107,9 +119,10 @@ class Network:
     ):  # fmt: skip
         self.layout, self.config, self.kernels = layout, layout.config, kernels
         self.ranks, self.experts = ranks, experts
-        self.p = parameters
+        self.p = parameters if layout.config.linear is None else _of_excess(parameters)
         self.head = parameters["model.embed_tokens.weight" if layout.config.tied else "lm_head.weight"]
         self.latent = LatentAttention(self) if layout.config.latent else None
+        self.delta = DeltaNet(self) if layout.config.linear else None
 
     def reduced(self, partial: Tensor) -> Tensor | Unsummed:
         """The sum of all ranks' partial results, or what the next norm makes it of; one rank's is whole."""
@@ -179,15 +192,25 @@ class Network:
         return kept(scores, top_k, top_p, self.config.vocab_size, self.ranks)
 
     def layer(
-        self, i: int, output: Output, stream: Tensor | None, flat: Flat, keys: Tensor, values: Tensor
+        self, i: int, output: Output, stream: Tensor | None, flat: Flat, keys: Any, values: Any
     ) -> tuple[Output, Tensor]:
         """Layer i on the stream output + stream, both [T, H]: the mlp's output and the stream it belongs to."""
         name = f"model.layers.{i}"
         x, stream = self.norm(f"{name}.input_layernorm.weight", output, stream)
-        output = self.attention(f"{name}.self_attn", x, flat, keys, values)
+        output = self.mix(i, x, flat, keys, values)
         x, stream = self.norm(f"{name}.post_attention_layernorm.weight", output, stream)
         mlp = self.sparse if i in self.config.sparse_layers else self.dense
         return mlp(f"{name}.mlp", x, flat), stream
+
+    def mix(self, i: int, x: Tensor, flat: Flat, keys: Any, values: Any) -> Output:
+        """Attention of layer i, of whatever kind: [T, H] -> [T, H], without the residual."""
+        layer, linear = f"model.layers.{i}", self.config.linear
+        if linear is None:
+            return self.attention(f"{layer}.self_attn", x, flat, keys, values)
+        if i in linear.layers:
+            assert self.delta is not None
+            return self.delta(f"{layer}.linear_attn", x, flat, keys)
+        return gated(self, f"{layer}.self_attn", x, flat, keys, values)
 
     def attention(self, name: str, x: Tensor, flat: Flat, keys: Tensor, values: Tensor) -> Output:
         """[T, H] -> [T, H], without the residual."""
@@ -201,10 +224,10 @@ class Network:
             q_norm=self.p.get(f"{name}.q_norm.weight"), k_norm=self.p.get(f"{name}.k_norm.weight"),
             eps=c.eps, theta=c.theta,
         )  # fmt: skip
-        mixed = self._attend(q, flat, keys, values).flatten(1)
+        mixed = self.attend(q, flat, keys, values).flatten(1)
         return self.reduced(F.linear(mixed, self.p[f"{name}.o_proj.weight"], self.p.get(f"{name}.o_proj.bias")))
 
-    def _attend(self, q: Tensor, flat: Flat, keys: Tensor, values: Tensor) -> Tensor:
+    def attend(self, q: Tensor, flat: Flat, keys: Tensor, values: Tensor) -> Tensor:
         scale, attend = self.config.head_dim**-0.5, self.kernels.paged_attention
         return self.apart(q, flat, lambda q, *batch: attend(q, keys, values, *batch, scale=scale))
 
@@ -286,3 +309,12 @@ class Network:
         if stream is None:
             return self.kernels.rms_norm(x, self.p[name], eps=self.config.eps), x
         return self.kernels.rms_norm(x, self.p[name], eps=self.config.eps, residual=stream)
+
+
+def _of_excess(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Qwen3-Next's norms store what exceeds 1, to be added in fp32 and not in the dtype of the model."""
+    found = dict(parameters)
+    for name, weight in parameters.items():
+        if name.endswith("norm.weight") and ".linear_attn." not in name:
+            found[name] = weight.to(torch.promote_types(weight.dtype, torch.float32)) + 1
+    return found

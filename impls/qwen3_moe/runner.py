@@ -101,8 +101,9 @@ class Runner:
         sampled = self.last_tokens[b["rows"][:d]]  # those that decode come first among those that sample
         ids = torch.cat((torch.where(decoding == ON_DEVICE, sampled, decoding), ids[d:]))
         flat = Flat(
-            b["positions"][:t], b["slots"][:t], b["query_start"][: s + 1], b["context"][:s], b["tables"][:s], d, padded
-        )
+            b["positions"][:t], b["slots"][:t], b["query_start"][: s + 1], b["context"][:s], b["tables"][:s], d, padded,
+            b["states"][:s],
+        )  # fmt: skip
         rows = None if t == filled.sampling else b["last"][: filled.sampling]
         logits = self.network(ids, flat, self.cache, rows)
         return logits, self._sample(logits, filled.sampling)
@@ -136,7 +137,7 @@ class Runner:
         """Go through all layers without tokens, for the sake of other ranks."""
         b = self.block
         flat = Flat(b["positions"][:0], b["slots"][:0], torch.zeros_like(b["query_start"][:1]), b["context"][:0],
-                    b["tables"][:0], 0)  # fmt: skip
+                    b["tables"][:0], 0, rows=b["states"][:0])  # fmt: skip
         self.network(b["ids"][:0], flat, self.cache)
 
     @torch.inference_mode()

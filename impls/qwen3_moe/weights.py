@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_harness.impls.qwen3_moe import latent
+from moe_harness.impls.qwen3_moe import latent, linear_attention
 from moe_harness.impls.qwen3_moe.config import Config
 from moe_harness.impls.qwen3_moe.pieces import Cut, Piece
 from moe_harness.impls.qwen3_moe.placement import Placement
@@ -33,6 +33,10 @@ class Layout:
     ):
         self.config = config
         self.placement = place = Placement(rank, world_size, expert_parallel, **placement)
+        if config.linear is not None and world_size > 1:
+            raise NotImplementedError(
+                f"{config.model_type} over {world_size} ranks: the states of linear attention are not cut; use one"
+            )
         self.rank, self.ranks = place.tensor
         self.heads = self._share("num_attention_heads", config.heads, self.ranks)
         # Fewer key heads than ranks: each head is held by several ranks.
@@ -74,7 +78,10 @@ class Layout:
         yield self._of_vocabulary("model.embed_tokens.weight")
         for i in range(c.layers):
             layer = f"model.layers.{i}"
-            yield from latent.pieces(self, layer) if c.latent else self._attention(layer)
+            if c.linear is not None and i in c.linear.layers:
+                yield from linear_attention.pieces(self, i)
+            else:
+                yield from latent.pieces(self, layer) if c.latent else self._attention(layer)
             yield from self._sparse(i) if i in c.sparse_layers else self._dense(i)
         yield self.whole("model.norm.weight", c.hidden_size)
         if not c.tied:
@@ -94,21 +101,22 @@ class Layout:
         c, d, attention = self.config, self.config.head_dim, f"{layer}.self_attn"
         yield self.whole(f"{layer}.input_layernorm.weight", c.hidden_size)
         yield self.whole(f"{layer}.post_attention_layernorm.weight", c.hidden_size)
-        rows = (self.heads + 2 * self.kv_heads) * d
+        wide = 2 * d if c.linear is not None else d  # of a query head: behind it stands its gate
+        rows = self.heads * wide + 2 * self.kv_heads * d
         kinds: list[tuple[str, tuple[int, ...]]] = [("weight", (c.hidden_size,))]
         kinds += [("bias", ())] if c.qkv_bias else []
         for kind, behind in kinds:
             name, at = f"{attention}.qkv_proj.{kind}", 0
             self.shapes[name] = (rows, *behind)
-            for part, total, first, held in (
-                ("q", c.heads, self.rank * self.heads, self.heads),
-                ("k", c.kv_heads, self.kv_first, self.kv_heads),
-                ("v", c.kv_heads, self.kv_first, self.kv_heads),
+            for part, width, total, first, held in (
+                ("q", wide, c.heads, self.rank * self.heads, self.heads),
+                ("k", d, c.kv_heads, self.kv_first, self.kv_heads),
+                ("v", d, c.kv_heads, self.kv_first, self.kv_heads),
             ):
-                cut = Cut(0, first * d, held * d)
-                to = (slice(at, at + held * d),)
-                yield f"{attention}.{part}_proj.{kind}", Piece((total * d, *behind), name, to, cut)
-                at += held * d
+                cut = Cut(0, first * width, held * width)
+                to = (slice(at, at + held * width),)
+                yield f"{attention}.{part}_proj.{kind}", Piece((total * width, *behind), name, to, cut)
+                at += held * width
         output = f"{attention}.o_proj.weight"
         self.shapes[output] = (c.hidden_size, self.heads * d)
         cut = Cut(1, self.rank * self.heads * d, self.heads * d)

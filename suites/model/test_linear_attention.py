@@ -1,0 +1,140 @@
+"""Qwen3-Next in the engine: what linear attention keeps of a sequence goes on from chunk to chunk, to no other one."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_harness.fixtures import checkpoints
+from moe_harness.impls.qwen3_moe import linear_attention, model, network
+from moe_harness.impls.qwen3_moe.config import CheckpointError, Config
+from moe_harness.impls.qwen3_moe.linear_attention import DeltaNet
+from moe_harness.impls.qwen3_moe.weights import Layout
+from moe_harness.reference.model import Model as Reference
+
+FAMILY = "qwen3_next"
+SMALL: dict[str, Any] = {"pages": 7, "page_size": 4, "max_sequences": 3, "max_tokens": 8, "max_length": 30}
+ROW = torch.randint(0, 128, (19,), generator=torch.Generator().manual_seed(3)).tolist()
+PROMPTS = [ROW[:3], ROW[:13], ROW, ROW[5:6], ROW[:16], ROW[:13]]
+NEW = 5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.make(tmp_path_factory.mktemp(FAMILY), FAMILY)
+
+
+@pytest.fixture(scope="module")
+def wanted() -> list[list[int]]:
+    """Greedy tokens of the reference, each prompt by itself."""
+    keys, found = checkpoints.config(FAMILY), []
+    reference = Reference(keys, checkpoints.tensors(keys))
+    with torch.no_grad():
+        for prompt in PROMPTS:
+            row = torch.tensor([prompt])
+            for _ in range(NEW):
+                row = torch.cat((row, reference(row)[:, -1:].argmax(-1)), dim=1)
+            found.append(row[0, len(prompt) :].tolist())
+    return found
+
+
+def generated(folder: Path) -> tuple[list[list[int]], int]:
+    """Over chunks, in rows that sequences follow each other in, with fewer pages than they need; preemptions too."""
+    loaded = model.load_model(folder, device="cpu", dtype=torch.float64, **SMALL)
+    tokens = loaded.generate(PROMPTS, max_new_tokens=NEW, ignore_eos=True)
+    loaded.engine.check()
+    return tokens, loaded.engine.scheduler.preemptions
+
+
+def test_tokens_are_the_references(folder: Path, wanted: list[list[int]]) -> None:
+    tokens, preemptions = generated(folder)
+    assert tokens == wanted
+    assert preemptions > 0
+
+
+def never_forgets(patch: pytest.MonkeyPatch) -> None:
+    """A new sequence goes on from what the last one in its row has left."""
+    original = DeltaNet.__call__
+
+    def call(self: DeltaNet, name: str, x: Tensor, flat: network.Flat, memory: Any) -> Tensor:
+        return original(self, name, x, replace(flat, positions=flat.positions + 1), memory)
+
+    patch.setattr(DeltaNet, "__call__", call)
+
+
+def loses_the_inputs_between_chunks(patch: pytest.MonkeyPatch) -> None:
+    original = DeltaNet._convolved
+
+    def convolved(self: DeltaNet, name: str, side: Any, new: Tensor, before: Tensor) -> tuple[Tensor, ...]:
+        return original(self, name, side, new, torch.zeros_like(before))
+
+    patch.setattr(DeltaNet, "_convolved", convolved)
+
+
+def goes_on_behind_the_end(patch: pytest.MonkeyPatch) -> None:
+    """The matrices of short sequences fade on while longer ones of the step are walked."""
+    original = DeltaNet._walked
+
+    def walked(side: Any, *parts: Tensor) -> tuple[Tensor, Tensor]:
+        side.lengths = torch.full_like(side.lengths, side.longest)
+        return original(side, *parts)
+
+    patch.setattr(DeltaNet, "_walked", staticmethod(walked))
+
+
+def finds_prefixes(patch: pytest.MonkeyPatch) -> None:
+    """Pages of a prefix are taken over, for which there is no state."""
+    pages: Callable[..., Any] = model.Pages
+    patch.setattr(model, "Pages", lambda count, size, prefixes: pages(count, size, True))
+
+
+def rows_in_the_order_of_the_step(patch: pytest.MonkeyPatch) -> None:
+    """What a sequence knows lies where it stands in the step, which is another place in the next one."""
+    original = DeltaNet.__call__
+
+    def call(self: DeltaNet, name: str, x: Tensor, flat: network.Flat, memory: Any) -> Tensor:
+        return original(self, name, x, replace(flat, rows=torch.arange(len(flat.context))), memory)
+
+    patch.setattr(DeltaNet, "__call__", call)
+
+
+def whole_heads_turned(patch: pytest.MonkeyPatch) -> None:
+    original = linear_attention._turned
+
+    def turned(x: Tensor, positions: Tensor, config: Config) -> Tensor:
+        assert config.linear is not None
+        return original(x, positions, replace(config, linear=replace(config.linear, turned=config.head_dim)))
+
+    patch.setattr(linear_attention, "_turned", turned)
+
+
+def norms_of_their_weight_alone(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(network, "_of_excess", dict)
+
+
+FAULTS = (
+    never_forgets, loses_the_inputs_between_chunks, goes_on_behind_the_end, finds_prefixes,
+    rows_in_the_order_of_the_step, whole_heads_turned, norms_of_their_weight_alone,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_planted_fault_changes_tokens(
+    fault: Callable[[pytest.MonkeyPatch], None], folder: Path, wanted: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault(monkeypatch)
+    assert generated(folder)[0] != wanted
+
+
+def test_what_it_cannot_do_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(NotImplementedError, match="states of linear attention are not cut"):
+        Layout(Config.read(folder), 1, 2)
+    with pytest.raises(NotImplementedError, match="plain torch"):
+        model.load_model(folder, device="cpu", dtype=torch.float32, kernels="triton")
+    wrong = checkpoints.make(tmp_path, FAMILY, layer_types=["full_attention"])
+    with pytest.raises(CheckpointError, match="layer_types"):
+        Config.read(wrong)
