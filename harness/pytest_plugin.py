@@ -106,7 +106,7 @@ def pytest_runtest_makereport(
     report = yield
     session = item.config.stash.get(SESSION, None)
     if session is not None and call.when == "call":
-        report.moe_harness = session.answers.pop(item.nodeid, None)
+        report.moe_harness = session.answers.pop(item.nodeid, None)  # type: ignore[attr-defined]
     return report
 
 

@@ -61,7 +61,7 @@ class Servers:
             CannotJudge: they did not come in time.
         """
         deadline = time.monotonic() + seconds
-        socket = self.listener._listener._socket
+        socket = self.listener._listener._socket  # type: ignore[attr-defined]
         while any(rank not in self.ends for rank in range(ranks)):
             socket.settimeout(max(0.01, deadline - time.monotonic()))
             try:

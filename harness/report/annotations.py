@@ -51,5 +51,6 @@ def _place(spec: str) -> dict[str, str]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, ValueError):
         return {"file": str(path)}
-    lines = (node.lineno for node in ast.walk(tree) if getattr(node, "name", None) == attribute.split(".")[-1])
+    name = attribute.split(".")[-1]
+    lines = (getattr(node, "lineno", 1) for node in ast.walk(tree) if getattr(node, "name", None) == name)
     return {"file": str(path), "line": str(next(lines, 1))}

@@ -5,7 +5,7 @@ says which check sees a fault: the state machine, the network on a tiny checkpoi
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,38 +18,9 @@ from moe_harness.impls.qwen3_moe.network import Network
 from moe_harness.impls.qwen3_moe.pages import ROOT, Pages
 from moe_harness.impls.qwen3_moe.scheduler import Scheduler, Step, Work
 from moe_harness.impls.qwen3_moe.sequence import Request, Sequence, Status
+from moe_harness.suites.model.planting import FAULTS, MS, NV, V, around, fault
 
-NV = "github.com/GeeeekExplorer/nano-vllm"
-MS = "github.com/sgl-project/mini-sglang"
-V = "github.com/vllm-project/vllm"
-
-
-@dataclass(frozen=True)
-class Planted:
-    """One fault: what it is, where it was published, who sees it, and how it is put in."""
-
-    name: str
-    source: str
-    where: str  # "machine", "network" or "function"
-    plant: Callable[[MonkeyPatch], Any]
-
-
-FAULTS: dict[str, Planted] = {}
-
-
-def fault(source: str, where: str = "machine") -> Callable[[Callable[[MonkeyPatch], Any]], None]:
-    """Register the decorated function under its name."""
-
-    def register(plant: Callable[[MonkeyPatch], Any]) -> None:
-        FAULTS[plant.__name__] = Planted(plant.__name__, source, where, plant)
-
-    return register
-
-
-def around(patch: MonkeyPatch, owner: Any, name: str, change: Callable[..., Any]) -> None:
-    """Replace owner.name by change(original, *arguments)."""
-    original = getattr(owner, name)
-    patch.setattr(owner, name, lambda *args, **kwargs: change(original, *args, **kwargs))
+__all__ = ["FAULTS"]
 
 
 def after_fill(patch: MonkeyPatch, change: Callable[[batch.Builder, Step, dict[str, np.ndarray]], None]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_harness.impls.qwen3_moe import batch, expert_layouts, pieces, placement, ranks, scheduler, weights
 from moe_harness.impls.qwen3_moe.network import Network
-from moe_harness.suites.model.planted import MS, NV, V, around
+from moe_harness.suites.model.planting import MS, NV, V, around
 
 SG = "github.com/sgl-project/sglang"
 

@@ -74,14 +74,14 @@ class WholeModel(Stage):
             found = [hand_over(model.layer, i, stream.to(device)) for i, stream in enumerate(question.streams)]
             return _flat("model.layer(i, hidden_states)", torch.cat(found), question)
         prompts = prompts_of(question.ids)
-        generated = hand_over(model.generate, prompts, max_new_tokens=call.case.new, ignore_eos=True)
+        generated = hand_over(model.generate, prompts, max_new_tokens=_case(call).new, ignore_eos=True)
         lengths = [len(tokens) for tokens in generated]
-        if lengths != [call.case.new] * len(prompts):
-            raise Broken(f"generate gave {lengths} tokens, wanted {call.case.new} for each of {len(prompts)}")
+        if lengths != [_case(call).new] * len(prompts):
+            raise Broken(f"generate gave {lengths} tokens, wanted {_case(call).new} for each of {len(prompts)}")
         return torch.tensor(generated, device=device)
 
     def outputs(self, call: Call) -> list[Output]:
-        question, case = _question(call), call.case
+        question, case = _question(call), _case(call)
         if case.variant == "tokens":
             return [Output("the tokens", (len(question.ids), case.new), torch.int64)]
         assert question.bound is not None
@@ -113,7 +113,7 @@ class WholeModel(Stage):
         return record
 
     def place_of(self, call: Call, row: int, column: int) -> dict[str, Any]:
-        length, batch = call.case.L, len(_question(call).ids)
+        length, batch = _case(call).L, len(_question(call).ids)
         if call.case.variant != "layers":
             return {"prompt": row // length, "position": row % length, "token": column}
         layer, rest = divmod(row, batch * length)
@@ -122,13 +122,13 @@ class WholeModel(Stage):
     def row_groups(self, call: Call) -> dict[str, Tensor]:
         if call.case.variant != "layers":
             return {}
-        rows = len(_question(call).ids) * call.case.L
+        rows = len(_question(call).ids) * _case(call).L
         layers = torch.arange(len(_question(call).streams) * rows) // rows
         return {f"layer {i}": layers == i for i in range(len(_question(call).streams))}
 
     def telling_rows(self, call: Call) -> Tensor:
         bound = _question(call).bound
-        return torch.arange(call.case.B) if bound is None else bound.routed.flatten().nonzero()[:, 0]
+        return torch.arange(_case(call).B) if bound is None else bound.routed.flatten().nonzero()[:, 0]
 
 
 STAGE = WholeModel()
@@ -142,6 +142,11 @@ def _flat(what: str, result: Any, question: Question) -> Any:
     if shape != wanted:
         raise Broken(f"{what} gave {type(result).__name__} of the shape {list(shape)}, wanted {list(wanted)}")
     return result.flatten(0, 1)
+
+
+def _case(call: Call) -> ModelCase:
+    assert isinstance(call.case, ModelCase)
+    return call.case
 
 
 def _question(call: Call) -> Question:

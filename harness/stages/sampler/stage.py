@@ -130,7 +130,7 @@ def _judge_counts(call: Call, p: Tensor, tokens: Tensor, record: Record) -> None
             _tell(record, count_headroom(count, draws, share), told, {"tokens": name})
         together = spread_headroom(counts, draws, p[kind])
         _tell(record, together, f"taken together, the counts of all tokens are too far off ({rows})", {"rows": kind})
-    if call.case.vary == "grid" and not record.findings:
+    if isinstance(call.case, SamplerCase) and call.case.vary == "grid" and not record.findings:
         _judge_neighbours(p, tokens, record)
 
 
