@@ -2,6 +2,7 @@
 
     with Launched("package.module:function", argument, ranks=2, cuda=False) as call:
         for word in call.words(): ...        what rank 0 says meanwhile
+        call.tell(word)                      something for every rank to hear
         call.results                         what the function returned on each rank
 
 A rank that dies or raises ends all others at once, and is the one that is told of: those that only waited for it are
@@ -33,13 +34,15 @@ PATIENCE = timedelta(minutes=30)  # of a collective; deaths are noticed otherwis
 class Member:
     """A rank of the call: what the function is given first.
 
-    `say` sends something to whoever listens; only rank 0 is heard.
+    `say` sends something to whoever listens; only rank 0 is heard.  `hear` waits for the next word for all ranks;
+    EOFError where nobody will say any more.
     """
 
     rank: int
     ranks: int
     group: Any
     say: Callable[[Any], None]
+    hear: Callable[[], Any]
 
 
 class Launched:
@@ -73,6 +76,12 @@ class Launched:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def tell(self, word: Any) -> None:
+        """Send something to every rank; one that is gone is told of by `words`."""
+        for pipe in self.open.values():
+            with contextlib.suppress(OSError):
+                pipe.send(word)
 
     def words(self) -> Iterator[Any]:
         """What rank 0 says, until every rank has returned."""
@@ -145,7 +154,7 @@ def _serve(pipe: Any, function: str, argument: Any, rank: int, ranks: int, cuda:
         store = dist.FileStore(str(Path(folder) / "store"), ranks)
         _join(cuda, rank, ranks, store=store)
         say = (lambda word: pipe.send(("said", word))) if rank == 0 else _unheard
-        pipe.send(("returned", find(function)(Member(rank, ranks, dist.group.WORLD, say), argument)))
+        pipe.send(("returned", find(function)(Member(rank, ranks, dist.group.WORLD, say, pipe.recv), argument)))
     except Exception as error:
         told = ("refused", error) if isinstance(error, HarnessError) else ("raised", f"{type(error).__name__}: {error}")
         pipe.send(told)
@@ -169,6 +178,11 @@ def _unheard(word: Any) -> None:
     """Only rank 0 is heard."""
 
 
+def _unsaid() -> Any:
+    """Nobody tells the ranks of torchrun anything."""
+    raise EOFError
+
+
 def under_torchrun() -> int:
     """How many ranks torchrun has started, this process among them; 0 where it has not."""
     return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
@@ -182,6 +196,6 @@ def joined(cuda: bool) -> Iterator[Member]:
     rank, ranks = int(os.environ["RANK"]), under_torchrun()
     _join(cuda, rank, ranks)
     try:
-        yield Member(rank, ranks, dist.group.WORLD, _unheard)
+        yield Member(rank, ranks, dist.group.WORLD, _unheard, _unsaid)
     finally:
         dist.destroy_process_group()

@@ -1,20 +1,16 @@
 """A model of the stage `model` over several ranks: a process each, all asked the same, the first one's answers kept."""
 
+import atexit
 import inspect
-import multiprocessing
-import tempfile
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
-from multiprocessing.connection import Connection
-from multiprocessing.connection import wait as wait_for
-from pathlib import Path
 from typing import Any
 
 from moe_harness.harness.core.errors import CannotJudge, HarnessError, UsageError
 from moe_harness.harness.gate.answerers.finding import Settings, resolve
 from moe_harness.harness.gate.exchange import Answer, Request
-from moe_harness.harness.process.start import start
+from moe_harness.harness.ranks.launch import Launched, Member
 
 
 class Ranks:
@@ -30,49 +26,30 @@ class Ranks:
     def __init__(self, spec: str, settings: Settings):
         if settings.tp > 1 and settings.ep > 1 and not _shares_experts_twice(resolve(spec)[1]):
             raise UsageError("--tp and --ep are both above 1, but load_model takes no expert_shards: give one of them")
-        self.spec, self.settings, self.world = spec, settings, settings.tp * settings.ep
-        context = multiprocessing.get_context("spawn")
-        self.folder = tempfile.TemporaryDirectory(prefix="accuracy-gate-ranks-")
-        pipes = [context.Pipe() for _ in range(self.world)]
-        self.processes = [
-            context.Process(target=_serve, args=(theirs, spec, settings, rank, self.folder.name), daemon=True)
-            for rank, (_, theirs) in enumerate(pipes)
-        ]
-        for process in self.processes:
-            start(process)
-        for _, theirs in pipes:
-            theirs.close()
-        self.pipes: list[Connection] = [ours for ours, _ in pipes]
-        self.about: dict[str, Any] = self._replies()[0]
+        self.spec, ranks, cuda = spec, settings.tp * settings.ep, settings.device == "cuda"
+        self.launched = Launched(f"{__name__}:answer_as_rank", (spec, settings), ranks=ranks, cuda=cuda)
+        atexit.register(self.close)
+        self.words = self.launched.words()
+        self.about: dict[str, Any] = self._next()
 
     def identity(self) -> dict[str, Any]:
         return self.about
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        for pipe in self.pipes:
-            pipe.send(list(requests))
-        return list(self._replies()[0])
+        self.launched.tell(list(requests))
+        return list(self._next())
 
-    def _replies(self) -> list[Any]:
-        """One of each rank; the first that failed is told, since the others then wait for it for ever."""
-        found: dict[int, Any] = {}
-        while len(found) < self.world:
-            ready = wait_for([pipe for rank, pipe in enumerate(self.pipes) if rank not in found])
-            for rank, pipe in ((r, p) for r, p in enumerate(self.pipes) if p in ready):
-                try:
-                    kind, found[rank] = pipe.recv()
-                except EOFError:
-                    self.processes[rank].join(5)
-                    kind, found[rank] = "died", f"its process ended with {self.processes[rank].exitcode}"
-                if kind != "ok":
-                    self.close()
-                    raise CannotJudge(f"{self.spec}, rank {rank} of {self.world}: {found[rank]}")
-        return [found[rank] for rank in range(self.world)]
+    def _next(self) -> Any:
+        """What rank 0 says; the first rank that failed is told, since the others then wait for it for ever."""
+        try:
+            return next(self.words)
+        except HarnessError as error:
+            raise CannotJudge(f"{self.spec}: {error}") from None
 
     def close(self) -> None:
         """End the ranks; those that wait for another one do not end by themselves."""
-        for process in self.processes:
-            process.kill()
+        atexit.unregister(self.close)
+        self.launched.close()
 
 
 def _shares_experts_twice(function: Any) -> bool:
@@ -81,33 +58,24 @@ def _shares_experts_twice(function: Any) -> bool:
     return "expert_shards" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _serve(pipe: Connection, spec: str, settings: Settings, rank: int, folder: str) -> None:
-    """One rank: load, tell who it is, then answer batches until the pipe closes."""
+def answer_as_rank(me: Member, given: tuple[str, Settings]) -> None:
+    """One rank: load, say who it is, then answer batches for as long as it is asked."""
     try:
-        answerer = _loaded(spec, settings, rank, Path(folder))
-        pipe.send(("ok", answerer.identity()))
+        answerer = _loaded(me, *given)
+        me.say(answerer.identity())
         while True:
-            answers = answerer.answer(pipe.recv())
-            pipe.send(("ok", answers if rank == 0 else len(answers)))
+            me.say(answerer.answer(me.hear()))
     except EOFError:
         return
     except Exception as error:
         told = str(error) if isinstance(error, HarnessError) else traceback.format_exc(limit=-3)
-        pipe.send(("failed", told))
+        raise CannotJudge(f"rank {me.rank} of {me.ranks}: {told}") from None
 
 
-def _loaded(spec: str, settings: Settings, rank: int, folder: Path) -> Any:
+def _loaded(me: Member, spec: str, settings: Settings) -> Any:
     import torch
-    import torch.distributed as dist
 
     from moe_harness.harness.gate.answerers.contract import ContractModel
 
-    cuda = settings.device == "cuda"
-    if cuda:
-        torch.cuda.set_device(rank)
-    dist.init_process_group(
-        "nccl" if cuda else "gloo", init_method=f"file://{folder / 'store'}", rank=rank,
-        world_size=settings.tp * settings.ep,
-    )  # fmt: skip
-    placed = replace(settings, device=f"cuda:{rank}" if cuda else settings.device)
-    return ContractModel(spec, resolve(spec)[1], placed, group=dist.group.WORLD)
+    device = f"cuda:{torch.cuda.current_device()}" if settings.device == "cuda" else settings.device
+    return ContractModel(spec, resolve(spec)[1], replace(settings, device=device), group=me.group)
