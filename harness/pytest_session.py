@@ -1,6 +1,5 @@
 """What the pytest plugin does once a test asks for it: plan, judge in worker processes, put the results together."""
 
-import time
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
@@ -72,18 +71,14 @@ class Session:
         from moe_harness.harness.run import property_search
 
         pool = self.pool(stage, spec)
-        answers: dict[str, Answer] = {}
-
-        def judge(case: Any) -> bool:
-            answers[case.id()] = answer = pool.judge_one(Planned("property", case).id)
-            return not answer.fails
-
-        dtypes = tuple(pool.workers[0].loaded["declared"]["dtypes"])
-        drawn = {"examples": EXAMPLES[self.request.profile], "start": self.request.seed}
-        end = time.monotonic() + SEARCH_SECONDS[self.request.profile]
-        smallest = property_search.search(stage, dtypes, judge, **drawn, out_of_time=lambda: time.monotonic() > end)
-        if smallest is not None:
-            self.conclude(item, stage, spec, answers[smallest.id()])
+        profile, dtypes = self.request.profile, tuple(pool.workers[0].loaded["declared"]["dtypes"])
+        answers = property_search.search(
+            stage, dtypes, lambda case: pool.judge_one(Planned("property", case).id), examples=EXAMPLES[profile],
+            start=self.request.seed, seconds=SEARCH_SECONDS[profile],
+        )  # fmt: skip
+        for answer in answers:
+            if answer.fails:
+                self.conclude(item, stage, spec, answer)
 
     def conclude(self, item: pytest.Item, stage: str, spec: str, answer: Answer) -> None:
         """Turn an answer into the test's outcome, and keep it for the report."""

@@ -21,7 +21,7 @@ from typing import Any
 
 from moe_harness.harness.core.catalogue import RANKED, Fault
 from moe_harness.harness.core.errors import HarnessError
-from moe_harness.harness.core.findings import Finding
+from moe_harness.harness.core.findings import Answer, Finding
 from moe_harness.harness.core.names import CHECK_NAMES
 from moe_harness.harness.core.plan import ON_CUDA_ONLY, Planned, plan
 from moe_harness.harness.core.ranked_stage import find_ranked, rank_checks
@@ -205,16 +205,11 @@ def _by_check(stage: str, request: Request) -> dict[str, list[str]]:
 @cache
 def _property_cases(stage: str, request: Request) -> list[str]:
     """The cases Hypothesis draws in a run in which nothing fails."""
-    drawn: list[str] = []
-
-    def note(case: Any) -> bool:
-        drawn.append(Planned("property", case).id)
-        return True
-
-    property_search.search(
-        stage, request.dtypes, note, examples=EXAMPLES, start=request.seed, out_of_time=lambda: False
-    )
-    return drawn
+    drawn = property_search.search(
+        stage, request.dtypes, lambda case: Answer(Planned("property", case).id, "passed"), examples=EXAMPLES,
+        start=request.seed, seconds=float("inf"),
+    )  # fmt: skip
+    return [answer.id for answer in drawn]
 
 
 def _groups(faults: list[Fault]) -> list[list[Fault]]:

@@ -1,12 +1,12 @@
 """A run over many ranks: `moe-harness check --stage dispatcher --ranks 1,2,3,4`, with the result every run has."""
 
-import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 from moe_harness.harness.core.case import Case, parse_id
 from moe_harness.harness.core.errors import CannotJudge
+from moe_harness.harness.core.findings import Answer
 from moe_harness.harness.core.folders import needed_part
 from moe_harness.harness.core.names import PLAIN
 from moe_harness.harness.core.plan import Planned
@@ -17,27 +17,25 @@ from moe_harness.harness.process.pool import EXPLAINED
 from moe_harness.harness.ranks import pool
 from moe_harness.harness.ranks.judge import Verdict, judge, planned, traits_of
 from moe_harness.harness.report import Result
-from moe_harness.harness.run.result_builder import Listener, ResultBuilder
-from moe_harness.harness.run.session import RunOptions
+from moe_harness.harness.run.result_builder import Listener
+from moe_harness.harness.run.session import RunOptions, Session
 
 ENOUGH = 10  # cases that ended the ranks' processes; each costs new ones, and the verdict stands
 ENOUGH_SPENT = 3  # cases that used up their budget
 SPENT = ("hang", "timeout", "stopped")  # kinds of failure that did
+SEARCH_SECONDS = 30.0
 SHORTER = 4  # how many times shorter the budget is after one
 
 
-class RankRun:
+class RankRun(Session):
     """One dispatcher or sharded layer over several world sizes."""
 
     def __init__(
         self, stage: str, spec: str, request: Request, options: RunOptions, listener: Any, worlds: tuple[int, ...],
         keep: Callable[[Result], None],
     ):  # fmt: skip
-        self.stage, self.spec, self.request, self.options = stage, spec, request, options
-        self.listener, self.keep = listener, keep
-        self.worlds, self.backend = worlds, "nccl" if request.device == "cuda" else "gloo"
-        asked = find_ranked(stage).checks
-        self.account = ResultBuilder(stage, spec, request, listener, partial=options.partial, checks=asked)
+        super().__init__(stage, spec, request, options, listener, find_ranked(stage).checks)
+        self.keep, self.worlds, self.backend = keep, worlds, "nccl" if request.device == "cuda" else "gloo"
         self.left: Counter[str] = Counter()  # cases of each check that are planned and not judged yet
         self.broken: Counter[str] = Counter()  # kinds of failure that ended the ranks' processes
         self.told: set[str] = set()
@@ -82,7 +80,7 @@ class RankRun:
                 self.listener.note(f"stopped: {self.broken.total()} cases have ended the ranks' processes")
                 return
         if examples:
-            self._search_ranks(examples)
+            self._draw(examples)
             del self.left["property"]  # the search may end early; what it has to do is not a number of cases
         self._name_causes()
 
@@ -96,11 +94,8 @@ class RankRun:
         """Seconds for a case: all that was asked for, until one has used them up."""
         return self.options.timeout / (SHORTER if self._spent() else 1)
 
-    def _wants(self, check: str) -> bool:
-        return self.options.checks is None or check in self.options.checks
-
     def _searches(self) -> bool:
-        return self.options.cases is None and self._wants("property") and find_ranked(self.stage).searches
+        return super()._searches() and find_ranked(self.stage).searches
 
     def result(self, *, final: bool = True) -> Result:
         """What is known by now; a planned case that was not judged keeps it from passing."""
@@ -156,26 +151,16 @@ class RankRun:
                 continue
             failure["diagnosis"] = named(self.spec, failure["case"], backend=self.backend) + failure["diagnosis"]
 
-    def _search_ranks(self, examples: int) -> None:
-        from moe_harness.harness.run.property_search import falsify
-
+    def _draw(self, examples: int) -> None:
         check = find_ranked(self.stage).checks[0]
         traits = traits_of(self.stage, self.spec, self.backend)
-        drawn = needed_part(self.stage, "strategy").cases(self.worlds, **traits)
-        verdicts: dict[str, Verdict] = {}
 
-        def holds(case: Case) -> bool:
+        def ask(case: Case) -> Answer:
             verdict = judge(self.spec, Planned(check, case).id, backend=self.backend, budget=self._budget())
-            verdicts[case.id()] = verdict
-            self.listener.advance("property", "failed" if verdict.findings else "passed")
-            return not verdict.findings
+            return verdict.answer(counts_as="property")
 
-        end = time.monotonic() + 30.0
-        smallest = falsify(drawn, holds, examples=examples, start=self.request.seed,
-                           out_of_time=lambda: time.monotonic() > end)  # fmt: skip
-        for name, verdict in verdicts.items():
-            if not verdict.findings or (smallest is not None and name == smallest.id()):
-                self.account.take(verdict.answer(counts_as="property"))
+        drawn = needed_part(self.stage, "strategy").cases(self.worlds, **traits)
+        self._search(drawn, ask, examples=examples, seconds=SEARCH_SECONDS)
 
 
 def _together(case: Any) -> int:

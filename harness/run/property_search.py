@@ -1,11 +1,14 @@
 """The search for a case that fails: specs are drawn, never tensors, so that a failure shrinks to its smallest case."""
 
+import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from moe_harness.harness.core.case import Case
+from moe_harness.harness.core.findings import Answer
 from moe_harness.harness.core.folders import stage_part
 from moe_harness.harness.core.plan import plan
 from moe_harness.harness.core.request import Request
@@ -27,27 +30,28 @@ class _Falsified(Exception):
 def search(
     stage: str,
     dtypes: tuple[str, ...],
-    judge: Callable[[Case], bool],
+    ask: Callable[[Case], Answer],
     *,
     examples: int,
     start: int,
-    out_of_time: Callable[[], bool],
-) -> Case | None:
-    """Draw cases of `stage` and return the smallest one that `judge` rejects, or None."""
-    return falsify(cases(stage, dtypes), judge, examples=examples, start=start, out_of_time=out_of_time)
+    seconds: float,
+) -> list[Answer]:
+    """As `falsify`, with cases of `stage`."""
+    return falsify(cases(stage, dtypes), ask, examples=examples, start=start, seconds=seconds)
 
 
 def falsify(
     drawn: st.SearchStrategy[Case],
-    judge: Callable[[Case], bool],
+    ask: Callable[[Case], Answer],
     *,
     examples: int,
     start: int,
-    out_of_time: Callable[[], bool],
-) -> Case | None:
-    """Draw `examples` cases and return the smallest one that `judge` rejects, or None; stop once `out_of_time`."""
-    known: dict[str, bool] = {}
-    rejected: list[Case] = []
+    seconds: float,
+) -> list[Answer]:
+    """The answers on `examples` drawn cases, or as many as there is time for; of those that fail the smallest alone."""
+    answers: dict[str, Answer | None] = {}  # None: out of time
+    failing: list[str] = []
+    end = time.monotonic() + seconds
 
     @seed(start)
     @settings(
@@ -62,14 +66,14 @@ def falsify(
     @given(drawn)
     def holds(case: Case) -> None:
         name = case.id()
-        if name not in known:
-            known[name] = True if out_of_time() else judge(case)
-        if not known[name]:
-            rejected.append(case)
+        if name not in answers:
+            answers[name] = None if time.monotonic() > end else ask(case)
+        answer = answers[name]
+        if answer is not None and answer.fails:
+            failing.append(name)
             raise _Falsified
 
-    try:
+    with suppress(_Falsified):
         holds()
-    except _Falsified:
-        return rejected[-1]  # Hypothesis runs the smallest one last
-    return None
+    smallest = failing[-1] if failing else None  # Hypothesis runs it last
+    return [answer for name, answer in answers.items() if answer is not None and (not answer.fails or name == smallest)]

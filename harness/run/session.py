@@ -1,8 +1,7 @@
 """A run: plan, judge in worker processes, search with Hypothesis, confirm failures, and put the result together."""
 
-import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,19 +37,47 @@ class RunOptions:
         return self.checks is not None or self.cases is not None or self.fail_fast
 
 
-class Run:
-    """One implementation under judgement."""
+class Session:
+    """What a run on one device and one over many ranks have in common."""
 
-    def __init__(self, stage: str, spec: str, request: Request, options: RunOptions, listener: Any):
+    def __init__(
+        self, stage: str, spec: str, request: Request, options: RunOptions, listener: Any,
+        checks: tuple[str, ...] = (),
+    ):  # fmt: skip
         self.stage, self.spec, self.options, self.listener = stage, spec, options, listener
-        self.pool: Pool | None = None
-        self.account = ResultBuilder(stage, spec, request, listener, partial=options.partial)
-        self.account.explain = self._explain_at_once
+        self.account = ResultBuilder(stage, spec, request, listener, partial=options.partial, checks=checks)
 
     @property
     def request(self) -> Request:
         """What is judged; once the implementation is loaded, with the dtypes that it declares."""
         return self.account.request
+
+    def _wants(self, check: str) -> bool:
+        return self.options.checks is None or check in self.options.checks
+
+    def _searches(self) -> bool:
+        return self.options.cases is None and self._wants("property")
+
+    def _search(self, drawn: Any, ask: Callable[[Case], Answer], *, examples: int, seconds: float) -> None:
+        """Hypothesis draws cases; what it finds is one failure, its smallest case."""
+        from moe_harness.harness.run.property_search import falsify
+
+        def heard(case: Case) -> Answer:
+            answer = ask(case)
+            self.listener.advance("property", COUNTED_AS.get(answer.status, answer.status))
+            return answer
+
+        for answer in falsify(drawn, heard, examples=examples, start=self.request.seed, seconds=seconds):
+            self.account.take(answer)
+
+
+class Run(Session):
+    """One implementation under judgement on one device."""
+
+    def __init__(self, stage: str, spec: str, request: Request, options: RunOptions, listener: Any):
+        super().__init__(stage, spec, request, options, listener)
+        self.pool: Pool | None = None
+        self.account.explain = self._explain_at_once
 
     def judge(self) -> Result:
         """Do all of it.
@@ -73,7 +100,7 @@ class Run:
         planned = self._planned()
         self.account.expect([p.id for p in planned])
         sizes = Counter(p.check for p in planned)
-        searched = {"property": self._examples()} if self._searches else {}
+        searched = {"property": EXAMPLES[self.request.profile]} if self._searches() else {}
         self.listener.start(self.spec, {**sizes, **searched})
         self.pool, runnable = pool, self._runnable(planned)
         for answer in self._answers(pool, runnable):
@@ -81,8 +108,8 @@ class Run:
             if self.options.fail_fast and self.account.failures:
                 self.account.leave_out(runnable, "--fail-fast ended the run at the first failure")
                 return
-        if self._searches:
-            self._search(pool)
+        if self._searches():
+            self._draw(pool)
         self._confirm(pool)
         self._check_declared_dtypes()
         self._explain(pool)
@@ -117,13 +144,6 @@ class Run:
             return [Planned(check, case) for _, check, case in map(parse_id, self.options.cases)]
         return [p for p in plan(self.stage, self.request) if self._wants(p.check)]
 
-    def _wants(self, check: str) -> bool:
-        return self.options.checks is None or check in self.options.checks
-
-    @property
-    def _searches(self) -> bool:
-        return self.options.cases is None and self._wants("property")
-
     def _runnable(self, planned: list[Planned]) -> list[str]:
         """Ids of what can run on this device; the rest goes into the ledger."""
         ids = []
@@ -140,27 +160,14 @@ class Run:
 
     # --------------------------------------------------------------------------------------------- search and confirm
 
-    def _examples(self) -> int:
-        return EXAMPLES[self.request.profile]
+    def _draw(self, pool: Pool) -> None:
+        from moe_harness.harness.run.property_search import cases
 
-    def _search(self, pool: Pool) -> None:
-        """Hypothesis draws cases; what it finds is one failure, its smallest case."""
-        from moe_harness.harness.run import property_search
-
-        end = time.monotonic() + SEARCH_SECONDS[self.request.profile]
-        answers: dict[str, Answer] = {}
-
-        def judge(case: Case) -> bool:
-            answer = pool.judge_one(Planned("property", case).id)
-            answers[case.id()] = answer
-            self.listener.advance("property", COUNTED_AS.get(answer.status, answer.status))
-            return not answer.fails
-
-        smallest = property_search.search(self.stage, self.request.dtypes, judge, examples=self._examples(),
-                                     start=self.request.seed, out_of_time=lambda: time.monotonic() > end)  # fmt: skip
-        for name, answer in answers.items():
-            if not answer.fails or (smallest is not None and name == smallest.id()):
-                self.account.take(answer)
+        profile = self.request.profile
+        self._search(
+            cases(self.stage, self.request.dtypes), lambda case: pool.judge_one(Planned("property", case).id),
+            examples=EXAMPLES[profile], seconds=SEARCH_SECONDS[profile],
+        )  # fmt: skip
 
     def _confirm(self, pool: Pool) -> None:
         """Judge failures again, alone in a fresh process: one that passes there depends on the calls before it."""
