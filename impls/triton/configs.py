@@ -12,7 +12,7 @@ bandwidth, 18 of 20 were within 2 % of the best ones on an H100 (the others 11 a
 import functools
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -30,7 +30,6 @@ __all__ = [
     "entry_to",
     "generic",
     "grid_size",
-    "quantized",
     "tuned_files",
 ]
 
@@ -142,48 +141,6 @@ def entry_to(entry: Entry) -> dict:
 def device_name(device: torch.device) -> str:
     """Name of the device as used in file names."""
     return torch.cuda.get_device_name(device).replace(" ", "_") if device.type == "cuda" else "cpu"
-
-
-@dataclass(frozen=True)
-class QuantizedPlan:
-    """How to run the experts of one format at one number of rows per expert.
-
-    `few`: each slot is a tile of its own.  `ahead`: activations that become codes do so before the products, and not in
-    every program that reads them.
-    """
-
-    few: bool
-    ahead: bool
-    gate_up: Tiling
-    down: Tiling
-
-
-@functools.cache
-def quantized(
-    format: str, experts: int, slots: int, element_size: int, quantize: bool, device: torch.device
-) -> QuantizedPlan:
-    """Rules for quantised experts, by rows per expert; not tuned on any GPU yet.
-
-    Tiles are computed transposed, so n is the long side: 64 rows of weights and more are what a warpgroup multiplies.
-    A step is the run of columns under one scale where the format has one, so k counts for the others alone.
-    """
-    rows = slots / experts
-    few = slots <= WALKED
-    if device.type != "cuda":
-        tiling = Tiling(16, 64, 64, waves=1, tma=False)
-        few, rows = slots <= 4, 64.0 if slots > 24 else rows  # the interpreter meets every path on small data
-        ahead = quantize and rows > 24
-        return QuantizedPlan(few, ahead, replace(tiling, n=128) if ahead else tiling, tiling)
-    if element_size == 4:  # no tensor cores but for codes: small tiles keep the products in registers
-        tiling = Tiling(16, 64 if quantize else 32, 32, warps=4, stages=2, tma=False)
-        return QuantizedPlan(few, False, tiling, tiling)
-    step = 64 if format == "plain" else 128
-    if rows <= 24:  # bytes: few rows of activations, many loads in flight
-        tiling = Tiling(16 if few or rows <= 12 else 32, 64, step, warps=4, stages=4)
-        return QuantizedPlan(few, False, tiling, tiling)
-    first = Tiling(64, 128, step, warps=8, stages=3, waves=1)  # two sums of 64 x 128 a program
-    second = Tiling(64 if rows <= 96 else 128, 128, step, warps=8, stages=3, waves=1)
-    return QuantizedPlan(False, quantize, first, second)
 
 
 Tuned = tuple[tuple[Shape, tuple[tuple[int, Entry], ...]], ...]  # (shape, ((tokens, entry), ...)) of each file

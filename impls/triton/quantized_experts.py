@@ -19,7 +19,6 @@ import triton
 from torch import Tensor
 
 from moe_harness.impls.launching import Repeated
-from moe_harness.impls.triton import configs
 from moe_harness.impls.triton._combine import combine
 from moe_harness.impls.triton._common import interpreting, require
 from moe_harness.impls.triton._quantized_product import (
@@ -31,6 +30,8 @@ from moe_harness.impls.triton._quantized_product import (
     quantized_product,
 )
 from moe_harness.impls.triton.alignment import align
+from moe_harness.impls.triton.configs import Shape
+from moe_harness.impls.triton.quantized_plans import plan_of
 
 __all__ = ["fp8_group128", "quantized_experts"]
 
@@ -41,7 +42,8 @@ CODES = {
 ACTIVATIONS = ("silu", "gelu_tanh", "swiglu_oai")
 
 
-def _scale_shape(format: str, experts: int, rows: int, columns: int) -> tuple[int, ...]:
+def scale_shape(format: str, experts: int, rows: int, columns: int) -> tuple[int, ...]:
+    """Shape of the scales of matrices [E, N, K] in `format`."""
     if format in ("fp8_channel", "int8_channel"):
         return (experts, rows)
     if format == "fp8_block":
@@ -61,7 +63,7 @@ def _check_matrix(name: str, codes: Tensor, scale: Tensor | None, format: str, w
         return
     if codes.dtype != CODES[format]:
         raise TypeError(f"{name} holds {codes.dtype}, but {format} has codes of {CODES[format]}")
-    shape = _scale_shape(format, experts, rows, columns)
+    shape = scale_shape(format, experts, rows, columns)
     if scale is None or tuple(scale.shape) != shape:
         found = "missing" if scale is None else tuple(scale.shape)
         raise ValueError(f"the scale of {name} is {found}, but should be {shape} in {format}")
@@ -107,7 +109,8 @@ def _experts(
         return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     spread = experts if expert_map is None else max(experts, expert_map.numel())
     slots = max(1, ids.numel() * experts // spread)  # of these the grids are made
-    plan = configs.quantized(format, experts, slots, x.element_size(), quantize, x.device)
+    shape = Shape(experts, x.shape[1], up.shape[1] // 2, ids.shape[1], x.element_size())
+    plan = plan_of(shape, format, slots, quantize, x.device)
     rows = quantise(x) if quantize and plan.ahead else Rows(x)
     routing = Routing(ids, expert_map, *((None, None) if plan.few else align(ids, experts, expert_map)))
     act = quantized_product(

@@ -194,13 +194,13 @@ def _compile(shard: tuple[Shape, list[tuple[str, Tiling | Walk]]]) -> None:
     torch.cuda.synchronize()
 
 
-def compile_all(shape: Shape, jobs: list[tuple[str, Tiling | Walk]], processes: int) -> None:
-    """Compile `jobs` in `processes` fresh processes, which leave Ctrl-C to this one."""
+def compile_all(what: Any, jobs: list[Any], processes: int, work: Callable[[Any], None] = _compile) -> None:
+    """Compile `jobs` of a shape or layer in `processes` fresh processes, which leave Ctrl-C to this one."""
     unique = list(dict.fromkeys(jobs))
-    shards = [(shape, unique[i : i + SHARD]) for i in range(0, len(unique), SHARD)]
+    shards = [(what, unique[i : i + SHARD]) for i in range(0, len(unique), SHARD)]
     ignore = (signal.SIGINT, signal.SIG_IGN)
     with multiprocessing.get_context("spawn").Pool(processes, signal.signal, ignore) as pool:
-        for done, _ in enumerate(pool.imap_unordered(_compile, shards), 1):
+        for done, _ in enumerate(pool.imap_unordered(work, shards), 1):
             print(f"compiled {min(done * SHARD, len(unique))} of {len(unique)} candidates", flush=True)
 
 

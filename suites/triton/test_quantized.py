@@ -59,7 +59,9 @@ class NoDevice:
 
 triton.runtime.driver.set_active(NoDevice())
 from triton.tools.tensor_descriptor import TensorDescriptor
-from moe_harness.impls.triton import _quantized_product as q, configs
+from moe_harness.impls.triton import _quantized_product as q
+from moe_harness.impls.triton.configs import Shape
+from moe_harness.impls.triton.quantized_plans import rules
 
 E, H, I, k, bf16, fp8 = 128, 2048, 768, 8, torch.bfloat16, torch.float8_e4m3fn
 found = []
@@ -78,7 +80,7 @@ def matrix(rows, columns, format):
 
 for format, quantize, tokens in (("fp8_block", True, 1), ("fp8_block", True, 4096), ("int4_group", False, 64),
                                  ("mxfp4", False, 1024)):
-    plan = configs.quantized(format, E, tokens * k, 2, quantize, torch.device("cuda"))
+    plan = rules(Shape(E, H, I, k), format, tokens * k, quantize)
     ids = torch.empty(tokens, k, dtype=torch.int64)
     ints = None if plan.few else torch.empty(3 * E, dtype=torch.int32)
     routing = q.Routing(ids, None, ints, ints)

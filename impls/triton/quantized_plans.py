@@ -1,0 +1,114 @@
+"""How the quantised experts are run: tables of tuned tiles under tuned/quantized/, and rules where there is none.
+
+A table holds the shape, the format and whether activations become codes, and per number of tokens a plan.  Lookup: the
+same format and treatment of activations, a device of the same compute capability, the nearest shape within `NEAR`, of
+equally near ones that of the same card, then the plan whose rows per expert are nearest.  `tune_quantized` writes them.
+"""
+
+import functools
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_harness.impls.triton.configs import NEAR, TUNED, WALKED, Shape, Tiling, device_name
+
+__all__ = ["Plan", "file_of", "plan_from", "plan_of", "rules", "tables"]
+
+FOLDER = TUNED / "quantized"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to run the experts of one format at one number of rows per expert.
+
+    Tiles are computed transposed, so n is the long side: 64 rows of weights and more are what a warpgroup multiplies.
+    A step is the run of columns under one scale where the format has one, so k counts for the others alone.
+
+    `few`: each slot is a tile of its own.  `ahead`: activations that become codes do so before the products, and not in
+    every program that reads them; the tiles of the first product are then 128 columns wide.
+    """
+
+    few: bool
+    ahead: bool
+    gate_up: Tiling
+    down: Tiling
+
+
+def plan_from(data: dict[str, Any]) -> Plan:
+    """Plan from its JSON object."""
+    return Plan(data["few"], data["ahead"], Tiling(**data["gate_up"]), Tiling(**data["down"]))
+
+
+@dataclass(frozen=True)
+class Table:
+    """A tuned file: plans by number of tokens of one shape."""
+
+    device: str
+    shape: Shape
+    plans: tuple[tuple[int, Plan], ...]
+
+
+def file_of(device: torch.device, shape: Shape, format: str, quantize: bool) -> Path:
+    """Where the table of a shape belongs."""
+    kind = f"{format}_codes" if quantize else format
+    sizes = f"E{shape.experts}_H{shape.hidden}_I{shape.width}_k{shape.top_k}"
+    return FOLDER / f"{device_name(device)}.{kind}.{sizes}.json"
+
+
+@functools.cache
+def tables(format: str, quantize: bool, capability: tuple[int, int]) -> tuple[Table, ...]:
+    """The tables of a format for devices of a compute capability."""
+    found = []
+    for path in sorted(FOLDER.glob("*.json")):
+        data = json.loads(path.read_text())
+        if (data["format"], data["quantize"], tuple(data["capability"])) == (format, quantize, capability):
+            plans = tuple(sorted((int(tokens), plan_from(plan)) for tokens, plan in data["entries"].items()))
+            found.append(Table(path.name.partition(".")[0], Shape(**data["shape"]), plans))
+    return tuple(found)
+
+
+@functools.cache
+def plan_of(shape: Shape, format: str, slots: int, quantize: bool, device: torch.device) -> Plan:
+    """The plan for `slots` slots that are expected to have a local expert."""
+    if device.type != "cuda":
+        return _interpreted(shape, slots, quantize)
+    capability, name = torch.cuda.get_device_capability(device), device_name(device)
+    near = [(shape.distance(t.shape), t.device != name, t) for t in tables(format, quantize, capability) if t.plans]
+    near = sorted((n for n in near if n[0] <= NEAR), key=lambda n: n[:2])
+    if not near:
+        return rules(shape, format, slots, quantize)
+    known = near[0][2].shape
+    rows = slots / shape.experts
+    return min(near[0][2].plans, key=lambda p: abs(math.log2(p[0] * known.top_k / known.experts / rows)))[1]
+
+
+def rules(shape: Shape, format: str, slots: int, quantize: bool) -> Plan:
+    """By rows per expert, for shapes and devices without a table."""
+    rows, few = slots / shape.experts, slots <= WALKED
+    if shape.element_size == 4:  # no tensor cores but for codes: small tiles keep the products in registers
+        tiling = Tiling(16, 64 if quantize else 32, 32, warps=4, stages=2, tma=False)
+        return Plan(few, False, tiling, tiling)
+    step = 64 if format == "plain" else 128
+    if rows <= 24:  # bytes: few rows of activations, many loads in flight
+        tiling = Tiling(16 if few or rows <= 12 else 32, 64, step, warps=4, stages=4)
+        return Plan(few, False, tiling, tiling)
+    first = Tiling(64, 128, step, warps=8, stages=3, waves=1)  # two sums of 64 x 128 a program
+    second = Tiling(64 if rows <= 96 else 128, 128, step, warps=8, stages=3, waves=1)
+    return Plan(False, quantize, first, second)
+
+
+def _interpreted(shape: Shape, slots: int, quantize: bool) -> Plan:
+    """Small tiles; under the interpreter every path is met on small data."""
+    tiling = Tiling(16, 64, 64, waves=1, tma=False)
+    rows = 64.0 if slots > 24 else slots / shape.experts
+    ahead = quantize and rows > 24
+    return Plan(slots <= 4, ahead, replace(tiling, n=128) if ahead else tiling, tiling)
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """JSON object of a plan."""
+    return asdict(plan)
