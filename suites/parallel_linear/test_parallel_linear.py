@@ -12,7 +12,7 @@ from moe_harness.harness.core.errors import UsageError
 from moe_harness.harness.core.plan import Planned
 from moe_harness.harness.core.ranked_subject import load
 from moe_harness.harness.ranks import judge
-from moe_harness.harness.stages.parallel_linear import cases, strategy
+from moe_harness.harness.stages.parallel_linear import cases, rank_task, strategy
 from moe_harness.harness.stages.parallel_linear.cases import LinearCase
 from moe_harness.reference import parallel_linear as reference
 from moe_harness.suites.dispatcher.subjects import chosen, format_findings
@@ -62,6 +62,17 @@ def test_faults_are_seen_and_hidden_where_they_say(fault: Fault) -> None:
 def test_faults_are_killed_by_the_planned_cases(fault: Fault) -> None:
     planned = cases.plan([1, 2, 4], kind=fault.function.kind)
     assert any(judge.judge(fault.spec, entry.id).findings for entry in planned), f"{fault.name} survives"
+
+
+def test_a_wrong_layer_whose_columns_the_ranks_cannot_share_is_a_finding() -> None:
+    """It was an error of the judge: the whole layer was compared with a rank's part of its columns."""
+    case = LinearCase(R=2, E=1, K=5, N=4, S="3", kind="replicated")
+    weights, x = [[torch.ones(4, 5)]], torch.ones(3, 5)
+    assert rank_task._explain(torch.zeros(3, 4).double(), weights, x, case, rank=0) == []
+    even = case.but(K=6)
+    part = torch.full((3, 4), 3.0).double()
+    told = rank_task._explain(part, [[torch.ones(4, 6)]], torch.ones(3, 6), even, rank=0)
+    assert [one["fault"] for one in told] == ["row-parallel where replicated is meant"]
 
 
 def test_the_row_parallel_gate_is_caught_by_name() -> None:

@@ -202,7 +202,8 @@ def _explain(got: Tensor, weights: list[list[Tensor]], x: Tensor, case: LinearCa
     )
     if case.kind == "row" and _equal(got, whole):
         found.append({"fault": "reduced already", "evidence": "the result is the whole sum, not this rank's part"})
-    if case.kind == "replicated" and case.R > 1 and _equal(got, _row_part(weights, x, case, rank)):
+    shared = case.R > 1 and not case.K % case.R  # else no part of the columns is a rank's
+    if case.kind == "replicated" and shared and _equal(got, _row_part(weights, x, case, rank)):
         evidence = "the result is the product over this rank's columns of the weight only, a partial sum"
         found.append({"fault": "row-parallel where replicated is meant", "evidence": evidence})
     if case.kind == "merged_column" and _equal(got, whole.chunk(case.R, dim=1)[rank]):
