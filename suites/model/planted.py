@@ -360,7 +360,7 @@ def chunk_sees_keys_aligned_to_its_start(patch: MonkeyPatch) -> None:
         object.__setattr__(flat, "context", kept)
         return out
 
-    around(patch, Network, "_attend", attend)
+    around(patch, Network, "attend", attend)
 
 
 @fault(f"{NV}/pull/65, 66, 71, 151, 152: patches that misread `len % block == 1`")

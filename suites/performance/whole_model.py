@@ -320,7 +320,7 @@ def components(model: Any, batch: int, context: int) -> dict[str, dict[str, floa
             q, key, value, flat.positions, flat.slots, keys[i], values[i], eps=c.eps, theta=c.theta,
             q_norm=p[name(i) + "self_attn.q_norm.weight"], k_norm=p[name(i) + "self_attn.k_norm.weight"],
         ),
-        "attention": lambda i: network._attend(turned, flat, keys[i], values[i]),
+        "attention": lambda i: network.attend(turned, flat, keys[i], values[i]),
         "o_proj": lambda i: F.linear(mixed, p[name(i) + "self_attn.o_proj.weight"]),
         "norms": norms,  # the experts' sum joined to the first
         "router": lambda i: network.route(name(i) + "mlp", x, flat.pads),
