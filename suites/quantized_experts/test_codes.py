@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moe_harness.harness.core.contracts import load
 from moe_harness.harness.core.invocation import Trial
+from moe_harness.harness.process.worker import judge_id
 from moe_harness.harness.stages.quantized_experts.cases import QuantizedCase
 from moe_harness.reference.quantized_experts import quantized_experts
 
@@ -42,3 +43,15 @@ def test_scales_of_16_bits_show_on_codes_alone(name: str, case: QuantizedCase, r
     trial = Trial(load("quantized_experts", f"{__file__}:{name}"), "cpu")
     call = trial.build(case)
     assert (not trial.judge(call, trial.invoke(call)).findings) == right
+
+
+def test_a_law_allows_what_codes_of_activations_may_change() -> None:
+    """Other numbers of rows, another order of sums, and a hidden value falls to the neighbouring code.
+
+    The terms of a law are calls of the same implementation: without its declaration their bound knew of no codes, and
+    this case failed at 153 sigma on a right kernel.
+    """
+    case = "laws/dtype=fp16,variant=duplicates_add,seed=100019,T=18,E=9,k=3,format=fp8_channel,bias=1"
+    spec = "moe_harness.suites.meta.right.quantized_experts:fp8_groups_with_powers_of_two"
+    answer = judge_id(Trial(load("quantized_experts", spec), "cpu"), f"quantized_experts/{case}")
+    assert answer.status == "passed", answer.findings
