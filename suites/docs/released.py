@@ -41,7 +41,7 @@ def files() -> list[dict[str, Any]]:
 
 
 def page() -> str:
-    parts = [INTRO, *(section(library) for library in files()), UNTRIED]
+    parts = [INTRO, *(section(library) for library in files()), beside(), UNTRIED]
     return "\n\n".join(parts) + "\n"
 
 
@@ -69,6 +69,22 @@ def section(library: dict[str, Any]) -> str:
     for table in library["timed"]:
         lines += ["", *timed(table)]
     return "\n".join(lines)
+
+
+def beside() -> str:
+    """Kernels in the formats in which they are shipped, ours and others', timed in one run each."""
+    lines = ["## Quantised experts, timed", "", "Microseconds, and in brackets how often the floor of the run.", ""]
+    for path in sorted(DATA.glob("quantized-*.json")):
+        run = json.loads(path.read_text())
+        tokens = sorted({timing["tokens"] for timing in run["timings"]})
+        table: dict[str, dict[int, str]] = {}
+        for timing in run["timings"]:
+            told = f"{timing['median']:.0f} ({timing['median'] / timing['floor']:.1f})"
+            table.setdefault(timing["spec"], {})[timing["tokens"]] = told
+        about = f"{run['model']['name']}, {run['format']}, {run['device']}, torch {run['versions']['torch']}"
+        lines += [f"[{about}](../suites/performance/data/{path.name}):", "", *header("tokens", *tokens)]
+        lines += [*(row(f"`{spec}`", *(found.get(n, "-") for n in tokens)) for spec, found in table.items()), ""]
+    return "\n".join(lines).rstrip()
 
 
 def replay(found: dict[str, Any], on_cpu: bool) -> str:
