@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_harness.impls.triton._common import interpreting, narrow, on, product, programs_at_once, require
-from moe_harness.impls.triton.paged_attention import LOG2_E, _join, _share
+from moe_harness.impls.triton.paged_attention import LOG2_E, _join, _share, tile_of_queries
 
 __all__ = ["latent_attention"]
 
@@ -135,20 +135,10 @@ def _extend(
     HEADS: tl.constexpr, BH: tl.constexpr, RANK: tl.constexpr, TURNED: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, PAGE: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Block of heads program_id(0), tile program_id(1) of BM // BH queries of one sequence, numbered as in
-    `paged_attention._extend`."""
+    """Block of heads program_id(0), tile program_id(1) of BM // BH queries of one sequence."""
     BQ: tl.constexpr = BM // BH
     block, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    s, beyond = tile * 0, sequences  # a number of the device, with one sequence too
-    while beyond - s > 1:
-        middle = (s + beyond) // 2
-        reached = (tl.load(query_start + middle.to(tl.int64) * start_s) // BQ + middle) <= tile
-        s = tl.where(reached, middle, s)
-        beyond = tl.where(reached, beyond, middle)
-    s = s.to(tl.int64)
-    first = tl.load(query_start + s * start_s).to(tl.int64)
-    count = (tl.load(query_start + (s + 1) * start_s) - first).to(tl.int32)
-    base = (tile - (first // BQ + s)).to(tl.int32) * BQ
+    s, first, count, base = tile_of_queries(tile, query_start, start_s, sequences, BQ)
     if base < count:
         length = tl.load(context_len + s * len_s).to(tl.int32)
         high = tl.maximum(tl.minimum(length, length - count + base + BQ), 0)

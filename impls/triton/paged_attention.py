@@ -166,18 +166,11 @@ def _join(
 
 
 @triton.jit
-def _extend(
-    q, key_cache, value_cache, table, query_start, context_len, out, sequences, scale_log2,
-    q_t, q_h, q_d, kc_p, kc_s, kc_h, kc_d, vc_p, vc_s, vc_h, vc_d, table_s, start_s, len_s,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
-    """Key/value head program_id(0), tile program_id(1) of BM // GROUP queries of one sequence.
+def tile_of_queries(tile, query_start, start_s, sequences, BQ: tl.constexpr):
+    """(sequence, its first query, how many it has, first of the tile's BQ among them) of a tile.
 
     Sequence s has tiles from query_start[s] // BQ + s on, so that no table of tiles is needed; some have no query.
     """
-    BQ: tl.constexpr = BM // GROUP
-    head, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     s, beyond = tile * 0, sequences  # a number of the device, with one sequence too
     while beyond - s > 1:
         middle = (s + beyond) // 2
@@ -187,7 +180,20 @@ def _extend(
     s = s.to(tl.int64)
     first = tl.load(query_start + s * start_s).to(tl.int64)
     count = (tl.load(query_start + (s + 1) * start_s) - first).to(tl.int32)
-    base = (tile - (first // BQ + s)).to(tl.int32) * BQ
+    return s, first, count, (tile - (first // BQ + s)).to(tl.int32) * BQ
+
+
+@triton.jit
+def _extend(
+    q, key_cache, value_cache, table, query_start, context_len, out, sequences, scale_log2,
+    q_t, q_h, q_d, kc_p, kc_s, kc_h, kc_d, vc_p, vc_s, vc_h, vc_d, table_s, start_s, len_s,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Key/value head program_id(0), tile program_id(1) of BM // GROUP queries of one sequence."""
+    BQ: tl.constexpr = BM // GROUP
+    head, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    s, first, count, base = tile_of_queries(tile, query_start, start_s, sequences, BQ)
     if base < count:
         length = tl.load(context_len + s * len_s).to(tl.int32)
         row = tl.arange(0, BM)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from moe_harness.harness.stages.experts.faults._steps import live
+from moe_harness.harness.stages.experts.disguise import running_sum
 from moe_harness.harness.stages.quantized_experts.faults._steps import RIGHT, Steps
 
 
@@ -13,11 +13,4 @@ def other_steps(dtype: torch.dtype) -> Steps:
     def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
         return RIGHT.glu(gate.to(dtype).float(), up.to(dtype).float(), activation).to(dtype).float()
 
-    def combine(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
-        weighted = live(topk_weights, ids, slots.dtype)[..., None] * slots
-        total = weighted.new_zeros(len(ids), slots.shape[-1], dtype=dtype)
-        for slot in weighted.unbind(1)[::-1]:
-            total = (total.double() + slot.to(dtype).double()).to(dtype)
-        return total.to(slots.dtype)
-
-    return Steps(glu=glu, combine=combine)
+    return Steps(glu=glu, combine=running_sum(dtype))
