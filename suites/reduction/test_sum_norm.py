@@ -1,5 +1,10 @@
 """The sum over ranks through symmetric memory: its kernel interpreted, in an order of arrival that shows its faults."""
 
+import os
+import re
+import subprocess
+import sys
+
 import pytest
 
 pytest.importorskip("triton")
@@ -55,3 +60,36 @@ def test_it_is_a_reduction() -> None:
 def test_it_is_refused_without_gpus() -> None:
     case = next(p.id for p in cases.plan([2]) if parse_id(p.id)[2].routed == "partial")
     assert "nccl" in str(judge.judge("parallel:symmetric", case).unsupported)
+
+
+COMPILE = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+
+class NoDevice:
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+
+triton.runtime.driver.set_active(NoDevice())
+from moe_harness.impls.parallel import _sum_norm
+
+x, numbers = torch.empty(64, 2048, dtype=torch.bfloat16), torch.empty(128, dtype=torch.int64)
+constants = dict(ADD=True, NORM=True, RANK=0, RANKS=2, PROGRAMS=128, BLOCK=2048, WIDEN=False)
+kernel = _sum_norm.sum_norm.warmup(
+    x, x, x[0], x, x, 64, numbers, numbers, 1e-6, 256, 2048, 4096, 1 << 21, grid=(128,), **constants
+)
+print(kernel.asm["ptx"])
+"""
+
+
+def test_it_compiles_for_hopper_with_flags_that_the_whole_system_sees() -> None:
+    """In a process of its own: Triton keeps one driver, and reads TRITON_INTERPRET when it is imported."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True,
+        timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    raised, seen = r"atom\.global\.(sys\.release|release\.sys)\.exch", r"global\.(sys\.acquire|acquire\.sys)"
+    for wanted in (raised, seen, r"ld\.global\.cg\.v4", r"st\.global\.v4"):
+        assert re.search(wanted, done.stdout), f"the kernel should use {wanted}"
