@@ -16,7 +16,7 @@ begins with nothing, so that a row which another one has left need not be cleare
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,11 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_harness.impls.qwen3_moe.config import Config, Linear
-from moe_harness.impls.qwen3_moe.pieces import Piece
+from moe_harness.impls.qwen3_moe.pieces import Cut, Piece
 from moe_harness.impls.torch.rms_norm import normalised
 
 if TYPE_CHECKING:
     from moe_harness.impls.qwen3_moe.network import Flat, Network
+    from moe_harness.impls.qwen3_moe.ranks import Unsummed
     from moe_harness.impls.qwen3_moe.weights import Layout
 
 LENGTH_EPS = 1e-6  # below the square of a query's or key's length
@@ -49,29 +50,48 @@ class Memory:
         return cls(torch.zeros(inputs, dtype=dtype, device=device), torch.zeros(matrices, dtype=wide, device=device))
 
 
+def share(layout: Layout, whole: Linear) -> Linear:
+    """The heads of one rank."""
+    held = layout.share("linear_num_key_heads", whole.key_heads, layout.ranks)
+    return replace(whole, key_heads=held, value_heads=whole.value_heads // whole.key_heads * held)
+
+
 def pieces(layout: Layout, i: int) -> Iterator[tuple[str, Piece]]:
-    """Tensors of the first half of layer i where it is a delta net; on one rank."""
-    c, layer = layout.config, f"model.layers.{i}"
-    assert c.linear is not None
-    sizes, name = c.linear, f"{layer}.linear_attn"
-    yield layout.whole(f"{layer}.input_layernorm.weight", c.hidden_size)
-    yield layout.whole(f"{layer}.post_attention_layernorm.weight", c.hidden_size)
-    yield layout.whole(f"{name}.in_proj_qkvz.weight", sizes.channels + sizes.value_heads * sizes.value, c.hidden_size)
-    yield layout.whole(f"{name}.in_proj_ba.weight", 2 * sizes.value_heads, c.hidden_size)
-    yield layout.whole(f"{name}.conv1d.weight", sizes.channels, 1, sizes.kernel)
-    yield layout.whole(f"{name}.dt_bias", sizes.value_heads)
-    yield layout.whole(f"{name}.A_log", sizes.value_heads)
-    yield layout.whole(f"{name}.norm.weight", sizes.value)
-    yield layout.whole(f"{name}.out_proj.weight", c.hidden_size, sizes.value_heads * sizes.value)
+    """Tensors of the first half of layer i where it is a delta net, cut by key heads with their value heads.
+
+    The convolution's weight stays whole: in it the channels of all heads' queries, keys and values follow each other.
+    """
+    c, layer, own = layout.config, f"model.layers.{i}", layout.linear
+    assert c.linear is not None and own is not None
+    whole, name, hidden = c.linear, f"{layer}.linear_attn", c.hidden_size
+    group = whole.value_heads // whole.key_heads
+
+    def cut(part: str, shape: tuple[int, ...], dim: int, per_head: int) -> tuple[str, Piece]:
+        """The share of a tensor that has `per_head` rows or columns of each key head."""
+        size = own.key_heads * per_head
+        layout.shapes[f"{name}.{part}"] = (*shape[:dim], size, *shape[dim + 1 :])
+        return f"{name}.{part}", Piece(shape, f"{name}.{part}", (), Cut(dim, layout.rank * size, size))
+
+    wide = 2 * whole.key + 2 * group * whole.value
+    yield layout.whole(f"{layer}.input_layernorm.weight", hidden)
+    yield layout.whole(f"{layer}.post_attention_layernorm.weight", hidden)
+    yield cut("in_proj_qkvz.weight", (whole.key_heads * wide, hidden), 0, wide)
+    yield cut("in_proj_ba.weight", (2 * whole.value_heads, hidden), 0, 2 * group)
+    yield layout.whole(f"{name}.conv1d.weight", whole.channels, 1, whole.kernel)
+    yield cut("dt_bias", (whole.value_heads,), 0, group)
+    yield cut("A_log", (whole.value_heads,), 0, group)
+    yield layout.whole(f"{name}.norm.weight", whole.value)
+    yield cut("out_proj.weight", (hidden, whole.value_heads * whole.value), 1, group * whole.value)
 
 
-def gated(network: Network, name: str, x: Tensor, flat: Flat, keys: Tensor, values: Tensor) -> Tensor:
+def gated(network: Network, name: str, x: Tensor, flat: Flat, keys: Tensor, values: Tensor) -> Tensor | Unsummed:
     """Gated attention, [T, H] -> [T, H]."""
     c, d = network.config, network.config.head_dim
+    heads, kv_heads = network.layout.heads, network.layout.kv_heads
     qkv = F.linear(x, network.p[f"{name}.qkv_proj.weight"], network.p.get(f"{name}.qkv_proj.bias"))
-    q, k, v = qkv.split((2 * c.heads * d, c.kv_heads * d, c.kv_heads * d), dim=-1)
-    q, gate = q.unflatten(-1, (c.heads, 2 * d)).chunk(2, dim=-1)
-    k, v = (part.unflatten(-1, (c.kv_heads, d)) for part in (k, v))
+    q, k, v = qkv.split((2 * heads * d, kv_heads * d, kv_heads * d), dim=-1)
+    q, gate = q.unflatten(-1, (heads, 2 * d)).chunk(2, dim=-1)
+    k, v = (part.unflatten(-1, (kv_heads, d)) for part in (k, v))
     wide = torch.promote_types(x.dtype, torch.float32)
     q, k = (
         _turned(normalised(part.to(wide), network.p[f"{name}.{which}_norm.weight"], c.eps), flat.positions, c)
@@ -83,7 +103,8 @@ def gated(network: Network, name: str, x: Tensor, flat: Flat, keys: Tensor, valu
     keys[page, offset] = k[kept].to(keys.dtype)
     values[page, offset] = v[kept]
     mixed = network.attend(q.to(x.dtype), flat, keys, values) * torch.sigmoid(gate)
-    return F.linear(mixed.flatten(1), network.p[f"{name}.o_proj.weight"], network.p.get(f"{name}.o_proj.bias"))
+    out = F.linear(mixed.flatten(1), network.p[f"{name}.o_proj.weight"], network.p.get(f"{name}.o_proj.bias"))
+    return network.reduced(out)
 
 
 def _turned(x: Tensor, positions: Tensor, config: Config) -> Tensor:
@@ -101,13 +122,14 @@ class DeltaNet:
     """The gated delta nets of one network."""
 
     def __init__(self, network: Network):
-        assert network.config.linear is not None
-        self.network, self.sizes, self.eps = network, network.config.linear, network.config.eps
+        assert network.config.linear is not None and network.layout.linear is not None
+        self.network, self.sizes, self.eps = network, network.layout.linear, network.config.eps
+        self.whole, self.rank = network.config.linear, network.layout.rank
 
-    def __call__(self, name: str, x: Tensor, flat: Flat, memory: Memory) -> Tensor:
+    def __call__(self, name: str, x: Tensor, flat: Flat, memory: Memory) -> Tensor | Unsummed:
         """[T, H] -> [T, H]; goes on from `memory` and leaves there what the next step goes on from."""
         if not len(x):
-            return torch.zeros_like(x)
+            return self.network.reduced(torch.zeros_like(x))
         assert flat.rows is not None
         side = _SideBySide(flat.query_start)
         q, k, v, z = self._projected(name, x)
@@ -122,7 +144,7 @@ class DeltaNet:
         memory.matrices[flat.rows] = matrices
         rows = normalised(side.flat(out), self.network.p[f"{name}.norm.weight"], self.eps)
         gated = (rows * F.silu(z.to(rows.dtype))).to(x.dtype)
-        return F.linear(gated.flatten(1), self.network.p[f"{name}.out_proj.weight"])
+        return self.network.reduced(F.linear(gated.flatten(1), self.network.p[f"{name}.out_proj.weight"]))
 
     def _projected(self, name: str, x: Tensor) -> tuple[Tensor, ...]:
         """q, k, v [T, heads * width] and z [T, Hv, Dv]; the checkpoint has them key head by key head."""
@@ -146,12 +168,18 @@ class DeltaNet:
         inputs = torch.cat((before, side.spread(new)), dim=1)  # [S, K - 1 + L, C]
         last = side.lengths[:, None] + torch.arange(s.kernel - 1, device=new.device)
         left = inputs.gather(1, last[..., None].expand(-1, -1, inputs.shape[-1]))
-        weight = self.network.p[f"{name}.conv1d.weight"][:, 0].to(wide)
+        weight = self._own_channels(self.network.p[f"{name}.conv1d.weight"][:, 0]).to(wide)
         rows = F.silu(torch.einsum("slck,ck->slc", inputs.to(wide).unfold(1, s.kernel, 1), weight))
         keys = s.key_heads * s.key
         q, k, v = rows.split((keys, keys, s.value_heads * s.value), dim=-1)
         q, k = (self._of_length_one(part) for part in (q, k))
         return q * s.key**-0.5, k, v.unflatten(-1, (s.value_heads, s.value)), left
+
+    def _own_channels(self, weight: Tensor) -> Tensor:
+        """The rows of this rank's queries, keys and values, of [C, K] of all heads."""
+        keys, values = self.whole.key_heads * self.whole.key, self.whole.value_heads * self.whole.value
+        parts = weight.split((keys, keys, values))
+        return torch.cat([part.tensor_split(self.whole.key_heads // self.sizes.key_heads)[self.rank] for part in parts])
 
     def _of_length_one(self, x: Tensor) -> Tensor:
         x = x.unflatten(-1, (self.sizes.key_heads, self.sizes.key))

@@ -38,7 +38,7 @@ class Cache:
         self, layout: Layout, pages: int, page_size: int, dtype: torch.dtype, device: torch.device,
         shared: bool = False, rows: int = 0,
     ):  # fmt: skip
-        layers, linear = layout.config.layers, layout.config.linear
+        layers, linear = layout.config.layers, layout.linear
         attending = layout.config.attending
         held = 1 if shared else len(attending)
         parts, heads, width = cache_shape(layout)

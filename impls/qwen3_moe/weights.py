@@ -33,12 +33,8 @@ class Layout:
     ):
         self.config = config
         self.placement = place = Placement(rank, world_size, expert_parallel, **placement)
-        if config.linear is not None and world_size > 1:
-            raise NotImplementedError(
-                f"{config.model_type} over {world_size} ranks: the states of linear attention are not cut; use one"
-            )
         self.rank, self.ranks = place.tensor
-        self.heads = self._share("num_attention_heads", config.heads, self.ranks)
+        self.heads = self.share("num_attention_heads", config.heads, self.ranks)
         # Fewer key heads than ranks: each head is held by several ranks.
         self.kv_heads = max(1, config.kv_heads // self.ranks)
         if config.kv_heads % self.ranks and self.ranks % config.kv_heads:
@@ -46,6 +42,7 @@ class Layout:
                 f"world_size is {self.ranks}, wanted a divisor or a multiple of {config.kv_heads} key heads"
             )
         self.kv_first = self.rank * config.kv_heads // self.ranks
+        self.linear = None if config.linear is None else linear_attention.share(self, config.linear)
         self.vocabulary = self.shares(self.rank)
         if not self.shares(self.ranks - 1):
             raise ValueError(f"vocab_size is {config.vocab_size}, wanted some tokens for each of {self.ranks} ranks")
@@ -65,7 +62,8 @@ class Layout:
         nan = float("nan")
         return {name: torch.full(shape, nan, dtype=dtype, device=device) for name, shape in self.shapes.items()}
 
-    def _share(self, key: str, size: int, ranks: int) -> int:
+    def share(self, key: str, size: int, ranks: int) -> int:
+        """What each of `ranks` holds of the size `key` of the config; ValueError where they cannot share it."""
         if size % ranks:
             raise ValueError(
                 f"{key} is {size}, wanted a multiple of the {ranks} ranks that share it; use another number of ranks"
@@ -135,7 +133,7 @@ class Layout:
 
     def _gated(self, mlp: str, key: str, total: int, place: tuple[int, int]) -> Iterator[tuple[str, Piece]]:
         """A gated mlp cut over `place`: this rank's number among those that share it, and how many those are."""
-        hidden, held = self.config.hidden_size, self._share(key, total, place[1])
+        hidden, held = self.config.hidden_size, self.share(key, total, place[1])
         first, name = place[0] * held, f"{mlp}.gate_up_proj.weight"
         self.shapes[name] = (2 * held, hidden)
         self.shapes[f"{mlp}.down_proj.weight"] = (hidden, held)
@@ -151,7 +149,7 @@ class Layout:
         c, mlp = self.config, f"model.layers.{i}.mlp"
         yield self.whole(f"{mlp}.gate.weight", c.num_experts, c.hidden_size)
         number, ranks = self.placement.columns
-        held = self._share("moe_intermediate_size", c.expert_size, ranks)
+        held = self.share("moe_intermediate_size", c.expert_size, ranks)
         first = number * held
         up, down = f"{mlp}.experts.gate_up_proj", f"{mlp}.experts.down_proj"
         self.shapes[up] = (len(self.held), 2 * held, c.hidden_size)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_harness.fixtures import checkpoints
+from moe_harness.harness.ranks import judge
 from moe_harness.impls.qwen3_moe import linear_attention, model, network
 from moe_harness.impls.qwen3_moe.config import CheckpointError, Config
 from moe_harness.impls.qwen3_moe.linear_attention import DeltaNet
@@ -130,9 +131,15 @@ def test_a_planted_fault_changes_tokens(
     assert generated(folder)[0] != wanted
 
 
+@pytest.mark.parametrize("case", ["variant=logits,ep=1,B=2,L=7", "variant=tokens,B=3,L=9,new=3"])
+def test_two_ranks_share_its_heads(case: str) -> None:
+    verdict = judge.judge("qwen3_moe", f"model/over_ranks/{case},family={FAMILY},R=2")
+    assert verdict.passed, verdict.findings or verdict.unsupported
+
+
 def test_what_it_cannot_do_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(NotImplementedError, match="states of linear attention are not cut"):
-        Layout(Config.read(folder), 1, 2)
+    with pytest.raises(ValueError, match="linear_num_key_heads is 2, wanted a multiple of the 4 ranks"):
+        Layout(Config.read(folder), 1, 4)
     with pytest.raises(NotImplementedError, match="plain torch"):
         model.load_model(folder, device="cpu", dtype=torch.float32, kernels="triton")
     wrong = checkpoints.make(tmp_path, FAMILY, layer_types=["full_attention"])
