@@ -14,11 +14,11 @@ from typing import Any
 
 from moe_harness.harness.commands import options
 from moe_harness.harness.core.errors import CannotJudge, UsageError
+from moe_harness.harness.core.functions import spec_of
 from moe_harness.harness.report import Progress, Result, dumps, failure_text
 from moe_harness.harness.report.html import render
 from moe_harness.harness.report.results import Failure, verdict_of
 from moe_harness.harness.report.terminal import print_report
-from moe_harness.harness.run.functions import spec_of
 
 __all__ = ["CannotJudge", "Judgement", "UsageError", "check"]
 FRAME = '<iframe srcdoc="{page}" style="width: 100%; height: {height}px; border: 0"></iframe>'

@@ -9,9 +9,9 @@ import typer
 from moe_harness.harness.commands import options
 from moe_harness.harness.core import contracts
 from moe_harness.harness.core.errors import HarnessError, UsageError
+from moe_harness.harness.core.kept import last_failed as last_failed_cases
+from moe_harness.harness.core.kept import remember_failed
 from moe_harness.harness.core.ranked_stage import is_over_ranks
-from moe_harness.harness.run.kept import last_failed as last_failed_cases
-from moe_harness.harness.run.kept import remember_failed
 
 
 def check(

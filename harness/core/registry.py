@@ -22,7 +22,7 @@ from moe_harness.harness.core.folders import extra_folders
 
 OURS = "moe_harness.impls"  # the only place that names it; nothing of the harness imports it
 GROUP = "moe_harness.impls"
-KEPT = ".pkl"  # of a file that holds a function object; see harness.run.functions
+KEPT = ".pkl"  # of a file that holds a function object; see harness.core.functions
 
 
 def registered(stage: str) -> dict[str, str]:
@@ -90,7 +90,7 @@ def find(stage: str, spec: str) -> Any:
     if target.endswith(".py"):
         return _attribute(spec, _import_file(spec, Path(target)), attribute)
     if target.endswith(KEPT):
-        from moe_harness.harness.run.functions import load_kept
+        from moe_harness.harness.core.functions import load_kept
 
         return load_kept(spec, Path(target))
     import_from(Path.cwd())

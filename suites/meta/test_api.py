@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from moe_harness import CannotJudge, UsageError, check
-from moe_harness.harness.run.functions import spec_of
+from moe_harness.harness.core.functions import spec_of
 
 LOCK = threading.Lock()
 QUICK = {"dtypes": "fp32", "checks": "contract", "quiet": True}

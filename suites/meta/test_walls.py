@@ -64,3 +64,9 @@ def test_a_stage_knows_the_parts_that_every_stage_shares_and_no_run_of_them() ->
     climbs = [(n, m) for n, known in direct.items() for m in known if m.split(".")[2:3] and m.split(".")[2] in upper
               and m.startswith("moe_harness.harness.")]  # fmt: skip
     assert climbs == []
+
+
+def test_core_knows_no_other_room_of_the_judge_even_within_functions() -> None:
+    core = "moe_harness.harness.core."
+    rooms = [(n, m) for n in FILES if n.startswith(core) for m in KNOWS[n] if m.startswith("moe_harness.harness.")]
+    assert [(name, known) for name, known in rooms if not f"{known}.".startswith(core)] == []

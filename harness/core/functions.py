@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_harness.harness.core.errors import CannotJudge, UsageError
+from moe_harness.harness.core.kept import folder
 from moe_harness.harness.core.registry import KEPT
-from moe_harness.harness.run.kept import folder
 
 
 def spec_of(function: Callable) -> str:
