@@ -9,6 +9,7 @@ import json
 from typing import Any
 
 from moe_harness.suites.performance import DATA, ROOT, header, row
+from moe_harness.suites.performance.model_figures import quantized
 
 PAGE, REPRODUCERS = ROOT / "docs" / "released.md", ROOT / "docs" / "released"
 INTRO = """# Released kernels under the judge
@@ -73,18 +74,8 @@ def section(library: dict[str, Any]) -> str:
 
 def beside() -> str:
     """Kernels in the formats in which they are shipped, ours and others', timed in one run each."""
-    lines = ["## Quantised experts, timed", "", "Microseconds, and in brackets how often the floor of the run.", ""]
-    for path in sorted(DATA.glob("quantized-*.json")):
-        run = json.loads(path.read_text())
-        tokens = sorted({timing["tokens"] for timing in run["timings"]})
-        table: dict[str, dict[int, str]] = {}
-        for timing in run["timings"]:
-            told = f"{timing['median']:.0f} ({timing['median'] / timing['floor']:.1f})"
-            table.setdefault(timing["spec"], {})[timing["tokens"]] = told
-        about = f"{run['model']['name']}, {run['format']}, {run['device']}, torch {run['versions']['torch']}"
-        lines += [f"[{about}](../suites/performance/data/{path.name}):", "", *header("tokens", *tokens)]
-        lines += [*(row(f"`{spec}`", *(found.get(n, "-") for n in tokens)) for spec, found in table.items()), ""]
-    return "\n".join(lines).rstrip()
+    told = "Microseconds, and in brackets how many times the floor of the run."
+    return "\n".join(["## Quantised experts, timed", "", told, "", *quantized()])
 
 
 def replay(found: dict[str, Any], on_cpu: bool) -> str:

@@ -7,7 +7,7 @@ import re
 
 from moe_harness.harness.bench.pictures import remarks
 from moe_harness.harness.bench.timing import BenchReport, Timing
-from moe_harness.suites.performance import DATA, ROOT, header, ranked_figures, row
+from moe_harness.suites.performance import DATA, ROOT, header, model_figures, ranked_figures, row
 
 PAGE, PICTURE = ROOT / "docs/benches.md", ROOT / "docs/performance.svg"
 MARKED = re.compile(
@@ -114,6 +114,8 @@ def bench() -> list[str]:
 
 SECTIONS = {
     "bench": bench,
+    "whole_model": model_figures.whole_model,
+    "quantized": model_figures.quantized,
     "dispatch": ranked_figures.dispatch,
     "symmetric": ranked_figures.symmetric,
     "expert_parallel": ranked_figures.expert_parallel,
