@@ -27,6 +27,10 @@ class Call:
     truth: Any = None  # what a right result is, where that is known already; void once the operands change
     declared: Declarations | None = None  # what the implementation that gets it says of itself
 
+    def like(self, args: dict[str, Any], keywords: dict[str, Any]) -> "Call":
+        """A call of the same case and implementation with other operands; what is right for it is not known yet."""
+        return Call(self.case, args, keywords, declared=self.declared)
+
     def operand(self, name: str) -> Any:
         """The argument of that name, positional or keyword."""
         return self.args[name] if name in self.args else self.keywords[name]

@@ -30,7 +30,7 @@ class Term:
 
 def changed(call: Call, **operands: Any) -> Call:
     """The call with some operands replaced by new values (contiguous, in fences of their own)."""
-    new = Call(call.case, dict(call.args), dict(call.keywords), declared=call.declared)
+    new = call.like(dict(call.args), dict(call.keywords))
     for name, tensor in {**call.args, **call.keywords}.items():
         values = operands.get(name, tensor)
         if isinstance(values, Tensor):

@@ -10,7 +10,7 @@ from moe_harness.harness.core.laws import Term, shuffled
 
 
 def _with_rows(call: Call, rows: Tensor | slice) -> Call:
-    new = Call(call.case, dict(call.args), dict(call.keywords), declared=call.declared)
+    new = call.like(dict(call.args), dict(call.keywords))
     new.args["hidden_states"] = new.arena.place("hidden_states", call.args["hidden_states"][rows])
     return new
 

@@ -72,7 +72,7 @@ class Router(Stage):
             return []
         weights, ids = (torch.cat(parts) for parts in zip(*wrong.values(), strict=True))
         logits = call.args["router_logits"]
-        many = Call(call.case, {"router_logits": logits.repeat(len(wrong), 1)}, call.keywords)
+        many = call.like({"router_logits": logits.repeat(len(wrong), 1)}, call.keywords)
         bad = wrong_rows(many, weights.float(), ids).view(len(wrong), -1).any(-1)
         return [name for name, rejected in zip(wrong, bad.tolist(), strict=True) if not rejected]
 
