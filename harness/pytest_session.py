@@ -59,9 +59,9 @@ class Session:
             pytest.skip("needs --impl-device cuda")
         pool = self.pool(stage, spec)
         loaded = pool.workers[0].loaded
-        if planned.case.dtype not in loaded["declared"]["dtypes"]:
+        if planned.case.dtype not in loaded.dtypes:
             pytest.skip(f"{planned.case.dtype} is not among the declared dtypes")
-        if loaded.get("interpreted") and planned.case.steps() > INTERPRETED_STEPS:
+        if loaded.interpreted and planned.case.steps() > INTERPRETED_STEPS:
             pytest.skip(f"more than {INTERPRETED_STEPS} tiles take too long in Triton's interpreter")
         self.conclude(item, stage, spec, pool.judge_one(planned.id))
 
@@ -71,7 +71,7 @@ class Session:
         from moe_harness.harness.run import property_search
 
         pool = self.pool(stage, spec)
-        profile, dtypes = self.request.profile, tuple(pool.workers[0].loaded["declared"]["dtypes"])
+        profile, dtypes = self.request.profile, pool.workers[0].loaded.dtypes
         answers = property_search.search(
             stage, dtypes, lambda case: pool.judge_one(Planned("property", case).id), examples=EXAMPLES[profile],
             start=self.request.seed, seconds=SEARCH_SECONDS[profile],

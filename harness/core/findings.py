@@ -1,4 +1,4 @@
-"""What a check finds and what is said of a case: plain data that crosses from the judging process to the other."""
+"""What a check finds, and all that a judging process says: plain data that crosses to the controlling one."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,6 +69,29 @@ class RankReport:
     ) -> None:
         place = {"rank": self.rank} if where is None else where
         self.findings.append(Finding(message, headroom, place, diagnosis=diagnosis or [], about=check))
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a judging process says of an implementation that it has loaded."""
+
+    declared: dict[str, Any] = field(default_factory=dict)  # contracts.Declarations, plain
+    versions: dict[str, Any] = field(default_factory=dict)
+    interpreted: bool = False  # by Triton's interpreter
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Those that it declares."""
+        return tuple(self.declared["dtypes"])
+
+
+@dataclass(frozen=True)
+class NotLoaded:
+    """Why a judging process could not load an implementation."""
+
+    error: str
+    exit_status: int
+    traceback: str
 
 
 @dataclass

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_harness.harness.core.errors import CannotJudge, HarnessError, UsageError
-from moe_harness.harness.core.findings import Answer, Explanation
+from moe_harness.harness.core.findings import Answer, Explanation, Loaded, NotLoaded
 from moe_harness.harness.process import scratch
 from moe_harness.harness.process.deaths import Deaths
 from moe_harness.harness.process.start import start
@@ -54,7 +54,7 @@ class Worker:
         self.process = context.Process(target=_serve, args=told, daemon=True)
         start(self.process)
         theirs.close()
-        self.loaded: dict[str, Any] = {}  # what the process says of the implementation
+        self.loaded = Loaded()
         self.current: str | None = None
         self.history: list[str] = []
         self.compiling_since: float | None = None
@@ -141,7 +141,7 @@ class Pool:
             worker.stop()
         scratch.remove(self.folder)
 
-    def start(self) -> dict[str, Any]:
+    def start(self) -> Loaded:
         """Start every worker; returns what the first one says of the implementation.
 
         Raises:
@@ -300,16 +300,17 @@ class Pool:
         try:
             if not worker.connection.poll(max(0.0, worker.deadline - time.monotonic())):
                 raise CannotJudge(f"the implementation was not imported within {START_BUDGET:.0f} s")
-            worker.loaded = worker.connection.recv()
+            told = worker.connection.recv()
         except EOFError:
             words = worker.last_words()
             raise CannotJudge(f"the process was {_ended(worker)} while it imported the implementation"
                               + (f"; it last printed: {words}" if words else "")) from None  # fmt: skip
-        if "error" in worker.loaded:
-            kind = UsageError if worker.loaded["exit_status"] == UsageError.exit_status else CannotJudge
-            error = kind(worker.loaded["error"])
-            error.add_note(worker.loaded["traceback"])
+        if isinstance(told, NotLoaded):
+            kind = UsageError if told.exit_status == UsageError.exit_status else CannotJudge
+            error = kind(told.error)
+            error.add_note(told.traceback)
             raise error
+        worker.loaded = told
 
 
 def _serve(environment: dict[str, str], *arguments: Any) -> None:

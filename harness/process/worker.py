@@ -19,8 +19,8 @@ import torch
 from moe_harness.harness.checks import CHECKS
 from moe_harness.harness.core.case import parse_id
 from moe_harness.harness.core.contracts import load
-from moe_harness.harness.core.errors import HarnessError
-from moe_harness.harness.core.findings import Answer, Explanation, Record
+from moe_harness.harness.core.errors import CannotJudge, HarnessError
+from moe_harness.harness.core.findings import Answer, Explanation, Loaded, NotLoaded, Record
 from moe_harness.harness.core.invocation import Broken, Rejected, Trial, first_line, kept_defaults
 from moe_harness.harness.core.plan import Planned
 from moe_harness.harness.process.parent_watch import end_with
@@ -135,27 +135,23 @@ def _loaded(connection: Connection, stage: str, spec: str, device: str) -> Trial
         if device == "cuda":
             torch.zeros(1, device=device)  # a context takes seconds, which belong to no case
         interpreted = os.environ.get("TRITON_INTERPRET") == "1" and "triton" in sys.modules
-        connection.send({"declared": subject.declared.as_dict(), "versions": versions(), "interpreted": interpreted})
+        connection.send(Loaded(subject.declared.as_dict(), versions(), interpreted))
         return Trial(subject, device)
     except HarnessError as error:
-        connection.send({"error": str(error), "exit_status": error.exit_status, "traceback": traceback.format_exc()})
+        connection.send(NotLoaded(str(error), error.exit_status, traceback.format_exc()))
     except BaseException as error:  # SystemExit at import, a broken declaration
         message = f"implementation {spec!r} cannot be loaded: {type(error).__name__}: {error}"
-        connection.send({"error": message, "exit_status": 3, "traceback": traceback.format_exc()})
+        connection.send(NotLoaded(message, CannotJudge.exit_status, traceback.format_exc()))
     return None
 
 
 def _no_cuda() -> HarnessError:
-    from moe_harness.harness.core.errors import CannotJudge
-
     built = torch.version.cuda
     why = "this torch is built without CUDA" if built is None else f"torch is built for CUDA {built} but sees no device"
     return CannotJudge(f"--device cuda is asked for, but {why}; judge on the CPU with --device cpu")
 
 
 def _other_device(spec: str, device: str, devices: tuple[str, ...]) -> HarnessError:
-    from moe_harness.harness.core.errors import CannotJudge
-
     return CannotJudge(f"implementation {spec!r} declares devices {', '.join(devices)}, but --device is {device}")
 
 

@@ -103,7 +103,8 @@ def judge_fault(fault: Fault, options: MatrixOptions) -> Row:
     try:
         with Pool(fault.stage, fault.spec, options.request.device, 1, budget) as pool:
             pool.memory_limit = MEMORY_LIMIT if options.request.device == "cpu" else None
-            dtypes = tuple(d for d in options.request.dtypes if d in pool.start()["declared"]["dtypes"])
+            declared = pool.start().dtypes
+            dtypes = tuple(d for d in options.request.dtypes if d in declared)
             after_first = min(OF_A_PART, options.after_first) if fault.part else options.after_first
             _fill(row, pool, dtypes, options.request, after_first)
     except HarnessError as error:

@@ -6,7 +6,7 @@ from typing import Any
 
 from moe_harness.harness.core.case import Case, parse_id
 from moe_harness.harness.core.errors import CannotJudge
-from moe_harness.harness.core.findings import Answer
+from moe_harness.harness.core.findings import Answer, Loaded
 from moe_harness.harness.core.folders import needed_part
 from moe_harness.harness.core.names import PLAIN
 from moe_harness.harness.core.plan import Planned
@@ -48,7 +48,7 @@ class RankRun(Session):
         """
         from moe_harness.harness.process.versions import versions
 
-        self.account.loaded = {"declared": {}, "versions": versions()}
+        self.account.loaded = Loaded(versions=versions())
         ids = self._planned_ids()
         self.account.expect(ids)
         examples = OVER_RANKS[self.request.profile] if self._searches() else 0

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from moe_harness.harness.core.case import Case, parse_id
 from moe_harness.harness.core.contracts import RANK_STAGES
-from moe_harness.harness.core.findings import HISTOGRAM_EDGES, MAX_Z, Answer, Explanation, Finding
+from moe_harness.harness.core.findings import HISTOGRAM_EDGES, MAX_Z, Answer, Explanation, Finding, Loaded
 from moe_harness.harness.core.ranked_stage import find_ranked
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.diagnosis.clusters import Cluster, Outcome, cluster, kind_of, most_common
@@ -93,7 +93,7 @@ class ResultBuilder:
         self.core_check, self.core_checks = ("contract", CORE_CHECKS) if not checks else (checks[0], checks)
         self.explain: Callable[[Failure], None] = lambda failure: None  # adds the cause to the first, before it is told
         self.started = time.monotonic()
-        self.loaded: dict[str, Any] = {"declared": {}, "versions": {}}
+        self.loaded = Loaded()
         self.places: dict[str, int] = {}  # of each case in the plan
         self.planned = 0
         self.answered: set[str] = set()
@@ -217,8 +217,8 @@ class ResultBuilder:
             "device": self.request.device,
             "dtypes": list(self.request.dtypes), "profile": self.request.profile,
             "config": ", ".join(shape.name for shape in self.request.configs) or None, "seed": self.request.seed,
-            "seconds": round(time.monotonic() - self.started, 2), "versions": self.loaded["versions"],
-            "declared": {k: v for k, v in self.loaded["declared"].items() if k != "explicit"}, "error": self.error,
+            "seconds": round(time.monotonic() - self.started, 2), "versions": self.loaded.versions,
+            "declared": {k: v for k, v in self.loaded.declared.items() if k != "explicit"}, "error": self.error,
             "interrupted": self.interrupted,
             "not_judged": [told for shape in self.request.configs if (told := shape.not_judged(self.stage))],
             "checks": [tally.as_check(name) for name, tally in self.tallies.items() if tally.counts],

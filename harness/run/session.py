@@ -95,7 +95,7 @@ class Run(Session):
 
     def _judge_with(self, pool: Pool) -> None:
         self.account.loaded = pool.start()
-        if self.account.loaded.get("interpreted"):
+        if self.account.loaded.interpreted:
             pool.budget *= INTERPRETED_PATIENCE
         planned = self._planned()
         self.account.expect([p.id for p in planned])
@@ -123,7 +123,7 @@ class Run(Session):
             yield pool.judge_one(case_id)
 
     def _dtypes(self) -> tuple[str, ...]:
-        declared = tuple(self.account.loaded["declared"]["dtypes"])
+        declared = self.account.loaded.dtypes
         asked = self.options.dtypes
         if asked is None:
             return declared
@@ -136,7 +136,7 @@ class Run(Session):
     def _planned(self) -> list[Planned]:
         dtypes = self._dtypes()
         if not dtypes:
-            declared = ", ".join(self.account.loaded["declared"]["dtypes"])
+            declared = ", ".join(self.account.loaded.dtypes)
             asked = ", ".join(self.options.dtypes or ())
             raise CannotJudge(f"{self.spec!r} declares the dtypes {declared}, but --dtype asks for {asked}")
         self.account.request = replace(self.request, dtypes=dtypes)
@@ -147,7 +147,7 @@ class Run(Session):
     def _runnable(self, planned: list[Planned]) -> list[str]:
         """Ids of what can run on this device; the rest goes into the ledger."""
         ids = []
-        interpreted = self.account.loaded.get("interpreted", False)
+        interpreted = self.account.loaded.interpreted
         for p in planned:
             if p.check in ON_CUDA_ONLY and self.request.device != "cuda":
                 self.account.take(Answer(p.id, "skipped", NEEDS_CUDA))
@@ -211,7 +211,7 @@ class Run(Session):
     def _check_declared_dtypes(self) -> None:
         """A dtype that is declared in so many words and refused on every case is a false declaration."""
         heard = self.account
-        if "dtypes" not in heard.loaded["declared"].get("explicit", ()) or not heard.executed:
+        if "dtypes" not in heard.loaded.declared.get("explicit", ()) or not heard.executed:
             return
         for dtype in heard.request.dtypes:
             refusals = [i for ids in heard.refused.values() for i in ids if f"dtype={dtype}" in i or dtype == "fp32"]

@@ -50,8 +50,8 @@ def first_kill(stage: str, spec: str, timeout: float = 20.0) -> Answer | None:
     """
     prepare()
     with Pool(stage, spec, "cpu", 1, timeout) as pool:
-        declared = pool.start()["declared"]
-        ids = _in_turn(stage, Request(dtypes=tuple(declared["dtypes"])))
+        dtypes = pool.start().dtypes
+        ids = _in_turn(stage, Request(dtypes=dtypes))
         known = _known().get(_key(spec))
         for answer in pool.judge([known, *ids] if known in ids else ids):
             assert answer.status != "error", answer.reason

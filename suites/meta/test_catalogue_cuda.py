@@ -32,7 +32,7 @@ def survives(fault: Any, checks: tuple[str, ...]) -> bool:
     """Whether every case of these checks passes the fault."""
     prepare()
     with Pool(fault.stage, fault.spec, "cuda", 1, 120.0) as pool:
-        request = Request(device="cuda", dtypes=tuple(pool.start()["declared"]["dtypes"]))
+        request = Request(device="cuda", dtypes=pool.start().dtypes)
         ids = (p.id for p in plan(fault.stage, request) if p.check in checks)
         return not any(answer.fails for answer in map(pool.judge_one, ids))
 

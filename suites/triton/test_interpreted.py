@@ -38,7 +38,7 @@ def test_small_cases_pass(stage: str) -> None:
     assert len({p.check for p in planned}) >= 6
     prepare()
     with Pool(stage, "triton", "cpu", 1, 60.0) as pool:
-        assert pool.start()["interpreted"]
+        assert pool.start().interpreted
         answers = list(pool.judge([p.id for p in planned]))
     wrong = [(a.id, a.reason or a.findings[0].message) for a in answers if a.status != "passed"]
     assert not wrong
