@@ -21,6 +21,8 @@ CHANGES = {"num_attention_heads": HEADS, "num_key_value_heads": KEY_HEADS, "head
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("qwen3_moe", {"attention_bias": True, "mlp_only_layers": [0]}),
     "qwen2_moe": ("qwen2_moe", {"tie_word_embeddings": True}), "qwen3": ("qwen3", {}),
+    "qwen3_next": ("qwen3_next", {"linear_num_key_heads": 8, "linear_num_value_heads": 16, "num_experts": 8,
+                                  "shared_expert_intermediate_size": 64}),
 }  # fmt: skip
 
 
@@ -46,13 +48,16 @@ class Whole:
         whole = self.held[name]
         if name.endswith(("embed_tokens.weight", "lm_head.weight")):
             return self.chunk(whole, 0)
-        return self.chunk(whole, 1) if name.endswith(("o_proj.weight", "down_proj.weight")) else whole
+        if name.endswith(("in_proj_qkvz.weight", "in_proj_ba.weight", "dt_bias", "A_log")):  # key head by key head
+            return self.chunk(whole, 0)
+        cut_by_columns = ("o_proj.weight", "out_proj.weight", "down_proj.weight")
+        return self.chunk(whole, 1) if name.endswith(cut_by_columns) else whole
 
     def chunk(self, tensor: Tensor, dim: int) -> Tensor:
         return tensor.chunk(self.world, dim)[self.rank]
 
     def head_rows(self, tensor: Tensor, heads: int) -> Tensor:
-        whole = tensor.unflatten(0, (heads, WIDTH))
+        whole = tensor.unflatten(0, (heads, -1))  # WIDTH, twice as much of a query with its gate
         if heads >= self.world:
             return self.chunk(whole, 0).flatten(0, 1)
         return whole[self.rank * heads // self.world]  # the head that this rank's queries use

@@ -8,7 +8,7 @@ of all of the vocabulary, all new tokens.
 
 import functools
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import sha1
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,6 @@ class _Judged:
     case: ModelCase
     asked: Asked
     report: RankReport
-    found: dict[str, Any] = field(default_factory=dict)
 
     def judge(self) -> None:
         model = self._load()
