@@ -53,6 +53,12 @@ def test_sums_in_symmetric_memory_are_right_and_leave_no_other(shared: str) -> N
     assert "all_reduce" not in calls and "all_gather" in " ".join(calls)
 
 
+def test_what_is_no_model_is_failed_by_what_it_lacks() -> None:
+    for name, words in (("seeds_by_rank", "no method generate"), ("head_not_gathered", "cannot be called")):
+        (finding, *_) = judge.judge("moe_harness.suites.model.wrong_models:nothing", SAID[name][0]).findings
+        assert words in finding.message
+
+
 def test_what_supports_half_of_it_is_told_so() -> None:
     """Cut experts alone pass, one device alone is unsupported."""
     cut = tuple(SAID[name][0].replace("ep=1,", "") for name in ("seeds_by_rank", "head_not_gathered"))

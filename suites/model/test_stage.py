@@ -66,6 +66,13 @@ def test_what_a_loaded_model_raises_is_its_own(monkeypatch: pytest.MonkeyPatch, 
     assert set(statuses(f"{FILE}:right", CASES[:3]).values()) == {status}
 
 
+def test_what_is_no_model_is_failed_by_what_it_lacks() -> None:
+    """Not the judge's error."""
+    answers = [judge_id(Trial(load("model", f"{FILE}:nothing"), "cpu"), case) for case in CASES[:3]]
+    assert [answer.status for answer in answers] == ["unsupported", "failed", "failed"]
+    assert "cannot be called" in str(answers[1].findings) and "no method generate" in str(answers[2].findings)
+
+
 def test_most_of_what_is_planned_can_be_judged() -> None:
     """No case's data leave less than half of its positions to be judged; CannotJudge would say so."""
     trial = Trial(load("model", f"{FILE}:right"), "cpu")

@@ -20,6 +20,12 @@ def right(model_dir: str, *, device: str, dtype: torch.dtype) -> Model:
     return load_model(model_dir, device=device, dtype=dtype, **SMALL)
 
 
+def nothing(
+    model_dir: str, *, device: str, dtype: torch.dtype, group: Any = None, expert_parallel: bool = False
+) -> Any:
+    return object()
+
+
 def over(change: Callable[[dict, dict], Any], then: Callable[..., Any] = right) -> Callable[..., Any]:
     """Loads with `then` after `change` of config and tensors."""
 

@@ -24,7 +24,7 @@ from moe_harness.harness.core.findings import RankReport
 from moe_harness.harness.core.ranked_task import Rank, Refused, digest, enter
 from moe_harness.harness.stages.model import spread
 from moe_harness.harness.stages.model.cases import ModelCase
-from moe_harness.harness.stages.model.stage import STAGE, ModelCall, Question, ask, prompts_of
+from moe_harness.harness.stages.model.stage import STAGE, ModelCall, Question, ask, prompts_of, what_lacks
 
 POLL = 0.005  # seconds between looks for what another rank writes
 HEAT, SEED = 8.0, 11  # of what is drawn: hot enough that the largest logit seldom wins
@@ -91,7 +91,10 @@ class _Judged:
 
     def judge(self) -> None:
         model = self._load()
-        if self.case.variant == "logits":
+        lacking = what_lacks(model, self.case.variant)
+        if lacking:
+            self.report.fail("contract", f"rank {self.me.rank}: {lacking}")
+        elif self.case.variant == "logits":
             self._judge_logits(model)
         else:
             self._judge_tokens(model)

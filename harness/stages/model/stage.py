@@ -66,6 +66,8 @@ class WholeModel(Stage):
     def run(self, subject: Subject, call: Call) -> Any:
         """Load, then ask."""
         model, question, device = subject.call(call.args, call.keywords), _question(call), call.keywords["device"]
+        if lacking := what_lacks(model, call.case.variant):
+            raise Broken(lacking)
         if call.case.variant == "logits":
             return _flat("model(input_ids)", hand_over(model, question.ids.to(device)), question)
         if call.case.variant == "layers":
@@ -132,6 +134,15 @@ class WholeModel(Stage):
 
 
 STAGE = WholeModel()
+
+
+def what_lacks(model: Any, variant: str) -> str | None:
+    """Why what load_model gave cannot be asked at all, in words; None where it can."""
+    if variant in ("tokens", "drawn") and not callable(getattr(model, "generate", None)):
+        return f"load_model gave {type(model).__name__}, which has no method generate(prompts, *, max_new_tokens, ...)"
+    if variant == "logits" and not callable(model):
+        return f"load_model gave {type(model).__name__}, which cannot be called: model(input_ids) gives the logits"
+    return None
 
 
 def _flat(what: str, result: Any, question: Question) -> Any:
