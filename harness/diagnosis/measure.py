@@ -48,7 +48,7 @@ def measured(stage: str) -> list[Fault]:
 
 def trial_of(fault: Fault) -> Trial:
     function = hidden(fault)
-    return Trial(Subject(fault.stage, fault.spec, function, Declarations.of(function), None), "cpu")
+    return Trial(Subject(fault.stage, fault.spec, function, Declarations.of(function, fault.stage), None), "cpu")
 
 
 def first_failure(trial: Trial) -> tuple[str, Case] | None:

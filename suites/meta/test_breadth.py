@@ -1,17 +1,25 @@
 """A fault that few shapes catch is told as thin; the shapes are sought among cases like those that catch it."""
 
+import json
+import re
 from collections.abc import Callable
 
 import pytest
 
 from moe_harness.harness.core.case import Case, parse_id
+from moe_harness.harness.core.catalogue import get
+from moe_harness.harness.core.contracts import Declarations, Subject
+from moe_harness.harness.core.invocation import Trial
 from moe_harness.harness.core.plan import plan
 from moe_harness.harness.core.request import Request
+from moe_harness.harness.process.worker import judge_id
 from moe_harness.harness.proof import breadth, kill_matrix
 from moe_harness.harness.stages.experts.cases import ExpertsCase
 from moe_harness.harness.stages.grouped_linear.cases import GroupedLinearCase
 from moe_harness.harness.stages.shared_expert_gate.cases import GateCase
+from moe_harness.suites.meta.breadth import FOUND, shown_on_a_cpu
 
+PAGE = FOUND.with_name("catalogue.md")
 EXPERTS = [planned.id for planned in plan("experts", Request())]
 
 
@@ -54,3 +62,24 @@ def test_a_fault_with_few_shapes_and_no_reason_is_thin() -> None:
     row = {"status": "killed", "shapes": 2, "few": None}
     assert kill_matrix.thin(row)
     assert not kill_matrix.thin(row | {"few": "only one shape has it"}) and not kill_matrix.thin(row | {"shapes": 3})
+
+
+def test_three_shapes_are_known_to_kill_every_fault_or_it_says_why_not() -> None:
+    """As `docs/breadth.json` was measured; a newer fault is judged by the same command."""
+    found = json.loads(FOUND.read_text())
+    faults = {fault.name: fault for fault in shown_on_a_cpu()}
+    assert set(found) <= set(faults)
+    thin = {name for name, killing in found.items() if breadth.shapes(killing) < breadth.WANTED}
+    assert thin == {name for name in found if faults[name].few}
+
+
+def test_the_page_says_how_many_faults_were_looked_at() -> None:
+    told = re.search(r"(\d+)\s+of\s+(\d+)\s+faults\s+that\s+a\s+CPU\s+can\s+show", PAGE.read_text())
+    assert told and int(told[1]) == len(json.loads(FOUND.read_text())) <= int(told[2])
+
+
+@pytest.mark.parametrize("name", ["broken_only_at_128_8", "gate_up_swapped", "gate_swallows_nan"])
+def test_a_case_that_is_kept_kills(name: str) -> None:
+    fault, kept = get(name), json.loads(FOUND.read_text())[name]
+    trial = Trial(Subject(fault.stage, fault.spec, fault.function, Declarations.of(fault.function), None), "cpu")
+    assert {judge_id(trial, case_id).status for case_id in kept} == {"failed"}

@@ -6,7 +6,7 @@ from math import prod
 from typing import ClassVar, Self
 
 from moe_harness.harness.core import boundaries as at
-from moe_harness.harness.core.case import Case
+from moe_harness.harness.core.case import Case, in_shapes
 from moe_harness.harness.core.pairwise import pairwise
 from moe_harness.harness.core.request import Request
 
@@ -49,7 +49,7 @@ def plan(request: Request) -> dict[str, list[Case]]:
         "numeric": request.numbered(_numeric(request)),
         "layouts": request.numbered(_layouts(request)),
         "memory": request.numbered(_memory(request)),
-        "special": request.numbered(_special(request)),
+        "special": request.numbered(in_shapes(_special(request), {"lead": "3x7", "H": 128}, {"lead": "33", "H": 32})),
         "laws": request.numbered(_laws(request)),
         "determinism": request.numbered(_memory(request)),
         "batch_invariance": request.numbered([c for c in _memory(request) if not c.residual and "x" not in c.lead]),
