@@ -54,7 +54,7 @@ def of_fault(fault: Fault) -> list[str]:
         return killing(cases(fault), lambda case_id: bool(judge.judge(fault.spec, case_id).findings))
     with Pool(fault.stage, fault.spec, "cpu", 1, HANGS if fault.sign == "process" else 60.0) as pool:
         pool.memory_limit = MEMORY_LIMIT
-        declared = pool.start()["declared"]["dtypes"]
+        declared = pool.start().dtypes
         ids = [case_id for case_id in cases(fault) if _dtype(case_id) in declared]
         return killing(ids, lambda case_id: pool.deaths < DEATHS and pool.judge_one(case_id).fails)
 

@@ -106,6 +106,9 @@ def _layouts(request: Request) -> Iterator[RmsNormCase]:
                 lead = "1" if kind == "unit" else "13"
                 yield RmsNormCase(lead=lead, H=37, residual=True, layout=f"{operand}:{kind}", dtype=dtype)
             yield RmsNormCase(lead="2x1x5", H=40, residual=operand == "residual", layout=f"{operand}:{kind}")
+    for operand in OPERANDS:
+        for kind in at.LAYOUTS[:5]:
+            yield RmsNormCase(lead="7", H=64, residual=True, layout=f"{operand}:{kind}")
 
 
 def _memory(request: Request) -> list[RmsNormCase]:

@@ -109,6 +109,11 @@ def _layouts(request: Request) -> Iterator[RopeCacheCase]:
             for dtype in request.dtypes:
                 shape: dict[str, Any] = {"T": 1, "Hq": 1, "Hk": 1, "page": 1} if kind == "unit" else {}
                 yield RopeCacheCase(layout=f"{operand}:{kind}", dtype=dtype, **shape)
+    for operand in OPERANDS:
+        for kind in at.LAYOUTS[:5]:
+            for tokens, heads, width in ((5, 1, 32), (13, 3, 20)):
+                shape = {"T": tokens, "Hq": 2 * heads, "Hk": heads, "D": width}
+                yield RopeCacheCase(layout=f"{operand}:{kind}", dtype=request.dtypes[0], **shape)
 
 
 def _memory(request: Request) -> list[RopeCacheCase]:
