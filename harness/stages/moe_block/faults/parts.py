@@ -61,7 +61,9 @@ LEFT_OUT = {
         "activation_ignored", "gelu_erf_for_tanh", "native_path_for_one_token",
     ),
     "it ends the call: an id out of range is used as an index": ("nan_row_gives_id_e", "last_rows_unwritten"),
-    "the permitted roundings of the routed experts are larger": ("bf16_dot_product", "slots_summed_in_the_inputs_dtype"),
+    "the permitted roundings of the routed experts are larger": (
+        "bf16_dot_product", "slots_summed_in_the_inputs_dtype",
+    ),
 }  # fmt: skip
 
 
