@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_harness.harness.core.call import Call
 from moe_harness.harness.core.case import Case
 from moe_harness.harness.core.catalogue import Fault, all_faults
+from moe_harness.harness.core.contracts import Declarations
 from moe_harness.harness.core.memory import poisoned_allocations
 
 WOBBLES = 6  # repetitions; a value within a rounding of an edge is missed by all of them once in a hundred times
@@ -19,9 +20,17 @@ WOBBLE = 4.0  # unit roundoffs
 DEADLY = ("process", "cuda")
 
 
-def suspects(stage: str, device: str) -> list[Fault]:
-    """The faults of a stage that change values and can be run here."""
-    return [f for f in all_faults(stage) if f.sign == "value" and f.family not in DEADLY and device in f.devices]
+def suspects(stage: str, device: str, declared: Declarations | None = None) -> list[Fault]:
+    """The faults of a stage that change values and can be run here.
+
+    With `declared`, one that is a fault for what it declares of its stage alone (int8 codes, say) is left out where the
+    implementation declares something else.
+    """
+    found = [f for f in all_faults(stage) if f.sign == "value" and f.family not in DEADLY and device in f.devices]
+    if declared is None:
+        return found
+    extras = [Declarations.of(fault.function, stage).extra for fault in found]
+    return [f for f, own in zip(found, extras, strict=True) if own.items() <= declared.extra.items()]
 
 
 def likely_first(faults: list[Fault], case: Case) -> list[Fault]:

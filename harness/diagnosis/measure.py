@@ -10,6 +10,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,9 @@ def measured(stage: str) -> list[Fault]:
 
 
 def trial_of(fault: Fault) -> Trial:
-    function = hidden(fault)
-    return Trial(Subject(fault.stage, fault.spec, function, Declarations.of(function, fault.stage), None), "cpu")
+    """The hidden fault, which declares of its stage alone what the fault does."""
+    function, own = hidden(fault), Declarations.of(fault.function, fault.stage).extra
+    return Trial(Subject(fault.stage, fault.spec, function, replace(Declarations.of(function), extra=own), None), "cpu")
 
 
 def first_failure(trial: Trial) -> tuple[str, Case] | None:

@@ -82,7 +82,8 @@ class _Search:
 
     def causes(self) -> list[dict[str, str]]:
         """From the catalogue; where it knows none, from what the implementation's own sums are probed to be."""
-        known = likely_first(suspects(self.trial.subject.stage, self.trial.device), self.case)
+        subject = self.trial.subject
+        known = likely_first(suspects(subject.stage, self.trial.device, subject.declared), self.case)
         if not self._errs_by_roundings():
             return self._search(known) or self._probed()
         roundings = [fault for fault in known if fault.family == "precision"]
