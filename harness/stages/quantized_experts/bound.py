@@ -44,17 +44,25 @@ class Expert(NamedTuple):
     down_bias: Tensor | None
 
 
-def code_variance(rows: Tensor, quantizes: str | None) -> Tensor:
-    """Variance of what becomes of rows [n, K] in fp64 where they are quantised as declared, elementwise."""
+def code_variance(rows: Tensor, quantizes: str | None, before: Tensor | None = None) -> Tensor:
+    """Variance of what becomes of rows [n, K] in fp64 where they are quantised as declared, elementwise.
+
+    `before` is the variance that the rows come with: an error may lift the largest of them over a power of two, and all
+    codes then are half as fine.
+    """
     if quantizes is None:
         return torch.zeros_like(rows)
     largest, width = CODES[quantizes]
     columns = rows.shape[-1]
     across = width or max(1, columns)
-    groups = torch.nn.functional.pad(rows.abs(), (0, -columns % across)).unflatten(-1, (-1, across))
-    scale = groups.amax(-1, keepdim=True) / largest
+    sizes = rows.abs()
+    reach = sizes if before is None else sizes + bounds.max_limit() * before.sqrt()
+    groups, reached = (
+        torch.nn.functional.pad(part, (0, -columns % across)).unflatten(-1, (-1, across)) for part in (sizes, reach)
+    )
+    scale, most = (part.amax(-1, keepdim=True) / largest for part in (groups, reached))
     found = torch.zeros_like(groups)
-    for s in (scale, scale.log2().ceil().exp2()):
+    for s in (scale, most.log2().ceil().exp2()):
         safe = torch.where(s > 0, s, 1.0)
         spacing = torch.ones_like(groups) if largest == CODES["int8_token"][0] else _spacing(groups / safe)
         found = torch.maximum(found, (spacing * s).square() / 12)
@@ -107,7 +115,7 @@ def steps_and_variance(
     from_codes = torch.zeros_like(hidden) if of_codes is None else _from_codes(of_codes, expert, a, b)
     if "weighted" in rounds:
         hidden = hidden + store(steps.hidden, dtype)
-    hidden = hidden + code_variance(steps.hidden, quantizes)
+    hidden = hidden + code_variance(steps.hidden, quantizes, hidden + from_codes)
     down = expert.down.square()
     across = down.mean(0)
     # The error of a hidden value is common to a whole row, whatever number of codes it comes from.
