@@ -87,14 +87,14 @@ def judge(folder, attribute, *more):
     ("attribute", "told"),
     [
         ("halved", "the result is the value times 0.5"),
-        ("wrong_shape", "but should have [5, 64]"),
+        ("wrong_shape", "but should have ["),
         ("wrong_dtype", "the dtype float64, but should have float32"),
         ("no_tensor", "is str, but should be a tensor"),
         ("a_pair", "but should return one tensor"),
     ],
 )
 def test_a_wrong_kernel_fails_and_says_why(kernels, attribute, told):
-    done = judge(kernels, attribute)
+    done = judge(kernels, attribute, "--fail-fast")
     assert done.returncode == 1, done.stderr
     assert told in " ".join(done.stdout.split())
     assert "moe-harness replay" in done.stdout
@@ -134,7 +134,7 @@ def test_last_failed_judges_only_what_failed(kernels):
 
 
 def test_a_failure_replays_from_its_line(kernels):
-    judge(kernels, "halved", "--json", "halved.json")
+    judge(kernels, "halved", "--fail-fast", "--json", "halved.json")
     failure = json.loads((kernels / "halved.json").read_text())["failures"][0]
     assert {"check", "case", "message", "headroom", "where", "diagnosis", "replay"} <= set(failure)
     line = failure["replay"].split()[1:]

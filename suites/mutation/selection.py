@@ -66,7 +66,6 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("harness/process/pool.py", ("suites/router", ISOLATION)),
     ("harness/process/*.py", ("suites/router", f"{META}power.py", ISOLATION)),
     ("harness/api.py", (f"{META}api.py",)),
-    ("harness/run/*.py", (f"{META}api.py", CLI)),
     ("harness/core/errors.py", (CLI,)),
     ("harness/core/environment.py", (CLI,)),
     ("harness/core/ranked_*.py", WORLDS),
