@@ -1,6 +1,6 @@
 """The figures of speed in docs/benches.md are those of the files that the bench wrote."""
 
-from moe_harness.suites.performance import figures
+from moe_harness.suites.performance import ROOT, figures, model_figures
 
 
 def test_the_page_equals_the_files() -> None:
@@ -15,3 +15,9 @@ def test_figures_come_from_the_command_with_nothing_left_out() -> None:
         assert report.command.startswith("moe-harness bench --stage ") and name in report.command
         assert not report.stopped
         assert all(t.median > 0 or t.refused for t in report.timings)
+
+
+def test_the_readme_tells_the_committed_speeds() -> None:
+    told = (ROOT / "README.md").read_text()
+    for run in ("whole_model_h200.json", "whole_model_vllm_h200.json"):
+        assert f" {model_figures.speeds(model_figures.read(run)).partition(' ')[0]} " in told, run
