@@ -18,25 +18,42 @@ def faults(
     html: Annotated[Path | None, typer.Option("--html", help="Write a self-contained page here.")] = None,
     picture: Annotated[Path | None, typer.Option("--picture", help="Write an SVG here, its data beside it.")] = None,
     jobs: Annotated[int, typer.Option(help="Faults judged at a time; 0: one per core.", min=0)] = 0,
+    shard: Annotated[
+        str | None, typer.Option("--shard", help="Only this share of them: 2/5 is the second of five.")
+    ] = None,
+    known: Annotated[
+        list[str] | None, typer.Option("--known", help="What --json wrote before, complete or not: not judged again.")
+    ] = None,
     seed: options.Seed = 0,
 ) -> None:
     """Run every check against every fault and print who kills it.  A survivor fails the command."""
     from rich.console import Console
     from rich.progress import Progress
 
+    from moe_harness.harness.core.catalogue import all_faults
     from moe_harness.harness.core.request import Request
     from moe_harness.harness.process.pool import prepare
-    from moe_harness.harness.proof import kill_matrix, kill_matrix_view
+    from moe_harness.harness.proof import kill_matrix, kill_matrix_view, parts
 
     for path in (json, html, picture):
         options.writable(path)
     chosen = _chosen(stage, options.listed(fault))
     device = options.one_of("device", device, contracts.DEVICES)
-    prepare()
     judging = kill_matrix.MatrixOptions(Request(device=device, seed=seed), 1 if device == "cuda" else jobs)
+    earlier = parts.read([Path(path) for path in options.listed(known)], judging)
+    done = {row["fault"] for part in earlier for row in part["rows"]}
+    share = [fault for fault in (parts.share(chosen, shard) if shard else chosen) if fault.name not in done]
+    prepare()
+    kept = parts.Kept(json, judging, earlier, chosen)
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("faults", total=len(chosen))
-        result = kill_matrix.run(chosen, judging, lambda row: progress.advance(bar))
+        bar = progress.add_task("faults", total=len(share))
+
+        def heard(row: dict) -> None:
+            kept.add(row)
+            progress.advance(bar)
+
+        kill_matrix.run(share, judging, heard)
+    result = kept.matrix()
     kill_matrix_view.print_matrix(result, Console())
     if json is not None:
         kill_matrix_view.write_json(result, json)
@@ -45,7 +62,7 @@ def faults(
     if picture is not None:
         kill_matrix_view.write_picture(result, picture)
         kill_matrix_view.write_json(kill_matrix_view.picture_facts(result), picture.with_suffix(".json"))
-    whole = stage is None and not fault
+    whole = len(result["rows"]) == len(all_faults())
     useless = kill_matrix.unjustified(result) if whole else []
     for name in useless:
         print(f"the check {name} is the first killer of no fault and has no justification")

@@ -59,7 +59,7 @@ class MatrixOptions:
 
 def run(faults: Iterable[Fault], options: MatrixOptions, heard: Callable[[Row], None] = lambda row: None) -> Matrix:
     """Judge every fault; `heard` gets each row as it is ready.  An interruption leaves out what was not judged."""
-    started, faults = time.monotonic(), list(faults)
+    faults = list(faults)
     order = {fault.name: place for place, fault in enumerate(faults)}
     for stage in dict.fromkeys(fault.stage for fault in faults if fault.stage not in RANKED):
         _property_cases(stage, options.request)  # drawn once, before threads share it
@@ -80,7 +80,7 @@ def run(faults: Iterable[Fault], options: MatrixOptions, heard: Callable[[Row], 
                 future.cancel()
             raise
     rows.sort(key=lambda row: order[row["fault"]])
-    return matrix(rows, options, time.monotonic() - started)
+    return matrix(rows, options)
 
 
 def judge_fault(fault: Fault, options: MatrixOptions) -> Row:
@@ -227,13 +227,13 @@ def _groups(faults: list[Fault]) -> list[list[Fault]]:
 # --------------------------------------------------------------------------------------------------------- what it says
 
 
-def matrix(rows: list[Row], options: MatrixOptions, seconds: float) -> Matrix:
-    """Rows and what follows from them."""
+def matrix(rows: list[Row], options: MatrixOptions) -> Matrix:
+    """Rows and what follows from them; `seconds` are those of judging, of however many faults at a time."""
     checks = [name for name in _check_order() if any(name in row["checks"] for row in rows)]
     judged = [row for row in rows if row["status"] != "skipped"]
     return {
         "schema": 1, "profile": options.request.profile, "device": options.request.device, "seed": options.request.seed,
-        "seconds": round(seconds, 1), "after_first_kill": options.after_first,
+        "seconds": round(sum(row["seconds"] for row in rows), 1), "after_first_kill": options.after_first,
         "after_first_kill_of_a_part": min(OF_A_PART, options.after_first), "checks": checks,
         "killed": sum(row["status"] == "killed" for row in judged), "judged": len(judged),
         "survivors": [row["fault"] for row in judged if row["status"] == "survived"],

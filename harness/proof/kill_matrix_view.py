@@ -47,7 +47,7 @@ def print_matrix(result: Matrix, console: Console) -> None:
 
 def headline(result: Matrix) -> str:
     """One line that says it all."""
-    text = f"{result['killed']} of {result['judged']} faults killed in {result['seconds']:.0f} s"
+    text = f"{result['killed']} of {result['judged']} faults killed, {result['seconds'] / 60:.0f} min of judging"
     return text + (f", {len(result['skipped'])} skipped" if result["skipped"] else "")
 
 
