@@ -62,13 +62,16 @@ def dequantised(codes: Tensor, scale: Tensor | None, format: str, dtype: torch.d
 
 def code_values(codes: Tensor, format: str, dtype: torch.dtype = torch.float64) -> Tensor:
     """What codes stand for before any scale, [..., N, K]; `codes` as in `dequantised`."""
-    if format not in ("int4_group", "mxfp4"):
+    if format in ("plain", "int8_channel"):
         return codes.to(dtype)
+    byte = torch.arange(256, device=codes.device)
+    places = codes.view(torch.uint8).flatten().int()
+    if codes.is_floating_point():  # a table of fp8 is four times as fast as a conversion
+        return byte.to(torch.uint8).view(codes.dtype).to(dtype).index_select(0, places).view(codes.shape)
     values = [*E2M1, *(-v for v in E2M1)] if format == "mxfp4" else [float(n) for n in range(-8, 8)]
     table = torch.tensor(values, dtype=dtype, device=codes.device)
-    byte = torch.arange(256, device=codes.device)
     pairs = torch.stack([table[byte & 15], table[byte >> 4]], dim=-1)  # what each byte stands for
-    return pairs[codes.int()].flatten(-2)
+    return pairs.index_select(0, places).view(*codes.shape[:-1], 2 * codes.shape[-1])
 
 
 def scaled(values: Tensor, scale: Tensor | None, format: str) -> Tensor:
@@ -78,13 +81,17 @@ def scaled(values: Tensor, scale: Tensor | None, format: str) -> Tensor:
     if format in ("fp8_channel", "int8_channel"):
         return values * scale.to(values.dtype)[..., None]
     if format == "fp8_block":
-        rows, columns = values.shape[-2:]
-        spread = scale.to(values.dtype).repeat_interleave(BLOCK, -2)[..., :rows, :].repeat_interleave(BLOCK, -1)
-        return values * spread[..., :columns]
+        return values * over_blocks(scale.to(values.dtype), *values.shape[-2:])
     width, factors = BLOCK, scale.to(values.dtype)
     if format == "mxfp4":
         width, factors = MX_BLOCK, (factors - MX_BIAS).exp2()
     return (values.unflatten(-1, (-1, width)) * factors[..., None]).flatten(-2)
+
+
+def over_blocks(scale: Tensor, rows: int, columns: int) -> Tensor:
+    """Scales [..., R, C] of blocks of 128 by 128 as [..., rows, columns], those of each element."""
+    spread = scale[..., :, None, :, None].expand(*scale.shape[:-1], BLOCK, scale.shape[-1], BLOCK)
+    return spread.reshape(*scale.shape[:-2], scale.shape[-2] * BLOCK, -1)[..., :rows, :columns]
 
 
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:

@@ -85,6 +85,10 @@ class Stage(ABC):
         """The only right result where the data is "exact", in fp64 or integers: a tensor, or a tuple of them."""
         raise NotImplementedError(f"the stage {self.name} has no exact data")
 
+    def one_result(self, case: Any, declared: Declarations) -> bool:
+        """Whether "exact" data have one right result for an implementation that declares this."""
+        return True
+
     def truth(self, call: Call, declared: Declared) -> Truths | None:
         """What a result is compared with; None where `judge` does not compare (a choice that is judged as a set)."""
         return self.exact_value(call) if call.case.data == "exact" else self.expect(call, declared)

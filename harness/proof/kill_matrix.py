@@ -128,7 +128,8 @@ def _fill(row: Row, pool: Pool, dtypes: tuple[str, ...], request: Request, after
         if cell["status"] == "killed" and row["status"] == "survived":
             row["status"] = "killed"
             row["first_killer"] = {"check": check, "case": cell["case"], "cases": judged, "of_check": cell["cases"]}
-    _broaden(row, left, lambda case_id: pool.deaths < DEATHS and pool.judge_one(case_id).fails)
+    deaths = pool.deaths + DEATHS  # three shapes are sought of a fault that hangs too, which a run would have given up
+    _broaden(row, left, lambda case_id: pool.deaths < deaths and pool.judge_one(case_id).fails)
 
 
 def _broaden(row: Row, left: list[str], kills: Callable[[str], bool]) -> None:

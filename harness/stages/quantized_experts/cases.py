@@ -182,15 +182,16 @@ def _sentinels(request: Request) -> Iterator[Case]:
 
 
 def _layouts(request: Request) -> Iterator[Case]:
-    formats = cycle(SCALED)
+    formats, shapes = cycle(SCALED), cycle(((13, 5, 256, 256), (9, 4, 384, 128), (17, 7, 128, 384)))
     for operand in OPERANDS:
         for kind in at.LAYOUTS:
             weights = "scale" in operand or "proj" in operand
             for _ in range(3 if weights else 1):
-                sizes: dict[str, Any] = {"T": 1, "E": 1, "k": 1} if kind == "unit" else {"T": 13, "E": 5}
+                tokens, experts, width, inner = next(shapes)
+                sizes = {"T": 1, "E": 1, "k": 1} if kind == "unit" else {"T": tokens, "E": experts}
                 yield QuantizedCase(
                     **sizes, layout=f"{operand}:{kind}", format=next(formats), bias=True, dtype=request.dtypes[-1],
-                    H=256, I=256, map="alternate" if operand == "expert_map" else "none",
+                    H=width, I=inner, map="alternate" if operand == "expert_map" else "none",
                     data="normal" if weights and kind == "expanded" else "exact",  # codes of one, scales of another
                 )  # fmt: skip
 
@@ -216,9 +217,12 @@ def _special_in_shapes(request: Request) -> Iterator[Case]:
     formats = cycle(FORMATS)
     for data, known in SPECIALS.items():
         for tokens, inner, experts, top_k in ((33, 128, 4, 3), (7, 256, 12, 2)):
-            format = known[tokens % len(known)] if known else next(formats)
             fields: dict[str, Any] = {"T": tokens, "I": inner, "E": experts, "k": top_k}
-            yield QuantizedCase(data=data, format=format, dtype=request.dtypes[-1], **fields)
+            one = (known[tokens % len(known)] if known else next(formats),)
+            # What a code means is another matter in each format, and its last bit shows in fp32.
+            dtype = request.dtypes[0 if data in OF_CODES else -1]
+            for format in known if data in OF_CODES else one:
+                yield QuantizedCase(data=data, format=format, dtype=dtype, **fields)
 
 
 def _laws(request: Request) -> Iterator[Case]:

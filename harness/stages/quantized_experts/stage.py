@@ -19,7 +19,9 @@ from moe_harness.reference.quantized_experts import dequantised
 
 EXACT = ("exact", "codes")  # data on which every rounding is exact; of activations to codes as well
 GATE_PARTS = 16  # columns among which the 48 of an exact gate is shared: 3 is a value of every format
-CLAMPED = 3.0  # size of the hidden states where the activation clamps: a twelfth of gate and up lies beyond 7
+# Size of the hidden states where the activation clamps: a twelfth of gate and up lies beyond 7.  So large is the second
+# bias then: beside outputs of such hidden values, rounded to codes, one of 0.5 is lost.
+CLAMPED = 3.0
 PLAIN = 1.5  # and elsewhere: |gate| around 1 to 4
 
 
@@ -41,10 +43,12 @@ class QuantizedExperts(Experts):
             first, second = (encoding.exact(matrix, case.format, draw) for matrix in (gate_up, down))
             biases = _whole_biases(case, experts, draw)
         else:
-            x = draw.large_normal(case.T, hidden, scale=CLAMPED if case.activation == "swiglu_oai" else PLAIN)
+            clamped = case.activation == "swiglu_oai"
+            x = draw.large_normal(case.T, hidden, scale=CLAMPED if clamped else PLAIN)
             first = encoding.drawn(experts, 2 * inner, hidden, case.format, draw, hidden**-0.5)
             second = encoding.drawn(experts, hidden, inner, case.format, draw, inner**-0.5)
-            biases = draw.large_normal(experts, 2 * inner, scale=0.5), draw.large_normal(experts, hidden, scale=0.5)
+            first_bias = draw.large_normal(experts, 2 * inner, scale=0.5)
+            biases = first_bias, draw.large_normal(experts, hidden, scale=CLAMPED if clamped else 0.5)
             special.make(case, x, first, second, topk_ids, topk_weights)
         hidden_slots = (topk_ids < 0) & (draw.uniform(*topk_ids.shape) < 0.5)
         topk_weights = topk_weights.masked_fill(topk_ids < 0, 3.0).masked_fill(hidden_slots, float("nan"))
@@ -81,6 +85,10 @@ class QuantizedExperts(Experts):
     def expect(self, call: Call, declared: Declared) -> Bound:
         """What a right result may be, within the permitted roundings and those of activations that are declared."""
         return bound_of(*call.args.values(), **call.keywords, declared=declared, quantizes=_quantizes(call))
+
+    def one_result(self, case: Any, declared: Declarations) -> bool:
+        """Activations that become codes are rounded whatever they are."""
+        return not declared.extra.get("quantizes")
 
     def truth(self, call: Call, declared: Declared) -> Truths | None:
         """Exact data are exact for activations that are not quantised.
