@@ -188,7 +188,7 @@ def _layouts(request: Request) -> Iterator[Case]:
             weights = "scale" in operand or "proj" in operand
             for _ in range(3 if weights else 1):
                 tokens, experts, width, inner = next(shapes)
-                sizes = {"T": 1, "E": 1, "k": 1} if kind == "unit" else {"T": tokens, "E": experts}
+                sizes: dict[str, Any] = {"T": 1, "E": 1, "k": 1} if kind == "unit" else {"T": tokens, "E": experts}
                 yield QuantizedCase(
                     **sizes, layout=f"{operand}:{kind}", format=next(formats), bias=True, dtype=request.dtypes[-1],
                     H=width, I=inner, map="alternate" if operand == "expert_map" else "none",
