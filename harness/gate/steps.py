@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,12 @@ def make_answers(
 
 def make_result(requests: Path, baseline: Path, candidate: Path, margin: float) -> dict[str, Any]:
     """Step 3: score and judge."""
+    asked, (before, after) = scored(requests, (baseline, candidate))
+    return judge(asked.task, asked.gated, before, after, margin)
+
+
+def scored(requests: Path, answers: Iterable[Path]) -> tuple[task.Asked, list[Side]]:
+    """What was asked, and lm-eval's scores of each file of answers."""
     about, questions = exchange.read_requests(requests)
     if not questions:
         raise CannotJudge(f"{requests} holds no questions")
@@ -58,10 +64,10 @@ def make_result(requests: Path, baseline: Path, candidate: Path, margin: float) 
     except (KeyError, TypeError) as error:
         raise UsageError(f"{requests} does not say which task it asks: {error}") from error
     sides = []
-    for path in (baseline, candidate):
-        who, answers = exchange.read_answers(path)
-        sides.append(Side(str(who["identity"].get("spec")), task.score(asked, questions, answers), who))
-    return judge(asked.task, asked.gated, sides[0], sides[1], margin)
+    for path in answers:
+        who, found = exchange.read_answers(path)
+        sides.append(Side(str(who["identity"].get("spec")), task.score(asked, questions, found), who))
+    return asked, sides
 
 
 def answer_in_a_process(arguments: list[str], spec: str, run: Callable[..., Any] = subprocess.run) -> None:

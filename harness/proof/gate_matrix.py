@@ -18,61 +18,23 @@ numbers equal those of a right implementation in every bit is absent from the mo
 """
 
 import argparse
-import itertools
 import json
-import math
-import re
-import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moe_harness.harness.core import registry
-from moe_harness.harness.core.catalogue import Fault, all_faults, get
+from moe_harness.harness.core.catalogue import Fault, all_faults
 from moe_harness.harness.gate.answerers import Settings
-from moe_harness.harness.gate.exchange import Answer, Gold, Request, digest
 from moe_harness.harness.gate.judging import MARGIN
-from moe_harness.harness.gate.statistics import LEVEL, Paired, Shift, verdict
-from moe_harness.harness.gate.task import STRICT_PATTERN
-
-if TYPE_CHECKING:
-    from moe_harness.harness.gate.answerers.transformers_model import TransformersModel
+from moe_harness.harness.gate.statistics import LEVEL
+from moe_harness.harness.proof.gate_matrix_bench import MeasureAll, Planted, Questions, Row, about, shared_among
 
 SCHEMA = 2
 NOISE = 3.0
 SIGNS = ("value", "dtype", "shape")  # what changes answers; the others are for checks that look for them
-LONGEST = 8  # seconds of the processor for one fault
-WAITING = 40 * LONGEST  # seconds by the clock
-GENERATED = 12  # questions that are answered by generation; five lost ones are significant
-SPARE = 8  # tokens that an answer may be longer than the worked one
-
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Planted:
-    """One thing to put into the model: a fault, or a right implementation (then `name` is its spec)."""
-
-    kind: str  # "fault", "right"
-    name: str
-    stage: str
-    layer: int | None
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The golds of all questions, and whether each of the generated answers is right."""
-
-    golds: Sequence[Gold]
-    right: Sequence[bool]
-    texts: Sequence[str]
-
-    @property
-    def bits(self) -> str:
-        """The same where every number is the same."""
-        return digest([[gold.loglikelihood.hex() for gold in self.golds], list(self.texts)])
 
 
 def rights(layer: int | None) -> list[Planted]:
@@ -87,12 +49,13 @@ def faults() -> list[Planted]:
     return [Planted("fault", fault.name, fault.stage, None) for fault in wanted]
 
 
-def plan(middle: int, rows: Sequence[Row]) -> Iterator[Planted]:
-    """What is planted, in this order; `rows` grows meanwhile, since what equals a right implementation in all layers
+def parts(middle: int, rows: Sequence[Row]) -> Iterator[list[Planted]]:
+    """What is planted, part after part; `rows` grows meanwhile, since what equals a right implementation in all layers
     does so in one."""
-    yield from (*rights(None), *rights(middle), *faults())
+    yield [*rights(None), *rights(middle)]
+    yield faults()
     shown = {row["name"] for row in rows if row["kind"] == "fault" and row["present"]}
-    yield from (replace(planted, layer=middle) for planted in faults() if planted.name in shown)
+    yield [replace(planted, layer=middle) for planted in faults() if planted.name in shown]
 
 
 def plantable(fault: Fault) -> bool:
@@ -101,110 +64,34 @@ def plantable(fault: Fault) -> bool:
     return fault.sign in SIGNS and not twice
 
 
-def questions(count: int, seed: int) -> list[Request]:
-    """Problems of arithmetic without examples before them, which the model answers as well."""
-    from moe_harness.fixtures.arithmetic import problems
-    from moe_harness.fixtures.arithmetic.tokens import prompt
-
-    return [
-        Request("arithmetic", i, "", "", 0, prompt(problem), f" {problem.answer}", ("Question:",), 1)
-        for i, problem in enumerate(itertools.islice(problems("test", seed), count))
-    ]
-
-
-class Bench:
-    """The model with its questions; what is planted is measured in it and taken out again."""
-
-    def __init__(self, model: "TransformersModel", asked: Sequence[Request]):
-        self.model, self.asked = model, asked
-        lengths = {request.doc_id: len(model.tokens.encode(request.gold)) for request in asked}
-        shortest = sorted(asked, key=lambda request: (lengths[request.doc_id], request.doc_id))[:GENERATED]
-        self.short = [replace(request, max_new_tokens=lengths[request.doc_id] + SPARE) for request in shortest]
-
-    def measure(self, planted: Planted) -> Measured:
-        """Both measures of one thing; whatever it raises."""
-        from moe_harness.harness.gate.answerers.plugging import plug
-
-        function = get(planted.name).function if planted.kind == "fault" else registry.find(planted.stage, planted.name)
-        take_out = plug(self.model.model, planted.stage, function, planted.layer)
-        try:
-            return Measured(self.golds(), *self.answers())
-        finally:
-            take_out()
-
-    def trusted(self) -> Measured:
-        """The model as it is."""
-        return Measured(self.golds(), *self.answers())
-
-    def golds(self) -> list[Gold]:
-        return self.model.golds(self.asked)
-
-    def answers(self) -> tuple[list[bool], list[str]]:
-        """Whether each generated answer is right, and the answers."""
-        tokens = self.model.tokens
-        new = self.model.generate([tokens.prompt(request) for request in self.short], self.short)
-        found: list[Answer] = [tokens.answer(r, ids, None) for r, ids in zip(self.short, new, strict=True)]
-        right = [_number(a.text) == _number(r.gold) for a, r in zip(found, self.short, strict=True)]
-        return right, [answer.text for answer in found]
-
-    def cost(self) -> dict[str, float]:
-        """Seconds of the processor for one question, of either measure."""
-        found = {}
-        parts: tuple[tuple[str, Callable[[], Any], int], ...] = (
-            ("forced", self.golds, len(self.asked)), ("generated", self.answers, len(self.short)),
-        )  # fmt: skip
-        for name, measure, count in parts:
-            started = time.process_time()
-            measure()
-            found[name] = (time.process_time() - started) / count
-        return found
-
-
-def _number(text: str) -> str | None:
-    """What lm-eval's strict match finds in an answer."""
-    found = re.search(STRICT_PATTERN, text)
-    return None if found is None else found[1].replace(",", "").removesuffix(".")
-
-
-def run(settings: Settings, count: int, seed: int, seconds: float, keep: Path, kills: Path | None) -> dict[str, Any]:
+def run(asked: Questions, seconds: float, keep: Path, kills: Path | None, measured: MeasureAll) -> dict[str, Any]:
     """The whole matrix; what there is no time for is not in it.
 
     `keep` is written after every fault, and the faults that it holds of a run with the same settings are not run again.
     """
-    from moe_harness.harness.gate.answerers.transformers_model import TransformersModel
-
-    model = TransformersModel("transformers:eager", settings, implementation="eager")
-    middle, ends = model.model.config.num_hidden_layers // 2, time.monotonic() + seconds
-    bench = Bench(model, questions(count, seed))
-    other = Bench(model, questions(count, seed + 1))
-    known = [row for row, _ in _rows(other, rights(None), math.inf, other.trusted())]
+    ends = time.monotonic() + seconds
+    told, trusted, layers = about(asked)
+    known = [row for row, _ in measured(asked.calibrating, rights(None))]
     least = floor(known)
-    trusted = bench.trusted()
-    about = {
-        "schema": SCHEMA, "documents": count, "generated": len(bench.short), "seed": seed, "margin": MARGIN,
-        "cost": bench.cost(), "identity": model.identity(), "planned": len(faults()), "floor": least,
-        "calibration": known,
+    whole = {
+        "schema": SCHEMA, "documents": asked.count, "seed": asked.seed, "margin": MARGIN, "planned": len(faults()),
+        **told, "floor": least, "calibration": known,
     }  # fmt: skip
     rows: list[Row] = []
-    done = {(row["name"], row["layer"]): row for row in kept(keep, about)}
-
-    def todo() -> Iterator[Planted]:
-        for planted in plan(middle, rows):
-            row = done.pop((planted.name, planted.layer), None) if planted.kind == "fault" else None
-            if row is None:
-                yield planted
-            else:
-                rows.append(row | seen(row, least))
-
-    right_bits, killers = {trusted.bits}, _killers(kills)
-    for row, measured in _rows(bench, todo(), ends, trusted):
-        if measured is not None and row["kind"] == "right":
-            right_bits.add(measured.bits)
-        row |= {"present": None if measured is None else measured.bits not in right_bits}
-        row |= seen(row, least) | {"checks": killers.get(row["name"])}
-        rows.append(row)
-        whole = [*rows, *done.values()]  # what was not reached again is not lost
-        keep.write_text(json.dumps({**about, "seen": counts(whole), "rows": whole}, indent=1) + "\n")
+    done = {(row["name"], row["layer"]): row for row in kept(keep, whole)}
+    right_bits, killers = {trusted}, _killers(kills)
+    for part in parts(layers // 2, rows):
+        again = [(p.name, p.layer) for p in part if p.kind == "fault" and (p.name, p.layer) in done]
+        rows += [row | seen(row, least) for row in map(done.pop, again)]
+        left = [p for p in part if p.kind == "right" or (p.name, p.layer) not in again]
+        for row, bits in measured(asked, left, ends):
+            if bits is not None and row["kind"] == "right":
+                right_bits.add(bits)
+            row |= {"present": None if bits is None else bits not in right_bits}
+            row |= seen(row, least) | {"checks": killers.get(row["name"])}
+            rows.append(row)
+            found = [*rows, *done.values()]  # what was not reached again is not lost
+            keep.write_text(json.dumps({**whole, "seen": counts(found), "rows": found}, indent=1) + "\n")
     return dict(json.loads(keep.read_text()))
 
 
@@ -217,52 +104,10 @@ def kept(file: Path, about: dict[str, Any]) -> list[Row]:
     return [row for row in found["rows"] if row["kind"] == "fault"] if same else []
 
 
-def _rows(
-    bench: Bench, plan: Iterable[Planted], ends: float, trusted: Measured
-) -> Iterator[tuple[Row, Measured | None]]:
-    """A row for each thing planted, with what was measured."""
-    for late in (signal.SIGPROF, signal.SIGALRM):
-        signal.signal(late, _too_long)
-    for planted in plan:
-        if time.monotonic() > ends:
-            return
-        signal.setitimer(signal.ITIMER_PROF, LONGEST, LONGEST)  # again, where a fault swallows what is raised
-        signal.setitimer(signal.ITIMER_REAL, WAITING)
-        try:
-            measured = bench.measure(planted)
-        except Exception as error:  # whatever a fault raises is what is known of it
-            yield {**vars(planted), "error": f"{type(error).__name__}: {str(error)[:200]}"}, None
-            continue
-        finally:
-            for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL):
-                signal.setitimer(timer, 0)
-        yield {**vars(planted), **compared(trusted, measured)}, measured
-
-
-def _too_long(*_: Any) -> None:
-    raise TimeoutError(f"no answers after {LONGEST} s of the processor or {WAITING} s by the clock")
-
-
 def _killers(kills: Path | None) -> dict[str, list[str]]:
     """The checks that killed each fault, of a kill matrix."""
     rows = [] if kills is None else json.loads(kills.read_text("utf-8"))["rows"]
     return {row["fault"]: [c for c, cell in row["checks"].items() if cell["status"] == "killed"] for row in rows}
-
-
-def compared(trusted: Measured, found: Measured) -> Row:
-    """One row: verdict on the accuracy, and the shift of the gold log-likelihood."""
-    pairs = list(zip(trusted.right, found.right, strict=True))
-    counted = Paired(len(pairs), sum(b and not c for b, c in pairs), sum(c and not b for b, c in pairs))
-    shifts = [c.loglikelihood - b.loglikelihood for b, c in zip(trusted.golds, found.golds, strict=True)]
-    finite = [shift for shift in shifts if math.isfinite(shift)]
-    shift = Shift.of(finite)
-    return {
-        "accuracy": sum(found.right) / len(pairs), "discordant": [counted.worse, counted.better],
-        "verdict": verdict(counted, MARGIN),
-        "gold": None if shift is None else shift.mean, "interval": None if shift is None else list(shift.interval),
-        "p": None if shift is None else shift.p, "largest": None if shift is None else shift.largest,
-        "not_finite": len(shifts) - len(finite),
-    }  # fmt: skip
 
 
 def floor(rows: Sequence[Row]) -> dict[str, float]:
@@ -317,11 +162,14 @@ def main() -> None:
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--questions", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0, help="of the problems; the next seed's calibrate")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the faults, one thread each")
     parser.add_argument("--seconds", type=float, default=3600, help="start nothing new after so long")
     asked = parser.parse_args()
     if asked.model is not None:
         settings = Settings(asked.model, asked.device, asked.dtype)
-        run(settings, asked.questions, asked.seed, asked.seconds, asked.json, asked.kills)
+        what = Questions(settings, asked.questions, asked.seed)
+        with shared_among(asked.jobs) as measured:
+            run(what, asked.seconds, asked.json, asked.kills, measured)
     result = json.loads(asked.json.read_text("utf-8"))
     print(json.dumps(result["seen"], indent=1))
     if asked.page is not None:

@@ -12,6 +12,7 @@ not.  Under torchrun, which has started the ranks already, `joined` gives this p
 import contextlib
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -167,11 +168,18 @@ def _join(cuda: bool, rank: int, ranks: int, **where: Any) -> None:
     import torch
     import torch.distributed as dist
 
+    backend, devices = "gloo", torch.cuda.device_count() if cuda else 0
     if cuda:
-        if torch.cuda.device_count() < 1:
+        if devices < 1:
             raise CannotJudge("ranks on cuda need a GPU each, but there is none")
-        torch.cuda.set_device(rank % torch.cuda.device_count())
-    dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=ranks, timeout=PATIENCE, **where)
+        torch.cuda.set_device(rank % devices)
+        here = int(os.environ["LOCAL_WORLD_SIZE"]) if under_torchrun() else ranks
+        backend = "nccl" if here <= devices else "gloo"  # nccl refuses two ranks on one GPU
+        if backend == "gloo" and rank == 0:
+            shared = f"{here} ranks share {devices} GPU{'s' * (devices > 1)}"
+            print(f"{shared} over gloo, through the host's memory: right answers, but no speed to judge by",
+                  file=sys.stderr)  # fmt: skip
+    dist.init_process_group(backend, rank=rank, world_size=ranks, timeout=PATIENCE, **where)
 
 
 def _unheard(word: Any) -> None:

@@ -231,7 +231,8 @@ class Model:
         columns = max(1, -(-(length - 1) // o.page_size))  # the last token is never an input
         limits = Limits(o.max_tokens, o.max_sequences, columns, o.page_size)
         moved = self.expert_parallel_backend not in (DISABLED, REPLICATED)  # by counts that the host reads
-        graphs = o.graphs and self.network.kernels.capturable and not moved and c.linear is None
+        capturable = self.network.kernels.capturable and (self.ranks is None or self.ranks.capturable)
+        graphs = o.graphs and capturable and not moved and c.linear is None
         runner = Runner(self.network, self._cache(pages), limits, self.device, graphs)
         pool = Pages(pages, o.page_size, o.prefixes and c.linear is None)  # states of a prefix are not kept
         limits_of = {"max_sequences": o.max_sequences, "max_tokens": o.max_tokens, "max_length": length}

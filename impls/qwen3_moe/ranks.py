@@ -60,6 +60,7 @@ class Ranks:
 
     Attributes:
         sum_norm: makes sums through symmetric memory, with the norm behind them; None: they are the group's all_reduce.
+        capturable: whether the group's collectives can be part of a CUDA graph: gloo's go through the host.
     """
 
     sum_norm: SumNorm | None = None
@@ -67,6 +68,7 @@ class Ranks:
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
         self.group, self.device = group, device
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.capturable = dist.get_backend(group) == "nccl"
         own = torch.tensor([zlib.crc32(socket.gethostname().encode()), os.getpid()], device=device)
         found = own.new_empty(self.size * 2)
         all_gather(found, own, group)

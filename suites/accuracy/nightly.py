@@ -7,38 +7,68 @@
 
 Between the steps DIR holds JSON lines alone, so it can be carried to a machine without lm-eval and back.  Each way is a
 process of its own; what was answered is kept under DIR/ledger, so that the same call goes on after an interruption.
-The status is 1 where a way fails, 3 where one could not be run or judged, and 0 where all passed.
+Ranks that have no GPU each share one, over gloo.  Where PARTS parts of the questions are each as many as decide, the
+verdicts on the parts are told too: a right implementation passes on all.
+
+The status is 1 where a way fails, 3 where one could not be run or judged, and 0 where all passed; what this machine has
+no hardware or library for is left out, told by name, and counts as neither.
 """
 
 import argparse
+import collections
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe_harness import fixtures
 from moe_harness.harness.core import registry
 from moe_harness.harness.core.errors import EXIT_CANNOT_JUDGE, EXIT_FAIL, EXIT_PASS, HarnessError
 
 MODEL = Path(fixtures.__file__).parent / "checkpoints" / "arithmetic-moe"
-BASELINE, ENGINE = "transformers:eager", "qwen3_moe"
+ENGINE, TRANSFORMERS = "qwen3_moe", "transformers:"
 BATCH_SIZES = (1, 2, 3, 4, 8, 64)  # a published bug was there at concurrency 4 and not at 2 and 8
-BATCH_SIZE = 64  # of what does not vary it
 MARGIN = 0.02
+PARTS = 20
+DECIDES = 133  # questions of which none is lost
+GPU_EACH = ("symmetric", "deepep")  # dispatchers whose ranks cannot share a GPU
 
 
-def ways(devices: int) -> Iterator[tuple[str, list[str]]]:
-    """Name and options of every way that so many devices can run."""
+class Way(NamedTuple):
+    """One way of answering; `left_out`: what this machine lacks for it."""
+
+    name: str
+    spec: str
+    options: list[str]
+    left_out: str | None = None
+
+
+def ways(device: str, devices: int) -> Iterator[Way]:
+    """Every way, the baseline first, for a machine with so many GPUs."""
+    yield Way("baseline", f"{TRANSFORMERS}eager", [])
     for size in BATCH_SIZES:
-        yield f"batch-{size}", ["--batch-size", str(size)]
-    if devices >= 2:
-        yield "tp-2", ["--tp", "2"]
-        for spec in registry.registered("dispatcher"):
-            name = spec.rpartition(":")[2]
-            yield f"ep-2-{name}", ["--ep", "2", "--dispatcher", name]
+        yield Way(f"batch-{size}", ENGINE, ["--batch-size", str(size)])
+    triton = None if device == "cuda" else "Triton's kernels need a GPU"
+    yield Way("transformers-triton", f"{TRANSFORMERS}moe_harness_triton", [], triton)
+    yield Way("tp-2", ENGINE, ["--tp", "2"])
+    for spec in registry.registered("dispatcher"):
+        family, _, name = spec.partition(":")
+        if family == "dispatchers":  # the engine's own; others are judged by the stage dispatcher
+            lacking = _lacking(name, devices)
+            yield Way(f"ep-2-{name}", ENGINE, ["--ep", "2", "--dispatcher", name], lacking)
+
+
+def _lacking(dispatcher: str, devices: int) -> str | None:
+    if dispatcher in GPU_EACH and devices < 2:
+        return f"its two ranks need a GPU each, and there {'is' if devices == 1 else 'are'} {devices}"
+    if dispatcher == "deepep" and find_spec("deep_ep") is None:
+        return "deep_ep is not installed"
+    return None
 
 
 def requests(folder: Path, limit: int | None) -> int:
@@ -48,40 +78,82 @@ def requests(folder: Path, limit: int | None) -> int:
     return _gate("requests", *asked, "--out", str(folder / "requests.jsonl"))
 
 
-def answer(folder: Path, device: str, devices: int, seconds: float) -> int:
-    """Baseline, then every way; how each ended, and how long it took, in answered.json."""
+def answer(folder: Path, device: str, planned: Collection[Way], seconds: float, jobs: int = 1) -> int:
+    """Every way; how each ended, and how long it took, in answered.json."""
     shared = [str(folder / "requests.jsonl"), "--model", str(MODEL), "--device", device,
               "--ledger", str(folder / "ledger"), "--timeout", str(seconds)]  # fmt: skip
-    plan = [("baseline", BASELINE, []), *((name, ENGINE, options) for name, options in ways(devices))]
+
+    def one(way: Way) -> dict[str, Any]:
+        if way.left_out is not None:
+            print(f"{way.name}: left out: {way.left_out}", flush=True)
+            return {"left_out": way.left_out}
+        started, file = time.monotonic(), folder / f"{way.name}.jsonl"
+        status = _gate("answer", *shared, "--impl", way.spec, *way.options, "--out", str(file))
+        ended = {"status": status, "seconds": round(time.monotonic() - started, 1), "spec": way.spec,
+                 "options": way.options}  # fmt: skip
+        print(f"{way.name}: status {status}, {ended['seconds']} s", flush=True)
+        return ended
+
     told: dict[str, Any] = {}
-    for name, spec, options in plan:
-        started = time.monotonic()
-        status = _gate("answer", *shared, "--impl", spec, *options, "--out", str(folder / f"{name}.jsonl"))
-        told[name] = {"status": status, "seconds": round(time.monotonic() - started, 1), "options": options}
-        print(f"{name}: status {status}, {told[name]['seconds']} s", flush=True)
-        (folder / "answered.json").write_text(json.dumps(told, indent=1) + "\n", "utf-8")
-    return EXIT_CANNOT_JUDGE if any(way["status"] for way in told.values()) else EXIT_PASS
+    with ThreadPoolExecutor(jobs) as pool:
+        for way, ended in zip(planned, pool.map(one, planned), strict=True):
+            told[way.name] = ended
+            (folder / "answered.json").write_text(json.dumps(told, indent=1) + "\n", "utf-8")
+    return EXIT_CANNOT_JUDGE if any(way.get("status") for way in told.values()) else EXIT_PASS
 
 
 def judge(folder: Path) -> int:
     """One line for each way that was to be run; the results lie in judged.json, which `record` and `compare` read."""
     from moe_harness.harness.gate import steps, view
+    from moe_harness.harness.gate.judging import judge as judged
 
-    verdicts, results = [], []
-    for name in json.loads((folder / "answered.json").read_text("utf-8")):
+    told = json.loads((folder / "answered.json").read_text("utf-8"))
+    verdicts: list[str] = []
+    results: list[dict[str, Any]] = []
+    try:
+        asked, (baseline,) = steps.scored(folder / "requests.jsonl", [folder / "baseline.jsonl"])
+    except HarnessError as error:
+        print(f"baseline: not judged: {error}")
+        return EXIT_CANNOT_JUDGE
+    for name, ended in told.items():
         if name == "baseline":
             continue
+        if "left_out" in ended:
+            print(f"{name}: left out: {ended['left_out']}")
+            continue
         try:
-            sides = [folder / f"{side}.jsonl" for side in ("requests", "baseline", name)]
-            result = steps.make_result(*sides, MARGIN) | {"candidate": f"{ENGINE} {name}"}
+            (candidate,) = steps.scored(folder / "requests.jsonl", [folder / f"{name}.jsonl"])[1]
+            result = judged(asked.task, asked.gated, baseline, candidate, MARGIN)
+            result |= {"candidate": f"{candidate.spec} {name}", "parts": parts(asked, baseline, candidate)}
             verdicts.append(result["verdict"])
             results.append(result)
-            print(f"{name}: {result['verdict']}  {view.summary(result)}")
+            print(f"{name}: {result['verdict']}  {view.summary(result)}{_of_parts(result['parts'])}", flush=True)
         except HarnessError as error:
             verdicts.append("error")
             print(f"{name}: not judged: {error}")
     (folder / "judged.json").write_text(json.dumps({"results": results}) + "\n", "utf-8")
     return verdict_status(verdicts)
+
+
+def parts(asked: Any, baseline: Any, candidate: Any) -> dict[str, int] | None:
+    """How many of PARTS disjoint parts of the questions pass, fail or decide nothing; None where they are too small."""
+    from dataclasses import replace
+
+    from moe_harness.harness.gate.judging import judge as judged
+
+    if len(baseline.rows) // PARTS < DECIDES:
+        return None
+    found: collections.Counter[str] = collections.Counter()
+    for first in range(PARTS):
+        sides = [replace(side, rows=side.rows[first::PARTS]) for side in (baseline, candidate)]
+        found[judged(asked.task, asked.gated, *sides, MARGIN)["verdict"]] += 1
+    return dict(found)
+
+
+def _of_parts(found: dict[str, int] | None) -> str:
+    if found is None:
+        return ""
+    return f"; of {PARTS} parts " + ", ".join(f"{count} {verdict}" for verdict, count in sorted(found.items()))
 
 
 def verdict_status(verdicts: list[str]) -> int:
@@ -96,10 +168,9 @@ def _gate(*arguments: str) -> int:
 
 
 def _devices(device: str) -> int:
-    """Ranks that this machine can hold; any number on a CPU."""
     import torch
 
-    return torch.cuda.device_count() if device == "cuda" else 2
+    return torch.cuda.device_count() if device == "cuda" else 0
 
 
 def main() -> None:
@@ -112,12 +183,19 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="so many questions; all")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one batch")
+    parser.add_argument("--jobs", type=int, default=1, help="ways at a time")
+    parser.add_argument("--only", action="append", metavar="WAY", help="this one besides the baseline; repeatable")
     asked = parser.parse_args()
+    planned = list(ways(asked.device, _devices(asked.device)))
+    if asked.only:
+        if missing := set(asked.only) - {way.name for way in planned}:
+            parser.error(f"there is no {', '.join(sorted(missing))}; there are {', '.join(w.name for w in planned)}")
+        planned = [way for way in planned if way.name in ("baseline", *asked.only)]
     if asked.step in ("requests", "all") and (status := requests(asked.folder, asked.limit)):
         sys.exit(status)
     status = EXIT_PASS
     if asked.step in ("answer", "all"):
-        status = answer(asked.folder, asked.device, _devices(asked.device), asked.timeout)
+        status = answer(asked.folder, asked.device, planned, asked.timeout, asked.jobs)
     if asked.step in ("judge", "all"):  # a way that was not answered is told there
         status = judge(asked.folder)
     sys.exit(status)

@@ -7,7 +7,8 @@ import pytest
 
 from moe_harness.harness.gate.exchange import Gold
 from moe_harness.harness.proof import gate_matrix
-from moe_harness.harness.proof.gate_matrix import Measured, compared, counts, floor, kept, seen
+from moe_harness.harness.proof.gate_matrix import counts, floor, kept, seen
+from moe_harness.harness.proof.gate_matrix_bench import Measured, compared
 from moe_harness.harness.proof.gate_matrix_view import page
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"

@@ -4,16 +4,32 @@ import json
 
 import pytest
 
-from moe_harness.harness.core import registry
 from moe_harness.harness.core.errors import CannotJudge
+from moe_harness.harness.gate.exchange import Answer
+from moe_harness.harness.gate.judging import Side
+from moe_harness.harness.gate.task import STRICT, Asked, Row
 from moe_harness.suites.accuracy import nightly
 
 
-def test_every_batch_size_and_dispatcher_is_run():
-    names = [name for name, _ in nightly.ways(2)]
-    assert {f"batch-{size}" for size in (1, 2, 3, 4, 8, 64)} | {"tp-2"} < set(names)
-    assert sum(name.startswith("ep-2-") for name in names) == len(registry.registered("dispatcher")) > 5
-    assert [name for name, _ in nightly.ways(1)] == [name for name in names if name.startswith("batch-")]
+def planned(device, devices):
+    return {way.name: way.left_out for way in nightly.ways(device, devices)}
+
+
+def test_every_batch_size_and_every_dispatcher_of_the_engine_is_run():
+    names = planned("cuda", 2)
+    assert {f"batch-{size}" for size in (1, 2, 3, 4, 8, 64)} | {"baseline", "tp-2", "transformers-triton"} < set(names)
+    spread = {name.removeprefix("ep-2-") for name in names if name.startswith("ep-2-")}
+    assert {"naive", "local_allreduce", "allgather_reducescatter", "all_to_all", "masked", "symmetric"} < spread
+    assert not spread & {"megatron", "torchtitan"}  # which the engine does not take
+    assert {name for name, lacking in names.items() if lacking} <= {"ep-2-deepep"}  # which may not be installed
+
+
+def test_what_a_machine_has_not_is_left_out_by_name():
+    alone = planned("cuda", 1)
+    assert {name for name, lacking in alone.items() if lacking} == {"ep-2-symmetric", "ep-2-deepep"}
+    assert "there is 1" in alone["ep-2-symmetric"]
+    assert {name for name, lacking in planned("cpu", 0).items() if lacking} - set(alone) == set()
+    assert planned("cpu", 0)["transformers-triton"] == "Triton's kernels need a GPU"
 
 
 @pytest.mark.parametrize(
@@ -28,16 +44,30 @@ def test_the_status_is_that_of_the_worst(verdicts, status):
 def test_a_way_without_answers_is_told_and_no_pass(tmp_path, monkeypatch, capsys):
     """answer goes on after a way that fails; judge tells of it."""
     monkeypatch.setattr(nightly, "_gate", lambda *arguments: 3 if "--tp" in arguments else 0)
-    assert nightly.answer(tmp_path, "cpu", 2, 60) == 3
+    assert nightly.answer(tmp_path, "cpu", list(nightly.ways("cpu", 0)), 60, jobs=2) == 3
     told = json.loads((tmp_path / "answered.json").read_text())
-    assert [name for name, way in told.items() if way["status"]] == ["tp-2"]
-    assert set(told) == {"baseline", *(name for name, _ in nightly.ways(2))}
+    assert [name for name, way in told.items() if way.get("status")] == ["tp-2"]
+    assert list(told) == list(planned("cpu", 0))
 
-    def result(asked, baseline, candidate, margin):
-        if "tp-2" in candidate.name:
+    def scored(asked, answers):
+        if "tp-2" in answers[0].name:
             raise CannotJudge("there is no file")
-        return {"verdict": "pass", "drop": 0, "interval": [0, 0], "margin": margin, "reasons": [], "p": 1}
+        return Asked("arithmetic"), [side(40)]
 
-    monkeypatch.setattr("moe_harness.harness.gate.steps.make_result", result)
+    monkeypatch.setattr("moe_harness.harness.gate.steps.scored", scored)
     assert nightly.judge(tmp_path) == 3
-    assert "tp-2: not judged: there is no file" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "tp-2: not judged: there is no file" in said and "ep-2-symmetric: left out: its two ranks" in said
+
+
+def side(count, lost=()):
+    answer = Answer("", "", 3, "stop")
+    return Side("x", [Row(i, "d", "p", {STRICT: i not in lost}, {STRICT: True}, answer) for i in range(count)])
+
+
+def test_parts_are_judged_one_by_one():
+    count, asked = 20 * 133, Asked("arithmetic")
+    assert nightly.parts(asked, side(count - 1), side(count - 1)) is None
+    assert nightly.parts(asked, side(count), side(count)) == {"pass": 20}
+    lost = range(0, 20 * 10, 20)  # ten questions of the first part
+    assert nightly.parts(asked, side(count), side(count, {*lost, 1})) == {"fail": 1, "inconclusive": 1, "pass": 18}
