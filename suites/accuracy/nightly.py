@@ -7,8 +7,9 @@
 
 Between the steps DIR holds JSON lines alone, so it can be carried to a machine without lm-eval and back.  Each way is a
 process of its own; what was answered is kept under DIR/ledger, so that the same call goes on after an interruption.
-Ranks that have no GPU each share one, over gloo.  Where PARTS parts of the questions are each as many as decide, the
-verdicts on the parts are told too: a right implementation passes on all.
+Ranks that have no GPU each share one, over gloo.  All ways compute the same, so that each is a null comparison: it is
+resampled NULLS times, and no more than the nominal share may be called a fall.  Where PARTS parts of the questions are
+each as many as decide, the verdicts on the parts are told too: a right implementation passes on all.
 
 The status is 1 where a way fails, 3 where one could not be run or judged, and 0 where all passed; what this machine has
 no hardware or library for is left out, told by name, and counts as neither.
@@ -34,6 +35,7 @@ MODEL = Path(fixtures.__file__).parent / "checkpoints" / "arithmetic-moe"
 ENGINE, TRANSFORMERS = "qwen3_moe", "transformers:"
 BATCH_SIZES = (1, 2, 3, 4, 8, 64)  # a published bug was there at concurrency 4 and not at 2 and 8
 MARGIN = 0.02
+NULLS = 200
 PARTS = 20
 DECIDES = 133  # questions of which none is lost
 GPU_EACH = ("symmetric", "deepep")  # dispatchers whose ranks cannot share a GPU
@@ -124,15 +126,41 @@ def judge(folder: Path) -> int:
         try:
             (candidate,) = steps.scored(folder / "requests.jsonl", [folder / f"{name}.jsonl"])[1]
             result = judged(asked.task, asked.gated, baseline, candidate, MARGIN)
-            result |= {"candidate": f"{candidate.spec} {name}", "parts": parts(asked, baseline, candidate)}
+            result |= {"candidate": f"{candidate.spec} {name}", "parts": parts(asked, baseline, candidate),
+                       "falls_of_resampled": falls(result["documents"], *result["discordant"])}  # fmt: skip
             verdicts.append(result["verdict"])
             results.append(result)
             print(f"{name}: {result['verdict']}  {view.summary(result)}{_of_parts(result['parts'])}", flush=True)
         except HarnessError as error:
             verdicts.append("error")
             print(f"{name}: not judged: {error}")
+    print(_of_nulls([result["falls_of_resampled"] for result in results]))
     (folder / "judged.json").write_text(json.dumps({"results": results}) + "\n", "utf-8")
     return verdict_status(verdicts)
+
+
+def falls(documents: int, worse: int, better: int) -> int:
+    """How many of NULLS draws of as many questions, with replacement, the gate calls a fall."""
+    import numpy as np
+
+    from moe_harness.harness.gate.statistics import Paired, verdict
+
+    shares = np.array([worse, better, documents - worse - better]) / documents
+    drawn = np.random.default_rng(0).multinomial(documents, shares, size=NULLS).tolist()
+    return sum(verdict(Paired(documents, b, c), MARGIN) == "fail" for b, c, _ in drawn)
+
+
+def _of_nulls(found: list[int]) -> str:
+    """The share of falls over all ways, with its interval of 95 %, and that of the worst way."""
+    if not found:
+        return "nothing was resampled"
+    from scipy.stats import binomtest
+
+    low, high = binomtest(sum(found), NULLS * len(found)).proportion_ci(0.95)
+    return (
+        f"resampled {NULLS} times each: {sum(found)} of {NULLS * len(found)} called a fall "
+        f"[{low:.2%}, {high:.2%}], at most {max(found)} of one way"
+    )
 
 
 def parts(asked: Any, baseline: Any, candidate: Any) -> dict[str, int] | None:

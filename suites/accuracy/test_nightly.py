@@ -71,3 +71,10 @@ def test_parts_are_judged_one_by_one():
     assert nightly.parts(asked, side(count), side(count)) == {"pass": 20}
     lost = range(0, 20 * 10, 20)  # ten questions of the first part
     assert nightly.parts(asked, side(count), side(count, {*lost, 1})) == {"fail": 1, "inconclusive": 1, "pass": 18}
+
+
+def test_null_comparisons_are_resampled():
+    """Nothing differs: never a fall.  As many won as lost: within the nominal share.  A real fall: nearly always."""
+    assert nightly.falls(1319, 0, 0) == 0
+    assert nightly.falls(1319, 26, 26) <= nightly.NULLS * 0.05
+    assert nightly.falls(1319, 80, 20) > nightly.NULLS * 0.9
