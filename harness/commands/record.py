@@ -25,30 +25,37 @@ def record(
 
     With a command the status is the command's own; what it found is kept where it judged anything.
     """
-    from moe_harness.harness.record import line, store
+    from moe_harness.harness.record import line, store, view
 
     options.writable(into)
     if what[0] in RECORDED:
         raise typer.Exit(_run(what, into))
     found = [entry for path in what for entry in line.lines(_json(Path(path)))]
-    print(f"{store.append(into, found)} results added to {into}")
+    print(f"{view.counted(store.append(into, found), 'result')} added to {into}")
 
 
 def _run(command: list[str], into: Path) -> int:
-    from moe_harness.harness.record import line, store
+    from moe_harness.harness.record import line, store, view
 
     with tempfile.TemporaryDirectory(prefix="recorded-") as folder:
-        written = Path(folder) / "result.json"
-        asked = [*command, "--json", str(written)]
-        if "--json" in command:
-            written = Path(command[command.index("--json") + 1])
-            asked = command
+        written, asked = _own_json(command), command
+        if written is None:
+            written = Path(folder) / "result.json"
+            asked = [*command, "--json", str(written)]
         status = subprocess.run([sys.executable, "-m", "moe_harness", *asked]).returncode
         if status not in (EXIT_PASS, EXIT_FAIL) and not written.is_file():
             return status
         kept = store.append(into, line.lines(_json(written), "moe-harness " + " ".join(command)))
-        print(f"{kept} results added to {into}", file=sys.stderr)
+        print(f"{view.counted(kept, 'result')} added to {into}", file=sys.stderr)
     return status
+
+
+def _own_json(command: list[str]) -> Path | None:
+    """The file that the command itself asks for: `--json FILE` or `--json=FILE`."""
+    for word, following in zip(command, [*command[1:], ""], strict=True):
+        if word == "--json" or word.startswith("--json="):
+            return Path(word.partition("=")[2] or following)
+    return None
 
 
 def _json(path: Path) -> object:

@@ -16,8 +16,13 @@ STYLES = {"regression": "bold red", "warning": "yellow", "refused": "yellow", "i
 def summary(found: Comparison) -> str:
     """The outcome in a sentence."""
     counts = {level: sum(change.level == level for change in found.changes) for level in LEVELS}
-    told = ", ".join(f"{n} {level}{'s' if n > 1 and level != 'refused' else ''}" for level, n in counts.items() if n)
-    return f"{found.compared} results compared: {told or 'nothing differs'}"
+    told = ", ".join(f"{n} refused" if level == "refused" else counted(n, level) for level, n in counts.items() if n)
+    return f"{counted(found.compared, 'result')} compared: {told or 'nothing differs'}"
+
+
+def counted(number: int, noun: str) -> str:
+    """1 result, 2 results."""
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def show(found: Comparison, console: "Console") -> None:

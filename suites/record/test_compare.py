@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -261,7 +263,7 @@ def test_a_comparison_is_told_in_words_as_a_page_and_as_a_picture(tmp_path):
     console = Console(record=True, width=150)
     view.show(found, console)
     text = console.export_text()
-    assert "regression" in text and "layouts" in text and "1 results compared: 1 regression" in text
+    assert "regression" in text and "layouts" in text and "1 result compared: 1 regression" in text
     view.write_html(found, store.newest([old]), store.newest([new]), tmp_path / "c.html")
     assert "<td>layouts</td>" in (tmp_path / "c.html").read_text()
     pytest.importorskip("matplotlib")
@@ -290,6 +292,27 @@ def test_the_commands_record_and_compare(tmp_path, capsys):
     assert run("compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--json", tmp_path / "c.json") == 1
     assert json.loads((tmp_path / "c.json").read_text())["verdict"] == "fail"
     assert "regression" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("asked", [["--json", "{}"], ["--json={}"], []])
+def test_a_command_writes_its_json_where_it_asked_for_it(tmp_path, monkeypatch, asked):
+    from moe_harness.harness.commands import record
+
+    others = subprocess.run
+
+    def run(command, **given):
+        if "moe_harness" not in command:  # git's
+            return others(command, **given)
+        words = " ".join(command).replace("=", " ").split()
+        Path(words[words.index("--json") + 1]).write_text(json.dumps(CHECK))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(record.subprocess, "run", run)
+    own = tmp_path / "own.json"
+    into = tmp_path / "runs.jsonl"
+    assert record._run(["check", "--stage", "experts", *(word.format(own) for word in asked)], into) == 0
+    assert own.is_file() == bool(asked)
+    assert [found["kind"] for found in store.read(into)] == ["check"]
 
 
 def test_a_command_compares_with_what_was_recorded(tmp_path):
