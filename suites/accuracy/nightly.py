@@ -7,8 +7,9 @@
 
 Between the steps DIR holds JSON lines alone, so it can be carried to a machine without lm-eval and back.  Each way is a
 process of its own; what was answered is kept under DIR/ledger, so that the same call goes on after an interruption.
-Ranks that have no GPU each share one, over gloo.  All ways compute the same, so that each is a null comparison: it is
-resampled NULLS times, and no more than the nominal share may be called a fall.  Where PARTS parts of the questions are
+Ranks that have no GPU each share one, over gloo.  All ways but the planted faults, which have to fail,
+compute the same, so that each is a null comparison: it is resampled NULLS times, and no more than the nominal share may
+be called a fall.  Where PARTS parts of the questions are
 each as many as decide, the verdicts on the parts are told too: a right implementation passes on all.
 
 The status is 1 where a way fails, 3 where one could not be run or judged, and 0 where all passed; what this machine has
@@ -33,6 +34,7 @@ from moe_harness.harness.core.errors import EXIT_CANNOT_JUDGE, EXIT_FAIL, EXIT_P
 
 MODEL = Path(fixtures.__file__).parent / "checkpoints" / "arithmetic-moe"
 ENGINE, TRANSFORMERS = "qwen3_moe", "transformers:"
+COLLAPSED = Path(__file__).with_name("collapsed.py")
 BATCH_SIZES = (1, 2, 3, 4, 8, 64)  # a published bug was there at concurrency 4 and not at 2 and 8
 MARGIN = 0.02
 NULLS = 200
@@ -42,12 +44,18 @@ GPU_EACH = ("symmetric", "deepep")  # dispatchers whose ranks cannot share a GPU
 
 
 class Way(NamedTuple):
-    """One way of answering; `left_out`: what this machine lacks for it."""
+    """One way of answering.
+
+    Attributes:
+        left_out: what this machine lacks for it.
+        wanted: the verdict that it has to get.
+    """
 
     name: str
     spec: str
     options: list[str]
     left_out: str | None = None
+    wanted: str = "pass"
 
 
 def ways(device: str, devices: int) -> Iterator[Way]:
@@ -58,6 +66,8 @@ def ways(device: str, devices: int) -> Iterator[Way]:
     triton = None if device == "cuda" else "Triton's kernels need a GPU"
     yield Way("transformers-triton", f"{TRANSFORMERS}moe_harness_triton", [], triton)
     yield Way("tp-2", ENGINE, ["--tp", "2"])
+    for fault in ("experts_summed_twice", "never_summed"):
+        yield Way(f"planted-{fault}", f"{COLLAPSED}:{fault}", ["--tp", "2"], wanted="fail")
     for spec in registry.registered("dispatcher"):
         family, _, name = spec.partition(":")
         if family == "dispatchers":  # the engine's own; others are judged by the stage dispatcher
@@ -92,7 +102,7 @@ def answer(folder: Path, device: str, planned: Collection[Way], seconds: float, 
         started, file = time.monotonic(), folder / f"{way.name}.jsonl"
         status = _gate("answer", *shared, "--impl", way.spec, *way.options, "--out", str(file))
         ended = {"status": status, "seconds": round(time.monotonic() - started, 1), "spec": way.spec,
-                 "options": way.options}  # fmt: skip
+                 "options": way.options, "wanted": way.wanted}  # fmt: skip
         print(f"{way.name}: status {status}, {ended['seconds']} s", flush=True)
         return ended
 
@@ -109,7 +119,7 @@ def judge(folder: Path) -> int:
     from moe_harness.harness.gate import steps, view
     from moe_harness.harness.gate.judging import judge as judged
 
-    told = json.loads((folder / "answered.json").read_text("utf-8"))
+    answered = json.loads((folder / "answered.json").read_text("utf-8"))
     verdicts: list[str] = []
     results: list[dict[str, Any]] = []
     try:
@@ -117,7 +127,7 @@ def judge(folder: Path) -> int:
     except HarnessError as error:
         print(f"baseline: not judged: {error}")
         return EXIT_CANNOT_JUDGE
-    for name, ended in told.items():
+    for name, ended in answered.items():
         if name == "baseline":
             continue
         if "left_out" in ended:
@@ -128,13 +138,15 @@ def judge(folder: Path) -> int:
             result = judged(asked.task, asked.gated, baseline, candidate, MARGIN)
             result |= {"candidate": f"{candidate.spec} {name}", "parts": parts(asked, baseline, candidate),
                        "falls_of_resampled": falls(result["documents"], *result["discordant"])}  # fmt: skip
-            verdicts.append(result["verdict"])
+            wanted = ended.get("wanted", "pass")
+            verdicts.append(seen(result["verdict"], wanted))
             results.append(result)
-            print(f"{name}: {result['verdict']}  {view.summary(result)}{_of_parts(result['parts'])}", flush=True)
+            told = result["verdict"] if result["verdict"] == wanted else f"{result['verdict']}, wanted {wanted}"
+            print(f"{name}: {told}  {view.summary(result)}{_of_parts(result['parts'])}", flush=True)
         except HarnessError as error:
             verdicts.append("error")
             print(f"{name}: not judged: {error}")
-    print(_of_nulls([result["falls_of_resampled"] for result in results]))
+    print(_of_nulls([r["falls_of_resampled"] for r in results if "planted" not in r["candidate"]]))
     (folder / "judged.json").write_text(json.dumps({"results": results}) + "\n", "utf-8")
     return verdict_status(verdicts)
 
@@ -182,6 +194,13 @@ def _of_parts(found: dict[str, int] | None) -> str:
     if found is None:
         return ""
     return f"; of {PARTS} parts " + ", ".join(f"{count} {verdict}" for verdict, count in sorted(found.items()))
+
+
+def seen(verdict: str, wanted: str) -> str:
+    """The verdict on a way as one on the gate: a planted fault that passes is a failure of the gate."""
+    if wanted == verdict:
+        return "pass"
+    return "fail" if {wanted, verdict} == {"pass", "fail"} else verdict
 
 
 def verdict_status(verdicts: list[str]) -> int:

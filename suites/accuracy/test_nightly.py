@@ -43,7 +43,7 @@ def test_the_status_is_that_of_the_worst(verdicts, status):
 
 def test_a_way_without_answers_is_told_and_no_pass(tmp_path, monkeypatch, capsys):
     """answer goes on after a way that fails; judge tells of it."""
-    monkeypatch.setattr(nightly, "_gate", lambda *arguments: 3 if "--tp" in arguments else 0)
+    monkeypatch.setattr(nightly, "_gate", lambda *arguments: 3 if arguments[-1].endswith("tp-2.jsonl") else 0)
     assert nightly.answer(tmp_path, "cpu", list(nightly.ways("cpu", 0)), 60, jobs=2) == 3
     told = json.loads((tmp_path / "answered.json").read_text())
     assert [name for name, way in told.items() if way.get("status")] == ["tp-2"]
@@ -78,3 +78,12 @@ def test_null_comparisons_are_resampled():
     assert nightly.falls(1319, 0, 0) == 0
     assert nightly.falls(1319, 26, 26) <= nightly.NULLS * 0.05
     assert nightly.falls(1319, 80, 20) > nightly.NULLS * 0.9
+
+
+@pytest.mark.parametrize(
+    ("verdict", "wanted", "told"),
+    [("pass", "pass", "pass"), ("fail", "pass", "fail"), ("fail", "fail", "pass"), ("pass", "fail", "fail"),
+     ("inconclusive", "fail", "inconclusive"), ("error", "pass", "error")],
+)  # fmt: skip
+def test_a_planted_fault_that_passes_fails_the_night(verdict, wanted, told):
+    assert nightly.seen(verdict, wanted) == told
