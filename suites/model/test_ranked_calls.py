@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from moe_harness.fixtures import checkpoints
 from moe_harness.harness.core.errors import CannotJudge
-from moe_harness.harness.ranks import pool
+from moe_harness.harness.ranks import launch, pool
 from moe_harness.harness.ranks.launch import Launched
+from moe_harness.impls.qwen3_moe import ranks
 from moe_harness.impls.qwen3_moe.ranks import RankLost, Ranks
 from moe_harness.suites.model.ranked_tasks import Cell
 from moe_harness.suites.model.test_bisect import call
@@ -94,3 +96,31 @@ def test_ranks_that_are_given_other_prompts_say_so(folder: Path) -> None:
     outcome = pool.run(f"{TASKS}:other_prompts", Cell("qwen2_moe", 2).spec(folder), ranks=2)
     assert outcome.ok, outcome.failure
     assert all("generate of rank 1 differ from those of rank 0" in told for told in outcome.results)
+
+
+@pytest.mark.parametrize(("gpus", "backend"), [(0, "refused"), (1, "gloo"), (2, "nccl"), (8, "nccl")])
+def test_ranks_that_have_no_gpu_each_share_one_over_gloo(
+    gpus: int, backend: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """nccl refuses two ranks on one GPU; who asked is told that the times mean nothing."""
+    joined: list[tuple[str, int]] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: joined.append(("device", device)))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda name, **_: joined.append((name, 0)))
+    if backend == "refused":
+        with pytest.raises(CannotJudge, match="there is none"):
+            launch._join(True, 0, 2)
+        return
+    for rank in range(2):
+        launch._join(True, rank, 2)
+    assert joined == [("device", 0), (backend, 0), ("device", 1 % gpus), (backend, 0)]
+    assert capsys.readouterr().err.count("2 ranks share 1 GPU over gloo") == (backend == "gloo")
+
+
+def test_sums_through_the_host_are_no_part_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    for backend, capturable in (("gloo", False), ("nccl", True)):
+        monkeypatch.setattr(ranks.dist, "get_rank", lambda group: 0)
+        monkeypatch.setattr(ranks.dist, "get_world_size", lambda group: 1)
+        monkeypatch.setattr(ranks.dist, "get_backend", lambda group, name=backend: name)
+        monkeypatch.setattr(ranks, "all_gather", lambda found, own, group: found.copy_(own))
+        assert Ranks(None, torch.device("cpu")).capturable is capturable  # type: ignore[arg-type]
