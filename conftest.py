@@ -21,6 +21,7 @@ REPORTS = pytest.StashKey[list[pytest.TestReport]]()
 LEDGER = pytest.StashKey[OutcomeLog]()
 
 
+@pytest.hookimpl(optionalhook=True)  # without xdist, as the mutation run is, nobody knows it
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """-n auto: half as many workers again as processors, since tests over ranks wait for each other, not for a core."""
     return 3 * len(os.sched_getaffinity(0)) // 2

@@ -111,7 +111,7 @@ def check(
         UsageError: an unknown name, another signature, a function that cannot be carried to another process.
         CannotJudge: it cannot be imported, or the device is not there.
     """
-    from moe_harness.harness.process.pool import prepare
+    from moe_harness.harness.process.start import fork_server
     from moe_harness.harness.run import session
 
     if multiprocessing.current_process().daemon:
@@ -123,7 +123,7 @@ def check(
     chosen = options.chosen_checks(stage, request, _list(checks), bool(worlds))
     asked = session.RunOptions(request.dtypes if _list(dtypes) else None, timeout, chosen)
     spec = implementation if isinstance(implementation, str) else spec_of(implementation)
-    prepare()
+    fork_server()
     with _progress(quiet) as progress:
         if not worlds:
             return Judgement(session.judge(stage, spec, request, asked, progress))

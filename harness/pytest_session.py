@@ -13,7 +13,7 @@ from moe_harness.harness.core.errors import HarnessError, UsageError
 from moe_harness.harness.core.findings import Answer, Finding, restored
 from moe_harness.harness.core.plan import ON_CUDA_ONLY, Planned, plan
 from moe_harness.harness.core.request import EXAMPLES, Request
-from moe_harness.harness.process.pool import EXPLAINED, Pool, prepare
+from moe_harness.harness.process.pool import EXPLAINED, Pool
 from moe_harness.harness.run.result_builder import Listener, ResultBuilder, add_cause, failure_of
 from moe_harness.harness.run.session import INTERPRETED_STEPS, SEARCH_SECONDS
 
@@ -100,7 +100,6 @@ class Session:
     def pool(self, stage: str, spec: str) -> Pool:
         """The worker process for an implementation, started when first asked for."""
         if (stage, spec) not in self.pools:
-            prepare()
             pool = Pool(stage, spec, self.request.device, 1, self.options.impl_timeout)
             try:
                 pool.start()

@@ -40,7 +40,7 @@ def check(
 ) -> None:
     """Judge one or more implementations of a stage."""
     from moe_harness.harness import report
-    from moe_harness.harness.process.pool import prepare
+    from moe_harness.harness.process.start import fork_server
     from moe_harness.harness.run import session
 
     request = options.request(stage, device, dtype, profile, config, seed)
@@ -51,7 +51,7 @@ def check(
     options.writable(json)
     options.writable(html)
     options.readable(baseline)
-    prepare()
+    fork_server()
     results: list[report.Result] = []
     errors: list[HarnessError] = []
     with report.Progress() as progress:

@@ -32,7 +32,6 @@ def faults(
 
     from moe_harness.harness.core.catalogue import all_faults
     from moe_harness.harness.core.request import Request
-    from moe_harness.harness.process.pool import prepare
     from moe_harness.harness.proof import kill_matrix, kill_matrix_view, parts
 
     for path in (json, html, picture):

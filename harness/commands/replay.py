@@ -46,7 +46,7 @@ def replay(
 
 
 def _of_one_device(cases: list[str], impl: str, device: str, timeout: float) -> Judged:
-    from moe_harness.harness.process.pool import Pool, prepare
+    from moe_harness.harness.process.pool import Pool
 
     stages = {parse_id(case)[0] for case in cases}
     if len(stages) != 1:
@@ -54,7 +54,6 @@ def _of_one_device(cases: list[str], impl: str, device: str, timeout: float) -> 
     for case in cases:
         if (check := parse_id(case)[1]) not in CHECK_NAMES:
             raise unknown("check", check, list(CHECK_NAMES))
-    prepare()
     with Pool(stages.pop(), impl, device, 1, timeout) as pool:
         pool.start()
         for case in cases:

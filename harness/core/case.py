@@ -91,17 +91,17 @@ def case_types() -> dict[str, type[Case]]:
 
 def parse(stage: str, text: str) -> Case:
     """The case of `stage` that `text` (k=v,k=v) spells; UsageError names the field that does not fit."""
-    kinds = case_types()
-    if stage not in kinds:
-        raise unknown("stage", stage, list(kinds))
-    types = {f.name: f.type for f in fields(kinds[stage])}
+    if stage not in (known := stages_with("cases")):
+        raise unknown("stage", stage, list(known))
+    kind: type[Case] = needed_part(stage, "cases").CaseType
+    types = {f.name: f.type for f in fields(kind)}
     values: dict[str, Any] = {}
     for item in filter(None, text.split(",")):
         name, equals, value = item.partition("=")
         if name not in types or not equals:
             raise UsageError(f"in the case {text!r}: {unknown('field', name, list(types))}")
         values[name] = _value(name, value, types[name])
-    return kinds[stage](**values)
+    return kind(**values)
 
 
 def _value(name: str, text: str, annotation: object) -> object:

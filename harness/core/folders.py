@@ -61,5 +61,6 @@ def _folders() -> dict[str, Path]:
     return {folder.name: folder for folder in reversed(found)}
 
 
+@functools.cache
 def _holds(folder: Path, part: str) -> bool:
     return (folder / f"{part}.py").is_file() or (folder / part / "__init__.py").is_file()

@@ -11,6 +11,7 @@ import ast
 import hashlib
 import importlib
 import importlib.util
+import re
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -22,6 +23,8 @@ from moe_harness.harness.core.folders import extra_folders
 
 OURS = "moe_harness.impls"  # the only place that names it; nothing of the harness imports it
 GROUP = "moe_harness.impls"
+# A literal list, as it is nearly always written: parsing the modules of a stage took 0.1 s in every process.
+ALL = re.compile(r"^__all__ = (\[[^\[\]]*\])$", re.MULTILINE)
 KEPT = ".pkl"  # of a file that holds a function object; see harness.core.functions
 
 
@@ -66,7 +69,10 @@ def _libraries() -> list[tuple[str, Path]]:
 
 
 def _exported(file: Path) -> list[str]:
-    for node in ast.parse(file.read_text()).body:
+    text = file.read_text()
+    if (plain := ALL.search(text)) is not None:
+        return list(ast.literal_eval(plain[1]))
+    for node in ast.parse(text).body:
         if isinstance(node, ast.Assign) and any(getattr(t, "id", None) == "__all__" for t in node.targets):
             return list(ast.literal_eval(node.value))
     return []

@@ -1,6 +1,5 @@
 """Judging processes and the budget each case has: a crash, an exit, a hang or a flood of memory ends as a verdict."""
 
-import multiprocessing
 import os
 import re
 import signal
@@ -17,7 +16,7 @@ from moe_harness.harness.core.errors import CannotJudge, HarnessError, UsageErro
 from moe_harness.harness.core.findings import Answer, Explanation, Loaded, NotLoaded
 from moe_harness.harness.process import scratch
 from moe_harness.harness.process.deaths import Deaths
-from moe_harness.harness.process.start import start
+from moe_harness.harness.process.start import fork_server, start
 
 POLL = 0.1  # seconds between looks at the clock and at the memory of the workers
 HANGS = "it hangs"
@@ -45,7 +44,7 @@ class Worker:
     """One judging process."""
 
     def __init__(self, stage: str, spec: str, device: str, folder: str):
-        context = multiprocessing.get_context("forkserver")
+        context = fork_server()
         self.connection, theirs = context.Pipe()
         descriptor, self.output = tempfile.mkstemp(dir=folder, suffix=".log")
         os.close(descriptor)
@@ -315,6 +314,7 @@ class Pool:
 
 def _serve(environment: dict[str, str], *arguments: Any) -> None:
     """`harness.process.worker.serve`, imported where it runs: this process needs no torch."""
+    os.environ.clear()
     os.environ.update(environment)
     from moe_harness.harness.process.worker import serve
 
@@ -334,11 +334,6 @@ def _memory_limit(workers: int) -> int:
     except (OSError, KeyError, ValueError):
         return 8 << 30
     return max(2 << 30, min(ENOUGH, int(0.8 * available / workers)))
-
-
-def prepare() -> None:
-    """Let the server that forks workers import torch and the judge once; call before the first Pool."""
-    multiprocessing.set_forkserver_preload(["moe_harness.harness.process.worker"])
 
 
 def worker_count(device: str) -> int:

@@ -1,6 +1,6 @@
 """The judging process: it loads one implementation and judges cases on request, so that nothing it does harms the run.
 
-Started by forkserver from a process that has torch imported and nothing else, it costs about 50 ms.  What the
+Forked from a server that has torch and this module imported, it costs about 50 ms.  What the
 implementation prints goes to a file; when the process dies its last lines tell why.
 """
 

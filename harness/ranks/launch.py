@@ -24,8 +24,7 @@ from typing import Any
 from moe_harness.harness.core.errors import CannotJudge, HarnessError
 from moe_harness.harness.process import scratch
 from moe_harness.harness.process.parent_watch import end_with
-from moe_harness.harness.process.start import start
-from moe_harness.harness.ranks.rank_process import fork_server
+from moe_harness.harness.process.start import fork_server, start
 
 FIRST_CAUSE = 0.3  # seconds in which a death that made others fail has to show
 PATIENCE = timedelta(minutes=30)  # of a collective; deaths are noticed otherwise

@@ -2,17 +2,14 @@
 
 import contextlib
 import json
-import multiprocessing
 import os
 import signal
-import sys
-from collections.abc import Iterator
-from multiprocessing import connection, forkserver
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Protocol
 
 from moe_harness.harness.process.parent_watch import end_with
-from moe_harness.harness.process.start import start
+from moe_harness.harness.process.start import fork_server, start
 from moe_harness.harness.ranks.calls import RecordedCall
 from moe_harness.harness.ranks.heartbeat import Heartbeat, RankStatus
 from moe_harness.harness.ranks.jobs import Exit, Home
@@ -146,26 +143,3 @@ def _serve(end: Any, rank: int, home: Home) -> None:
     os.setsid()  # what it starts ends with it, and Ctrl-C is for the controller
     end_with(end)
     serve(end, rank, home)
-
-
-def fork_server() -> Any:
-    """multiprocessing's context, its server started once with torch already imported in it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["moe_harness.harness.ranks.preload"])
-    root = str(Path(__file__).parents[3])
-    with _environment(PYTHONPATH=os.pathsep.join([root, *filter(None, sys.path)]), OMP_NUM_THREADS="1"):
-        forkserver.ensure_running()
-    return context
-
-
-@contextlib.contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value

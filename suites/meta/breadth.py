@@ -14,7 +14,7 @@ from pathlib import Path
 from moe_harness.harness.core.catalogue import RANKED, Fault, all_faults
 from moe_harness.harness.core.plan import ON_CUDA_ONLY, plan
 from moe_harness.harness.core.request import Request
-from moe_harness.harness.process.pool import DEATHS, Pool, prepare
+from moe_harness.harness.process.pool import DEATHS, Pool
 from moe_harness.harness.proof import breadth
 from moe_harness.harness.proof.kill_matrix import MEMORY_LIMIT, WORLDS
 from moe_harness.harness.ranks import judge
@@ -64,7 +64,6 @@ def _dtype(case_id: str) -> str:
 
 
 def main() -> None:
-    prepare()
     found = json.loads(FOUND.read_text()) if FOUND.exists() else {}
     for fault in shown_on_a_cpu():
         if fault.name not in found:

@@ -14,7 +14,7 @@ from moe_harness.harness.core.catalogue import all_faults
 from moe_harness.harness.core.findings import Answer
 from moe_harness.harness.core.plan import ON_CUDA_ONLY, plan
 from moe_harness.harness.core.request import Request
-from moe_harness.harness.process.pool import Pool, prepare
+from moe_harness.harness.process.pool import Pool
 
 FOLDER = Path(__file__).parent
 KILLS = FOLDER / "first_kills.json"
@@ -48,7 +48,6 @@ def first_kill(stage: str, spec: str, timeout: float = 20.0) -> Answer | None:
 
     The case that killed it when `first_kills.json` was written comes first, as long as it is planned.
     """
-    prepare()
     with Pool(stage, spec, "cpu", 1, timeout) as pool:
         dtypes = pool.start().dtypes
         ids = _in_turn(stage, Request(dtypes=dtypes))

@@ -12,7 +12,7 @@ from moe_harness.harness.core.catalogue import all_faults, get
 from moe_harness.harness.core.cuda_graphs import restore_generator
 from moe_harness.harness.core.plan import plan
 from moe_harness.harness.core.request import Request
-from moe_harness.harness.process.pool import Pool, prepare
+from moe_harness.harness.process.pool import Pool
 from moe_harness.harness.stages.experts.bound import experts_bound
 from moe_harness.harness.stages.experts.faults._steps import run
 
@@ -30,7 +30,6 @@ TELLING = ("contract", "determinism", "graph_replay", "side_stream")  # the chec
 
 def survives(fault: Any, checks: tuple[str, ...]) -> bool:
     """Whether every case of these checks passes the fault."""
-    prepare()
     with Pool(fault.stage, fault.spec, "cuda", 1, 120.0) as pool:
         request = Request(device="cuda", dtypes=pool.start().dtypes)
         ids = (p.id for p in plan(fault.stage, request) if p.check in checks)

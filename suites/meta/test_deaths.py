@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from moe_harness.harness.core.plan import plan
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.process.deaths import OF_A_CHECK, OF_A_RUN, Deaths
 from moe_harness.harness.run.session import RunOptions, judge
@@ -62,7 +63,8 @@ def experts(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, *, a
 
 def test_one_kind_of_bad_input_hides_no_other_check(tmp_path: Path) -> None:
     (tmp_path / "kernel.py").write_text(ABORTS)
-    asked = RunOptions(checks=("contract", "sentinels", "numeric"))
+    planned = [p for p in plan("experts", Request(dtypes=("fp32",))) if p.check in ("contract", "sentinels", "numeric")]
+    asked = RunOptions(cases=tuple(p.id for p in planned if p.check != "numeric" or p.case.steps() < 40))
     result = judge("experts", f"{tmp_path / 'kernel.py'}:experts", Request(dtypes=("fp32",)), asked)
     by_name = {check["name"]: check for check in result["checks"]}
     assert by_name["contract"]["judged"] == by_name["contract"]["cases"]
@@ -77,17 +79,15 @@ def test_one_kind_of_bad_input_hides_no_other_check(tmp_path: Path) -> None:
 
 
 REFUSES = """
-from moe_harness.impls.torch.experts import loop
-
-def experts(hidden_states, *call, **options):
-    if len(hidden_states) != 5:
-        raise NotImplementedError("five tokens only")
-    return loop(hidden_states, *call, **options)
+def gate(hidden_states, gate_weight, shared_output):
+    if len(hidden_states) != 33:
+        raise NotImplementedError("33 rows only")
+    return (hidden_states @ gate_weight.T).sigmoid() * shared_output
 """
 
 
 def test_pass_needs_every_case_of_the_core(tmp_path: Path) -> None:
     (tmp_path / "kernel.py").write_text(REFUSES)
-    spec = f"{tmp_path / 'kernel.py'}:experts"
-    result = judge("experts", spec, Request(dtypes=("fp32",)), RunOptions())
+    spec = f"{tmp_path / 'kernel.py'}:gate"
+    result = judge("shared_expert_gate", spec, Request(dtypes=("fp32",)), RunOptions())
     assert result["verdict"] == "unsupported" and result["judged"] < 0.2

@@ -22,7 +22,6 @@ from moe_harness.harness.diagnosis.likelihood import likelihood_of
 from moe_harness.harness.diagnosis.measure import STAGES, measure, measured, summary, trial_of
 from moe_harness.harness.diagnosis.patterns import looks, ratios, tiles
 from moe_harness.harness.diagnosis.search import explain
-from moe_harness.harness.process.pool import prepare
 from moe_harness.harness.run.session import RunOptions, judge
 from moe_harness.harness.stages.experts.cases import ExpertsCase
 from moe_harness.harness.stages.experts.faults import _steps as parts
@@ -80,7 +79,6 @@ def right_trials() -> list[tuple[str, str]]:
     ],
 )
 def test_a_run_names_the_cause_whatever_the_stage(name: str, check: str) -> None:
-    prepare()
     fault = get(name)
     failures = judge(fault.stage, fault.spec, Request(), RunOptions(checks=(check,), fail_fast=True))["failures"]
     assert [entry["fault"] for entry in failures[0]["diagnosis"]][:1] == [name]

@@ -9,7 +9,6 @@ from moe_harness.harness.core.contracts import load
 from moe_harness.harness.core.invocation import Trial
 from moe_harness.harness.core.plan import ON_CUDA_ONLY, plan
 from moe_harness.harness.core.request import Request
-from moe_harness.harness.process.pool import prepare
 from moe_harness.harness.process.worker import judge_id
 from moe_harness.harness.run.session import RunOptions, judge
 from moe_harness.suites.meta.judging import functions_of
@@ -35,7 +34,6 @@ def test_there_are_enough():
     ids=[spec.rpartition("/")[2] for _, spec in RIGHT],
 )
 def test_passes_its_share_of_the_plan(number, stage, spec):
-    prepare()
     asked = Request(seed=1, dtypes=load(stage, spec).declared.dtypes)
     planned = [p.id for p in plan(stage, asked) if p.check not in ON_CUDA_ONLY]
     result = judge(stage, spec, asked, RunOptions(cases=tuple(planned[number % SHARES :: SHARES])))

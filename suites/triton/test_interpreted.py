@@ -9,7 +9,7 @@ import pytest
 
 from moe_harness.harness.core.plan import ON_CUDA_ONLY, Planned, plan
 from moe_harness.harness.core.request import Request
-from moe_harness.harness.process.pool import Pool, prepare
+from moe_harness.harness.process.pool import Pool
 from moe_harness.suites.triton import CUDA, runnable
 
 pytestmark = [*runnable, pytest.mark.skipif(CUDA, reason="judged on the GPU itself: moe-harness check --device cuda")]
@@ -36,7 +36,6 @@ def sample(stage: str) -> list[Planned]:
 def test_small_cases_pass(stage: str) -> None:
     planned = sample(stage)
     assert len({p.check for p in planned}) >= 6
-    prepare()
     with Pool(stage, "triton", "cpu", 1, 60.0) as pool:
         assert pool.start().interpreted
         answers = list(pool.judge([p.id for p in planned]))
