@@ -42,7 +42,6 @@ def faults(
     earlier = parts.read([Path(path) for path in options.listed(known)], judging)
     done = {row["fault"] for part in earlier for row in part["rows"]}
     share = [fault for fault in (parts.share(chosen, shard) if shard else chosen) if fault.name not in done]
-    prepare()
     kept = parts.Kept(json, judging, earlier, chosen)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("faults", total=len(share))
