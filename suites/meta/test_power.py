@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
 import pytest
@@ -32,7 +31,7 @@ LARGEST = 3e6  # products T * k * H * I of a case that is worth its time here
 # Of every 100 planned data sets, how many may by chance be without power: a recipe that fails oftener has to be mended.
 REPLACED_PER_CENT = 5
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
-LONG = 300  # data sets of a plan
+MANY = 80  # data sets of a plan by day, spread evenly: all of them take minutes
 EXCUSES = [
     pytest.param(stage, excuse, id=f"{stage}-{excuse.wrong}")
     for stage in STAGES
@@ -46,6 +45,12 @@ def planned(stage: str, *checks: str) -> Iterator[Planned]:
         cost = getattr(case, "T", 1) * getattr(case, "k", 1) * getattr(case, "H", 1) * getattr(case, "I", 1)
         if item.check in (checks or data_power.JUDGING) and item.check not in ON_CUDA_ONLY and cost <= LARGEST:
             yield item
+
+
+def some(items: list[Planned], offset: int = 0) -> list[Planned]:
+    """All of them at night."""
+    step = 1 if NIGHTLY else max(1, len(items) // MANY)
+    return items[min(offset, step - 1) :: step]
 
 
 def trial_of(stage: str, function: Any) -> Trial:
@@ -76,8 +81,7 @@ def test_few_planned_data_sets_have_to_be_replaced(stage: str) -> None:
         load(stage, next(n for n in ("torch", "torch:loop", "torch:dequantized") if n in registered(stage))), "cpu"
     )
     items = list(planned(stage))
-    few = 1 if NIGHTLY or len(items) < LONG else 3  # by day a third of the plans that take half a minute
-    proofs = [data_power.prove(trial, item.case) for item in items[::few]]
+    proofs = [data_power.prove(trial, item.case) for item in some(items)]
     assert all(proof.case is not None for proof in proofs)
     assert sum(bool(proof.accepted) for proof in proofs) <= REPLACED_PER_CENT / 100 * len(proofs)
     assert sum(proof.rejected > 0 for proof in proofs) > 0.8 * len(proofs)
@@ -86,9 +90,9 @@ def test_few_planned_data_sets_have_to_be_replaced(stage: str) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_kernel_that_returns_zeros_fails_on_all_data_that_judge(stage: str) -> None:
     trial = zeros(stage)
-    for item in islice(planned(stage), 0, None, 3):
+    for item in some(list(planned(stage)), offset=1):
         answer = judge_id(trial, item.id)
-        excused = data_power.excused(item.case, "all_zeros") is not None
+        excused = data_power.excused(item.case, "all_zeros") is not None or getattr(item.case, "T", 1) == 0
         assert answer.status == "failed" or excused or not answer.rejected, item.id
 
 
