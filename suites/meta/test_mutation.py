@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from importlib import import_module
 from pathlib import Path
+from queue import Queue
 from types import ModuleType
 
 import pytest
@@ -92,3 +93,21 @@ def test_a_run_that_was_stopped_or_had_no_outcome_is_no_kill(run: ModuleType) ->
 def test_annotations_are_left_alone(run: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "m.py").write_text("x: int | None = 3 | 4\n\n\ndef f(a: int | str) -> int | None:\n    return a | 1\n")
     assert sorted(run.annotations(str(tmp_path / "m.py"))) == [((1, 3), (1, 13)), ((4, 9), (4, 18)), ((4, 23), (4, 33))]
+
+
+def test_an_edit_of_a_copy_is_what_is_imported_there(
+    run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """moe_harness/ holds links: a copy that follows them imports modules that nobody edits, and all mutants survive."""
+    (tmp_path / "tree/harness").mkdir(parents=True)
+    (tmp_path / "tree/moe_harness").mkdir()
+    (tmp_path / "tree/harness/one.py").write_text("one = 1\n")
+    (tmp_path / "tree/moe_harness/harness").symlink_to("../harness")
+    monkeypatch.chdir(tmp_path)  # settle goes elsewhere, and sets the path of imports
+    monkeypatch.setenv("PYTHONPATH", "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    copies = Queue[str]()
+    copies.put(str(tmp_path / "copy"))
+    run.settle(str(tmp_path / "tree"), copies)
+    Path("harness/one.py").write_text("one = 2\n")
+    assert Path("moe_harness/harness/one.py").read_text() == "one = 2\n"

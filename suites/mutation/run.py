@@ -119,9 +119,9 @@ def workers(count: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def settle(tree: str, copies: Any) -> None:
-    """Copy the tree and stand in it; what is imported comes from there."""
-    copy = copies.get()
-    shutil.copytree(tree, copy, ignore=shutil.ignore_patterns(".git", ".tox", ".venv", "__pycache__", "*.egg-info"))
+    """Copy the tree and stand in it; what is imported comes from there, through the links of moe_harness/ as well."""
+    copy, left_out = copies.get(), shutil.ignore_patterns(".git", ".tox", ".venv", "__pycache__", "*.egg-info")
+    shutil.copytree(tree, copy, symlinks=True, ignore=left_out)
     os.chdir(copy)
     os.environ |= {"PYTHONPATH": copy, "OMP_NUM_THREADS": "1"}
 
