@@ -103,6 +103,8 @@ class Engine:
     def generate(self, requests: list[Request], progress: Callable[[int, int], None] | None = None) -> list[list[int]]:
         """New tokens of every request, in order; others that were added before go on beside them.
 
+        The longest go first: all are done when the last one is, and it should not be alone before that.
+
         Args:
             progress: called with finished requests and all of them, whenever one has finished.
 
@@ -110,7 +112,9 @@ class Engine:
             Refused: a request that could never finish, named by its place; nothing was started then.
         """
         self.refuse_any(requests)
-        numbers = [self.add(request) for request in requests]
+        numbers = [0] * len(requests)
+        for place in sorted(range(len(requests)), key=lambda place: -requests[place].max_new_tokens):
+            numbers[place] = self.add(requests[place])
         waited = {number: self.sequences[number] for number in numbers}
         left = set(numbers)
         try:

@@ -48,7 +48,7 @@ class Options:
     """
 
     max_sequences: int = 256
-    max_tokens: int = 8192  # with 4096 the host takes longer to launch a step of 12 layers than an H100 to run it
+    max_tokens: int = 8192
     max_length: int | None = None
     page_size: int = 32
     pages: int | None = None
