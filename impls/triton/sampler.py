@@ -16,6 +16,7 @@ from moe_harness.impls.triton._random import gumbel
 
 __all__ = ["sampler"]  # what is registered
 
+LOWEST: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).min)
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -23,13 +24,15 @@ NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 def _draw(
     logits, temperature, seeds, positions, edges, lasts, part_top, part_best, part_choice, V, part, block,
     b_stride, v_stride, t_stride, seed_stride, p_stride,
-    CUT: tl.constexpr, TILE: tl.constexpr, BITS: tl.constexpr, PARTS: tl.constexpr,
+    CUT: tl.constexpr, TILE: tl.constexpr, BITS: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Best of the tokens of one part of row program_id(0): its score, relative to the largest logit of the part.
 
     `block` is the number of blocks of four tokens that other shards of the vocabulary hold before this one.
 
-    Every lane keeps its own best, relative to its own largest logit, so that the loop has no reduction in it.
+    Every lane keeps its own best, relative to its own largest logit, so that the loop has no reduction in it.  The
+    largest starts at a finite number: a logit of -inf then has the score -inf by itself, and no difference is NaN.
     """
     b, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     degrees = tl.load(temperature + b * t_stride).to(tl.float32)
@@ -40,33 +43,31 @@ def _draw(
     if CUT:
         edge = tl.load(edges + b).to(tl.uint32)
         last = tl.load(lasts + b)
-    tops = tl.full([TILE], float("-inf"), tl.float32)
+    tops = tl.full([TILE], LOWEST, tl.float32)
     bests = tl.full([TILE], float("-inf"), tl.float32)
     choices = tl.zeros([TILE], tl.int32)
     first = split * part
-    for start in range(first, tl.minimum(first + part, V), TILE):
+    for start in tl.range(first, tl.minimum(first + part, V), TILE, num_stages=STAGES):
         token = start + tl.arange(0, TILE)
         x = tl.load(logits + b * b_stride + token.to(tl.int64) * v_stride, mask=token < V, other=float("-inf"))
         x = x.to(tl.float32)
-        kept = x > float("-inf")
-        if CUT:
-            key = ordered(x, BITS)
-            kept &= (key > edge) | ((key == edge) & (token <= last))
         new_tops = tl.maximum(tops, x)
-        bests += tl.where(new_tops > tops, (tops - new_tops) * inverse, 0.0)
+        bests += (tops - new_tops) * inverse
         tops = new_tops
         score = (x - tops) * inverse
         if warm:
-            score += gumbel(seed, position, block + start // 4, TILE // 4)
-        score = tl.where(kept, score, float("-inf"))
+            score += gumbel(seed, position, block + start // 4, TILE // 4, WIDEN)
+        if CUT:
+            key = ordered(x, BITS)
+            score = tl.where((key > edge) | ((key == edge) & (token <= last)), score, float("-inf"))
         choices = tl.where(score > bests, token, choices)
         bests = tl.maximum(bests, score)
     top = tl.max(tops)
-    bests = tl.where(tops > float("-inf"), bests + (tops - top) * inverse, float("-inf"))
+    bests += (tops - top) * inverse
     best = tl.max(bests)
     choice = tl.min(tl.where(bests == best, choices, V - 1))
     at = b * PARTS + split
-    tl.store(part_top + at, top)
+    tl.store(part_top + at, tl.where(best > float("-inf"), top, float("-inf")))
     tl.store(part_best + at, best)
     tl.store(part_choice + at, choice)
 
@@ -142,7 +143,8 @@ def _drawn(
     _draw[(batch, parts)](
         logits, temperature, seeds, positions, edges, lasts, tops, scores, tokens, width, part, first // 4,
         *logits.stride(), temperature.stride(0), seeds.stride(0), positions.stride(0),
-        CUT=cut, TILE=tile, BITS=BITS[NAMES[logits.dtype]], PARTS=parts, num_warps=4,
+        CUT=cut, TILE=tile, BITS=BITS[NAMES[logits.dtype]], PARTS=parts, STAGES=1, WIDEN=interpreting(),
+        num_warps=4,
     )  # fmt: skip
     return tops, scores, tokens
 
