@@ -20,6 +20,10 @@ class Joined:
     router: Callable[..., tuple[Tensor, Tensor]]  # from hidden states, pad rows left out
     experts_by_slot: Callable[..., Tensor]
     sum_norm: Callable[..., tuple[Tensor, Tensor]]  # the experts' sum, the residual and the next norm
+    projection: Callable[[Tensor, Tensor], Tensor | None]  # in parts, which the next norm adds up; None: no gain
+    norm_of_parts: Callable[..., tuple[Tensor, Tensor]]
+    rope_cache: Callable[..., Tensor]  # these two of positions and lengths that the step began with
+    paged_attention: Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,19 @@ class Kernels:
 
 def _joined() -> Joined:
     from moe_harness.impls.triton.experts import experts_by_slot
+    from moe_harness.impls.triton.paged_attention import paged_attention_of_step
+    from moe_harness.impls.triton.projection import projection
+    from moe_harness.impls.triton.rms_norm import norm_of_parts
+    from moe_harness.impls.triton.rope_cache import rope_cache_of_step
     from moe_harness.impls.triton.router import router_from_hidden
     from moe_harness.impls.triton.sum_norm import sum_norm
 
-    return Joined(router_from_hidden, experts_by_slot, sum_norm)
+    return Joined(
+        router=router_from_hidden,
+        experts_by_slot=experts_by_slot,
+        sum_norm=sum_norm,
+        projection=projection,
+        rope_cache=rope_cache_of_step,
+        norm_of_parts=norm_of_parts,
+        paged_attention=paged_attention_of_step,
+    )

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_harness.impls.qwen3_moe.expert_layouts import ExpertLayout, alone
-from moe_harness.impls.qwen3_moe.kernels import Kernels
+from moe_harness.impls.qwen3_moe.kernels import Joined, Kernels
 from moe_harness.impls.qwen3_moe.latent import LatentAttention
 from moe_harness.impls.qwen3_moe.linear_attention import DeltaNet, Memory, gated
 from moe_harness.impls.qwen3_moe.ranks import Ranks, Unsummed
@@ -100,7 +100,14 @@ class BySlot:
     ids: Tensor
 
 
-Output = Tensor | BySlot | Unsummed  # of half a layer, [T, H]
+@dataclass(frozen=True)
+class Parts:
+    """A projection in parts over its depth, fp32 [n, T, H]: the next norm adds them up."""
+
+    parts: Tensor
+
+
+Output = Tensor | BySlot | Parts | Unsummed  # of half a layer, [T, H]
 
 
 class Network:
@@ -156,7 +163,7 @@ class Network:
 
     def logits(self, output: Output, stream: Tensor | None, rows: Tensor | None = None) -> Tensor:
         """The last norm and the head of the sum of both, [T, H] -> [T or R, V]."""
-        if rows is not None and not isinstance(output, BySlot):  # all rows of what is still by slot
+        if rows is not None and isinstance(output, Tensor | Unsummed):  # all rows of what is still by slot
             output = output[rows] if isinstance(output, Tensor) else Unsummed(output.part[rows])
             stream = None if stream is None else stream[rows]
         x, _ = self.norm("model.norm.weight", output, stream)
@@ -219,16 +226,29 @@ class Network:
         c, heads, kv_heads = self.config, self.layout.heads, self.layout.kv_heads
         qkv = F.linear(x, self.p[f"{name}.qkv_proj.weight"], self.p.get(f"{name}.qkv_proj.bias"))
         q, k, v = qkv.unflatten(-1, (-1, c.head_dim)).split((heads, kv_heads, kv_heads), dim=1)
-        q = self.kernels.rope_cache(
+        q = self._of_step(flat).rope_cache(
             q, k, v, flat.positions, flat.slots, keys, values,
             q_norm=self.p.get(f"{name}.q_norm.weight"), k_norm=self.p.get(f"{name}.k_norm.weight"),
             eps=c.eps, theta=c.theta,
         )  # fmt: skip
         mixed = self.attend(q, flat, keys, values).flatten(1)
+        parts = self._in_parts(f"{name}.o_proj", mixed, flat)
+        if parts is not None:
+            return Parts(parts)
         return self.reduced(F.linear(mixed, self.p[f"{name}.o_proj.weight"], self.p.get(f"{name}.o_proj.bias")))
 
+    def _of_step(self, flat: Flat) -> Kernels | Joined:
+        """Kernels that may read what describes a batch before the kernel before has ended, if a whole step runs."""
+        return self.kernels.joined if flat.padded and self.kernels.joined is not None else self.kernels
+
+    def _in_parts(self, name: str, x: Tensor, flat: Flat) -> Tensor | None:
+        """x times a weight in parts that the next kernel adds up, fp32 [n, T, N]; None where that gains nothing."""
+        if not flat.padded or self.kernels.joined is None or self.ranks is not None or f"{name}.bias" in self.p:
+            return None
+        return self.kernels.joined.projection(x, self.p[f"{name}.weight"])
+
     def attend(self, q: Tensor, flat: Flat, keys: Tensor, values: Tensor) -> Tensor:
-        scale, attend = self.config.head_dim**-0.5, self.kernels.paged_attention
+        scale, attend = self.config.head_dim**-0.5, self._of_step(flat).paged_attention
         return self.apart(q, flat, lambda q, *batch: attend(q, keys, values, *batch, scale=scale))
 
     def apart(self, q: Tensor, flat: Flat, attend: Callable[..., Tensor]) -> Tensor:
@@ -303,6 +323,9 @@ class Network:
             return self.kernels.joined.sum_norm(
                 x.rows, x.weights, x.ids, stream, self.p[name], num_experts=self.config.num_experts, eps=self.config.eps
             )
+        if isinstance(x, Parts):
+            assert stream is not None and self.kernels.joined is not None
+            return self.kernels.joined.norm_of_parts(x.parts, self.p[name], stream, eps=self.config.eps)
         if isinstance(x, Unsummed):
             assert self.ranks is not None and self.ranks.sum_norm is not None
             return self.ranks.sum_norm(x.part, self.p[name], eps=self.config.eps, residual=stream)

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_harness.impls.launching import Repeated, empty, launch
 from moe_harness.impls.triton._common import (
     after_previous,
     early_start,
@@ -98,16 +99,20 @@ def _decode(
     splits, least, scale_log2,
     q_t, q_h, q_d, kc_p, kc_s, kc_h, kc_d, vc_p, vc_s, vc_h, vc_d, table_s, start_s, len_s,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Key/value head program_id(0) of sequence program_id(1), part program_id(2) of its keys; few queries."""
-    after_previous(PDL)
-    let_next_start(PDL)
+    if not AHEAD:
+        after_previous(PDL)
+        let_next_start(PDL)
     head, s, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
     first = tl.load(query_start + s * start_s).to(tl.int64)
     count = (tl.load(query_start + (s + 1) * start_s) - first).to(tl.int32)
     length = tl.load(context_len + s * len_s).to(tl.int32)
     each, used = _share(length, splits, least, BN)
+    if AHEAD:
+        after_previous(PDL)
+        let_next_start(PDL)
     if split < used:
         low = split * each * BN
         high = tl.minimum(length, low + each * BN)
@@ -235,15 +240,35 @@ def paged_attention(
     Raises:
         ValueError, TypeError, NotImplementedError: shapes, dtypes, devices that do not fit.
     """
+    table = block_table if block_table.ndim != 2 or block_table.stride(1) == 1 else block_table.contiguous()
+    return _attend((q, key_cache, value_cache, table, query_start, context_len), scale, False)
+
+
+def paged_attention_of_step(
+    q: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, query_start: Tensor, context_len: Tensor, *,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    """`paged_attention` where lengths were written before the kernel that precedes this one in the stream had started.
+
+    They are read before that one has ended.
+    """
+    return _attend((q, key_cache, value_cache, block_table, query_start, context_len), scale, True)
+
+
+@Repeated
+def _attend(
+    q: Tensor, key_cache: Tensor, value_cache: Tensor, table: Tensor, query_start: Tensor, context_len: Tensor,
+    scale: float, ahead: bool,
+) -> Tensor:  # fmt: skip
+    """`paged_attention` with every argument by position."""
     require(q, key_cache, value_cache)
-    _check(q, key_cache, value_cache, block_table, query_start, context_len)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    _check(q, key_cache, value_cache, table, query_start, context_len)
+    out = empty(q, *q.shape)
     if q.numel() > 0 and len(context_len) > 0:
-        table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
         call = (q, key_cache, value_cache, table, query_start, context_len, out)
         with on(q.device):
             if len(q) <= len(context_len):
-                _run_decode(*call, scale=scale, config=decode_config(q, key_cache, block_table))
+                _run_decode(*call, scale=scale, config=decode_config(q, key_cache, table), ahead=ahead)
             else:
                 _run_extend(*call, scale=scale, config=extend_config(q, key_cache))
     return out
@@ -295,23 +320,26 @@ def _strides(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, start: Tens
 
 def _run_decode(
     q: Tensor, keys: Tensor, values: Tensor, table: Tensor, start: Tensor, length: Tensor, out: Tensor, *,
-    scale: float, config: Config,
+    scale: float, config: Config, ahead: bool,
 ) -> None:  # fmt: skip
     tokens, query_heads, width = q.shape
     heads, sequences = keys.shape[2], len(length)
     splits = config.splits
     early = early_start(q.device)
-    part = q.new_empty(tokens, query_heads, splits, width if splits > 1 else 0, dtype=torch.float32)
-    top, mass = q.new_empty(2, tokens, query_heads, splits, dtype=torch.float32)
-    _decode[(heads, sequences, splits)](
+    part = empty(q, tokens, query_heads, splits, width if splits > 1 else 0, dtype=torch.float32)
+    top, mass = (empty(q, tokens, query_heads, splits, dtype=torch.float32) for _ in range(2))
+    launch(
+        _decode, (heads, sequences, splits),
         q, keys, values, table, start, length, out, part, top, mass, splits, config.least, scale * LOG2_E,
         *_strides(q, keys, values, table, start, length),
         HEADS=heads, GROUP=query_heads // heads, D=width, BD=max(16, triton.next_power_of_2(width)),
-        PAGE=keys.shape[1], BM=config.rows, BN=config.keys, WIDEN=interpreting(), PDL=early, launch_pdl=early,
+        PAGE=keys.shape[1], BM=config.rows, BN=config.keys, AHEAD=ahead, WIDEN=interpreting(), PDL=early,
+        launch_pdl=early,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if splits > 1:
-        _join[(query_heads, sequences)](
+        launch(
+            _join, (query_heads, sequences),
             part, top, mass, start, length, out, config.least, start.stride(0), length.stride(0),
             HEADS=query_heads, D=width, BD=triton.next_power_of_2(width), BN=config.keys, SPLITS=splits,
             WIDEN=interpreting(), PDL=early, launch_pdl=early, num_warps=1 if splits <= 8 else 4,
@@ -325,7 +353,8 @@ def _run_extend(
     tokens, query_heads, width = q.shape
     heads, sequences = keys.shape[2], len(length)
     tiles = tokens // (config.rows // (query_heads // heads)) + sequences
-    _extend[(heads, tiles)](
+    launch(
+        _extend, (heads, tiles),
         q, keys, values, table, start, length, out, sequences, scale * LOG2_E,
         *_strides(q, keys, values, table, start, length),
         HEADS=heads, GROUP=query_heads // heads, D=width, BD=max(16, triton.next_power_of_2(width)),

@@ -8,11 +8,11 @@ parts, since one fp32 exponent of about 20 bits would leave the frequency 14 rou
 import math
 import struct
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_harness.impls.launching import Repeated, empty, launch
 from moe_harness.impls.triton._common import (
     after_previous,
     early_start,
@@ -74,26 +74,32 @@ def _rope_cache(
     q_t, q_h, q_d, k_t, k_h, k_d, v_t, v_h, v_d, position_t, slot_t,
     kc_p, kc_s, kc_h, kc_d, vc_p, vc_s, vc_h, vc_d, qn_d, kn_d,
     HEADS: tl.constexpr, GROUP: tl.constexpr, BG: tl.constexpr, D: tl.constexpr, BH: tl.constexpr,
-    PAGE: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
+    PAGE: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, AHEAD: tl.constexpr,
+    WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Token program_id(0).  Programs below HEADS have the query heads of one key/value head, those from it on its key.
 
-    Everything a program reads is on its way before the angle is taken, which takes the longest.
+    The angle takes the longest.  AHEAD: it is taken before the program waits, otherwise while all reads are under way.
     """
     HALF: tl.constexpr = D // 2
-    after_previous(PDL)
-    let_next_start(PDL)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     plane = tl.arange(0, BH)
+    if AHEAD:
+        angle = _angle(tl.load(positions + token * position_t), plane, HALF, log2_theta, log2_theta_low)
+        cos, sin = tl.cos(angle), tl.sin(angle)
+    after_previous(PDL)
+    let_next_start(PDL)
     position = tl.load(positions + token * position_t)
     if head < HEADS:
         row = tl.arange(0, BG)
         heads = head * GROUP + row
         first, second = _halves(q + token * q_t, heads, row < GROUP, q_h, q_d, plane, HALF)
         scale, scale_second = _scales(q_norm, qn_d, plane, HALF, Q_NORM)
-        angle = _angle(position, plane, HALF, log2_theta, log2_theta_low)
-        first, second = _turned(first, second, scale, scale_second, tl.cos(angle), tl.sin(angle), eps, D, Q_NORM)
+        if not AHEAD:
+            angle = _angle(position, plane, HALF, log2_theta, log2_theta_low)
+            cos, sin = tl.cos(angle), tl.sin(angle)
+        first, second = _turned(first, second, scale, scale_second, cos, sin, eps, D, Q_NORM)
         here = (row < GROUP)[:, None] & (plane < HALF)[None, :]
         at = out + (token * HEADS * GROUP + heads[:, None]) * D + plane[None, :]
         tl.store(at, narrow(first, out.dtype.element_ty, WIDEN), mask=here)
@@ -105,10 +111,10 @@ def _rope_cache(
             k_first, k_second = _halves(k + token * k_t, one, one >= 0, k_h, k_d, plane, HALF)
             value, value_second = _halves(v + token * v_t, one, one >= 0, v_h, v_d, plane, HALF)
             k_scale, k_scale_second = _scales(k_norm, kn_d, plane, HALF, K_NORM)
-            k_angle = _angle(position, plane, HALF, log2_theta, log2_theta_low)
-            k_first, k_second = _turned(
-                k_first, k_second, k_scale, k_scale_second, tl.cos(k_angle), tl.sin(k_angle), eps, D, K_NORM
-            )
+            if not AHEAD:
+                angle = _angle(position, plane, HALF, log2_theta, log2_theta_low)
+                cos, sin = tl.cos(angle), tl.sin(angle)
+            k_first, k_second = _turned(k_first, k_second, k_scale, k_scale_second, cos, sin, eps, D, K_NORM)
             page, offset = (slot // PAGE).to(tl.int64), (slot % PAGE).to(tl.int64)
             k_here = (one >= 0)[:, None] & (plane < HALF)[None, :]
             column, cache_head = plane[None, :].to(tl.int64), one[:, None].to(tl.int64)
@@ -120,8 +126,11 @@ def _rope_cache(
             tl.store(value_at + HALF * vc_d, narrow(value_second, value_cache.dtype.element_ty, WIDEN), mask=k_here)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-    """Refuse shapes that do not fit together."""
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, slots: Tensor, keys: Tensor, values: Tensor,
+    q_norm: Tensor | None, k_norm: Tensor | None,
+) -> None:  # fmt: skip
+    """Refuse shapes and dtypes that do not fit together."""
     tokens, query_heads, width = q.shape
     heads = k.shape[1]
     if width % 2 or heads == 0 or query_heads % heads:
@@ -134,6 +143,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, slots: Tensor, ke
     for name, (tensor, shape) in wanted.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} is {tuple(tensor.shape)}, but should be {shape} beside q of {tuple(q.shape)}")
+    norms = [w for w in (q_norm, k_norm) if w is not None]
+    require(keys, *norms)
+    if any(tuple(w.shape) != (width,) for w in norms):
+        raise ValueError(f"norm weights are {[tuple(w.shape) for w in norms]}, but should be {(width,)}")
 
 
 def rope_cache(
@@ -154,27 +167,46 @@ def rope_cache(
     Raises:
         ValueError, TypeError, NotImplementedError: shapes, dtypes, devices that do not fit.
     """
-    norms = [w for w in (q_norm, k_norm) if w is not None]
-    require(q, k, v, key_cache, value_cache, *norms)
-    _check(q, k, v, positions, slots, key_cache, value_cache)
+    return _turn((q, k, v, positions, slots, key_cache, value_cache, q_norm, k_norm), eps, theta, False)
+
+
+def rope_cache_of_step(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, slots: Tensor, key_cache: Tensor, value_cache: Tensor, *,
+    q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 1e-6, theta: float,
+) -> Tensor:  # fmt: skip
+    """`rope_cache` where positions were written before the kernel that precedes this one in the stream had started.
+
+    They are read, and the angles taken, before that one has ended.
+    """
+    return _turn((q, k, v, positions, slots, key_cache, value_cache, q_norm, k_norm), eps, theta, True)
+
+
+@Repeated
+def _turn(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, slots: Tensor, key_cache: Tensor, value_cache: Tensor,
+    q_norm: Tensor | None, k_norm: Tensor | None, eps: float, theta: float, ahead: bool,
+) -> Tensor:  # fmt: skip
+    """`rope_cache` with every argument by position."""
+    require(q, k, v, key_cache, value_cache)
+    _check(q, k, v, positions, slots, key_cache, value_cache, q_norm, k_norm)
     tokens, query_heads, width = q.shape
-    if any(tuple(w.shape) != (width,) for w in norms):
-        raise ValueError(f"norm weights are {[tuple(w.shape) for w in norms]}, but should be {(width,)}")
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = empty(key_cache, *q.shape)
     if tokens == 0:
         return out
     group = query_heads // k.shape[1]
     high, low = _in_two_parts(math.log2(theta))
     early = early_start(q.device)
     with on(q.device):
-        _rope_cache[(tokens, 2 * k.shape[1])](
+        launch(
+            _rope_cache, (tokens, 2 * k.shape[1]),
             q, k, v, positions, slots, key_cache, value_cache, q if q_norm is None else q_norm,
             q if k_norm is None else k_norm, out, eps, high, low, *q.stride(), *k.stride(), *v.stride(),
             positions.stride(0), slots.stride(0), *key_cache.stride(), *value_cache.stride(),
             0 if q_norm is None else q_norm.stride(0), 0 if k_norm is None else k_norm.stride(0),
             HEADS=k.shape[1], GROUP=group, BG=triton.next_power_of_2(group), D=width,
             BH=triton.next_power_of_2(width // 2), PAGE=key_cache.shape[1], Q_NORM=q_norm is not None,
-            K_NORM=k_norm is not None, WIDEN=interpreting(), PDL=early, launch_pdl=early, num_warps=1,
+            K_NORM=k_norm is not None, AHEAD=ahead, WIDEN=interpreting(), PDL=early,
+            launch_pdl=early, num_warps=1,
         )  # fmt: skip
     return out
 

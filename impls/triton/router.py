@@ -27,9 +27,9 @@ from moe_harness.impls.triton._common import (
     let_next_start,
     narrow,
     on,
-    product,
     require,
 )
+from moe_harness.impls.triton.projection import Plan, run
 
 __all__ = ["router"]  # what is registered; router_from_hidden starts from the hidden states
 
@@ -126,28 +126,6 @@ def _router(
         dead = tl.load(pads + row.to(tl.int64) * pad_row, mask=row < T, other=0) < 0
         chosen_ids = tl.where(dead[:, None], -1, chosen_ids)
     tl.store(ids + out, chosen_ids.to(tl.int64), mask=live)
-
-
-@triton.jit
-def _gate_logits(
-    x, w, out, T, E, H, x_row, x_col, w_row, w_col,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STEPS: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """out[part program_id(2), BM rows, BN experts] in fp32, of STEPS times BK columns of x."""
-    after_previous(PDL)
-    let_next_start(PDL)
-    row = tl.program_id(0) * BM + tl.arange(0, BM)
-    e = tl.program_id(1) * BN + tl.arange(0, BN)
-    acc = tl.zeros((BM, BN), tl.float32)
-    first = tl.program_id(2) * STEPS * BK
-    for k0 in tl.range(first, tl.minimum(first + STEPS * BK, H), BK):
-        k = k0 + tl.arange(0, BK)
-        at_x = x + row[:, None].to(tl.int64) * x_row + k[None, :].to(tl.int64) * x_col
-        at_w = w + e[:, None].to(tl.int64) * w_row + k[None, :].to(tl.int64) * w_col
-        rows = tl.load(at_x, mask=(row < T)[:, None] & (k < H)[None, :], other=0.0)
-        acc = product(rows, tl.load(at_w, mask=(e < E)[:, None] & (k < H)[None, :], other=0.0).T, acc, WIDEN)
-    at = out + (tl.program_id(2).to(tl.int64) * T + row[:, None]) * E + e[None, :]
-    tl.store(at, acc, mask=(row < T)[:, None] & (e < E)[None, :])
 
 
 def _check(experts: int, top_k: int, scoring: str, num_expert_group: int | None, topk_group: int | None) -> None:
@@ -247,38 +225,28 @@ def router_from_hidden(
     """Route hidden_states [T, H] with the gate's weight [E, H]; options and results as of `router`.
 
     Args:
-        pads: int [T]; rows with a negative one get the id -1, and what they hold changes nothing.
+        pads: int [T]; rows with a negative one get the id -1, and what they hold changes nothing.  Given in a decoding
+            step, where `gate_weight` is a parameter: it is read as early as the weight of `projection`.
         rounded: whether logits are rounded to the dtype of hidden_states, as a model does that calls its gate apart;
             kept in fp32 they may choose another expert.
     """
+    logits = _logits(hidden_states, gate_weight, pads is not None)
     return _route(
-        (_logits((hidden_states, gate_weight)), correction_bias, pads), top_k, scoring, renormalize, num_expert_group,
-        topk_group, routed_scaling_factor, hidden_states.dtype if rounded else None,
+        (logits, correction_bias, pads), top_k, scoring, renormalize, num_expert_group, topk_group,
+        routed_scaling_factor, hidden_states.dtype if rounded else None,
     )  # fmt: skip
 
 
-@Repeated
-def _logits(hidden_states: Tensor, gate_weight: Tensor) -> Tensor:
+def _logits(hidden_states: Tensor, gate_weight: Tensor, ahead: bool) -> Tensor:
     """fp32 parts [n, T, E] whose sum is hidden_states [T, H] times gate_weight [E, H]."""
-    require(hidden_states, gate_weight)
-    (tokens, depth), experts = hidden_states.shape, gate_weight.shape[0]
+    tokens, depth = hidden_states.shape
     step = 32 if hidden_states.element_size() == 4 else 128
-    steps = triton.cdiv(depth, step)
-    steps = triton.cdiv(steps, PARTS) if tokens <= FEW else steps
-    parts = max(1, triton.cdiv(depth, steps * step)) if depth else 1
-    logits = empty(hidden_states, parts, tokens, experts, dtype=torch.float32)
-    rows = 16 if tokens <= 2048 else 64
-    columns = 32 if tokens <= FEW else 16 if tokens <= 1024 else 64
-    early = early_start(hidden_states.device)
-    if tokens:
-        with on(hidden_states.device):
-            launch(
-                _gate_logits, (triton.cdiv(tokens, rows), triton.cdiv(experts, columns), parts),
-                hidden_states, gate_weight, logits, tokens, experts, depth,
-                *hidden_states.stride(), *gate_weight.stride(),
-                BM=rows, BN=columns, BK=step, STEPS=max(1, steps), WIDEN=interpreting(), PDL=early, launch_pdl=early,
-            )  # fmt: skip
-    return logits
+    steps = max(1, triton.cdiv(depth, step))
+    rows, columns = 16 if tokens <= 2048 else 64, 16 if tokens <= 1024 else 64
+    if tokens <= FEW:
+        steps, columns = triton.cdiv(steps, PARTS), 32
+    require(hidden_states, gate_weight)
+    return run((hidden_states, gate_weight), Plan(rows, columns, step, steps, 4, 3, ahead and tokens <= FEW))
 
 
 router.deterministic = True

@@ -15,10 +15,14 @@ from moe_harness.impls.qwen3_moe.network import BySlot
 from moe_harness.impls.qwen3_moe.runner import Filled
 from moe_harness.impls.triton._combine import combine
 from moe_harness.impls.triton.experts import experts, experts_by_slot
+from moe_harness.impls.triton.paged_attention import paged_attention, paged_attention_of_step
+from moe_harness.impls.triton.projection import MEASURED, Plan, projection, run
+from moe_harness.impls.triton.rms_norm import norm_of_parts, rms_norm
+from moe_harness.impls.triton.rope_cache import rope_cache, rope_cache_of_step
 from moe_harness.impls.triton.router import router, router_from_hidden
 from moe_harness.impls.triton.sum_norm import sum_norm
 from moe_harness.reference.model import Model as Reference
-from moe_harness.suites.triton import DEVICE, runnable
+from moe_harness.suites.triton import CUDA, DEVICE, runnable
 
 pytestmark = runnable
 EPS = 1e-6
@@ -76,6 +80,55 @@ def test_the_gate_joins_the_routing(dtype: torch.dtype) -> None:
     assert torch.equal(weights[live], wanted[0][live])
     assert torch.equal(ids[live], wanted[1][live])
     assert (ids[~live] == -1).all()
+
+
+PLANS = [
+    Plan(16, 16, 32, 2, 4, 2, False), Plan(16, 16, 64, 1, 4, 1, True), Plan(16, 32, 32, 2, 4, 2, True),
+    Plan(16, 64, 32, 2, 4, 2, True, swap=True), *MEASURED,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: "-".join(map(str, plan)))
+@pytest.mark.parametrize(("rows", "columns", "depth"), [(3, 40, 128), (18, 33, 100)])
+def test_parts_add_up_to_the_product(plan: Plan, rows: int, columns: int, depth: int) -> None:
+    """Small integers have exact products; sizes that fill no tile, and operands that are not contiguous."""
+    x, weight = integers(rows, 2 * depth)[:, ::2].bfloat16(), integers(depth, columns).T.bfloat16()
+    if CUDA:
+        torch.cuda.synchronize()  # weights are read before the kernel before has ended
+    parts = run((x, weight), plan)
+    assert parts.shape == (-(-depth // (plan.depth * plan.steps)), rows, columns)
+    assert torch.equal(parts.sum(0).double(), x.double() @ weight.double().T)
+
+
+def test_the_next_norm_adds_the_parts_up() -> None:
+    """Bit for bit what it is of their sum."""
+    parts, residual, weight = integers(3, 5, 48), integers(5, 96)[:, ::2].bfloat16(), normal(48, seed=9).bfloat16()
+    wanted = rms_norm(parts.sum(0).bfloat16(), weight, eps=EPS, residual=residual)
+    for got, by_itself in zip(norm_of_parts(parts, weight, residual, eps=EPS), wanted, strict=True):
+        assert torch.equal(got, by_itself)
+
+
+def test_what_reads_the_batch_early_gives_the_same_bits() -> None:
+    """Rotation and attention of a step, with a pad row and an empty sequence."""
+    q, k, v = normal(4, 4, 16, seed=10), normal(4, 2, 16, seed=11), normal(4, 2, 16, seed=12)
+    positions, slots = torch.tensor([3, 0, 9, 5], device=DEVICE), torch.tensor([4, -1, 0, 7], device=DEVICE)
+    tables, lengths = torch.tensor([[1], [0], [0], [1]], device=DEVICE), torch.tensor([2, 0, 1, 4], device=DEVICE)
+    starts, found = torch.arange(5, device=DEVICE), []
+    for turn, attend in ((rope_cache, paged_attention), (rope_cache_of_step, paged_attention_of_step)):
+        keys, values = torch.zeros(2, 2, 4, 2, 16, device=DEVICE)
+        out = turn(q, k, v, positions, slots, keys, values, eps=EPS, theta=1e4)
+        mixed = attend(out, keys, values, tables, starts, lengths, scale=0.25)
+        found.append(torch.cat([t.flatten() for t in (out, keys, values, mixed)]))
+    assert torch.equal(*found)
+    assert found[0].isfinite().all()
+
+
+def test_wrong_shapes_are_refused() -> None:
+    x, scale = normal(2, 32, seed=1), normal(32, seed=3)
+    with pytest.raises(ValueError, match=r"but should be \[T, K\], \[N, K\]"):
+        projection(x, normal(8, 16, seed=4))
+    with pytest.raises(ValueError, match="parts are torch.float32"):
+        norm_of_parts(x, scale, x, eps=EPS)
 
 
 def test_a_padded_step_gives_the_right_logits(tmp_path: Path) -> None:
