@@ -15,7 +15,16 @@ from torch import Tensor
 
 from moe_harness.impls import launching
 from moe_harness.impls.launching import Repeated, empty, launch
-from moe_harness.impls.triton import experts, grouped_linear, router, shared_expert_gate
+from moe_harness.impls.triton import (
+    experts,
+    grouped_linear,
+    paged_attention,
+    projection,
+    rms_norm,
+    rope_cache,
+    router,
+    shared_expert_gate,
+)
 from moe_harness.suites.triton import CUDA, DEVICE, runnable
 
 pytestmark = runnable
@@ -74,7 +83,10 @@ REPEATED: dict[str, Repeated] = {
     "few experts": experts._experts,
     "grouped_linear": grouped_linear._grouped_linear,
     "router": router._route,
-    "logits": router._logits,
+    "projection": projection.run,
+    "norm": rms_norm._normed,
+    "rotation": rope_cache._turn,
+    "attention": paged_attention._attend,
     "shared_expert_gate": shared_expert_gate._gated_rows,
 }
 
@@ -83,7 +95,7 @@ def draw(name: str, seed: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Ten
     """The tensors of one call."""
     generator = torch.Generator().manual_seed(seed)
     t, h, i, e, k = SIZES.values()
-    t = 2 if name == "few experts" else t
+    t = 2 if name in ("few experts", "rotation", "attention") else t
 
     def normal(*size: int) -> Tensor:
         return torch.randn(size, generator=generator).to(DEVICE, dtype)
@@ -97,15 +109,38 @@ def draw(name: str, seed: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Ten
         return normal(t, h), normal(e, i, h), sizes.to(DEVICE), normal(e, i)
     if name == "router":
         return normal(t, e), normal(e), None
-    return {"logits": (normal(t, h), normal(e, h)), "shared_expert_gate": (normal(t, h), normal(1, h), normal(t, i))}[
-        name
-    ]
+    if name == "norm":
+        return normal(2, t, h), normal(h), normal(t, h)
+    if name in ("rotation", "attention"):
+        q, keys, values, order = normal(t, 4, 16), normal(t, 8, 2, 16), normal(t, 8, 2, 16), torch.arange(t + 1)
+        order = order.to(DEVICE)
+        if name == "attention":
+            return q, keys, values, torch.stack((order[:-1], order[:-1].flip(0)), 1), order, order[:-1] % 16 + 1
+        return (
+            q,
+            normal(t, 2, 16),
+            normal(t, 2, 16),
+            order[1:] * 1,
+            order[:-1] * 1,
+            keys,
+            values,
+            normal(16),
+            normal(16),
+        )
+    return {
+        "projection": (normal(t, h), normal(e, h)),
+        "shared_expert_gate": (normal(t, h), normal(1, h), normal(t, i)),
+    }[name]
 
 
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "experts": ("silu",),
     "few experts": ("gelu_tanh",),
     "router": (2, "sigmoid", True, None, None, 1.5, None),
+    "projection": (projection.Plan(16, 16, 32, 1, 4, 1, False),),
+    "norm": (1e-6,),
+    "rotation": (1e-6, 1e4, False),
+    "attention": (0.25, False),
 }
 
 
