@@ -77,6 +77,17 @@ def add_cause(failure: Failure, told: Explanation | None) -> None:
         failure["looks_like"] = list(dict.fromkeys([*failure["looks_like"], *told.looks_like]))
 
 
+def cause_of(failures: Iterable[Failure]) -> str | None:
+    """What most of the failures come down to that were asked for their cause; None where half of them say nothing.
+
+    Calls of one shape may all be zero, of a kernel that computes the wrong thing: that is no name for the others.
+    """
+    asked = [failure for failure in failures if failure["diagnosis"] or failure.get("known")]
+    causes = [failure["diagnosis"][0]["fault"] for failure in asked if failure["diagnosis"]]
+    name = most_common(causes)
+    return name if 2 * causes.count(name or "") >= len(asked) else None
+
+
 class ResultBuilder:
     """What is known of one implementation.
 
@@ -249,9 +260,8 @@ class ResultBuilder:
         told: list[FailureCluster] = []
         for each in self.clustered():
             failures = [by_case[outcome.id] for outcome in each.failing if outcome.id in by_case]
-            causes = [failure["diagnosis"][0]["fault"] for failure in failures if failure["diagnosis"]]
             told.append({
-                "cause": most_common(causes), "kinds": list(each.kinds),
+                "cause": cause_of(failures), "kinds": list(each.kinds),
                 "condition": None if each.condition is None else str(each.condition),
                 "failed": len(each.failing), "passed": each.passing, "passed_without": each.others,
                 "case": each.smallest.id, "replay": self.replay_line([each.smallest.id]),

@@ -56,7 +56,7 @@ def of_fault(fault: Fault) -> list[str]:
         pool.memory_limit = MEMORY_LIMIT
         declared = pool.start().dtypes
         ids = [case_id for case_id in cases(fault) if _dtype(case_id) in declared]
-        return killing(ids, lambda case_id: pool.deaths < DEATHS and pool.judge_one(case_id).fails)
+        return killing(ids, lambda case_id: pool.deaths <= DEATHS and pool.judge_one(case_id).fails)
 
 
 def _dtype(case_id: str) -> str:

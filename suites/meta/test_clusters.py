@@ -11,7 +11,7 @@ from moe_harness.harness.core.plan import plan
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.diagnosis.clusters import VALUE, Outcome, cluster, kind_of
 from moe_harness.harness.report.failure import cluster_lines
-from moe_harness.harness.run.result_builder import Listener, ResultBuilder
+from moe_harness.harness.run.result_builder import Listener, ResultBuilder, cause_of
 from moe_harness.suites.meta.conditions import DECLARED
 
 RULES = {
@@ -133,3 +133,19 @@ def test_the_measured_conditions_are_what_is_promised():
     told = json.loads((Path(__file__).resolve().parents[2] / "docs" / "conditions.json").read_text())
     assert {entry["fault"] for entry in told["each"]} == set(DECLARED)
     assert told["equal"] == sum(entry["equal"] for entry in told["each"]) >= 0.9 * told["faults"]
+
+
+def failures(*causes: str | None) -> list:
+    return [{"diagnosis": [{"fault": cause, "evidence": ""}] if cause else [], "known": 26} for cause in causes]
+
+
+@pytest.mark.parametrize(
+    ("causes", "name"),
+    [
+        (["gate_up_swapped", "gate_up_swapped", None], "gate_up_swapped"),
+        ([None, None, "all_zeros", None, None], None),  # a LayerNorm of one column is zero, and only there
+        (["a", None], "a"), (["a", "b", None], None), ([None], None), ([], None),
+    ],
+)  # fmt: skip
+def test_what_most_cases_contradict_is_no_cause_of_a_cluster(causes: list, name: str | None) -> None:
+    assert cause_of([*failures(*causes), {"diagnosis": []}]) == name

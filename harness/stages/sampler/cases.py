@@ -6,6 +6,7 @@ has logits of its own, and a token has to be one that may be drawn.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import ClassVar, Self
 
 from moe_harness.harness.core import boundaries as at
@@ -73,17 +74,21 @@ def _contract(request: Request) -> Iterator[SamplerCase]:
 
 
 def _draws(request: Request) -> Iterator[SamplerCase]:
-    many = request.pick(4096, 65536)
+    many, widths = request.pick(4096, 65536), cycle((17, 11, 24, 14))
     for number, cut in enumerate(CUTS):
         for place, vary in enumerate(VARY):
             for ids in ("int64", "int32"):
                 dtype = request.dtypes[(number + place) % len(request.dtypes)]
-                yield SamplerCase(B=many, V=17, data="draws", cut=cut, vary=vary, ids=ids, dtype=dtype)
+                width = next(widths)
+                yield SamplerCase(B=many, V=width, data="draws", cut=cut, vary=vary, ids=ids, dtype=dtype)
     for width in (2, 5, 64, 300):
         for temperature in (0.3, 1.0, 2.5):
             yield SamplerCase(B=many, V=width, data="draws", temperature=temperature, dtype=request.dtypes[0])
+    for width in (240, 400):  # rare tokens
+        yield SamplerCase(B=many, V=width, data="draws", temperature=1.0, dtype=request.dtypes[0])
     for dtype in request.dtypes:
-        yield SamplerCase(B=many, V=17, data="draws", temperature=-1.0, cut="rows", vary="grid", dtype=dtype)
+        width = next(widths)
+        yield SamplerCase(B=many, V=width, data="draws", temperature=-1.0, cut="rows", vary="grid", dtype=dtype)
     axes = {
         "B": (1, 5, 33, 130), "V": WIDTHS, "temperature": (-1.0, 0.1, 1.0, 3.0), "cut": CUTS, "vary": VARY,
         "ids": ("int64", "int32"), "dtype": request.dtypes,
@@ -104,11 +109,12 @@ def _greedy(request: Request) -> Iterator[SamplerCase]:
 
 
 def _special(request: Request) -> Iterator[SamplerCase]:
+    shapes = cycle(({"B": 64, "V": 33}, {"B": 50, "V": 40}, {"B": 70, "V": 24}, {"B": 40, "V": 57}, {"B": 33, "V": 48}))
     for data in SPECIALS:
         for dtype in request.dtypes:
             for cut in CUTS:
-                yield SamplerCase(data=data, cut=cut, dtype=dtype)
-            yield SamplerCase(data=data, temperature=0.0, dtype=dtype)
+                yield SamplerCase(data=data, cut=cut, dtype=dtype, **next(shapes))
+            yield SamplerCase(data=data, temperature=0.0, dtype=dtype, **next(shapes))
 
 
 def _layouts(request: Request) -> Iterator[SamplerCase]:
@@ -126,10 +132,11 @@ def _memory(request: Request) -> list[SamplerCase]:
 
 
 def _laws(request: Request) -> Iterator[SamplerCase]:
+    rows = cycle((60, 41, 24, 77))
     for law in LAWS:
         for dtype in request.dtypes:
             for cut in ("none", "both"):
-                yield SamplerCase(B=60, V=50, temperature=-1.0, cut=cut, vary="grid", dtype=dtype, variant=law)
+                yield SamplerCase(B=next(rows), V=50, temperature=-1.0, cut=cut, vary="grid", dtype=dtype, variant=law)
 
 
 def _cuda_cases(request: Request) -> dict[str, Sequence[Case]]:

@@ -78,7 +78,13 @@ def leaks_memory(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options)
 
 
-@fault("process", condition="many calls", sign="process", stateful=True)
+@fault(
+    "process",
+    condition="many calls",
+    sign="process",
+    stateful=True,
+    few="it hangs on no shape, and one case of many equal calls looks for it",
+)
 def results_kept_for_ever(*call: Tensor, **options: Any) -> Tensor:
     """Every result is kept: memory runs out after hours, and no single call looks wrong."""
     result = run(*call, **options)
