@@ -60,18 +60,37 @@ def results(stage: Any, fault: Fault, calls: Sequence[Call]) -> list[Any] | None
 
 
 def _result(stage: Any, fault: Fault, call: Call) -> Any:
-    try:
-        with torch.no_grad(), poisoned_allocations("cpu"):
-            result = fault.function(*call.args.values(), **call.keywords)
-    except Exception:
-        return None
     wanted = stage.outputs(call)
-    parts = result if isinstance(result, tuple) else (result,)
-    fits = len(parts) == len(wanted) and all(
-        isinstance(part, Tensor) and tuple(part.shape) == output.shape
-        for part, output in zip(parts, wanted, strict=True)
-    )
-    return result if fits and not call.arena.violations() else None
+    inside = [output.inside for output in wanted if output.inside]
+    with restored(stage, call):
+        try:
+            with torch.no_grad(), poisoned_allocations("cpu"):
+                result = fault.function(*call.args.values(), **call.keywords)
+        except Exception:
+            return None
+        parts = result if isinstance(result, tuple) else (result,)
+        parts = (*parts, *(call.operand(name).clone() for name in inside))
+        fits = len(parts) == len(wanted) and all(
+            isinstance(part, Tensor) and tuple(part.shape) == output.shape
+            for part, output in zip(parts, wanted, strict=True)
+        )
+        if not fits or call.arena.violations(inside):
+            return None
+    return parts if len(parts) > 1 else parts[0]
+
+
+@contextmanager
+def restored(stage: Any, call: Call) -> Iterator[None]:
+    """Operands that a call writes in place hold afterwards what they held before: the next suspect gets the same."""
+    names = [output.inside for output in stage.outputs(call) if output.inside]
+    kept = {name: call.operand(name).clone() for name in names}
+    try:
+        yield
+    finally:
+        for name, values in kept.items():
+            call.operand(name).copy_(values)
+        if kept:
+            call.arena.refresh()
 
 
 @contextmanager

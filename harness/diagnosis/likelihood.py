@@ -9,6 +9,7 @@ larger in the same proportion, so the variance of a row is at least (typical var
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import reduce
 from math import inf, isfinite, log, sqrt
 from typing import Any
 
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 
 from moe_harness.harness.core import bounds
+from moe_harness.harness.core.bounds import Bound
 from moe_harness.harness.core.call import Call
 from moe_harness.harness.core.rows import matrix
-from moe_harness.harness.core.stage import Stage
+from moe_harness.harness.core.stage import Stage, Truth
 
 Distance = tuple[Tensor, Tensor]  # z of elements; where one is NaN or infinite and the other is something else
 LARGE = 1 << 15  # elements beyond which a part of the rows is looked at
@@ -83,11 +85,10 @@ class Fit:
 
 
 class Values:
-    """A right result of a stage that returns one tensor."""
+    """What one output of a right result may be."""
 
-    def __init__(self, stage: Stage, call: Call):
-        self.dtype = stage.outputs(call)[0].dtypes[0]
-        bound = stage.expect(call, None)
+    def __init__(self, bound: Bound, dtype: torch.dtype):
+        self.dtype = dtype
         self.value = matrix(bound.value)
         finite = self.value.isfinite()
         self.variance = torch.where(finite, matrix(bound.variance), 0.0).nan_to_num(0.0, 0.0, 0.0)
@@ -142,6 +143,27 @@ class Values:
         return variance
 
 
+class Several:
+    """A right result of several tensors, each a `Values`; operands that are written in place among them."""
+
+    def __init__(self, parts: Sequence[Values]):
+        self.parts = parts
+        self.right = tuple(part.right for part in parts)
+
+    def focus(self, got: tuple[Tensor, ...]) -> None:
+        """As `Values.focus`, of each."""
+        for part, one in zip(self.parts, got, strict=True):
+            part.focus(one)
+
+    def fit(self, candidate: tuple, got: tuple, others: tuple[tuple, ...] = ()) -> Fit:
+        """As `Values.fit`, of all together."""
+        fits = (
+            part.fit(candidate[place], got[place], tuple(other[place] for other in others))
+            for place, part in enumerate(self.parts)
+        )
+        return reduce(Fit.plus, fits)
+
+
 class Undiagnosable(Exception):
     """A stage whose results this module cannot compare with those of faults."""
 
@@ -155,9 +177,22 @@ def likelihood_of(stage: Stage, call: Call) -> Any:
     module = stage.part("likelihood")
     if module is not None:
         return module.Likelihood(stage, call)
-    if len(stage.outputs(call)) != 1:
-        raise Undiagnosable(f"{stage.name} has several outputs and no likelihood.py")
-    return Values(stage, call)
+    outputs = stage.outputs(call)
+    if not all(dtype.is_floating_point for output in outputs for dtype in output.dtypes):
+        raise Undiagnosable(f"{stage.name} returns integers and has no likelihood.py")
+    found = stage.expect(call, None)
+    truths = found if isinstance(found, tuple) else (found,)
+    parts = [Values(_bound(of), output.dtypes[0]) for of, output in zip(truths, outputs, strict=True)]
+    return parts[0] if len(parts) == 1 else Several(parts)
+
+
+def _bound(truth: Truth) -> Bound:
+    """Of what has one right value as well, of which no rounding changes anything."""
+    if isinstance(truth, Bound):
+        return truth
+    none = torch.zeros_like(truth, dtype=torch.float64)
+    sources = none.new_full((len(matrix(none)), 2), inf)
+    return Bound(truth.double(), none, none, sources)
 
 
 def fit_of(off: Distance, right_off: Distance, difference: Distance, **sources: float) -> Fit:

@@ -14,7 +14,7 @@ from moe_harness.harness.core.catalogue import Fault
 from moe_harness.harness.core.invocation import Broken, Rejected, Trial
 from moe_harness.harness.core.memory import poisoned_allocations
 from moe_harness.harness.diagnosis import plain, probed
-from moe_harness.harness.diagnosis.candidates import likely_first, results, suspects, wobbled
+from moe_harness.harness.diagnosis.candidates import likely_first, restored, results, suspects, wobbled
 from moe_harness.harness.diagnosis.datasets import Dataset, probes, relatives, sequences
 from moe_harness.harness.diagnosis.likelihood import Fit, Undiagnosable, likelihood_of
 from moe_harness.harness.diagnosis.numerics_probes import sees_sums
@@ -155,11 +155,11 @@ class _Search:
     def _observe(self, dataset: Dataset) -> Observation | None:
         """What the implementation does there; None where it refuses or breaks."""
         calls = [self.trial.build(case) for case in dataset.cases]
+        truths = self._truths(calls)
         got = self._got(calls)
         if got is None:
             return None
         right = not any(self.trial.judge(call, result).findings for call, result in zip(calls, got, strict=True))
-        truths = self._truths(calls)
         for truth, result in zip(truths, got, strict=True):
             if hasattr(truth, "focus"):
                 truth.focus(result)
@@ -169,7 +169,7 @@ class _Search:
         found = []
         for call in calls:
             try:
-                with poisoned_allocations(self.trial.device):
+                with poisoned_allocations(self.trial.device), restored(self.trial.stage, call):
                     result = self.trial.invoke(call)
             except (Rejected, Broken):
                 return None

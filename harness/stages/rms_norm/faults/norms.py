@@ -23,10 +23,11 @@ def root(s: Tensor, eps: float) -> Tensor:
 def run(
     x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None = None,
     root: Callable[[Tensor, float], Tensor] = root, scale: Callable[[Tensor, Tensor], Tensor] = torch.mul,
+    prepared: Callable[[Tensor], Tensor] = lambda s: s,
 ) -> Any:  # fmt: skip
-    """A right implementation; `root` and `scale` replace its steps."""
+    """A right implementation; `root`, `scale` and `prepared`, what becomes of a row first, replace its steps."""
     total = x if residual is None else x + residual
-    wide = total.float()
+    wide = prepared(total.float())
     out = scale(wide * root(wide, eps), weight.float()).to(x.dtype)
     return out.contiguous() if residual is None else (out.contiguous(), total.contiguous())
 
@@ -87,6 +88,13 @@ def mean_forgotten(*call: Tensor, **options: Any) -> Any:
 @fault("root", condition="rows whose mean is not 0", shows={"data": "offset"})
 def layer_norm(*call: Tensor, **options: Any) -> Any:
     """The mean is subtracted, as in a layer norm."""
+
+    return run(*call, **options, prepared=lambda s: s - s.mean(-1, keepdim=True))
+
+
+@fault("root", condition="rows whose mean is not 0", shows={"data": "offset"})
+def variance_for_mean_of_squares(*call: Tensor, **options: Any) -> Any:
+    """Rows are divided by their standard deviation; their mean stays."""
 
     def centred(s: Tensor, eps: float) -> Tensor:
         return torch.rsqrt(s.var(-1, correction=0, keepdim=True) + eps)
