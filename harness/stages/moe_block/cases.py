@@ -86,7 +86,9 @@ def _contract(request: Request) -> Iterator[Case]:
 
 
 def _numeric(request: Request) -> Iterator[Case]:
-    single = cycle(({"H": 128, "I": 64}, {"H": 96, "I": 80}, {"H": 72, "I": 48}, {"H": 160, "I": 40}))
+    single: Iterator[dict[str, Any]] = cycle(
+        ({"H": 128, "I": 64}, {"H": 96, "I": 80}, {"H": 72, "I": 48}, {"H": 160, "I": 40})
+    )
     for family in FAMILIES:
         for dtype in request.dtypes:
             for renorm in ("yes", "no"):

@@ -7,7 +7,7 @@ has logits of its own, and a token has to be one that may be drawn.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from moe_harness.harness.core import boundaries as at
 from moe_harness.harness.core.case import Case
@@ -109,7 +109,9 @@ def _greedy(request: Request) -> Iterator[SamplerCase]:
 
 
 def _special(request: Request) -> Iterator[SamplerCase]:
-    shapes = cycle(({"B": 64, "V": 33}, {"B": 50, "V": 40}, {"B": 70, "V": 24}, {"B": 40, "V": 57}, {"B": 33, "V": 48}))
+    shapes: Iterator[dict[str, Any]] = cycle(
+        ({"B": 64, "V": 33}, {"B": 50, "V": 40}, {"B": 70, "V": 24}, {"B": 40, "V": 57}, {"B": 33, "V": 48})
+    )
     for data in SPECIALS:
         for dtype in request.dtypes:
             for cut in CUTS:
