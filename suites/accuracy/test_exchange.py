@@ -9,7 +9,7 @@ import pytest
 
 from moe_harness.harness.core import registry
 from moe_harness.harness.core.errors import CannotJudge, UsageError
-from moe_harness.harness.gate import exchange, identity
+from moe_harness.harness.gate import exchange, identity, ledger
 from moe_harness.harness.gate.answering import answer_all, batches
 from moe_harness.harness.gate.exchange import Answer, Gold, Request
 from moe_harness.harness.gate.ledger import Ledger
@@ -41,8 +41,9 @@ class Echo:
 
 
 def ask(who, folder, asked, **options):
-    ledger = Ledger(folder, who.identity(), **options)
-    return answer_all(who, asked, ledger, batch_size=4, timeout=60, told=lambda *_: None)
+    return answer_all(
+        who, asked, Ledger(folder, who.identity(), **options), batch_size=4, timeout=60, told=lambda *_: None
+    )
 
 
 def test_requests_and_answers_come_back(tmp_path):
@@ -79,13 +80,42 @@ def test_what_does_not_change_an_answer_does_not_change_its_key():
     assert replace(REQUEST, doc_id=8, doc_hash="other").key == REQUEST.key
 
 
+def candidate_answers_itself(folder):
+    """After the baseline was asked the same."""
+    asked, candidate = requests(6), Echo("candidate")
+    ask(Echo("baseline"), folder, asked)
+    answers = ask(candidate, folder, asked)
+    return {answer.text for answer in answers.values()} == {"candidate"} and sum(map(len, candidate.asked)) == 6
+
+
 def test_a_candidate_is_not_served_the_answers_of_the_baseline(tmp_path):
-    asked = requests(6)
-    ask(Echo("baseline"), tmp_path, asked)
-    candidate = Echo("candidate")
-    answers = ask(candidate, tmp_path, asked)
-    assert {answer.text for answer in answers.values()} == {"candidate"}
-    assert sum(map(len, candidate.asked)) == 6
+    assert candidate_answers_itself(tmp_path)
+
+
+def test_planted_ledger_without_a_model_in_its_key(tmp_path, monkeypatch):
+    """github.com/EleutherAI/lm-evaluation-harness/issues/4063"""
+    monkeypatch.setattr(ledger, "digest", lambda identity: "one file for all")
+    assert candidate_answers_itself(tmp_path)  # the file says in its first line whose it is
+    monkeypatch.setattr(ledger, "_is_of", lambda line, identity: True)
+    assert not candidate_answers_itself(tmp_path / "planted")
+
+
+def another_version_is_asked_anew(folder):
+    """The same prompts of a task whose version has changed."""
+    again = Echo("a")
+    ask(Echo("a"), folder, requests(6))
+    ask(again, folder, [replace(request, task="arithmetic 2.0") for request in requests(6)])
+    return sum(map(len, again.asked)) == 6
+
+
+def test_answers_to_another_version_of_a_task_are_not_served(tmp_path):
+    assert another_version_is_asked_anew(tmp_path)
+
+
+def test_planted_key_without_the_version_of_the_task(tmp_path, monkeypatch):
+    """github.com/EleutherAI/lm-evaluation-harness/issues/4084"""
+    monkeypatch.setattr(Request, "key", property(lambda request: exchange.digest([request.prompt, request.until])))
+    assert not another_version_is_asked_anew(tmp_path)
 
 
 def test_the_same_one_is_not_asked_twice_unless_that_is_wanted(tmp_path):
@@ -109,22 +139,29 @@ def test_an_interrupted_run_goes_on_with_the_same_batches(tmp_path):
 
 def lasting_run(who, folder, asked):
     """One run of `gate answer` with somebody whose source cannot be seen."""
-    ledger = Ledger(folder, who.identity(), lasting=False)
-    answers = answer_all(who, asked, ledger, batch_size=4, timeout=60, told=lambda *_: None)
-    ledger.delivered()
+    kept = Ledger(folder, who.identity(), lasting=False)
+    answers = answer_all(who, asked, kept, batch_size=4, timeout=60, told=lambda *_: None)
+    kept.delivered()
     return answers
 
 
-def test_an_address_is_asked_anew_once_its_answers_were_delivered(tmp_path):
-    """The server behind it may have been restarted with another kernel: the fault of lm-eval's cache again."""
-    asked = requests(10)
+def address_is_asked_anew(folder):
+    """An interrupted run goes on; the next one is asked everything, since the server may have another kernel now."""
+    asked, rest, later = requests(10), Echo("http://a"), Echo("http://a")
     with pytest.raises(CannotJudge):
-        lasting_run(Echo("http://a", fail_at=2), tmp_path, asked)
-    rest, later = Echo("http://a"), Echo("http://a")
-    lasting_run(rest, tmp_path, asked)
-    assert sum(map(len, rest.asked)) == 6  # an interrupted run goes on
-    lasting_run(later, tmp_path, asked)
-    assert sum(map(len, later.asked)) == 10
+        lasting_run(Echo("http://a", fail_at=2), folder, asked)
+    lasting_run(rest, folder, asked)
+    lasting_run(later, folder, asked)
+    return [sum(map(len, who.asked)) for who in (rest, later)] == [6, 10]
+
+
+def test_an_address_is_asked_anew_once_its_answers_were_delivered(tmp_path):
+    assert address_is_asked_anew(tmp_path)
+
+
+def test_planted_ledger_that_keeps_the_answers_of_an_address(tmp_path, monkeypatch):
+    monkeypatch.setattr(Ledger, "delivered", lambda self: None)
+    assert not address_is_asked_anew(tmp_path)
 
 
 HANGS = """
