@@ -76,7 +76,11 @@ def answer_in_a_process(arguments: list[str], spec: str, run: Callable[..., Any]
     Raises:
         UsageError, CannotJudge: as that process ended.
     """
-    done = run([sys.executable, "-m", "moe_harness", "gate", "answer", *arguments])
+    try:
+        done = run([sys.executable, "-m", "moe_harness", "gate", "answer", *arguments])
+    except KeyboardInterrupt:
+        print("interrupted; what was answered is kept, and the same command goes on from there", file=sys.stderr)
+        raise
     if done.returncode == UsageError.exit_status:
         raise UsageError(f"{spec} was not asked: see above")
     if done.returncode != 0:

@@ -9,7 +9,7 @@ import pytest
 
 from moe_harness.harness.core import registry
 from moe_harness.harness.core.errors import CannotJudge, UsageError
-from moe_harness.harness.gate import exchange, identity, ledger
+from moe_harness.harness.gate import exchange, identity, ledger, steps
 from moe_harness.harness.gate.answering import answer_all, batches
 from moe_harness.harness.gate.exchange import Answer, Gold, Request
 from moe_harness.harness.gate.ledger import Ledger
@@ -135,6 +135,15 @@ def test_an_interrupted_run_goes_on_with_the_same_batches(tmp_path):
     rest = Echo("a")
     ask(rest, tmp_path, asked)
     assert rest.asked == whole.asked[1:]
+
+
+def test_who_interrupts_is_told_that_nothing_is_lost(capsys):
+    def interrupted(command):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        steps.answer_in_a_process(["r.jsonl"], "the candidate", run=interrupted)
+    assert "the same command goes on" in capsys.readouterr().err
 
 
 def lasting_run(who, folder, asked):
