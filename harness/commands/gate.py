@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from moe_harness.harness.commands import options
-from moe_harness.harness.core.errors import EXIT_CANNOT_JUDGE, EXIT_FAIL, EXIT_PASS, UsageError
+from moe_harness.harness.core.errors import EXIT_CANNOT_JUDGE, EXIT_FAIL, EXIT_PASS, CannotJudge, UsageError
 
 app = typer.Typer(help="Put the same questions to two implementations and judge whether the candidate answers worse.",
                   no_args_is_help=True)  # fmt: skip
@@ -76,6 +76,7 @@ def gate(
     _outputs(json, html)
     options.readable(against)
     device, dtype = _where(device, dtype)
+    _spread(ep, dispatcher)
     from moe_harness.harness.gate import steps
     from moe_harness.harness.gate.answerers import Settings, glance
     from moe_harness.harness.gate.task import Asked
@@ -142,6 +143,7 @@ def answer(
     """Step 2 of 3, where the engine is (no lm-eval needed): write the answers of one implementation."""
     options.writable(out)
     device, dtype = _where(device, dtype)
+    _spread(ep, dispatcher)
     from moe_harness.harness.gate import steps
     from moe_harness.harness.gate.answerers import Settings
     from moe_harness.harness.gate.progress import Answered
@@ -170,9 +172,25 @@ def judge_(
 
 
 def _where(device: str, dtype: str) -> tuple[str, str]:
+    """Device and dtype, as they are written in settings."""
     from moe_harness.harness.core import contracts
 
-    return options.one_of("device", device, contracts.DEVICES), options.one_dtype(dtype)
+    device, dtype = options.one_of("device", device, contracts.DEVICES), options.one_dtype(dtype)
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise CannotJudge("no CUDA device here, which --device cuda asks for; `gate requests`, `gate answer` and "
+                              "`gate judge` do it in three steps on two machines")  # fmt: skip
+    return device, dtype
+
+
+def _spread(ep: int, dispatcher: str | None) -> None:
+    """Refuse a dispatcher that would have nothing to do (UsageError)."""
+    if dispatcher is not None and ep == 1:
+        raise UsageError(
+            f"--dispatcher {dispatcher} moves tokens to experts on other ranks: give --ep N, N above 1, too"
+        )
 
 
 def _outputs(json: Path | None, html: Path | None) -> None:

@@ -313,6 +313,16 @@ def test_experts_shared_twice_need_a_model_that_knows_how(tmp_path):
         find(f"{tmp_path / 'm.py'}:load_model", replace(SETTINGS, tp=2, ep=2))
 
 
+def test_what_a_model_refuses_is_a_wrong_call(tmp_path):
+    """On one device and on ranks alike."""
+    file = tmp_path / "m.py"
+    file.write_text("def load_model(model_dir, *, device, dtype):\n    raise NotImplementedError('only on Tuesdays')\n")
+    with pytest.raises(UsageError, match="only on Tuesdays"):
+        find(f"{file}:load_model", SETTINGS)
+    with pytest.raises(UsageError, match="wanted one of naive"):
+        find("qwen3_moe", replace(SETTINGS, ep=2, dispatcher="nope"))
+
+
 def test_a_rank_that_fails_is_told_and_no_wrong_answer(tmp_path):
     (tmp_path / "m.py").write_text(RANKED.replace("FAILS", "True"))
     ranks = find(f"{tmp_path / 'm.py'}:load_model", replace(SETTINGS, tp=2))

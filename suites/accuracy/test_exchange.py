@@ -265,3 +265,23 @@ def test_an_edited_checkpoint_is_another_model(tmp_path):
     before = identity.model_hash(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"2")
     assert identity.model_hash(tmp_path) != before
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "told"),
+    [(["--dispatcher", "naive"], 2, "give --ep N"), (["--device", "cuda"], 3, "no CUDA device here"),
+     (["--device", "tpu"], 2, "tpu"), (["--dtype", "fp8"], 2, "fp8")],
+)  # fmt: skip
+def test_a_call_that_cannot_be_answered_is_refused_before_anything_is_asked(options, status, told, monkeypatch):
+    import torch
+
+    from moe_harness.harness.commands.app import app
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for command in (
+        ["gate", "--baseline", "a", "--candidate", "b"],
+        ["gate", "answer", "r", "--impl", "a", "--out", "o"],
+    ):
+        with pytest.raises((UsageError, CannotJudge), match=told) as refused:
+            app([*command.split(), *options], standalone_mode=False)
+        assert refused.value.exit_status == status

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from moe_harness.harness.core.errors import CannotJudge
+from moe_harness.harness.core.errors import CannotJudge, UsageError
 from moe_harness.harness.gate import identity
 from moe_harness.harness.gate.answerers.finding import DTYPES, Settings
 from moe_harness.harness.gate.answerers.tokens import Tokens, forced
@@ -14,7 +14,11 @@ GOLD_ROWS = 32
 
 
 class ContractModel:
-    """Answers by `generate`; where a stop string has not come after some tokens, it goes on from there."""
+    """Answers by `generate`; where a stop string has not come after some tokens, it goes on from there.
+
+    Raises:
+        UsageError: load_model refuses the checkpoint, the dtype or the ranks.
+    """
 
     traceable = True
 
@@ -29,9 +33,11 @@ class ContractModel:
             options |= {"group": group, "expert_parallel": settings.ep > 1}
         if settings.tp > 1 and settings.ep > 1:
             options["expert_shards"] = settings.tp
-        self.model = function(
-            str(settings.model), device=settings.device, dtype=getattr(torch, DTYPES[settings.dtype]), **options
-        )
+        dtype = getattr(torch, DTYPES[settings.dtype])
+        try:
+            self.model = function(str(settings.model), device=settings.device, dtype=dtype, **options)
+        except (ValueError, TypeError, NotImplementedError) as error:  # how the contract's load_model refuses
+            raise UsageError(f"{spec} does not take this call: {error}") from error
 
     def identity(self) -> dict[str, Any]:
         settings = self.settings

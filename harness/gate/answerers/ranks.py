@@ -17,7 +17,8 @@ class Ranks:
     """`tp` times `ep` ranks of one host, gloo on the CPU and NCCL on GPUs.
 
     Raises:
-        UsageError: both at once, for a load_model without `expert_shards`, which the contract's has not.
+        UsageError: both at once, for a load_model without `expert_shards`, which the contract's has not; or whatever
+            load_model refuses.
         CannotJudge: a rank that cannot load the model, or that fails or dies later.
     """
 
@@ -43,6 +44,8 @@ class Ranks:
         """What rank 0 says; the first rank that failed is told, since the others then wait for it for ever."""
         try:
             return next(self.words)
+        except UsageError:
+            raise
         except HarnessError as error:
             raise CannotJudge(f"{self.spec}: {error}") from None
 
@@ -67,6 +70,8 @@ def answer_as_rank(me: Member, given: tuple[str, Settings]) -> None:
             me.say(answerer.answer(me.hear()))
     except EOFError:
         return
+    except UsageError:  # every rank refuses alike
+        raise
     except Exception as error:
         told = str(error) if isinstance(error, HarnessError) else traceback.format_exc(limit=-3)
         raise CannotJudge(f"rank {me.rank} of {me.ranks}: {told}") from None
