@@ -106,21 +106,20 @@ def forced(tokens: Tokens, requests: Sequence[Request], logits: Callable[[Any], 
     with torch.inference_mode():
         scores = logits(ids.to(device))
         return [
-            _gold(torch.log_softmax(scores[row, start - 1 : len(whole) - 1].double(), -1), whole[start:])
+            gold_of(scores[row, start - 1 : len(whole) - 1], whole[start:])
             for row, (whole, start) in enumerate(sequences)
         ]
 
 
-def _gold(logprobs: Any, wanted: list[int]) -> Gold:
-    """From log-probabilities in fp64: those of a sure model differ behind the digits of fp32."""
+def gold_of(logits: Any, wanted: list[int]) -> Gold:
+    """From the logits [n, V] before each of the n tokens, in fp64: a sure model's differ behind the digits of fp32."""
     import torch
 
+    logprobs = torch.log_softmax(logits.double(), -1)
     if bool(torch.isnan(logprobs).any()):
         return Gold(float("nan"), tuple(wanted), (-1,) * len(wanted), ((),) * len(wanted))
     each = logprobs[torch.arange(len(wanted), device=logprobs.device), torch.tensor(wanted, device=logprobs.device)]
-    values, places = (x.tolist() for x in logprobs.topk(min(LIKELIEST, logprobs.shape[-1]), dim=-1))
-    likeliest = tuple(
-        tuple((token, round(value, 9)) for token, value in zip(row, of, strict=True))
-        for row, of in zip(places, values, strict=True)
-    )
-    return Gold(float(each.sum()), tuple(wanted), tuple(row[0] for row in places), likeliest)
+    values, places = logprobs.topk(min(LIKELIEST, logprobs.shape[-1]), dim=-1)
+    rows = list(zip(places.tolist(), values.round(decimals=9).tolist(), strict=True))
+    likeliest = tuple(tuple(zip(of, each_of, strict=True)) for of, each_of in rows)
+    return Gold(float(each.sum()), tuple(wanted), tuple(of[0] for of, _ in rows), likeliest)

@@ -1,16 +1,30 @@
 """transformers' model of a checkpoint, with any experts inside: greedy answers, a batch at a time."""
 
+import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from moe_harness.harness.core.errors import CannotJudge, UsageError
 from moe_harness.harness.gate import identity
 from moe_harness.harness.gate.answerers import plugging
 from moe_harness.harness.gate.answerers.finding import DTYPES, Settings, registered_source
-from moe_harness.harness.gate.answerers.tokens import Tokens, forced, quiet
+from moe_harness.harness.gate.answerers.tokens import Tokens, forced, gold_of, quiet
 from moe_harness.harness.gate.exchange import Answer, Gold, Request
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 GOLD_TOKENS = 16_384  # of one forward pass over gold answers: logits of a large vocabulary are what fills the memory
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Prompts that were read: their mask [B, L], the cache behind them, and the next token's logits [B, V]."""
+
+    mask: "Tensor"
+    cache: Any
+    logits: "Tensor"
 
 
 class TransformersModel:
@@ -64,8 +78,9 @@ class TransformersModel:
             raise CannotJudge(
                 "a task that samples needs a model whose draws depend on the row alone, such as qwen3_moe"
             )
-        gold = self.golds(requests)
-        new = self.generate([self.tokens.prompt(request) for request in requests], requests)
+        begun = self._begin([self.tokens.prompt(request) for request in requests])
+        gold = self._golds_behind(begun, requests)
+        new = self._continue(begun, requests)
         return [self.tokens.answer(r, ids, g) for r, ids, g in zip(requests, new, gold, strict=True)]
 
     def golds(self, requests: Sequence[Request]) -> list[Gold]:
@@ -82,7 +97,11 @@ class TransformersModel:
         return [requests[first : first + size] for first in range(0, len(requests), size)]
 
     def generate(self, prompts: list[list[int]], requests: Sequence[Request]) -> list[list[int]]:
-        """New tokens of each prompt.  Shorter prompts are filled up on the left, masked, with their own positions."""
+        """New tokens of each prompt."""
+        return self._continue(self._begin(prompts), requests)
+
+    def _begin(self, prompts: list[list[int]]) -> "Begun":
+        """Read the prompts.  Shorter ones are filled up on the left, masked, with their own positions."""
         import torch
 
         device, longest = self.settings.device, max(map(len, prompts))
@@ -91,24 +110,60 @@ class TransformersModel:
         for row, prompt in enumerate(prompts):
             ids[row, longest - len(prompt) :] = torch.tensor(prompt)
             mask[row, longest - len(prompt) :] = 1
-        found: list[list[int]] = [[] for _ in prompts]
-        open_rows, cache = set(range(len(prompts))), None
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         with torch.inference_mode():
-            while open_rows:
+            out = self.model(ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+        return Begun(mask, out.past_key_values, out.logits[:, -1])
+
+    def _golds_behind(self, begun: "Begun", requests: Sequence[Request]) -> list[Gold]:
+        """The gold answers behind prompts that were read already, which saves reading them once more.
+
+        Over prompts of 400 tokens and answers of 50 that was a fifth of the time of a batch.
+        """
+        import torch
+
+        answers = [whole[start:] for whole, start in map(self.tokens.gold, requests)]
+        longest = max(map(len, answers))
+        if len(answers) * longest > GOLD_TOKENS:
+            return self.golds(requests)
+        ids = torch.zeros(len(answers), longest, dtype=torch.long)
+        for row, answer in enumerate(answers):
+            ids[row, : len(answer)] = torch.tensor(answer)
+        ids = ids[:, :-1].to(begun.mask.device)  # nothing follows the last token
+        scores = begun.logits[:, None]
+        with torch.inference_mode():
+            if ids.numel():
                 out = self.model(
-                    ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-                    logits_to_keep=1,
+                    ids, attention_mask=torch.cat((begun.mask, torch.ones_like(ids)), -1), use_cache=True,
+                    position_ids=begun.mask.sum(-1, keepdim=True) + torch.arange(ids.shape[1], device=ids.device),
+                    past_key_values=copy.deepcopy(begun.cache),
                 )  # fmt: skip
-                cache, ids = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
+                scores = torch.cat((scores, out.logits), 1)
+            return [gold_of(row[: len(answer)], answer) for row, answer in zip(scores, answers, strict=True)]
+
+    def _continue(self, begun: "Begun", requests: Sequence[Request]) -> list[list[int]]:
+        """Greedy tokens until every row has ended."""
+        import torch
+
+        found: list[list[int]] = [[] for _ in requests]
+        open_rows, mask, cache, logits = set(range(len(requests))), begun.mask, begun.cache, begun.logits
+        positions = mask.sum(-1, keepdim=True)
+        with torch.inference_mode():
+            while True:
+                ids = logits.argmax(-1, keepdim=True)
                 new = ids[:, 0].tolist()
                 for row in sorted(open_rows):
                     found[row].append(new[row])
                     if self._ended(found[row], requests[row]):
                         open_rows.discard(row)
+                if not open_rows:
+                    return found
                 mask = torch.cat((mask, torch.ones_like(ids)), -1)
-                positions = positions[:, -1:] + 1
-        return found
+                out = self.model(
+                    ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+                    logits_to_keep=1,
+                )  # fmt: skip
+                cache, logits, positions = out.past_key_values, out.logits[:, -1], positions + 1
 
     def _ended(self, ids: list[int], request: Request) -> bool:
         if len(ids) >= request.max_new_tokens or ids[-1] in self.tokens.eos:
