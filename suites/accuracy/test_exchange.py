@@ -278,10 +278,7 @@ def test_a_call_that_cannot_be_answered_is_refused_before_anything_is_asked(opti
     from moe_harness.harness.commands.app import app
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for command in (
-        ["gate", "--baseline", "a", "--candidate", "b"],
-        ["gate", "answer", "r", "--impl", "a", "--out", "o"],
-    ):
+    for command in ("gate --baseline a --candidate b", "gate answer r --impl a --out o"):
         with pytest.raises((UsageError, CannotJudge), match=told) as refused:
             app([*command.split(), *options], standalone_mode=False)
         assert refused.value.exit_status == status
