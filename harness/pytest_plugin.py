@@ -15,9 +15,9 @@ import pytest
 
 if TYPE_CHECKING:
     from moe_harness.harness.core.plan import Planned
-    from moe_harness.harness.pytest_session import Session
+    from moe_harness.harness.pytest_session import PluginSession
 
-SESSION = pytest.StashKey["Session"]()
+SESSION = pytest.StashKey["PluginSession"]()
 FIXTURES = {"verdict", "falsify"}
 
 
@@ -49,12 +49,12 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         session.close()
 
 
-def session_of(config: pytest.Config) -> "Session":
+def session_of(config: pytest.Config) -> "PluginSession":
     """What this pytest process judges with; made, and its parts imported, when first asked for."""
     if SESSION not in config.stash:
-        from moe_harness.harness.pytest_session import Session
+        from moe_harness.harness.pytest_session import PluginSession
 
-        config.stash[SESSION] = Session(config)
+        config.stash[SESSION] = PluginSession(config)
     return config.stash[SESSION]
 
 

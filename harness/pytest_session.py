@@ -18,7 +18,7 @@ from moe_harness.harness.run.result_builder import Listener, ResultBuilder, add_
 from moe_harness.harness.run.session import INTERPRETED_STEPS, SEARCH_SECONDS
 
 
-class Session:
+class PluginSession:
     """One pytest process: its options, a worker process per implementation, and the answers not yet reported."""
 
     def __init__(self, config: pytest.Config):

@@ -118,7 +118,7 @@ def timed(spec: str, folder: Path, workload: Workload, device: str, dtype: str) 
         HarnessError: it cannot be found, or does not answer as asked; whatever the model itself raises.
     """
     began = time.perf_counter()
-    model = Server(spec) if spec.startswith(("http://", "https://")) else _loaded(spec, folder, device, dtype)
+    model = HttpEngine(spec) if spec.startswith(("http://", "https://")) else _loaded(spec, folder, device, dtype)
     found = ModelTiming(spec, load_seconds=time.perf_counter() - began)
     keys = json.loads((folder / "config.json").read_text())
     vocabulary = keys.get("vocab_size") or keys["text_config"]["vocab_size"]
@@ -168,7 +168,7 @@ def _wait_for(device: str) -> None:
         torch.cuda.synchronize()
 
 
-class Server:
+class HttpEngine:
     """`http://host:port/v1#model`: every request is sent at once, the server batches them."""
 
     def __init__(self, spec: str):

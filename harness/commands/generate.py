@@ -51,7 +51,7 @@ def generate(
     asked = [list(tokenizer(text)["input_ids"]) for text in prompt or ()] + [ids_of(text) for text in ids or ()]
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "ignore_eos": ignore_eos}
     layout = {"expert_parallel": True, **({"dispatcher": dispatcher} if dispatcher else {})} if ep else {}
-    call = Call(spec, str(model), place, kind, asked, settings, layout, ranks, debug)
+    call = Generation(spec, str(model), place, kind, asked, settings, layout, ranks, debug)
     began = time.perf_counter()
     found, ready = _answers(call, tokenizer) if ranks == 1 else _answers_of_ranks(call, tokenizer)
     if found is None:  # torchrun's other ranks have nothing to tell
@@ -67,7 +67,7 @@ def generate(
 
 
 @dataclass(frozen=True)
-class Call:
+class Generation:
     """What every rank is to do."""
 
     spec: str
@@ -93,7 +93,7 @@ def spread(tp: int, ep: bool, dispatcher: str | None) -> int:
     return ranks
 
 
-def _answers(call: Call, tokenizer: Any) -> tuple[list, float]:
+def _answers(call: Generation, tokenizer: Any) -> tuple[list, float]:
     """New tokens of every prompt, and when the model was loaded."""
     import torch
 
@@ -103,7 +103,7 @@ def _answers(call: Call, tokenizer: Any) -> tuple[list, float]:
     return _continue(loaded, call.prompts, call.settings, tokenizer, call.debug), ready
 
 
-def _answers_of_ranks(call: Call, tokenizer: Any) -> tuple[list | None, float]:
+def _answers_of_ranks(call: Generation, tokenizer: Any) -> tuple[list | None, float]:
     """The same from ranks that are started here, or that torchrun has started; None on those that say nothing."""
     if launch.under_torchrun():
         with launch.joined(call.device == "cuda") as me:
@@ -125,7 +125,7 @@ def _answers_of_ranks(call: Call, tokenizer: Any) -> tuple[list | None, float]:
         return found, ready
 
 
-def answer_as_rank(me: launch.Member, call: Call) -> dict[str, Any]:
+def answer_as_rank(me: launch.Member, call: Generation) -> dict[str, Any]:
     """One rank: load its part, say so, and continue all prompts; a single one's tokens are said as they come."""
     import torch
 

@@ -164,10 +164,12 @@ def modules() -> tuple[str, ...]:
 
 
 def all_faults(stage: str | None = None) -> tuple[Fault, ...]:
-    """Every fault, or those of one stage, in the order of the modules."""
-    for module in modules():
+    """Every fault, or those of one stage, in the order of the modules and as they stand in each."""
+    place = {module: at for at, module in enumerate(modules())}
+    for module in place:
         importlib.import_module(module)
-    return tuple(found for found in known() if stage in (None, found.stage))
+    chosen = [found for found in known() if stage in (None, found.stage)]
+    return tuple(sorted(chosen, key=lambda found: place.get(found.function.__module__, len(place))))
 
 
 def get(name: str) -> Fault:

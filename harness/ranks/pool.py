@@ -24,7 +24,7 @@ from moe_harness.harness.ranks.failure import Evidence, RankFailure, classify
 from moe_harness.harness.ranks.heartbeat import RankStatus, State
 from moe_harness.harness.ranks.jobs import Exit, Home, Injection, Job
 from moe_harness.harness.ranks.proof import of_job, stalemate
-from moe_harness.harness.ranks.rank_process import LocalMember, Member, wait
+from moe_harness.harness.ranks.rank_process import LocalMember, RankProcess, wait
 
 PATIENCE = 0.15  # seconds without progress before a proof is looked for
 STALL = 0.5  # seconds at the end in which no thread of a rank wanted a processor: then it is told to do nothing
@@ -36,7 +36,7 @@ POLL = 0.02
 
 
 @dataclass(frozen=True)
-class Outcome:
+class JobOutcome:
     """What became of one job."""
 
     results: list[Any] = field(default_factory=list)
@@ -59,7 +59,7 @@ class RankPool:
         self.loaded: set[tuple[str, str]] = set()  # (stage, spec) of what the workers have imported
         self.folder, self.heartbeat = "", None
         if os.environ.get(remote.ADDRESS):
-            self.members: list[Member] = list(remote.start(world_size, backend, START))
+            self.members: list[RankProcess] = list(remote.start(world_size, backend, START))
             return
         with blame.judging():
             self.folder = scratch.make()
@@ -86,7 +86,7 @@ class RankPool:
                     raise CannotJudge(f"{told}\n{member.said()}")
         self.ready = True
 
-    def run(self, job: Job, budget: float = BUDGET) -> Outcome:
+    def run(self, job: Job, budget: float = BUDGET) -> JobOutcome:
         """Run `job` on every rank.  A pool that yields a failure must not be used again."""
         self.wait_ready()
         start = time.monotonic()
@@ -99,14 +99,14 @@ class RankPool:
         ranks = range(self.world_size)
         evidence.journals = {rank: self.members[rank].calls() for rank in ranks if rank not in evidence.replies}
         replies = [evidence.replies.get(rank) for rank in ranks]
-        return Outcome(
+        return JobOutcome(
             [None if reply is None else reply.result for reply in replies],
             [evidence.calls(rank) for rank in ranks],
             classify(evidence),
             evidence.seconds,
         )
 
-    def load(self, stage: str, spec: str) -> Outcome | None:
+    def load(self, stage: str, spec: str) -> JobOutcome | None:
         """Import an implementation on every rank; what went wrong, if anything did."""
         if (stage, spec) in self.loaded:
             return None
@@ -126,7 +126,7 @@ class RankPool:
 class _Watch:
     """Waits for the replies to one job and stops as soon as it is proved that some will never come."""
 
-    def __init__(self, members: list[Member], number: int, budget: float):
+    def __init__(self, members: list[RankProcess], number: int, budget: float):
         self.members, self.number, self.evidence = members, number, Evidence()
         self.left, self.looked = budget, time.monotonic()
         self.open = dict(enumerate(members))
@@ -214,7 +214,7 @@ def run(
     injection: Injection | None = None,
     budget: float = BUDGET,
     load: tuple[str, str] | None = None,
-) -> Outcome:
+) -> JobOutcome:
     """Run `task` ("package.module:function", called with (Rank, spec, seed)) on every rank of a pool.
 
     `load` names the stage and spec of an implementation that is imported first, which is no part of the budget.

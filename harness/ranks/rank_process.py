@@ -15,7 +15,7 @@ from moe_harness.harness.ranks.heartbeat import Heartbeat, RankStatus
 from moe_harness.harness.ranks.jobs import Exit, Home
 
 
-class Member(Protocol):
+class RankProcess(Protocol):
     """What the pool needs of a worker."""
 
     end: Any  # waitable: ready when there is something to receive
@@ -129,7 +129,7 @@ def _of_group(leader: int) -> list[str]:
     return sorted(found)
 
 
-def wait(members: list[Member], seconds: float) -> list[Member]:
+def wait(members: list[RankProcess], seconds: float) -> list[RankProcess]:
     """Those that have something to receive."""
     if buffered := [member for member in members if member.buffered]:
         return buffered

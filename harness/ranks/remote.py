@@ -85,7 +85,7 @@ def servers() -> Servers:
 
 
 class RemoteMember:
-    """A worker behind a server; satisfies `harness.ranks.members.Member`."""
+    """A worker behind a server; satisfies `harness.ranks.rank_process.RankProcess`."""
 
     def __init__(self, rank: int, end: Any, home: Home):
         self.rank, self.end = rank, end

@@ -22,7 +22,7 @@ POLL = 0.02
 RETRY = 0.2
 
 
-class Server:
+class Relay:
     """Between one controller and one worker."""
 
     def __init__(self, rank: int, control: Any):
@@ -114,7 +114,7 @@ def main(address: str) -> None:
             time.sleep(RETRY)  # no controller yet
             continue
         control.send(rank)
-        server = Server(rank, control)
+        server = Relay(rank, control)
         with contextlib.suppress(EOFError, OSError):
             server.run()
         server.close()

@@ -22,7 +22,7 @@ BAR_WIDTH = 24
 MARK_STYLES = {"failed": "bold red", "unsupported": "yellow", "skipped": "dim"}
 
 
-class Tally:
+class CheckProgress:
     """How far one check is."""
 
     def __init__(self, total: int) -> None:
@@ -55,7 +55,7 @@ class Progress:
         self.console = console or Console(stderr=True)
         self.clock = clock
         self.impl = ""
-        self.tallies: dict[str, Tally] = {}
+        self.tallies: dict[str, CheckProgress] = {}
         self.failures = 0
         self.started = self.spoken = clock()
         self.live: Live | None = None
@@ -85,14 +85,14 @@ class Progress:
         """Begin an implementation; `plan` gives the cases expected of each check."""
         self.finish()
         self.impl, self.failures = impl, 0
-        self.tallies = {check: Tally(total) for check, total in plan.items()}
+        self.tallies = {check: CheckProgress(total) for check, total in plan.items()}
         self.started = self.spoken = self.clock()
         if self.live is None:
             self.say(f"{impl}: {sum(plan.values())} cases in {len(plan)} checks")
 
     def advance(self, check: str, status: str) -> None:
         """One case of `check` ended; `status` is passed, failed, unsupported or skipped."""
-        tally = self.tallies.setdefault(check, Tally(0))
+        tally = self.tallies.setdefault(check, CheckProgress(0))
         tally.add(status)
         if self.live is not None:
             return
@@ -147,7 +147,7 @@ class Progress:
         return Group(Text(self.impl, style="bold"), grid, Text(f"  {self.pace()}", style="dim"))
 
 
-def bar(tally: Tally) -> ProgressBar:
+def bar(tally: CheckProgress) -> ProgressBar:
     """A bar that turns red with the first failure."""
     style = "red" if tally.counts["failed"] else "green"
     return ProgressBar(
@@ -155,7 +155,7 @@ def bar(tally: Tally) -> ProgressBar:
     )
 
 
-def marks(tally: Tally) -> Text:
+def marks(tally: CheckProgress) -> Text:
     """What did not pass, in its colour."""
     found = [Text(f"{tally.counts[status]} {status}", style=style) for status, style in MARK_STYLES.items()]
     shown = [text for text, status in zip(found, MARK_STYLES, strict=True) if tally.counts[status]]

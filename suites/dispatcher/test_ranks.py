@@ -15,7 +15,7 @@ from moe_harness.harness.ranks.proof import of_job, stalemate
 TASKS = "moe_harness.suites.dispatcher.tasks"
 
 
-def _run(task: str, ranks: int = 2) -> pool.Outcome:
+def _run(task: str, ranks: int = 2) -> pool.JobOutcome:
     return pool.run(f"{TASKS}:{task}", None, ranks=ranks)
 
 

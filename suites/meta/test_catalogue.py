@@ -304,3 +304,10 @@ def test_what_a_fault_does_does_not_hang_on_what_memory_holds(fault: Fault, monk
             call = BUILDERS[fault.stage](**parameters)
             found.append(list(tensors(fault.function(*call.args, **call.options))))
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(*found, strict=True))
+
+
+def test_the_order_of_the_catalogue_does_not_depend_on_who_imported_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = all_faults()
+    late = sorted(found, key=lambda fault: fault.function.__module__, reverse=True)
+    monkeypatch.setattr(entries, "_FAULTS", {fault.name: fault for fault in late})
+    assert list(late) != list(found) and all_faults() == found

@@ -10,6 +10,8 @@ from moe_harness.suites.imports import FILES, KNOWS, ROOT, TREES, imports, reach
 FINDER = "moe_harness.harness.core.registry"  # the one module that names the package of implementations
 # Folders whose tests are of an implementation's own inside, or time several: they import it.  All others name a spec.
 OF_IMPLEMENTATIONS = {"triton", "model", "performance", "accuracy"}
+# lm-eval's words, which the gate exchanges with whoever answers; the judge's request and answer are others.
+LM_EVAL = {"Request", "Answer"}
 # These put an implementation's kernels under the interpreter, in the ranks.
 ALLOWED = {"suites/dispatcher/interpreted.py", "suites/reduction/interpreted.py"}
 
@@ -70,3 +72,15 @@ def test_core_knows_no_other_room_of_the_judge_even_within_functions() -> None:
     core = "moe_harness.harness.core."
     rooms = [(n, m) for n in FILES if n.startswith(core) for m in KNOWS[n] if m.startswith("moe_harness.harness.")]
     assert [(name, known) for name, known in rooms if not f"{known}.".startswith(core)] == []
+
+
+def test_no_two_classes_of_the_judge_have_one_name() -> None:
+    """A reader who meets a name knows which is meant; faults are named for what is wrong, templates are strangers'."""
+    places: dict[str, list[str]] = {}
+    for name, tree in TREES.items():
+        if reached(name) == "harness" and ".faults." not in name and ".templates." not in name:
+            for node in ast.walk(tree):
+                if isinstance(node, ast.ClassDef):
+                    places.setdefault(node.name, []).append(name.removeprefix("moe_harness.harness."))
+    twice = {name for name, found in places.items() if len(found) > 1}
+    assert twice == LM_EVAL, {name: places[name] for name in twice - LM_EVAL}

@@ -71,7 +71,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return lambda cell: make(cell.family, tuple(cell.changes.items()))
 
 
-def run(task: str, cell: Cell, folders: Any) -> pool.Outcome:
+def run(task: str, cell: Cell, folders: Any) -> pool.JobOutcome:
     outcome = pool.run(f"{TASKS}:{task}", cell.spec(folders(cell)), ranks=cell.ranks)
     assert outcome.ok, f"{outcome.failure and outcome.failure.headline()}\n{outcome.failure and outcome.failure.trace}"
     return outcome

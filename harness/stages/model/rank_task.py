@@ -51,14 +51,14 @@ def _subject(spec: str) -> Subject:
 
 
 @dataclass(frozen=True)
-class Asked:
+class ModelTask:
     """A checkpoint on disk, and what is asked of who loads it."""
 
     folder: Path
     question: Question
 
 
-def _asked(me: Rank, case: ModelCase) -> Asked:
+def _asked(me: Rank, case: ModelCase) -> ModelTask:
     """What the first rank that comes makes for all of its machine: the right answers take a second of a core."""
     alone = case.but(R=1, ep=False)
     place = Path(me.folder) / f"model-{sha1(alone.id().encode()).hexdigest()[:12]}"
@@ -73,7 +73,7 @@ def _asked(me: Rank, case: ModelCase) -> Asked:
         checkpoints.write(place / "checkpoint", question.keys, question.weights, case.shards)
         torch.save(question, place / "unfinished")
         (place / "unfinished").rename(told)
-    return Asked(place / "checkpoint", torch.load(told, weights_only=False))
+    return ModelTask(place / "checkpoint", torch.load(told, weights_only=False))
 
 
 # ---------------------------------------------------------------------------------------------------------- the calls
@@ -86,7 +86,7 @@ class _Judged:
     me: Rank
     subject: Subject
     case: ModelCase
-    asked: Asked
+    asked: ModelTask
     report: RankReport
 
     def judge(self) -> None:
