@@ -45,7 +45,7 @@ class Plan(NamedTuple):
 
 
 MEASURED = (
-    Plan(16, 64, 256, 4, 4, 3, False, swap=True),
+    Plan(16, 64, 128, 8, 4, 5, False, swap=True),
     Plan(64, 32, 128, 16, 4, 6, False),
     Plan(128, 64, 64, 16, 4, 5, False),
 )

@@ -24,8 +24,7 @@ NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 def _draw(
     logits, temperature, seeds, positions, edges, lasts, part_top, part_best, part_choice, V, part, block,
     b_stride, v_stride, t_stride, seed_stride, p_stride,
-    CUT: tl.constexpr, TILE: tl.constexpr, BITS: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
-    WIDEN: tl.constexpr,
+    CUT: tl.constexpr, TILE: tl.constexpr, BITS: tl.constexpr, PARTS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Best of the tokens of one part of row program_id(0): its score, relative to the largest logit of the part.
 
@@ -47,7 +46,7 @@ def _draw(
     bests = tl.full([TILE], float("-inf"), tl.float32)
     choices = tl.zeros([TILE], tl.int32)
     first = split * part
-    for start in tl.range(first, tl.minimum(first + part, V), TILE, num_stages=STAGES):
+    for start in range(first, tl.minimum(first + part, V), TILE):
         token = start + tl.arange(0, TILE)
         x = tl.load(logits + b * b_stride + token.to(tl.int64) * v_stride, mask=token < V, other=float("-inf"))
         x = x.to(tl.float32)
@@ -143,7 +142,7 @@ def _drawn(
     _draw[(batch, parts)](
         logits, temperature, seeds, positions, edges, lasts, tops, scores, tokens, width, part, first // 4,
         *logits.stride(), temperature.stride(0), seeds.stride(0), positions.stride(0),
-        CUT=cut, TILE=tile, BITS=BITS[NAMES[logits.dtype]], PARTS=parts, STAGES=1, WIDEN=interpreting(),
+        CUT=cut, TILE=tile, BITS=BITS[NAMES[logits.dtype]], PARTS=parts, WIDEN=interpreting(),
         num_warps=4,
     )  # fmt: skip
     return tops, scores, tokens
