@@ -3,6 +3,7 @@
 import ctypes
 import os
 from collections.abc import Generator
+from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -78,6 +79,8 @@ def pytest_configure(config: pytest.Config) -> None:
         "nightly", max_examples=1000, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
     )
     settings.load_profile(hypothesis_profile())
+    if hypothesis_profile() == "nightly" and getattr(config.option, "impl_seed", None) == 0:
+        config.option.impl_seed = int(f"{date.today():%Y%m%d}")  # the data and searches of the stages too
 
 
 def hypothesis_profile() -> str:
