@@ -12,10 +12,10 @@ from moe_harness.harness.stages.dispatcher.cases import DispatcherCase
 from moe_harness.suites.dispatcher.subjects import REGISTERED, format_findings
 from moe_harness.suites.drawing import examples
 
-NO_FALSE_ALARM = examples(400)  # cases per run
+NO_FALSE_ALARM = examples(200)  # cases per run
 
 
-@settings(max_examples=examples(200))
+@settings(max_examples=examples(100))
 @given(impl=st.sampled_from(REGISTERED), case=strategy.cases(worlds=(1, 2, 4)))
 def test_every_scheme_equals_the_dense_layer(impl: str, case: DispatcherCase) -> None:
     verdict = judge.judge(impl, Planned("dense", case).id)

@@ -1,13 +1,14 @@
 """Right implementations are never failed: strangers' variants that round and sum in every way the contract allows."""
 
 import os
+from itertools import groupby
 from pathlib import Path
 
 import pytest
 
 from moe_harness.harness.core.contracts import load
 from moe_harness.harness.core.invocation import Trial
-from moe_harness.harness.core.plan import ON_CUDA_ONLY, plan
+from moe_harness.harness.core.plan import ON_CUDA_ONLY, Planned, plan
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.process.worker import judge_id
 from moe_harness.harness.run.session import RunOptions, judge
@@ -17,7 +18,8 @@ SAMPLED = "quantized_experts"  # six formats times three dtypes: the quick profi
 RIGHT = [(stage, spec) for stage, spec in functions_of("right") if stage != SAMPLED]
 RIGHT_QUANTIZED = [*(spec for stage, spec in functions_of("right") if stage == SAMPLED), "torch:fp8_group128"]
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
-SHARES = 1 if NIGHTLY else 5  # of the plan: the next variants get the others; all of it for each takes 15 CPU minutes
+# Of each check: the next variants get the other shares; all of the plan for each takes 15 CPU minutes.
+SHARES = 1 if NIGHTLY else 10
 EACH = (
     4 if NIGHTLY else 90
 )  # cases from one that a variant is judged on to the next; variants begin one after the other
@@ -28,6 +30,11 @@ def test_there_are_enough():
     assert len(RIGHT_QUANTIZED) >= 19
 
 
+def _share(planned: list[Planned], number: int) -> list[Planned]:
+    """Every so many cases of a check, from another one for each variant; at least one."""
+    return planned[number % min(SHARES, len(planned)) :: SHARES]
+
+
 @pytest.mark.parametrize(
     ("number", "stage", "spec"),
     [(number, *right) for number, right in enumerate(RIGHT)],
@@ -35,8 +42,9 @@ def test_there_are_enough():
 )
 def test_passes_its_share_of_the_plan(number, stage, spec):
     asked = Request(seed=1, dtypes=load(stage, spec).declared.dtypes)
-    planned = [p.id for p in plan(stage, asked) if p.check not in ON_CUDA_ONLY]
-    result = judge(stage, spec, asked, RunOptions(cases=tuple(planned[number % SHARES :: SHARES])))
+    planned = (p for p in plan(stage, asked) if p.check not in ON_CUDA_ONLY)
+    share = tuple(p.id for _, check in groupby(planned, lambda p: p.check) for p in _share(list(check), number))
+    result = judge(stage, spec, asked, RunOptions(cases=share))
     told = [f"{f['case']}: {f['message']}" for f in result["failures"][:3]]
     assert result["verdict"] == "pass", told or result["error"]
     assert result["coverage"]["executed"] >= 10  # one of a single dtype refuses most of the plan
