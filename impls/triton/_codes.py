@@ -11,6 +11,7 @@ the odd columns, in two products.  The weights stay in the registers they were r
 import triton
 import triton.language as tl
 
+from moe_harness.impls.triton._common import after_previous, let_next_start
 from moe_harness.impls.triton._tiles import row_tile
 
 LARGEST: tl.constexpr = tl.constexpr(448.0)  # of e4m3
@@ -106,9 +107,11 @@ def as_stored(code, TO: tl.constexpr, WIDEN: tl.constexpr):
 @triton.jit
 def _quantise(
     x, codes, scales, K, groups, x_row, x_col, c_row, s_row, GROUPS: tl.constexpr, RUN: tl.constexpr,
-    WIDEN: tl.constexpr,
+    WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Row program_id(0) of x, GROUPS runs of it, as codes and scales."""
+    after_previous(PDL)
+    let_next_start(PDL)
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     k = group[:, None] * RUN + tl.arange(0, RUN)[None, :]

@@ -1,107 +1,50 @@
-r"""A product per expert with weights as codes: both products of the quantised experts are this kernel.
+r"""A product per expert with weights as codes, in tiles: both products of the quantised experts behind an alignment.
 
     first:   [g; u] = W_gate_up[e] @ x[token of slot] (+ bias)      out[row] = act(g) * u
     second:  out[slot] = W_down[e] @ a[row] (+ bias)
 
 Tiles are computed transposed, weights first: as first operand they may lie in registers, where their codes were made
-numbers, and a few rows of activations still fill a wide product.  Rows come in the order of the experts, from the
-alignment, or with few slots each slot is a run of its own and nothing has to be aligned.
+numbers, and a few rows of activations still fill a wide product.  Rows come in the order of the experts.
 
 Rounded to the dtype of `out` on the way: what is stored, alone.  Where `out` are codes, the first product quantises its
 hidden values itself, 128 columns under one scale, and nothing else rounds them.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from moe_harness.impls.launching import empty, launch
-from moe_harness.impls.triton._codes import (
-    RUN,
-    _quantise,
-    activations,
-    as_float,
-    as_stored,
-    half_power,
-    quantised,
-    wide,
-)
+from moe_harness.impls.triton._codes import RUN, activations, as_float, as_stored, half_power, quantised, wide
 from moe_harness.impls.triton._common import (
     after_previous,
     early_start,
-    exact_sigmoid,
-    gated,
     interpreting,
     let_next_start,
     narrow,
     on,
+    on_hopper,
     product,
-    quick_sigmoid,
     tile_source,
 )
+from moe_harness.impls.triton._few_codes import few_quantized
+from moe_harness.impls.triton._quantized_operands import (
+    PACKED,
+    RUN_OF,
+    TYPES,
+    Matrix,
+    Routing,
+    Rows,
+    biased,
+    codes_for,
+    hidden_values,
+    scale_strides,
+)
 from moe_harness.impls.triton._tiles import expert_runs, find_tile, weight_tile
-from moe_harness.impls.triton.alignment import local_expert
 from moe_harness.impls.triton.configs import Tiling, grid_size
 
-RUN_OF = {"fp8_block": 128, "int4_group": 128, "mxfp4": 32}  # columns under one scale of the weights
-PACKED = ("int4_group", "mxfp4")  # two codes a byte
 # Numbers that are compiled for no value of theirs: kernels of a layer differ in its sizes and strides enough already.
-UNSPECIALISED = [
-    "S",
-    "E",
-    "top_k",
-    "map_len",
-    "id_row",
-    "id_col",
-    "as_row",
-    "s_e",
-    "s_n",
-    "s_k",
-    "b_e",
-    "b_n",
-    "os_row",
-]
-
-
-class Matrix(NamedTuple):
-    """The weights of all experts: codes [E, N, K] of `format` with scales, and biases [E, N] or None."""
-
-    codes: Tensor
-    scale: Tensor | None
-    bias: Tensor | None
-    format: str
-
-
-class Rows(NamedTuple):
-    """Activations [S, K]: numbers, or codes with a scale for each 128 columns."""
-
-    values: Tensor
-    scale: Tensor | None = None
-
-
-class Routing(NamedTuple):
-    """Which slots belong to which expert: as `align` tells, or (`counts` None) each slot its own run."""
-
-    ids: Tensor
-    expert_map: Tensor | None
-    counts: Tensor | None
-    slots: Tensor | None
-
-
-@triton.jit
-def hidden_values(g, u, ACT: tl.constexpr, TO: tl.constexpr):
-    """The activation of gate and up in fp32, good enough to be rounded to TO.  A NaN passes every clamp."""
-    if ACT == "swiglu_oai":
-        g = tl.where(g > 7.0, 7.0, g)
-        u = tl.where(u > 7.0, 7.0, tl.where(u < -7.0, -7.0, u))
-        z = 1.702 * g
-        out = (u + 1.0) * (g * (exact_sigmoid(z) if tl.float32 == TO else quick_sigmoid(z)))
-    else:
-        out = gated(g, u, ACT == "gelu_tanh", TO)
-    return out
+UNSPECIALISED = ["E", "top_k", "as_row", "s_e", "s_n", "s_k", "b_e", "b_n", "os_row"]
 
 
 @triton.jit
@@ -156,14 +99,6 @@ def _step(
 
 
 @triton.jit
-def _biased(acc, bias, e, n, N, b_e, b_n, BIAS: tl.constexpr):
-    if BIAS:
-        at = bias + e.to(tl.int64) * b_e + n.to(tl.int64) * b_n
-        acc += tl.load(at, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    return acc
-
-
-@triton.jit
 def _tile(
     a, a_scale, w, scale, bias, out, out_scale, e, from_row, to_row, live, n0, N, K, a_row, a_col, as_row,
     w_e, w_n, w_k, s_e, s_n, s_k, b_e, b_n, o_row, os_row,
@@ -191,9 +126,9 @@ def _tile(
                 BN, BK, EVEN_K, TMA, FORMAT, PACKED, IN_TILE, ROWS, TO, WIDEN,
             )  # fmt: skip
     n = n0 + tl.arange(0, BN)
-    acc = _biased(acc, bias, e, n, N, b_e, b_n, BIAS)
+    acc = biased(acc, bias, e, n, N, b_e, b_n, BIAS)
     if ACT != "":
-        acc = hidden_values(acc, _biased(up, bias, e, n + N, 2 * N, b_e, b_n, BIAS), ACT, TO)
+        acc = hidden_values(acc, biased(up, bias, e, n + N, 2 * N, b_e, b_n, BIAS), ACT, TO)
     inside = (n < N)[:, None] & live[None, :]
     at = out + to_row[None, :].to(tl.int64) * o_row + n[:, None]
     if CODES:  # columns past the last one have scales of 0, so they count as 0 in the largest
@@ -206,68 +141,29 @@ def _tile(
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def _product(
-    a, a_scale, w, scale, bias, out, out_scale, counts, slots, ids, emap, S, E, N, K, top_k, map_len, id_row, id_col,
-    a_row, a_col, as_row, w_e, w_n, w_k, s_e, s_n, s_k, b_e, b_n, o_row, os_row,
-    FEW: tl.constexpr, HAS_MAP: tl.constexpr, BLOCK_E: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr,
+    a, a_scale, w, scale, bias, out, out_scale, counts, slots, E, N, K, top_k, a_row, a_col, as_row, w_e, w_n, w_k,
+    s_e, s_n, s_k, b_e, b_n, o_row, os_row, BLOCK_E: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr, FORMAT: tl.constexpr,
     PACKED: tl.constexpr, IN_TILE: tl.constexpr, ROWS: tl.constexpr, ACT: tl.constexpr, CODES: tl.constexpr,
     BIAS: tl.constexpr, TO: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of BM rows and BN columns of out; FEW: of one slot each, found by its id."""
+    """Tiles of BM rows and BN columns of out."""
     after_previous(PDL)
     let_next_start(PDL)
     n_blocks = tl.cdiv(N, BN)
     lane = tl.arange(0, BM)
-    if FEW:
-        slot = tl.program_id(0) // n_blocks
-        e = local_expert(ids, emap, slot, slot < S, top_k, id_row, id_col, map_len, E, HAS_MAP)
-        if e >= 0:
-            row = lane * 0 + slot
-            _tile(
-                a, a_scale, w, scale, bias, out, out_scale, e, row // top_k if ACT != "" else row, row, lane == 0,
-                tl.program_id(0) % n_blocks * BN, N, K, a_row, a_col, as_row, w_e, w_n, w_k, s_e, s_n, s_k, b_e, b_n,
-                o_row, os_row, BM, BN, BK, EVEN_K, TMA, FORMAT, PACKED, IN_TILE, ROWS, ACT, CODES, BIAS, TO, WIDEN,
-            )  # fmt: skip
-    else:
-        rows, ends = expert_runs(counts, 1, E, n_blocks, BLOCK_E, BM, 0)
-        for tile in tl.range(tl.program_id(0), tl.max(ends, 0), tl.num_programs(0)):
-            e, count, start, m, n = find_tile(tile, counts, 1, rows, ends, n_blocks, BM, 0, GROUP)
-            live = m * BM + lane < count
-            row = start + m * BM + lane
-            slot = tl.load(slots + row, mask=live, other=0)
-            _tile(
-                a, a_scale, w, scale, bias, out, out_scale, e, slot // top_k if ACT != "" else row,
-                row if ACT != "" else slot, live, n * BN, N, K, a_row, a_col, as_row, w_e, w_n, w_k, s_e, s_n, s_k,
-                b_e, b_n, o_row, os_row, BM, BN, BK, EVEN_K, TMA, FORMAT, PACKED, IN_TILE, ROWS, ACT, CODES, BIAS, TO,
-                WIDEN,
-            )  # fmt: skip
-
-
-def quantise(x: Tensor) -> Rows:
-    """x [S, K] as codes of e4m3 [S, K] and scales fp32 [S, ceil(K / 128)]."""
-    rows, columns = x.shape
-    groups = triton.cdiv(columns, RUN.value)
-    codes = _codes_for(x, rows, columns)
-    scales = empty(x, rows, groups, dtype=torch.float32)
-    across = min(8, triton.next_power_of_2(groups))
-    with on(x.device):
-        launch(
-            _quantise, (rows, triton.cdiv(groups, across)), x, codes, scales, columns, groups, *x.stride(),
-            codes.stride(0), scales.stride(0), GROUPS=across, RUN=RUN.value, WIDEN=interpreting(), num_warps=4,
+    rows, ends = expert_runs(counts, 1, E, n_blocks, BLOCK_E, BM, 0)
+    for tile in tl.range(tl.program_id(0), tl.max(ends, 0), tl.num_programs(0)):
+        e, count, start, m, n = find_tile(tile, counts, 1, rows, ends, n_blocks, BM, 0, GROUP)
+        live = m * BM + lane < count
+        row = start + m * BM + lane
+        slot = tl.load(slots + row, mask=live, other=0)
+        _tile(
+            a, a_scale, w, scale, bias, out, out_scale, e, slot // top_k if ACT != "" else row,
+            row if ACT != "" else slot, live, n * BN, N, K, a_row, a_col, as_row, w_e, w_n, w_k, s_e, s_n, s_k,
+            b_e, b_n, o_row, os_row, BM, BN, BK, EVEN_K, TMA, FORMAT, PACKED, IN_TILE, ROWS, ACT, CODES, BIAS, TO,
+            WIDEN,
         )  # fmt: skip
-    return Rows(codes, scales)
-
-
-def _codes_for(like: Tensor, rows: int, columns: int) -> Tensor:
-    """Memory for codes whose rows start 16-byte aligned."""
-    return empty(like, rows, triton.cdiv(columns, 16) * 16, dtype=torch.float8_e4m3fn)[:, :columns]
-
-
-def _scale_strides(matrix: Matrix) -> tuple[int, ...]:
-    """Of expert, row and run of columns; one scale a row stands under every run."""
-    if matrix.scale is None:
-        return (0, 0, 0)
-    return (*matrix.scale.stride(), 0)[:3]
 
 
 def quantized_product(
@@ -282,45 +178,52 @@ def quantized_product(
         quantize: rows that are not codes become codes, 128 columns under one scale, before the product.
         codes: what is returned are codes; tiles have to be 128 columns wide.
     """
+    if routing.counts is None or routing.slots is None:
+        return few_quantized(a, matrix, routing, tiling, activation=activation, quantize=quantize)
     first = activation != ""
-    tokens, top_k = routing.ids.shape
-    experts, columns = len(matrix.codes), matrix.codes.shape[1] // (2 if first else 1)
-    total, depth = tokens * top_k, a.values.shape[1]
-    few = routing.counts is None
+    columns = matrix.codes.shape[1] // (2 if first else 1)
+    total = routing.ids.numel()
     if codes and tiling.n != RUN.value:
         raise ValueError(f"tiles of {tiling.n} columns cannot be quantised, but those of {RUN.value} can")
-    out_scale = empty(a.values, total, triton.cdiv(columns, tiling.n), dtype=torch.float32) if codes else None
-    out = _codes_for(a.values, total, columns) if codes else empty(a.values, total, columns, dtype=dtype)
-    # Behind an alignment neither ids nor map are read, so that their kinds make no kernels of their own.
-    ids = routing.ids if few or routing.slots is None else routing.slots[None]
-    emap = routing.expert_map if few and routing.expert_map is not None else ids
+    out_scale = empty(a.values, total, triton.cdiv(columns, RUN.value), dtype=torch.float32) if codes else None
+    out = Rows(
+        codes_for(a.values, total, columns) if codes else empty(a.values, total, columns, dtype=dtype), out_scale
+    )
+    if tiling.copier and codes == first and on_hopper(out.values.device):
+        from moe_harness.impls.triton._fp8_hopper import fits, fp8_hopper
+
+        if fits(a, matrix, first):
+            fp8_hopper(a, matrix, routing, out, activation, tiling.group)
+            return out
+    _in_tiles(a, matrix, routing, out, tiling, expected, dtype, activation, quantize)
+    return out
+
+
+def _in_tiles(
+    a: Rows, matrix: Matrix, routing: Routing, out: Rows, tiling: Tiling, expected: int, dtype: torch.dtype,
+    activation: str, quantize: bool,
+) -> None:  # fmt: skip
+    """Write `out` with the kernel of this module."""
+    experts, depth, columns = len(matrix.codes), a.values.shape[1], out.values.shape[1]
     packed = matrix.format in PACKED
     # fp16 has not the range of powers of two: there a step is one run, and its sum is scaled.
     in_tile = matrix.format == "mxfp4" and dtype != torch.float16
     step = tiling.k if in_tile or matrix.format == "plain" else RUN_OF.get(matrix.format, 128)
     source, tma = tile_source(matrix.codes, [1, tiling.n, step // 2 if packed else step], tiling.tma)
-    blocks = triton.cdiv(columns, tiling.n)
-    grid = total * blocks if few else grid_size(tiling, expected, experts, columns, out.device)
-    early = early_start(out.device)
+    early = early_start(out.values.device)
     none = a.values
-    with on(out.device):
+    with on(out.values.device):
         launch(
-            _product, (grid,),
+            _product, (grid_size(tiling, expected, experts, columns, out.values.device),),
             a.values, none if a.scale is None else a.scale, source, none if matrix.scale is None else matrix.scale,
-            none if matrix.bias is None else matrix.bias, out, none if out_scale is None else out_scale,
-            none if routing.counts is None else routing.counts, none if routing.slots is None else routing.slots,
-            ids, emap, total, experts, columns, depth, top_k, emap.numel(), *ids.stride(),
+            none if matrix.bias is None else matrix.bias, out.values, none if out.scale is None else out.scale,
+            routing.counts, routing.slots, experts, columns, depth, routing.ids.shape[1],
             *a.values.stride(), 0 if a.scale is None else a.scale.stride(0),
-            *matrix.codes.stride(), *_scale_strides(matrix), *((0, 0) if matrix.bias is None else matrix.bias.stride()),
-            out.stride(0), 0 if out_scale is None else out_scale.stride(0),
-            FEW=few, HAS_MAP=emap is not ids, BLOCK_E=1 if few else max(32, triton.next_power_of_2(experts)),
-            GROUP=tiling.group, BM=tiling.m, BN=tiling.n, BK=step, EVEN_K=depth % step == 0, TMA=tma,
-            FORMAT=matrix.format, PACKED=packed, IN_TILE=in_tile,
-            ROWS="codes" if a.scale is not None else "quantised" if quantize else "kept", ACT=activation, CODES=codes,
-            BIAS=matrix.bias is not None, TO=TYPES[dtype], WIDEN=interpreting(), PDL=early,
-            launch_pdl=early and not (few and first), num_warps=tiling.warps, num_stages=tiling.stages,
+            *matrix.codes.stride(), *scale_strides(matrix), *((0, 0) if matrix.bias is None else matrix.bias.stride()),
+            out.values.stride(0), 0 if out.scale is None else out.scale.stride(0),
+            BLOCK_E=max(32, triton.next_power_of_2(experts)), GROUP=tiling.group, BM=tiling.m, BN=tiling.n, BK=step,
+            EVEN_K=depth % step == 0, TMA=tma, FORMAT=matrix.format, PACKED=packed, IN_TILE=in_tile,
+            ROWS="codes" if a.scale is not None else "quantised" if quantize else "kept", ACT=activation,
+            CODES=out.scale is not None, BIAS=matrix.bias is not None, TO=TYPES[dtype], WIDEN=interpreting(),
+            PDL=early, launch_pdl=early, num_warps=tiling.warps, num_stages=tiling.stages,
         )  # fmt: skip
-    return Rows(out, out_scale)
-
-
-TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}

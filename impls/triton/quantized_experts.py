@@ -21,14 +21,8 @@ from torch import Tensor
 from moe_harness.impls.launching import Repeated
 from moe_harness.impls.triton._combine import combine
 from moe_harness.impls.triton._common import interpreting, require
-from moe_harness.impls.triton._quantized_product import (
-    PACKED,
-    Matrix,
-    Routing,
-    Rows,
-    quantise,
-    quantized_product,
-)
+from moe_harness.impls.triton._quantized_operands import PACKED, Matrix, Routing, Rows, quantise
+from moe_harness.impls.triton._quantized_product import quantized_product
 from moe_harness.impls.triton.alignment import align
 from moe_harness.impls.triton.configs import Shape
 from moe_harness.impls.triton.quantized_plans import plan_of

@@ -28,8 +28,9 @@ class Plan:
     Tiles are computed transposed, so n is the long side: 64 rows of weights and more are what a warpgroup multiplies.
     A step is the run of columns under one scale where the format has one, so k counts for the others alone.
 
-    `few`: each slot is a tile of its own.  `ahead`: activations that become codes do so before the products, and not in
-    every program that reads them; the tiles of the first product are then 128 columns wide.
+    `few`: each slot is a product of its own, without tensor cores: n columns a program, k pieces of 16 bytes of a row
+    in one turn.  `ahead`: activations that become codes do so before the products, and not in every program that reads
+    them; the tiles of the first product are then 128 columns wide.
     """
 
     few: bool
@@ -88,27 +89,36 @@ def plan_of(shape: Shape, format: str, slots: int, quantize: bool, device: torch
 
 def rules(shape: Shape, format: str, slots: int, quantize: bool) -> Plan:
     """By rows per expert, for shapes and devices without a table."""
-    rows, few = slots / shape.experts, slots <= WALKED
+    rows = slots / shape.experts
+    if slots <= WALKED:
+        width = shape.element_size if format == "plain" else 1
+        return Plan(True, False, _walk(8 // width), _walk(16 // width))
     if shape.element_size == 4:  # no tensor cores but for codes: small tiles keep the products in registers
         tiling = Tiling(16, 64 if quantize else 32, 32, warps=4, stages=2, tma=False)
-        return Plan(few, False, tiling, tiling)
+        return Plan(False, False, tiling, tiling)
     step = 64 if format == "plain" else 128
     if rows <= 24:  # bytes: few rows of activations, many loads in flight
-        tiling = Tiling(16 if few or rows <= 12 else 32, 64, step, warps=4, stages=4)
+        tiling = Tiling(16 if rows <= 12 else 32, 64, step, warps=4, stages=4, copier=quantize)
         # In every program the codes were made 24 times over: 903 us at 256 tokens of Qwen3-30B-A3B, 282 without codes.
-        ahead = quantize and not few
-        return Plan(few, ahead, replace(tiling, n=128) if ahead else tiling, tiling)
-    first = Tiling(64, 128, step, warps=8, stages=3, waves=1)  # two sums of 64 x 128 a program
-    second = Tiling(64 if rows <= 96 else 128, 128, step, warps=8, stages=3, waves=1)
+        return Plan(False, quantize, replace(tiling, n=128) if quantize else tiling, tiling)
+    first = Tiling(64, 128, step, warps=8, stages=3, waves=1, copier=quantize)  # two sums of 64 x 128 a program
+    second = Tiling(64 if rows <= 96 else 128, 128, step, warps=8, stages=3, waves=1, copier=quantize)
     return Plan(False, quantize, first, second)
+
+
+def _walk(n: int) -> Tiling:
+    """Of few slots: n columns a program, all of a row of up to 2 KiB at once."""
+    return Tiling(1, n, 128, warps=4)
 
 
 def _interpreted(shape: Shape, slots: int, quantize: bool) -> Plan:
     """Small tiles; under the interpreter every path is met on small data."""
+    if slots <= 4:
+        return Plan(True, False, _walk(64), _walk(64))
     tiling = Tiling(16, 64, 64, waves=1, tma=False)
     rows = 64.0 if slots > 24 else slots / shape.experts
     ahead = quantize and rows > 24
-    return Plan(slots <= 4, ahead, replace(tiling, n=128) if ahead else tiling, tiling)
+    return Plan(False, ahead, replace(tiling, n=128) if ahead else tiling, tiling)
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

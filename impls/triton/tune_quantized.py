@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from moe_harness.impls.triton import tune
-from moe_harness.impls.triton._quantized_product import PACKED, Matrix, Routing, Rows, quantise, quantized_product
+from moe_harness.impls.triton._quantized_operands import PACKED, Matrix, Routing, Rows, quantise
+from moe_harness.impls.triton._quantized_product import quantized_product
 from moe_harness.impls.triton.alignment import align
 from moe_harness.impls.triton.configs import Shape, Tiling
 from moe_harness.impls.triton.quantized_experts import CODES, scale_shape

@@ -1,0 +1,329 @@
+r"""Products of fp8 codes with fp8 codes on Hopper: one warpgroup copies, two multiply; both products of the experts.
+
+    first:   [g; u] = sum over runs of 128 columns of (codes of W @ codes of x) * scale of W * scale of x
+             out[row] = codes of act(g) * u, and the scale of each 128 of them
+    second:  out[slot] the same sum over the hidden values, in the dtype of `out`
+
+A tile is up to two units of 64 rows of one expert by two blocks of 128 rows of its weights (first: one of gate and the
+one of up that belongs to it), whose scales are two numbers a step.  Each multiplying warpgroup has one unit.  A step is
+128 columns, one run of scales: the tensor cores sum it, and the sum is scaled and added in fp32 while the other
+warpgroup multiplies.  Rows are gathered by the warps that copy.
+
+Tiles are handed out as in `_hopper`.
+"""
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from moe_harness.impls.launching import launch
+from moe_harness.impls.triton._common import descriptor_strides, on, programs_at_once
+from moe_harness.impls.triton._hopper import (
+    STAGES,
+    UNIT,
+    _add,
+    after,
+    announce,
+    announced,
+    load_rows,
+    load_tile,
+    pipeline,
+    take,
+)
+from moe_harness.impls.triton._quantized_operands import Matrix, Routing, Rows
+
+RUN = gl.constexpr(128)  # columns of a step, and rows of a block of the weights: what one scale stands over
+UNITS = gl.constexpr(2)  # of the highest tile
+
+
+@gluon.jit
+def _tile_ends(counts, E: gl.constexpr, n_blocks: gl.constexpr, BLOCK_E: gl.constexpr):
+    """Number of tiles up to and including each expert, int32 [BLOCK_E], held by every warp."""
+    e = gl.arange(0, BLOCK_E, gl.BlockedLayout([BLOCK_E // 32], [32], [gl.num_warps()], [0]))
+    rows = gl.load(counts + e, mask=e < E, other=0)
+    return gl.associative_scan(gl.cdiv(rows, UNIT * UNITS) * n_blocks, 0, _add)
+
+
+@gluon.jit
+def _find_tile(tile, counts, ends, E: gl.constexpr, n_blocks: gl.constexpr, GROUP: gl.constexpr):
+    """As `_hopper.find_tile`, tiles of two units."""
+    passed = ends <= tile
+    e = gl.sum(passed.to(gl.int32), 0)
+    local = tile - gl.max(gl.where(passed, ends, 0), 0)
+    count = gl.load(counts + e)
+    start = gl.load(counts + E + e)
+    units = gl.cdiv(count, UNIT)
+    tiles = gl.cdiv(units, UNITS)
+    above = local // (GROUP * n_blocks) * GROUP
+    width = gl.minimum(tiles - above, GROUP)
+    inside = local - above * n_blocks
+    m = above + inside % width
+    low, higher = units // tiles, units % tiles
+    first = (m * low + gl.minimum(m, higher)) * UNIT
+    return e, start + first, count - first, low + (m < higher).to(gl.int32), inside // width
+
+
+@gluon.jit
+def _row_pointers(a, slots, row, rows, top_k: gl.constexpr, a_row: gl.constexpr, GATED: gl.constexpr):
+    """Pointers [64, RUN] to the first columns of 64 rows from `row` on (GATED: of their tokens), and which exist."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
+    i = gl.arange(0, UNIT, gl.SliceLayout(1, layout))
+    at = gl.load(slots + row + i, mask=i < rows, other=0) // top_k if GATED else gl.where(i < rows, row + i, 0)
+    k = gl.arange(0, RUN, gl.SliceLayout(0, layout))
+    return a + at.to(gl.int64)[:, None] * a_row + k[None, :], (i < rows)[:, None]
+
+
+@gluon.jit
+def _copy(
+    a, w, counts, slots, notes, a_tiles, w_tiles, full, empty, total, a_row: gl.constexpr, E: gl.constexpr,
+    K: gl.constexpr, N: gl.constexpr, n_blocks: gl.constexpr, top_k: gl.constexpr, BLOCK_E: gl.constexpr,
+    GROUP: gl.constexpr, GATED: gl.constexpr,
+):  # fmt: skip
+    """The warpgroup that copies: announces a tile, fills its stages, fetches the next; then announces the end."""
+    ends = _tile_ends(counts, E, n_blocks, BLOCK_E)
+    stage, phase = 0, 1
+    tile = gl.program_id(0)
+    while tile < total:
+        e, row, rows, units, block = _find_tile(tile, counts, ends, E, n_blocks, GROUP)
+        upper, live_upper = _row_pointers(a, slots, row, rows, top_k, a_row, GATED)
+        lower, live_lower = _row_pointers(a, slots, row + UNIT, rows - UNIT, top_k, a_row, GATED)
+        if GATED:
+            first, second = block * RUN, N + block * RUN
+        else:
+            first, second = block * 2 * RUN, block * 2 * RUN + RUN
+        mbarrier.wait(empty.index(stage), phase)
+        announce(notes, stage, row, rows, units, e * n_blocks + block)
+        upcoming = total
+        for step in range(K // RUN):
+            mbarrier.wait(empty.index(stage), phase)
+            bar = full.index(stage)
+            mbarrier.expect(bar, 2 * RUN * RUN)
+            load_tile(w, [e, first, step * RUN], bar, w_tiles.index(stage * 2))
+            load_tile(w, [e, second, step * RUN], bar, w_tiles.index(stage * 2 + 1))
+            load_rows(a_tiles.index(stage * UNITS), upper, mask=live_upper)
+            if units > 1:
+                load_rows(a_tiles.index(stage * UNITS + 1), lower, mask=live_lower)
+            async_copy.mbarrier_arrive(bar, increment_count=False)
+            upper += RUN
+            lower += RUN
+            if step == K // RUN // 2:  # takes a microsecond, while the stages are full
+                upcoming = take(counts + 2 * E, total)
+            stage, phase = after(stage, phase)
+        tile = upcoming
+    mbarrier.wait(empty.index(stage), phase)
+    announce(notes, stage, 0, 0, 0, 0)
+    mbarrier.expect(full.index(stage), 0)
+    async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+
+
+@gluon.jit
+def _run(rows, w_tile, part, never):
+    """The product of one run of columns, [64, 128], in the registers of `part`."""
+    part = warpgroup_mma(rows, w_tile.reshape([RUN, RUN]).permute([1, 0]), part, use_acc=never, is_async=True)
+    return warpgroup_mma_wait(0, deps=[part])
+
+
+@gluon.jit
+def _sums(
+    a_tiles, w_tiles, full, empty, stage, phase, a_scale, w_scale, live, ws_first, ws_second, ws_k: gl.constexpr, never,
+    STEPS: gl.constexpr, WHICH: gl.constexpr,
+):  # fmt: skip
+    """Both blocks of a tile for unit WHICH, [64, 128] each, and the stage and parity behind the tile."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
+    one = gl.zeros([UNIT, RUN], gl.float32, layout)
+    two = gl.zeros([UNIT, RUN], gl.float32, layout)
+    part = gl.zeros([UNIT, RUN], gl.float32, layout)
+    for step in range(STEPS):  # scales are on their way while the tensor cores sum the run they stand over
+        by = gl.load(a_scale + step, mask=live, other=0.0)
+        by_one, by_two = gl.load(w_scale + ws_first + step * ws_k), gl.load(w_scale + ws_second + step * ws_k)
+        mbarrier.wait(full.index(stage), phase)
+        fence_async_shared()
+        rows = a_tiles.index(stage * UNITS + WHICH)
+        part = _run(rows, w_tiles.index(stage * 2), part, never)
+        one += part * (by * by_one)[:, None]
+        part = _run(rows, w_tiles.index(stage * 2 + 1), part, never)
+        mbarrier.arrive(empty.index(stage))
+        two += part * (by * by_two)[:, None]
+        stage, phase = after(stage, phase)
+    return one, two, stage, phase
+
+
+@gluon.jit
+def _sigmoid(z):
+    small = gl.exp2(gl.abs(z) * -1.4426950408889634)
+    return gl.where(z >= 0, 1.0, small) / (1.0 + small)
+
+
+@gluon.jit
+def _hidden(g, u, ACT: gl.constexpr):
+    """`hidden_values` of `_quantized_product` for results of 16 bits and less."""
+    if ACT == "swiglu_oai":
+        g = gl.where(g > 7.0, 7.0, g)
+        u = gl.where(u > 7.0, 7.0, gl.where(u < -7.0, -7.0, u))
+        out = (u + 1.0) * (g * _sigmoid(1.702 * g))
+    elif ACT == "gelu_tanh":
+        out = g * _sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g)) * u
+    else:
+        out = g * _sigmoid(g) * u
+    return out
+
+
+@gluon.jit
+def _write_codes(out, out_scale, h, row, rows, block, out_row: gl.constexpr, os_row: gl.constexpr):
+    """Codes of 64 rows of 128 hidden values at columns of `block`, and their scales."""
+    # 8 bytes a thread, and an exchange among the four threads of a row gets there.
+    wide: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [8, 0], [0, 32], [0, 64]],
+        [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [UNIT, RUN],
+    )  # fmt: skip
+    by = gl.div_rn(gl.max(gl.where(h == h, gl.abs(h), 0.0), 1), 448.0)
+    # 1 / by overflows for by under 2^-127: such rows are lifted first.
+    lift = gl.where(by < 1e-30, 1.8446744073709552e19, 1.0)
+    inverse = gl.div_rn(1.0, gl.where(by == 0.0, 1.0, by * lift))
+    code = ((h * lift[:, None]) * inverse[:, None]).to(gl.float8e4nv)
+    i = row + gl.arange(0, UNIT, gl.SliceLayout(1, h.type.layout))
+    gl.store(out_scale + i.to(gl.int64) * os_row + block, by, mask=i < row + rows)
+    code = gl.convert_layout(code, wide)
+    i = gl.arange(0, UNIT, gl.SliceLayout(1, wide))
+    col = block * RUN + gl.arange(0, RUN, gl.SliceLayout(0, wide))
+    at = out + (row + i)[:, None].to(gl.int64) * out_row + col[None, :]
+    gl.store(at, code, mask=(i < rows)[:, None])
+
+
+@gluon.jit
+def _write(out, slots, y, row, rows, column, out_row: gl.constexpr, N: gl.constexpr):
+    """y [64, 128] at the slots of 64 rows, from `column` on."""
+    wide: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [8, 0], [0, 16], [0, 32], [0, 64]],
+        [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [UNIT, RUN],
+    )  # fmt: skip
+    y = gl.convert_layout(y.to(out.dtype.element_ty), wide)
+    i = gl.arange(0, UNIT, gl.SliceLayout(1, wide))
+    col = column + gl.arange(0, RUN, gl.SliceLayout(0, wide))
+    slot = gl.load(slots + row + i, mask=i < rows, other=0)
+    at = out + slot[:, None].to(gl.int64) * out_row + col[None, :]
+    gl.store(at, y, mask=(i < rows)[:, None] & (col < N)[None, :])
+
+
+@gluon.jit
+def _multiply(
+    out, out_scale, slots, notes, a_tiles, w_tiles, full, empty, a_scale, w_scale, as_row: gl.constexpr,
+    ws_e: gl.constexpr, ws_n: gl.constexpr, ws_k: gl.constexpr, out_row: gl.constexpr, os_row: gl.constexpr,
+    K: gl.constexpr, N: gl.constexpr, n_blocks: gl.constexpr, top_k: gl.constexpr, WHICH: gl.constexpr,
+    ACT: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup that multiplies: unit WHICH of every tile."""
+    STEPS: gl.constexpr = K // RUN
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
+    stage, phase = 0, 0
+    row, rows, units, where = announced(notes, full, stage, phase)
+    while units > 0:
+        e = where // n_blocks
+        block = where % n_blocks
+        if units > WHICH:
+            row += WHICH * UNIT
+            rows -= WHICH * UNIT
+            i = gl.arange(0, UNIT, gl.SliceLayout(1, layout))
+            live = i < rows
+            if ACT != "":
+                at = gl.load(slots + row + i, mask=live, other=0) // top_k
+                first, second = block, N // RUN + block
+            else:
+                at = row + i
+                first, second = block * 2, gl.minimum(block * 2 + 1, N // RUN - 1)
+            base = e.to(gl.int64) * ws_e
+            one, two, stage, phase = _sums(
+                a_tiles, w_tiles, full, empty, stage, phase, a_scale + at.to(gl.int64) * as_row, w_scale, live,
+                base + first * ws_n, base + second * ws_n, ws_k, e < 0, STEPS, WHICH,
+            )  # fmt: skip
+            if ACT != "":
+                _write_codes(out, out_scale, _hidden(one, two, ACT), row, rows, block, out_row, os_row)
+            else:
+                _write(out, slots, one, row, rows, block * 2 * RUN, out_row, N)
+                _write(out, slots, two, row, rows, block * 2 * RUN + RUN, out_row, N)
+        else:
+            for _ in range(STEPS):
+                mbarrier.wait(full.index(stage), phase)
+                mbarrier.arrive(empty.index(stage))
+                stage, phase = after(stage, phase)
+        row, rows, units, where = announced(notes, full, stage, phase)
+
+
+@gluon.jit
+def _fp8_hopper(
+    a, a_scale, w, w_scale, out, out_scale, counts, slots, a_row: gl.constexpr, as_row: gl.constexpr,
+    ws_e: gl.constexpr, ws_n: gl.constexpr, ws_k: gl.constexpr, out_row: gl.constexpr, os_row: gl.constexpr,
+    E: gl.constexpr, K: gl.constexpr, N: gl.constexpr, top_k: gl.constexpr, BLOCK_E: gl.constexpr,
+    GROUP: gl.constexpr, ACT: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """A persistent program; a_tiles hold units of 64 rows, w_tiles blocks of 128.
+
+    N: columns of `out`.  ACT: of the first product, whose weights have twice as many rows.
+    """
+    gl.inline_asm_elementwise(  # `after_previous` and `let_next_start`
+        "griddepcontrol.wait; griddepcontrol.launch_dependents; // $0",
+        "=r", [], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+    GATED: gl.constexpr = ACT != ""
+    a_tiles = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * UNITS, UNIT, RUN], gl.NVMMASharedLayout(128, 8, 2))
+    w_tiles = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * 2, 1, RUN, RUN], gl.NVMMASharedLayout(128, 8, 3))
+    notes, full, empty = pipeline(1 + 128)  # the weights, and the rows of every thread that copies
+    n_blocks: gl.constexpr = (N + RUN - 1) // RUN if GATED else (N + 2 * RUN - 1) // (2 * RUN)
+    total = gl.max(_tile_ends(counts, E, n_blocks, BLOCK_E), 0)
+    # fmt: off
+    gl.warp_specialize(
+        [
+            (_multiply, (out, out_scale, slots, notes, a_tiles, w_tiles, full, empty, a_scale, w_scale, as_row, ws_e,
+                         ws_n, ws_k, out_row, os_row, K, N, n_blocks, top_k, gl.constexpr(0), ACT)),
+            (_multiply, (out, out_scale, slots, notes, a_tiles, w_tiles, full, empty, a_scale, w_scale, as_row, ws_e,
+                         ws_n, ws_k, out_row, os_row, K, N, n_blocks, top_k, gl.constexpr(1), ACT)),
+            (_copy, (a, w, counts, slots, notes, a_tiles, w_tiles, full, empty, total, a_row, E, K, N, n_blocks, top_k,
+                     BLOCK_E, GROUP, GATED)),
+        ],
+        [4, 4], [232, 40],
+    )
+    # fmt: on
+
+
+def fits(a: Rows, matrix: Matrix, first: bool) -> bool:
+    """Whether rows [S, K] and weights [E, N, K] suit this kernel: codes of fp8_block both, without biases.
+
+    Whole runs of 128 along K and N (of gate and up each); E up to 1024; both aligned to 16 bytes, contiguous along K.
+    """
+    codes = matrix.codes
+    return (
+        a.scale is not None and matrix.format == "fp8_block" and matrix.scale is not None and matrix.bias is None
+        and matrix.scale.dtype == torch.float32
+        and descriptor_strides(a.values) is not None and descriptor_strides(codes) is not None
+        and codes.shape[2] % 128 == 0 and codes.shape[1] % (256 if first else 128) == 0 and len(codes) <= 1024
+    )  # fmt: skip
+
+
+def fp8_hopper(a: Rows, matrix: Matrix, routing: Routing, out: Rows, activation: str, group: int) -> None:
+    """Write `out`, codes with their scales or numbers, for operands that `fits` accepts."""
+    weight, scale = matrix.codes, matrix.scale
+    assert a.scale is not None and scale is not None
+    source = TensorDescriptor(
+        weight, list(weight.shape), descriptor_strides(weight), [1, RUN.value, RUN.value],
+        gl.NVMMASharedLayout(128, 8, 3),
+    )  # fmt: skip
+    out_scale = a.scale if out.scale is None else out.scale
+    experts = len(weight)
+    with on(weight.device):
+        launch(
+            _fp8_hopper, (programs_at_once(weight.device),),
+            a.values, a.scale, source, scale, out.values, out_scale, routing.counts, routing.slots,
+            a.values.stride(0), a.scale.stride(0), *scale.stride(), out.values.stride(0), out_scale.stride(0),
+            E=experts, K=a.values.shape[1], N=out.values.shape[1], top_k=routing.ids.shape[1],
+            BLOCK_E=max(32, triton.next_power_of_2(experts)), GROUP=group, ACT=activation, launch_pdl=True,
+            num_warps=4,
+        )  # fmt: skip
