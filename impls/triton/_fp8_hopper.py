@@ -9,7 +9,8 @@ one of up that belongs to it), whose scales are two numbers a step.  Each multip
 128 columns, one run of scales: the tensor cores sum it, and the sum is scaled and added in fp32 while the other
 warpgroup multiplies.  Rows are gathered by the warps that copy.
 
-Tiles are handed out as in `_hopper`.
+Tiles are handed out as in `_hopper`, by a counter for each product.  The second product asks for the weights of its
+first tile while the first product still ends elsewhere: it waits before it reads what that one wrote, alone.
 """
 
 import torch
@@ -43,6 +44,20 @@ from moe_harness.impls.triton._quantized_operands import Matrix, Routing, Rows
 
 RUN = gl.constexpr(128)  # columns of a step, and rows of a block of the weights: what one scale stands over
 UNITS = gl.constexpr(2)  # of the highest tile
+
+
+@gluon.jit
+def _wait_for_previous():
+    """`after_previous` of _common."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _let_next_start():
+    """`let_next_start` of _common."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit
@@ -83,15 +98,35 @@ def _row_pointers(a, slots, row, rows, top_k: gl.constexpr, a_row: gl.constexpr,
 
 
 @gluon.jit
+def _load_weights(w, w_tiles, full, e, first, second, step, stage):
+    """Ask for both blocks of a step, into `stage`."""
+    bar = full.index(stage)
+    mbarrier.expect(bar, 2 * RUN * RUN)
+    load_tile(w, [e, first, step * RUN], bar, w_tiles.index(stage * 2))
+    load_tile(w, [e, second, step * RUN], bar, w_tiles.index(stage * 2 + 1))
+
+
+@gluon.jit
 def _copy(
     a, w, counts, slots, notes, a_tiles, w_tiles, full, empty, total, a_row: gl.constexpr, E: gl.constexpr,
     K: gl.constexpr, N: gl.constexpr, n_blocks: gl.constexpr, top_k: gl.constexpr, BLOCK_E: gl.constexpr,
     GROUP: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
     """The warpgroup that copies: announces a tile, fills its stages, fetches the next; then announces the end."""
+    STEPS: gl.constexpr = K // RUN
+    EARLY: gl.constexpr = 0 if GATED else min(STAGES, STEPS)  # steps whose weights do not wait for the first product
+    counter = counts + 2 * E + (0 if GATED else 1)
     ends = _tile_ends(counts, E, n_blocks, BLOCK_E)
     stage, phase = 0, 1
     tile = gl.program_id(0)
+    asked = 0
+    if not GATED:
+        if tile < total:
+            e, row, rows, units, block = _find_tile(tile, counts, ends, E, n_blocks, GROUP)
+            for step in gl.static_range(EARLY):
+                _load_weights(w, w_tiles, full, e, block * 2 * RUN, block * 2 * RUN + RUN, step, step)
+            asked = EARLY
+        _wait_for_previous()
     while tile < total:
         e, row, rows, units, block = _find_tile(tile, counts, ends, E, n_blocks, GROUP)
         upper, live_upper = _row_pointers(a, slots, row, rows, top_k, a_row, GATED)
@@ -103,21 +138,20 @@ def _copy(
         mbarrier.wait(empty.index(stage), phase)
         announce(notes, stage, row, rows, units, e * n_blocks + block)
         upcoming = total
-        for step in range(K // RUN):
+        for step in range(STEPS):
             mbarrier.wait(empty.index(stage), phase)
-            bar = full.index(stage)
-            mbarrier.expect(bar, 2 * RUN * RUN)
-            load_tile(w, [e, first, step * RUN], bar, w_tiles.index(stage * 2))
-            load_tile(w, [e, second, step * RUN], bar, w_tiles.index(stage * 2 + 1))
+            if step >= asked:
+                _load_weights(w, w_tiles, full, e, first, second, step, stage)
             load_rows(a_tiles.index(stage * UNITS), upper, mask=live_upper)
             if units > 1:
                 load_rows(a_tiles.index(stage * UNITS + 1), lower, mask=live_lower)
-            async_copy.mbarrier_arrive(bar, increment_count=False)
+            async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
             upper += RUN
             lower += RUN
-            if step == K // RUN // 2:  # takes a microsecond, while the stages are full
-                upcoming = take(counts + 2 * E, total)
+            if step == STEPS // 2:  # takes a microsecond, while the stages are full
+                upcoming = take(counter, total)
             stage, phase = after(stage, phase)
+        asked = 0
         tile = upcoming
     mbarrier.wait(empty.index(stage), phase)
     announce(notes, stage, 0, 0, 0, 0)
@@ -225,6 +259,8 @@ def _multiply(
     STEPS: gl.constexpr = K // RUN
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     stage, phase = 0, 0
+    if ACT == "":
+        _wait_for_previous()
     row, rows, units, where = announced(notes, full, stage, phase)
     while units > 0:
         e = where // n_blocks
@@ -269,11 +305,10 @@ def _fp8_hopper(
 
     N: columns of `out`.  ACT: of the first product, whose weights have twice as many rows.
     """
-    gl.inline_asm_elementwise(  # `after_previous` and `let_next_start`
-        "griddepcontrol.wait; griddepcontrol.launch_dependents; // $0",
-        "=r", [], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
     GATED: gl.constexpr = ACT != ""
+    if GATED:
+        _wait_for_previous()
+    _let_next_start()
     a_tiles = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * UNITS, UNIT, RUN], gl.NVMMASharedLayout(128, 8, 2))
     w_tiles = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * 2, 1, RUN, RUN], gl.NVMMASharedLayout(128, 8, 3))
     notes, full, empty = pipeline(1 + 128)  # the weights, and the rows of every thread that copies
@@ -297,14 +332,14 @@ def _fp8_hopper(
 def fits(a: Rows, matrix: Matrix, first: bool) -> bool:
     """Whether rows [S, K] and weights [E, N, K] suit this kernel: codes of fp8_block both, without biases.
 
-    Whole runs of 128 along K and N (of gate and up each); E up to 1024; both aligned to 16 bytes, contiguous along K.
+    Whole runs of 128 along K and N (of gate and up each); E from 2 to 1024; aligned to 16 bytes, contiguous along K.
     """
     codes = matrix.codes
     return (
         a.scale is not None and matrix.format == "fp8_block" and matrix.scale is not None and matrix.bias is None
         and matrix.scale.dtype == torch.float32
         and descriptor_strides(a.values) is not None and descriptor_strides(codes) is not None
-        and codes.shape[2] % 128 == 0 and codes.shape[1] % (256 if first else 128) == 0 and len(codes) <= 1024
+        and codes.shape[2] % 128 == 0 and codes.shape[1] % (256 if first else 128) == 0 and 2 <= len(codes) <= 1024
     )  # fmt: skip
 
 

@@ -71,12 +71,15 @@ def biased(acc, bias, e, n, N, b_e, b_n, BIAS: tl.constexpr):
 
 
 def quantise(x: Tensor) -> Rows:
-    """x [S, K] as codes of e4m3 [S, K] and scales fp32 [S, ceil(K / 128)]."""
+    """x [S, K], operand of a call, as codes of e4m3 [S, K] and scales fp32 [S, ceil(K / 128)].
+
+    Launched behind the alignment of the call, with which it may run at once.
+    """
     rows, columns = x.shape
     groups = triton.cdiv(columns, RUN.value)
     codes = codes_for(x, rows, columns)
     scales = empty(x, rows, groups, dtype=torch.float32)
-    across = min(8, triton.next_power_of_2(groups))
+    across = min(32 if rows >= 1024 else 8, triton.next_power_of_2(groups))
     early = early_start(x.device)
     with on(x.device):
         launch(

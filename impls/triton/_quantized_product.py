@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from moe_harness.impls.launching import empty, launch
-from moe_harness.impls.triton._codes import RUN, activations, as_float, as_stored, half_power, quantised, wide
+from moe_harness.impls.triton._codes import RUN, as_float, as_stored, half_power, quantised, row_scales, wide
 from moe_harness.impls.triton._common import (
     after_previous,
     early_start,
@@ -28,6 +28,7 @@ from moe_harness.impls.triton._common import (
     tile_source,
 )
 from moe_harness.impls.triton._few_codes import few_quantized
+from moe_harness.impls.triton._half_bytes import half_bytes, scaled_half_bytes
 from moe_harness.impls.triton._quantized_operands import (
     PACKED,
     RUN_OF,
@@ -40,7 +41,7 @@ from moe_harness.impls.triton._quantized_operands import (
     hidden_values,
     scale_strides,
 )
-from moe_harness.impls.triton._tiles import expert_runs, find_tile, weight_tile
+from moe_harness.impls.triton._tiles import expert_runs, find_tile, row_tile, weight_tile
 from moe_harness.impls.triton.configs import Tiling, grid_size
 
 # Numbers that are compiled for no value of theirs: kernels of a layer differ in its sizes and strides enough already.
@@ -48,52 +49,50 @@ UNSPECIALISED = ["E", "top_k", "as_row", "s_e", "s_n", "s_k", "b_e", "b_n", "os_
 
 
 @triton.jit
-def _factor(scale, e, n, N, k0, s_e, s_n, s_k, FORMAT: tl.constexpr, BK: tl.constexpr):
-    """Scales [BN] of weight rows n at columns k0..k0+BK, all of one run."""
+def _scales(
+    scale, e, n0, N, k0, K, s_e, s_n, s_k, BN: tl.constexpr, BK: tl.constexpr, FORMAT: tl.constexpr,
+    IN_TILE: tl.constexpr,
+):  # fmt: skip
+    """What is stored of the scales of weight rows n0.. at columns k0..k0+BK: [BN] of one run, or [BN, BK / 32]."""
+    n = n0 + tl.arange(0, BN)
     row = n // 128 if FORMAT == "fp8_block" else n
-    at = scale + e.to(tl.int64) * s_e + row.to(tl.int64) * s_n + (k0 // BK) * s_k
-    factor = tl.load(at, mask=n < N, other=0)
-    return half_power(factor) if FORMAT == "mxfp4" else factor.to(tl.float32)
-
-
-@triton.jit
-def _factors(scale, e, n, N, k0, K, s_e, s_n, s_k, BN: tl.constexpr, BK: tl.constexpr):
-    """Scales of mxfp4 at weight rows n and columns k0..k0+BK, one for each byte, [BN, BK / 2]."""
-    k = k0 // 32 + tl.arange(0, BK // 32)
-    at = scale + e.to(tl.int64) * s_e + n[:, None].to(tl.int64) * s_n + k[None, :].to(tl.int64) * s_k
-    factors = half_power(tl.load(at, mask=(n < N)[:, None] & (k < K // 32)[None, :], other=0))
-    return tl.reshape(tl.broadcast_to(factors[:, :, None], (BN, BK // 32, 16)), (BN, BK // 2))
+    at = scale + e.to(tl.int64) * s_e + row.to(tl.int64) * s_n
+    if IN_TILE:
+        k = k0 // 32 + tl.arange(0, BK // 32)
+        found = tl.load(at[:, None] + k[None, :] * s_k, mask=(n < N)[:, None] & (k < K // 32)[None, :], other=0)
+    else:
+        found = tl.load(at + (k0 // BK) * s_k, mask=(n < N) & (n * 0 + k0 < K), other=0)
+    return found
 
 
 @triton.jit
 def _step(
-    acc, first, second, row_scale, w, scale, e, n0, N, k0, K, w_e, w_n, w_k, s_e, s_n, s_k,
+    acc, first, second, row_scale, found, w, e, n0, N, k0, K, w_e, w_n, w_k,
     BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr, FORMAT: tl.constexpr,
     PACKED: tl.constexpr, IN_TILE: tl.constexpr, ROWS: tl.constexpr, TO: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """acc [BN, BM] and the product over columns k0..k0+BK of weight rows n0.. with rows `first` [BM, BK].
 
-    PACKED: with their even columns `first` and their odd ones `second`.
+    PACKED: with their even columns `first` and their odd ones `second`.  `found`: the scales as stored.
     """
     SHARE: tl.constexpr = 2 if PACKED else 1
     tile = weight_tile(w, e, n0, k0 // SHARE, N, K // SHARE, w_e, w_n, w_k, BN, BK // SHARE, EVEN_K, TMA)
-    n = n0 + tl.arange(0, BN)
     SCALED: tl.constexpr = FORMAT != "plain" and not IN_TILE
     part = tl.zeros(acc.shape, tl.float32) if SCALED else acc
     if PACKED:
-        low = as_float(tile & 15, FORMAT, tl.float32, WIDEN)
-        high = as_float(tile >> 4, FORMAT, tl.float32, WIDEN)
-        if IN_TILE:
-            factors = _factors(scale, e, n, N, k0, K, s_e, s_n, s_k, BN, BK)
-            low, high = low * factors, high * factors
-        part = product(low.to(TO), first.T, part, WIDEN)
-        part = product(high.to(TO), second.T, part, WIDEN)
+        if IN_TILE:  # a scale for each byte
+            factors = tl.broadcast_to(half_power(found)[:, :, None], (BN, BK // 32, 16))
+            low, high = scaled_half_bytes(tile, tl.reshape(factors, (BN, BK // 2)), TO, WIDEN)
+        else:
+            low, high = half_bytes(tile, FORMAT, TO, WIDEN)
+        part = product(low, first.T, part, WIDEN)
+        part = product(high, second.T, part, WIDEN)
     elif ROWS == "kept":
         part = product(as_float(tile, FORMAT, TO, WIDEN), first.T, part, WIDEN)
     else:
         part = product(wide(tile, WIDEN), first.T, part, WIDEN)
     if SCALED:
-        factor = _factor(scale, e, n, N, k0, s_e, s_n, s_k, FORMAT, BK)
+        factor = half_power(found) if FORMAT == "mxfp4" else found.to(tl.float32)
         part = acc + part * (factor[:, None] if ROWS == "kept" else factor[:, None] * row_scale[None, :])
     return part
 
@@ -106,35 +105,54 @@ def _tile(
     FORMAT: tl.constexpr, PACKED: tl.constexpr, IN_TILE: tl.constexpr, ROWS: tl.constexpr, ACT: tl.constexpr,
     CODES: tl.constexpr, BIAS: tl.constexpr, TO: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """out at rows to_row [BM] and BN columns from n0 on, of expert e and rows from_row [BM] of a."""
+    """out at rows to_row [BM] and BN columns from n0 on, of expert e and rows from_row [BM] of a.
+
+    Scales are asked for a step before they are needed: nothing else in the loop would wait for memory.
+    """
+    GATED: tl.constexpr = ACT != ""
+    HAS: tl.constexpr = FORMAT != "plain"
     acc = tl.zeros((BN, BM), tl.float32)
     up = tl.zeros((BN, BM), tl.float32)
+    found, found_up = 0, 0
+    if HAS:
+        found = _scales(scale, e, n0, N, 0, K, s_e, s_n, s_k, BN, BK, FORMAT, IN_TILE)
+        if GATED:
+            found_up = _scales(scale, e, n0 + N, 2 * N, 0, K, s_e, s_n, s_k, BN, BK, FORMAT, IN_TILE)
+    by = row_scales(a_scale, from_row, live, 0, K, as_row, BK, ROWS)
     for k0 in tl.range(0, K, BK):
-        rows, row_scale = activations(
-            a, a_scale, from_row, live, k0, K, a_row, a_col, as_row, BK, EVEN_K, ROWS, WIDEN
-        )  # fmt: skip
+        by_now, now, now_up = by, found, found_up
+        by = row_scales(a_scale, from_row, live, k0 + BK, K, as_row, BK, ROWS)
+        if HAS:
+            found = _scales(scale, e, n0, N, k0 + BK, K, s_e, s_n, s_k, BN, BK, FORMAT, IN_TILE)
+            if GATED:
+                found_up = _scales(scale, e, n0 + N, 2 * N, k0 + BK, K, s_e, s_n, s_k, BN, BK, FORMAT, IN_TILE)
+        rows = row_tile(a, from_row, live, k0, K, a_row, a_col, BK, EVEN_K)
+        if ROWS == "quantised":
+            rows, by_now = quantised(rows, 1, WIDEN)
+        elif ROWS == "codes":
+            rows = wide(rows, WIDEN)
         second = rows
         if PACKED:
             rows, second = tl.split(tl.reshape(rows, (BM, BK // 2, 2)))
         acc = _step(
-            acc, rows, second, row_scale, w, scale, e, n0, N, k0, K, w_e, w_n, w_k,
-            s_e, s_n, s_k, BN, BK, EVEN_K, TMA, FORMAT, PACKED, IN_TILE, ROWS, TO, WIDEN,
+            acc, rows, second, by_now, now, w, e, n0, N, k0, K, w_e, w_n, w_k, BN, BK, EVEN_K, TMA, FORMAT, PACKED,
+            IN_TILE, ROWS, TO, WIDEN,
         )  # fmt: skip
-        if ACT != "":
+        if GATED:
             up = _step(
-                up, rows, second, row_scale, w, scale, e, n0 + N, 2 * N, k0, K, w_e, w_n, w_k, s_e, s_n, s_k,
-                BN, BK, EVEN_K, TMA, FORMAT, PACKED, IN_TILE, ROWS, TO, WIDEN,
+                up, rows, second, by_now, now_up, w, e, n0 + N, 2 * N, k0, K, w_e, w_n, w_k, BN, BK, EVEN_K, TMA,
+                FORMAT, PACKED, IN_TILE, ROWS, TO, WIDEN,
             )  # fmt: skip
     n = n0 + tl.arange(0, BN)
     acc = biased(acc, bias, e, n, N, b_e, b_n, BIAS)
-    if ACT != "":
+    if GATED:
         acc = hidden_values(acc, biased(up, bias, e, n + N, 2 * N, b_e, b_n, BIAS), ACT, TO)
     inside = (n < N)[:, None] & live[None, :]
     at = out + to_row[None, :].to(tl.int64) * o_row + n[:, None]
     if CODES:  # columns past the last one have scales of 0, so they count as 0 in the largest
-        code, by = quantised(acc, 0, WIDEN)
+        code, by_out = quantised(acc, 0, WIDEN)
         tl.store(at, as_stored(code, out.dtype.element_ty, WIDEN), mask=inside)
-        tl.store(out_scale + to_row.to(tl.int64) * os_row + n0 // BN, by, mask=live)
+        tl.store(out_scale + to_row.to(tl.int64) * os_row + n0 // BN, by_out, mask=live)
     else:
         tl.store(at, narrow(acc, out.dtype.element_ty, WIDEN), mask=inside)
 

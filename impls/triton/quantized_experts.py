@@ -105,8 +105,8 @@ def _experts(
     slots = max(1, ids.numel() * experts // spread)  # of these the grids are made
     shape = Shape(experts, x.shape[1], up.shape[1] // 2, ids.shape[1], x.element_size())
     plan = plan_of(shape, format, slots, quantize, x.device)
-    rows = quantise(x) if quantize and plan.ahead else Rows(x)
     routing = Routing(ids, expert_map, *((None, None) if plan.few else align(ids, experts, expert_map)))
+    rows = quantise(x) if quantize and plan.ahead else Rows(x)
     act = quantized_product(
         rows, Matrix(up, up_scale, up_bias, format), routing, plan.gate_up, slots, x.dtype,
         activation=activation, quantize=quantize, codes=quantize and plan.ahead,

@@ -1,14 +1,14 @@
 """Find the tiles of the quantised experts for a shape: as `tune`, for one format of the weights.
 
-Timed apart, each as a CUDA graph over two sets of weights in turn, are the two products: with a tile for each slot
-(`few`), behind an alignment, and, where activations become codes, with codes made before the products (`ahead`; the
-launch that makes them counts with the first product).  Of the three ways the fastest sum is kept.
+Timed apart, each as a CUDA graph over two sets of weights in turn, are the two products: slot by slot (`few`), and
+behind an alignment, where activations that become codes do so before the products (`ahead`; the launch that makes them
+counts with the first product).  Of the ways the fastest sum is kept.
 """
 
 import json
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,18 +26,16 @@ from moe_harness.impls.triton.quantized_plans import Plan, as_json, file_of, rul
 
 __all__ = ["candidates", "tune_layer", "tune_quantized"]
 
-WAYS = ("few", "aligned", "ahead")
 ALIGNMENT_US = 3.0  # what the alignment costs the two ways that have one
-FEW = 64  # slots up to which a tile for each of them is worth timing
+FEW = 64  # slots up to which a product for each of them is worth timing
 LARGEST_TILE = 128 * 128
-KEPT = 24.0  # rows per expert from which codes ahead are worth timing
 
 
 @dataclass(frozen=True)
 class Job:
     """One candidate of a product: "gate_up" or "down", in one of the ways."""
 
-    way: str
+    way: str  # few, aligned or ahead
     product: str
     tiling: Tiling
 
@@ -53,21 +51,29 @@ class Layer:
 
 def candidates(layer: Layer, way: str, product: str, rows: float) -> Iterator[Tiling]:
     """Tilings worth timing at `rows` rows per expert; their steps are the format's."""
+    if way == "few":
+        for n, warps, pieces in ((4, 4, 128), (8, 4, 128), (16, 4, 128), (4, 2, 64), (8, 4, 64), (16, 8, 128)):
+            yield Tiling(1, n, pieces, warps=warps)
+        return
     if rows <= 24:
-        heights = [16] if way == "few" or rows <= 8 else [16, 32]
-        depths, waves = [3, 4, 5], [0]
+        heights, depths, waves = [16] if rows <= 8 else [16, 32], [3, 4, 5], [0, 1]
     else:
-        heights = [32, 64] if rows <= 64 else [64, 128]
-        depths, waves = [3, 4], [0, 1]
-    most = LARGEST_TILE // (2 if product == "gate_up" else 1)  # two sums of the first product lie in registers
+        heights, depths, waves = [32, 64] if rows <= 64 else [64, 128], [3, 4], [0, 1]
     for m in heights:
-        for n, warps in ((64, 4), (128, 4), (128, 8)):
-            if (way == "ahead" and product == "gate_up" and n != 128) or m * n > most:
-                continue
-            for stages in depths:
-                for wave in waves:
-                    if _fits(layer, way, product, m, n, stages):
-                        yield Tiling(m, n, 128, warps=warps, stages=stages, waves=wave)
+        yield from _tilings(layer, way, product, m, depths, waves)
+    if way == "ahead":  # one candidate whatever else it says
+        yield from (replace(t, copier=True) for t in _tilings(layer, way, product, 64, [2], [1]) if t.warps == 8)
+
+
+def _tilings(layer: Layer, way: str, product: str, m: int, depths: list[int], waves: list[int]) -> Iterator[Tiling]:
+    """Tiles of m rows that fit: every width, number of warps, depth and grid."""
+    most = LARGEST_TILE // (2 if product == "gate_up" else 1)  # two sums of the first product lie in registers
+    for n, warps in ((64, 4), (128, 4), (128, 8)):
+        if (way == "ahead" and product == "gate_up" and n != 128) or m * n > most:
+            continue
+        for stages in depths:
+            if _fits(layer, way, product, m, n, stages):
+                yield from (Tiling(m, n, 128, warps=warps, stages=stages, waves=wave) for wave in waves)
 
 
 def _fits(layer: Layer, way: str, product: str, m: int, n: int, stages: int) -> bool:
@@ -188,9 +194,9 @@ def _jobs(layer: Layer, tokens: int) -> dict[tuple[str, str], list[Job]]:
     """Candidates by way and product at a number of tokens."""
     slots = tokens * layer.shape.top_k
     rows = slots / layer.shape.experts
-    wanted = [w for w in WAYS if (w != "few" or slots <= FEW) and (w != "ahead" or (layer.quantize and rows >= KEPT))]
+    wanted = (["few"] if slots <= FEW else []) + ["ahead" if layer.quantize else "aligned"]
     return {
-        (way, product): [Job(way, product, t) for t in candidates(layer, way, product, 1.0 if way == "few" else rows)]
+        (way, product): [Job(way, product, t) for t in candidates(layer, way, product, rows)]
         for way in wanted for product in ("gate_up", "down")
     }  # fmt: skip
 
