@@ -7,10 +7,12 @@ r"""Products of fp8 codes with fp8 codes on Hopper: one warpgroup copies, two mu
 A tile is up to two units of 64 rows of one expert by two blocks of 128 rows of its weights (first: one of gate and the
 one of up that belongs to it), whose scales are two numbers a step.  Each multiplying warpgroup has one unit.  A step is
 128 columns, one run of scales: the tensor cores sum it, and the sum is scaled and added in fp32 while the other
-warpgroup multiplies.  Rows are gathered by the warps that copy.
+warpgroup multiplies.  The rows of the first product are gathered by the warps that copy.
 
-Tiles are handed out as in `_hopper`, by a counter for each product.  The second product asks for the weights of its
-first tile while the first product still ends elsewhere: it waits before it reads what that one wrote, alone.
+Tiles are handed out as in `_hopper`, by a counter for each product, or (IN_TURN) each program takes every so many-th:
+then it knows early which, and where all tiles take as long as their weights, nothing is lost.  The second product asks
+for the weights of its first tile while the first product still ends elsewhere: it waits before it reads what that one
+wrote, alone.
 """
 
 import torch
@@ -69,13 +71,19 @@ def _tile_ends(counts, E: gl.constexpr, n_blocks: gl.constexpr, BLOCK_E: gl.cons
 
 
 @gluon.jit
-def _find_tile(tile, counts, ends, E: gl.constexpr, n_blocks: gl.constexpr, GROUP: gl.constexpr):
-    """As `_hopper.find_tile`, tiles of two units."""
+def _expert_of(tile, counts, ends, E: gl.constexpr):
+    """Expert of `tile`, which of its tiles that is, and its rows and first row, which may still be on their way."""
     passed = ends <= tile
-    e = gl.sum(passed.to(gl.int32), 0)
-    local = tile - gl.max(gl.where(passed, ends, 0), 0)
-    count = gl.load(counts + e)
-    start = gl.load(counts + E + e)
+    e = gl.minimum(gl.sum(passed.to(gl.int32), 0), E - 1)
+    return e, tile - gl.max(gl.where(passed, ends, 0), 0), gl.load(counts + e), gl.load(counts + E + e)
+
+
+@gluon.jit
+def _place(local, count, start, n_blocks: gl.constexpr, GROUP: gl.constexpr):
+    """First row of a tile among all rows, rows of the expert from there on, units of the tile, and column block.
+
+    As `_hopper.find_tile`, tiles of two units.
+    """
     units = gl.cdiv(count, UNIT)
     tiles = gl.cdiv(units, UNITS)
     above = local // (GROUP * n_blocks) * GROUP
@@ -84,15 +92,15 @@ def _find_tile(tile, counts, ends, E: gl.constexpr, n_blocks: gl.constexpr, GROU
     m = above + inside % width
     low, higher = units // tiles, units % tiles
     first = (m * low + gl.minimum(m, higher)) * UNIT
-    return e, start + first, count - first, low + (m < higher).to(gl.int32), inside // width
+    return start + first, count - first, low + (m < higher).to(gl.int32), inside // width
 
 
 @gluon.jit
-def _row_pointers(a, slots, row, rows, top_k: gl.constexpr, a_row: gl.constexpr, GATED: gl.constexpr):
-    """Pointers [64, RUN] to the first columns of 64 rows from `row` on (GATED: of their tokens), and which exist."""
+def _row_pointers(a, slots, row, rows, top_k: gl.constexpr, a_row: gl.constexpr):
+    """Pointers [64, RUN] to the first columns of the tokens of 64 slots from `row` on, and which of them exist."""
     layout: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
     i = gl.arange(0, UNIT, gl.SliceLayout(1, layout))
-    at = gl.load(slots + row + i, mask=i < rows, other=0) // top_k if GATED else gl.where(i < rows, row + i, 0)
+    at = gl.load(slots + row + i, mask=i < rows, other=0) // top_k
     k = gl.arange(0, RUN, gl.SliceLayout(0, layout))
     return a + at.to(gl.int64)[:, None] * a_row + k[None, :], (i < rows)[:, None]
 
@@ -107,56 +115,103 @@ def _load_weights(w, w_tiles, full, e, first, second, step, stage):
 
 
 @gluon.jit
-def _copy(
+def _announce_end(notes, full, empty, stage, phase):
+    mbarrier.wait(empty.index(stage), phase)
+    announce(notes, stage, 0, 0, 0, 0)
+    mbarrier.expect(full.index(stage), 0)
+
+
+@gluon.jit
+def _copy_gathered(
     a, w, counts, slots, notes, a_tiles, w_tiles, full, empty, total, a_row: gl.constexpr, E: gl.constexpr,
     K: gl.constexpr, N: gl.constexpr, n_blocks: gl.constexpr, top_k: gl.constexpr, BLOCK_E: gl.constexpr,
-    GROUP: gl.constexpr, GATED: gl.constexpr,
+    GROUP: gl.constexpr, IN_TURN: gl.constexpr,
 ):  # fmt: skip
     """The warpgroup that copies: announces a tile, fills its stages, fetches the next; then announces the end."""
     STEPS: gl.constexpr = K // RUN
-    EARLY: gl.constexpr = 0 if GATED else min(STAGES, STEPS)  # steps whose weights do not wait for the first product
-    counter = counts + 2 * E + (0 if GATED else 1)
     ends = _tile_ends(counts, E, n_blocks, BLOCK_E)
     stage, phase = 0, 1
     tile = gl.program_id(0)
-    asked = 0
-    if not GATED:
-        if tile < total:
-            e, row, rows, units, block = _find_tile(tile, counts, ends, E, n_blocks, GROUP)
-            for step in gl.static_range(EARLY):
-                _load_weights(w, w_tiles, full, e, block * 2 * RUN, block * 2 * RUN + RUN, step, step)
-            asked = EARLY
-        _wait_for_previous()
+    e, local, count, start = _expert_of(tile, counts, ends, E)
     while tile < total:
-        e, row, rows, units, block = _find_tile(tile, counts, ends, E, n_blocks, GROUP)
-        upper, live_upper = _row_pointers(a, slots, row, rows, top_k, a_row, GATED)
-        lower, live_lower = _row_pointers(a, slots, row + UNIT, rows - UNIT, top_k, a_row, GATED)
-        if GATED:
-            first, second = block * RUN, N + block * RUN
-        else:
-            first, second = block * 2 * RUN, block * 2 * RUN + RUN
+        row, rows, units, block = _place(local, count, start, n_blocks, GROUP)
+        e_now = e
+        upper, live_upper = _row_pointers(a, slots, row, rows, top_k, a_row)
+        lower, live_lower = _row_pointers(a, slots, row + UNIT, rows - UNIT, top_k, a_row)
         mbarrier.wait(empty.index(stage), phase)
         announce(notes, stage, row, rows, units, e * n_blocks + block)
-        upcoming = total
+        upcoming = tile + gl.num_programs(0)
+        if IN_TURN:
+            e, local, count, start = _expert_of(upcoming, counts, ends, E)
         for step in range(STEPS):
             mbarrier.wait(empty.index(stage), phase)
-            if step >= asked:
-                _load_weights(w, w_tiles, full, e, first, second, step, stage)
+            _load_weights(w, w_tiles, full, e_now, block * RUN, N + block * RUN, step, stage)
             load_rows(a_tiles.index(stage * UNITS), upper, mask=live_upper)
             if units > 1:
                 load_rows(a_tiles.index(stage * UNITS + 1), lower, mask=live_lower)
             async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
             upper += RUN
             lower += RUN
-            if step == STEPS // 2:  # takes a microsecond, while the stages are full
-                upcoming = take(counter, total)
+            if not IN_TURN:  # noqa: SIM102 - settled when it is compiled
+                if step == STEPS // 2:  # takes a microsecond, while the stages are full
+                    upcoming = take(counts + 2 * E, total)
+            stage, phase = after(stage, phase)
+        tile = upcoming
+        if not IN_TURN:
+            e, local, count, start = _expert_of(tile, counts, ends, E)
+    _announce_end(notes, full, empty, stage, phase)
+    async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+
+
+@gluon.jit
+def _copy(
+    a, w, counts, notes, a_tiles, w_tiles, full, empty, total, E: gl.constexpr, K: gl.constexpr, n_blocks: gl.constexpr,
+    BLOCK_E: gl.constexpr, GROUP: gl.constexpr, IN_TURN: gl.constexpr,
+):  # fmt: skip
+    """The same as one warp, for rows that lie one behind the other: through the copy engine, as the weights."""
+    STEPS: gl.constexpr = K // RUN
+    EARLY: gl.constexpr = min(STAGES, STEPS)  # steps whose weights do not wait for the first product
+    ends = _tile_ends(counts, E, n_blocks, BLOCK_E)
+    stage, phase = 0, 1
+    tile = gl.program_id(0)
+    asked = 0
+    e, local, count, start = _expert_of(tile, counts, ends, E)
+    if tile < total:
+        row, rows, units, block = _place(local, count, start, n_blocks, GROUP)
+        for step in gl.static_range(EARLY):
+            _load_weights(w, w_tiles, full, e, block * 2 * RUN, block * 2 * RUN + RUN, step, step)
+        asked = EARLY
+    _wait_for_previous()
+    while tile < total:
+        row, rows, units, block = _place(local, count, start, n_blocks, GROUP)
+        e_now = e
+        mbarrier.wait(empty.index(stage), phase)
+        announce(notes, stage, row, rows, units, e * n_blocks + block)
+        upcoming = tile + gl.num_programs(0)
+        if IN_TURN:
+            e, local, count, start = _expert_of(upcoming, counts, ends, E)
+        for step in range(STEPS):
+            mbarrier.wait(empty.index(stage), phase)
+            if step >= asked:
+                _load_weights(w, w_tiles, full, e_now, block * 2 * RUN, block * 2 * RUN + RUN, step, stage)
+            bar = full.index(stage)
+            if units > 1:
+                mbarrier.expect(bar, 2 * UNIT * RUN)
+                load_tile(a, [row, step * RUN], bar, a_tiles.index(stage * UNITS))
+                load_tile(a, [row + UNIT, step * RUN], bar, a_tiles.index(stage * UNITS + 1))
+            else:
+                mbarrier.expect(bar, UNIT * RUN)
+                load_tile(a, [row, step * RUN], bar, a_tiles.index(stage * UNITS))
+            if not IN_TURN:  # noqa: SIM102 - settled when it is compiled
+                if step == STEPS // 2:
+                    upcoming = take(counts + 2 * E + 1, total)
             stage, phase = after(stage, phase)
         asked = 0
         tile = upcoming
-    mbarrier.wait(empty.index(stage), phase)
-    announce(notes, stage, 0, 0, 0, 0)
+        if not IN_TURN:
+            e, local, count, start = _expert_of(tile, counts, ends, E)
+    _announce_end(notes, full, empty, stage, phase)
     mbarrier.expect(full.index(stage), 0)
-    async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
 
 
 @gluon.jit
@@ -169,7 +224,7 @@ def _run(rows, w_tile, part, never):
 @gluon.jit
 def _sums(
     a_tiles, w_tiles, full, empty, stage, phase, a_scale, w_scale, live, ws_first, ws_second, ws_k: gl.constexpr, never,
-    STEPS: gl.constexpr, WHICH: gl.constexpr,
+    STEPS: gl.constexpr, WHICH: gl.constexpr, FENCE: gl.constexpr,
 ):  # fmt: skip
     """Both blocks of a tile for unit WHICH, [64, 128] each, and the stage and parity behind the tile."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
@@ -180,7 +235,8 @@ def _sums(
         by = gl.load(a_scale + step, mask=live, other=0.0)
         by_one, by_two = gl.load(w_scale + ws_first + step * ws_k), gl.load(w_scale + ws_second + step * ws_k)
         mbarrier.wait(full.index(stage), phase)
-        fence_async_shared()
+        if FENCE:
+            fence_async_shared()
         rows = a_tiles.index(stage * UNITS + WHICH)
         part = _run(rows, w_tiles.index(stage * 2), part, never)
         one += part * (by * by_one)[:, None]
@@ -279,7 +335,7 @@ def _multiply(
             base = e.to(gl.int64) * ws_e
             one, two, stage, phase = _sums(
                 a_tiles, w_tiles, full, empty, stage, phase, a_scale + at.to(gl.int64) * as_row, w_scale, live,
-                base + first * ws_n, base + second * ws_n, ws_k, e < 0, STEPS, WHICH,
+                base + first * ws_n, base + second * ws_n, ws_k, e < 0, STEPS, WHICH, ACT != "",
             )  # fmt: skip
             if ACT != "":
                 _write_codes(out, out_scale, _hidden(one, two, ACT), row, rows, block, out_row, os_row)
@@ -299,7 +355,7 @@ def _fp8_hopper(
     a, a_scale, w, w_scale, out, out_scale, counts, slots, a_row: gl.constexpr, as_row: gl.constexpr,
     ws_e: gl.constexpr, ws_n: gl.constexpr, ws_k: gl.constexpr, out_row: gl.constexpr, os_row: gl.constexpr,
     E: gl.constexpr, K: gl.constexpr, N: gl.constexpr, top_k: gl.constexpr, BLOCK_E: gl.constexpr,
-    GROUP: gl.constexpr, ACT: gl.constexpr, num_warps: gl.constexpr,
+    GROUP: gl.constexpr, ACT: gl.constexpr, IN_TURN: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """A persistent program; a_tiles hold units of 64 rows, w_tiles blocks of 128.
 
@@ -311,21 +367,35 @@ def _fp8_hopper(
     _let_next_start()
     a_tiles = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * UNITS, UNIT, RUN], gl.NVMMASharedLayout(128, 8, 2))
     w_tiles = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * 2, 1, RUN, RUN], gl.NVMMASharedLayout(128, 8, 3))
-    notes, full, empty = pipeline(1 + 128)  # the weights, and the rows of every thread that copies
     n_blocks: gl.constexpr = (N + RUN - 1) // RUN if GATED else (N + 2 * RUN - 1) // (2 * RUN)
     total = gl.max(_tile_ends(counts, E, n_blocks, BLOCK_E), 0)
     # fmt: off
-    gl.warp_specialize(
-        [
-            (_multiply, (out, out_scale, slots, notes, a_tiles, w_tiles, full, empty, a_scale, w_scale, as_row, ws_e,
-                         ws_n, ws_k, out_row, os_row, K, N, n_blocks, top_k, gl.constexpr(0), ACT)),
-            (_multiply, (out, out_scale, slots, notes, a_tiles, w_tiles, full, empty, a_scale, w_scale, as_row, ws_e,
-                         ws_n, ws_k, out_row, os_row, K, N, n_blocks, top_k, gl.constexpr(1), ACT)),
-            (_copy, (a, w, counts, slots, notes, a_tiles, w_tiles, full, empty, total, a_row, E, K, N, n_blocks, top_k,
-                     BLOCK_E, GROUP, GATED)),
-        ],
-        [4, 4], [232, 40],
-    )
+    if GATED:
+        notes, full, empty = pipeline(1 + 128)  # the weights, and the rows of every thread that copies
+        gl.warp_specialize(
+            [
+                (_multiply, (out, out_scale, slots, notes, a_tiles, w_tiles, full, empty, a_scale, w_scale, as_row,
+                             ws_e, ws_n, ws_k, out_row, os_row, K, N, n_blocks, top_k, gl.constexpr(0), ACT)),
+                (_multiply, (out, out_scale, slots, notes, a_tiles, w_tiles, full, empty, a_scale, w_scale, as_row,
+                             ws_e, ws_n, ws_k, out_row, os_row, K, N, n_blocks, top_k, gl.constexpr(1), ACT)),
+                (_copy_gathered, (a, w, counts, slots, notes, a_tiles, w_tiles, full, empty, total, a_row, E, K, N,
+                                  n_blocks, top_k, BLOCK_E, GROUP, IN_TURN)),
+            ],
+            [4, 4], [232, 40],
+        )
+    else:
+        notes, full, empty = pipeline(2)  # the weights, and the rows
+        gl.warp_specialize(
+            [
+                (_multiply, (out, out_scale, slots, notes, a_tiles, w_tiles, full, empty, a_scale, w_scale, as_row,
+                             ws_e, ws_n, ws_k, out_row, os_row, K, N, n_blocks, top_k, gl.constexpr(0), ACT)),
+                (_multiply, (out, out_scale, slots, notes, a_tiles, w_tiles, full, empty, a_scale, w_scale, as_row,
+                             ws_e, ws_n, ws_k, out_row, os_row, K, N, n_blocks, top_k, gl.constexpr(1), ACT)),
+                (_copy, (a, w, counts, notes, a_tiles, w_tiles, full, empty, total, E, K, n_blocks, BLOCK_E, GROUP,
+                         IN_TURN)),
+            ],
+            [4, 1], [232, 40],
+        )
     # fmt: on
 
 
@@ -343,22 +413,30 @@ def fits(a: Rows, matrix: Matrix, first: bool) -> bool:
     )  # fmt: skip
 
 
-def fp8_hopper(a: Rows, matrix: Matrix, routing: Routing, out: Rows, activation: str, group: int) -> None:
-    """Write `out`, codes with their scales or numbers, for operands that `fits` accepts."""
+def fp8_hopper(
+    a: Rows, matrix: Matrix, routing: Routing, out: Rows, activation: str, group: int, in_turn: bool
+) -> None:
+    """Write `out`, codes with their scales or numbers, for operands that `fits` accepts; `in_turn`: IN_TURN."""
     weight, scale = matrix.codes, matrix.scale
     assert a.scale is not None and scale is not None
     source = TensorDescriptor(
         weight, list(weight.shape), descriptor_strides(weight), [1, RUN.value, RUN.value],
         gl.NVMMASharedLayout(128, 8, 3),
     )  # fmt: skip
+    rows: object = a.values
+    if not activation:
+        rows = TensorDescriptor(
+            a.values, list(a.values.shape), descriptor_strides(a.values), [UNIT.value, RUN.value],
+            gl.NVMMASharedLayout(128, 8, 2),
+        )  # fmt: skip
     out_scale = a.scale if out.scale is None else out.scale
     experts = len(weight)
     with on(weight.device):
         launch(
             _fp8_hopper, (programs_at_once(weight.device),),
-            a.values, a.scale, source, scale, out.values, out_scale, routing.counts, routing.slots,
+            rows, a.scale, source, scale, out.values, out_scale, routing.counts, routing.slots,
             a.values.stride(0), a.scale.stride(0), *scale.stride(), out.values.stride(0), out_scale.stride(0),
             E=experts, K=a.values.shape[1], N=out.values.shape[1], top_k=routing.ids.shape[1],
-            BLOCK_E=max(32, triton.next_power_of_2(experts)), GROUP=group, ACT=activation, launch_pdl=True,
-            num_warps=4,
+            BLOCK_E=max(32, triton.next_power_of_2(experts)), GROUP=group, ACT=activation, IN_TURN=in_turn,
+            launch_pdl=True, num_warps=4,
         )  # fmt: skip

@@ -55,14 +55,16 @@ def candidates(layer: Layer, way: str, product: str, rows: float) -> Iterator[Ti
         for n, warps, pieces in ((4, 4, 128), (8, 4, 128), (16, 4, 128), (4, 2, 64), (8, 4, 64), (16, 8, 128)):
             yield Tiling(1, n, pieces, warps=warps)
         return
+    if way == "ahead":  # the fields of a tile are for where that kernel does not fit
+        tile = Tiling(64 if rows > 24 else 16, 128, 128, warps=8, stages=3, waves=1)
+        groups = (4, 8, 16) if rows >= 128 else (8,)
+        yield from (replace(tile, copier=True, waves=waves, group=group) for waves in (0, 1) for group in groups)
     if rows <= 24:
-        heights, depths, waves = [16] if rows <= 8 else [16, 32], [3, 4, 5], [0, 1]
-    else:
-        heights, depths, waves = [32, 64] if rows <= 64 else [64, 128], [3, 4], [0, 1]
-    for m in heights:
-        yield from _tilings(layer, way, product, m, depths, waves)
-    if way == "ahead":  # one candidate whatever else it says
-        yield from (replace(t, copier=True) for t in _tilings(layer, way, product, 64, [2], [1]) if t.warps == 8)
+        for m in [16] if rows <= 8 else [16, 32]:
+            yield from _tilings(layer, way, product, m, [3, 4, 5, 6], [0])
+    elif way != "ahead":
+        for m in [32, 64] if rows <= 64 else [64, 128, 256]:
+            yield from _tilings(layer, way, product, m, [3, 4], [0, 1])
 
 
 def _tilings(layer: Layer, way: str, product: str, m: int, depths: list[int], waves: list[int]) -> Iterator[Tiling]:

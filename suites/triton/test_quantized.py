@@ -59,35 +59,42 @@ class NoDevice:
 
 triton.runtime.driver.set_active(NoDevice())
 from triton.tools.tensor_descriptor import TensorDescriptor
-from moe_harness.impls.triton import _quantized_product as q
+from moe_harness.impls.triton import _few_codes, _fp8_hopper, _quantized_operands, _quantized_product as q
 from moe_harness.impls.triton.configs import Shape
 from moe_harness.impls.triton.quantized_plans import rules
 
 E, H, I, k, bf16, fp8 = 128, 2048, 768, 8, torch.bfloat16, torch.float8_e4m3fn
 found = []
-q.launch = lambda kernel, grid, *given, **constants: found.append(kernel.warmup(*given, grid=grid, **constants))
-q.early_start = lambda device: True
-q.tile_source = lambda t, block, wanted: (
-    TensorDescriptor(t, list(t.shape), [t.shape[1] * t.shape[2], t.shape[2], 1], block), True)
+strides = lambda t: [*(n * t.shape[-1] for n in ((t.shape[1],) if t.dim() == 3 else ())), t.shape[-1], 1]
+for module in (q, _few_codes, _fp8_hopper, _quantized_operands):
+    module.launch = lambda kernel, grid, *given, **constants: found.append(
+        kernel.warmup(*given, grid=grid, **constants))
+    module.early_start = module.on_hopper = lambda device: True
+    module.descriptor_strides = strides
+q.tile_source = lambda t, block, wanted: (TensorDescriptor(t, list(t.shape), strides(t), block), True)
 
-def matrix(rows, columns, format):
+def matrix(rows, columns, format, bias):
     codes = fp8 if format == "fp8_block" else torch.uint8
     width = columns if format == "fp8_block" else columns // 2
     run = 32 if format == "mxfp4" else 128
     by = {"fp8_block": torch.float32, "int4_group": bf16, "mxfp4": torch.uint8}[format]
     scale = torch.empty(E, rows // (128 if format == "fp8_block" else 1), columns // run, dtype=by)
-    return q.Matrix(torch.empty(1, rows, width, dtype=codes).expand(E, -1, -1), scale, torch.empty(E, rows), format)
+    biases = torch.empty(E, rows) if bias else None
+    return q.Matrix(torch.empty(1, rows, width, dtype=codes).expand(E, -1, -1), scale, biases, format)
 
-for format, quantize, tokens in (("fp8_block", True, 1), ("fp8_block", True, 4096), ("int4_group", False, 64),
-                                 ("mxfp4", False, 1024)):
+for format, quantize, tokens, bias in (
+    ("fp8_block", True, 1, True), ("fp8_block", True, 4096, True), ("fp8_block", True, 4096, False),
+    ("int4_group", False, 64, True), ("mxfp4", False, 1024, True),
+):
     plan = rules(Shape(E, H, I, k), format, tokens * k, quantize)
     ids = torch.empty(tokens, k, dtype=torch.int64)
     ints = None if plan.few else torch.empty(3 * E, dtype=torch.int32)
     routing = q.Routing(ids, None, ints, ints)
-    rows = q.quantise(torch.empty(tokens, H, dtype=bf16)) if plan.ahead else q.Rows(torch.empty(tokens, H, dtype=bf16))
-    act = q.quantized_product(rows, matrix(2 * I, H, format), routing, plan.gate_up, tokens * k, bf16,
+    x = torch.empty(tokens, H, dtype=bf16)
+    rows = _quantized_operands.quantise(x) if plan.ahead else q.Rows(x)
+    act = q.quantized_product(rows, matrix(2 * I, H, format, bias), routing, plan.gate_up, tokens * k, bf16,
                               activation="silu", quantize=quantize, codes=plan.ahead)
-    q.quantized_product(act, matrix(H, I, format), routing, plan.down, tokens * k, bf16, quantize=quantize)
+    q.quantized_product(act, matrix(H, I, format, bias), routing, plan.down, tokens * k, bf16, quantize=quantize)
 for kernel in found:
     text = kernel.asm["ptx"]
     print(kernel.metadata.shared, ".local" in text, *sorted({word for word in text.split() if "mma_async" in word}))
@@ -135,4 +142,10 @@ def test_products_compile_for_hopper() -> None:
     assert all(int(words[0]) <= SHARED_MEMORY and words[1] == "False" for words in lines), done.stdout
     wide = "wgmma.mma_async.sync.aligned.m64n{}k{}.f32.{}.{}"
     e4m3, bf16 = (lambda n: {wide.format(n, 32, "e4m3", "e4m3")}), (lambda n: {wide.format(n, 16, "bf16", "bf16")})
-    assert kernels == [e4m3(16), e4m3(16), set(), e4m3(64), e4m3(128), bf16(16), bf16(16), bf16(64), bf16(64)]
+    quantise: set[str] = set()
+    slot_by_slot, in_tiles, by_copiers = (
+        [set(), set()],
+        [quantise, e4m3(64), e4m3(128)],
+        [quantise, e4m3(128), e4m3(128)],
+    )
+    assert kernels == [*slot_by_slot, *in_tiles, *by_copiers, bf16(16), bf16(16), bf16(64), bf16(64)]
