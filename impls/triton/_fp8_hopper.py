@@ -231,18 +231,26 @@ def _sums(
     one = gl.zeros([UNIT, RUN], gl.float32, layout)
     two = gl.zeros([UNIT, RUN], gl.float32, layout)
     part = gl.zeros([UNIT, RUN], gl.float32, layout)
-    for step in range(STEPS):  # scales are on their way while the tensor cores sum the run they stand over
-        by = gl.load(a_scale + step, mask=live, other=0.0)
-        by_one, by_two = gl.load(w_scale + ws_first + step * ws_k), gl.load(w_scale + ws_second + step * ws_k)
+    by, by_one, by_two = (
+        gl.load(a_scale, mask=live, other=0.0),
+        gl.load(w_scale + ws_first),
+        gl.load(w_scale + ws_second),
+    )
+    for step in range(STEPS):
+        scale_one, scale_two = by * by_one, by * by_two
         mbarrier.wait(full.index(stage), phase)
         if FENCE:
             fence_async_shared()
+        # Behind the fence, which waits for what was asked for before; needed in the next step.
+        coming = gl.minimum(step + 1, STEPS - 1)
+        by = gl.load(a_scale + coming, mask=live, other=0.0)
+        by_one, by_two = gl.load(w_scale + ws_first + coming * ws_k), gl.load(w_scale + ws_second + coming * ws_k)
         rows = a_tiles.index(stage * UNITS + WHICH)
         part = _run(rows, w_tiles.index(stage * 2), part, never)
-        one += part * (by * by_one)[:, None]
+        one += part * scale_one[:, None]
         part = _run(rows, w_tiles.index(stage * 2 + 1), part, never)
         mbarrier.arrive(empty.index(stage))
-        two += part * (by * by_two)[:, None]
+        two += part * scale_two[:, None]
         stage, phase = after(stage, phase)
     return one, two, stage, phase
 
