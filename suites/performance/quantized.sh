@@ -23,8 +23,8 @@ check() { # name, implementation, options...
         --json "$out/check-$1.json" "${@:3}"
 }
 bench() { # name, format, options...
-    step "quantized-$2-$1" python -m moe_harness bench --stage quantized_experts --format "$2" \
-        --json "$out/quantized-$2-$1.json" "${@:3}"
+    step "quantized-$1-$2" python -m moe_harness bench --stage quantized_experts --format "$2" \
+        --json "$out/quantized-$1-$2.json" "${@:3}"
 }
 
 failed=0
