@@ -60,7 +60,7 @@ def as_float(code, FORMAT: tl.constexpr, TO: tl.constexpr, WIDEN: tl.constexpr):
         value = code
     else:
         value = wide(code, WIDEN)
-        if tl.bfloat16 == TO and not WIDEN:  # a cast from fp16 to bf16 runs at an eighth of the rate of this way
+        if tl.bfloat16 == TO and not WIDEN:  # from fp16 a cast is an instruction of a slow unit for each code
             value = value.to(tl.float32)
     return value if WIDEN else value.to(TO)
 

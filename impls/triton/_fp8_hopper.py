@@ -9,17 +9,14 @@ one of up that belongs to it), whose scales are two numbers a step.  Each multip
 128 columns, one run of scales: the tensor cores sum it, and the sum is scaled and added in fp32 while the other
 warpgroup multiplies.  The rows of the first product are gathered by the warps that copy.
 
-Tiles are handed out as in `_hopper`, by a counter for each product, or (IN_TURN) each program takes every so many-th:
-then it knows early which, and where all tiles take as long as their weights, nothing is lost.  The second product asks
-for the weights of its first tile while the first product still ends elsewhere: it waits before it reads what that one
-wrote, alone.
+Tiles are handed out as in `_hopper`, by a counter for each product.  The second product asks for the weights of its
+first tile while the first product still ends elsewhere: it waits before it reads what that one wrote, alone.
 """
 
 import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -30,28 +27,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from moe_harness.impls.launching import launch
 from moe_harness.impls.triton._common import descriptor_strides, on, programs_at_once
-from moe_harness.impls.triton._hopper import (
-    STAGES,
-    UNIT,
-    _add,
-    after,
-    announce,
-    announced,
-    load_rows,
-    load_tile,
-    pipeline,
-    take,
-)
+from moe_harness.impls.triton._fp8_hopper_copy import RUN, UNITS, copy, copy_gathered, tile_ends, wait_for_previous
+from moe_harness.impls.triton._hopper import STAGES, UNIT, after, announced, pipeline
 from moe_harness.impls.triton._quantized_operands import Matrix, Routing, Rows
-
-RUN = gl.constexpr(128)  # columns of a step, and rows of a block of the weights: what one scale stands over
-UNITS = gl.constexpr(2)  # of the highest tile
-
-
-@gluon.jit
-def _wait_for_previous():
-    """`after_previous` of _common."""
-    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -60,158 +38,6 @@ def _let_next_start():
     gl.inline_asm_elementwise(
         "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )
-
-
-@gluon.jit
-def _tile_ends(counts, E: gl.constexpr, n_blocks: gl.constexpr, BLOCK_E: gl.constexpr):
-    """Number of tiles up to and including each expert, int32 [BLOCK_E], held by every warp."""
-    e = gl.arange(0, BLOCK_E, gl.BlockedLayout([BLOCK_E // 32], [32], [gl.num_warps()], [0]))
-    rows = gl.load(counts + e, mask=e < E, other=0)
-    return gl.associative_scan(gl.cdiv(rows, UNIT * UNITS) * n_blocks, 0, _add)
-
-
-@gluon.jit
-def _expert_of(tile, counts, ends, E: gl.constexpr):
-    """Expert of `tile`, which of its tiles that is, and its rows and first row, which may still be on their way."""
-    passed = ends <= tile
-    e = gl.minimum(gl.sum(passed.to(gl.int32), 0), E - 1)
-    return e, tile - gl.max(gl.where(passed, ends, 0), 0), gl.load(counts + e), gl.load(counts + E + e)
-
-
-@gluon.jit
-def _place(local, count, start, n_blocks: gl.constexpr, GROUP: gl.constexpr):
-    """First row of a tile among all rows, rows of the expert from there on, units of the tile, and column block.
-
-    As `_hopper.find_tile`, tiles of two units.
-    """
-    units = gl.cdiv(count, UNIT)
-    tiles = gl.cdiv(units, UNITS)
-    above = local // (GROUP * n_blocks) * GROUP
-    width = gl.minimum(tiles - above, GROUP)
-    inside = local - above * n_blocks
-    m = above + inside % width
-    low, higher = units // tiles, units % tiles
-    first = (m * low + gl.minimum(m, higher)) * UNIT
-    return start + first, count - first, low + (m < higher).to(gl.int32), inside // width
-
-
-@gluon.jit
-def _row_pointers(a, slots, row, rows, top_k: gl.constexpr, a_row: gl.constexpr):
-    """Pointers [64, RUN] to the first columns of the tokens of 64 slots from `row` on, and which of them exist."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
-    i = gl.arange(0, UNIT, gl.SliceLayout(1, layout))
-    at = gl.load(slots + row + i, mask=i < rows, other=0) // top_k
-    k = gl.arange(0, RUN, gl.SliceLayout(0, layout))
-    return a + at.to(gl.int64)[:, None] * a_row + k[None, :], (i < rows)[:, None]
-
-
-@gluon.jit
-def _load_weights(w, w_tiles, full, e, first, second, step, stage):
-    """Ask for both blocks of a step, into `stage`."""
-    bar = full.index(stage)
-    mbarrier.expect(bar, 2 * RUN * RUN)
-    load_tile(w, [e, first, step * RUN], bar, w_tiles.index(stage * 2))
-    load_tile(w, [e, second, step * RUN], bar, w_tiles.index(stage * 2 + 1))
-
-
-@gluon.jit
-def _announce_end(notes, full, empty, stage, phase):
-    mbarrier.wait(empty.index(stage), phase)
-    announce(notes, stage, 0, 0, 0, 0)
-    mbarrier.expect(full.index(stage), 0)
-
-
-@gluon.jit
-def _copy_gathered(
-    a, w, counts, slots, notes, a_tiles, w_tiles, full, empty, total, a_row: gl.constexpr, E: gl.constexpr,
-    K: gl.constexpr, N: gl.constexpr, n_blocks: gl.constexpr, top_k: gl.constexpr, BLOCK_E: gl.constexpr,
-    GROUP: gl.constexpr, IN_TURN: gl.constexpr,
-):  # fmt: skip
-    """The warpgroup that copies: announces a tile, fills its stages, fetches the next; then announces the end."""
-    STEPS: gl.constexpr = K // RUN
-    ends = _tile_ends(counts, E, n_blocks, BLOCK_E)
-    stage, phase = 0, 1
-    tile = gl.program_id(0)
-    e, local, count, start = _expert_of(tile, counts, ends, E)
-    while tile < total:
-        row, rows, units, block = _place(local, count, start, n_blocks, GROUP)
-        e_now = e
-        upper, live_upper = _row_pointers(a, slots, row, rows, top_k, a_row)
-        lower, live_lower = _row_pointers(a, slots, row + UNIT, rows - UNIT, top_k, a_row)
-        mbarrier.wait(empty.index(stage), phase)
-        announce(notes, stage, row, rows, units, e * n_blocks + block)
-        upcoming = tile + gl.num_programs(0)
-        if IN_TURN:
-            e, local, count, start = _expert_of(upcoming, counts, ends, E)
-        for step in range(STEPS):
-            mbarrier.wait(empty.index(stage), phase)
-            _load_weights(w, w_tiles, full, e_now, block * RUN, N + block * RUN, step, stage)
-            load_rows(a_tiles.index(stage * UNITS), upper, mask=live_upper)
-            if units > 1:
-                load_rows(a_tiles.index(stage * UNITS + 1), lower, mask=live_lower)
-            async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
-            upper += RUN
-            lower += RUN
-            if not IN_TURN:  # noqa: SIM102 - settled when it is compiled
-                if step == STEPS // 2:  # takes a microsecond, while the stages are full
-                    upcoming = take(counts + 2 * E, total)
-            stage, phase = after(stage, phase)
-        tile = upcoming
-        if not IN_TURN:
-            e, local, count, start = _expert_of(tile, counts, ends, E)
-    _announce_end(notes, full, empty, stage, phase)
-    async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
-
-
-@gluon.jit
-def _copy(
-    a, w, counts, notes, a_tiles, w_tiles, full, empty, total, E: gl.constexpr, K: gl.constexpr, n_blocks: gl.constexpr,
-    BLOCK_E: gl.constexpr, GROUP: gl.constexpr, IN_TURN: gl.constexpr,
-):  # fmt: skip
-    """The same as one warp, for rows that lie one behind the other: through the copy engine, as the weights."""
-    STEPS: gl.constexpr = K // RUN
-    EARLY: gl.constexpr = min(STAGES, STEPS)  # steps whose weights do not wait for the first product
-    ends = _tile_ends(counts, E, n_blocks, BLOCK_E)
-    stage, phase = 0, 1
-    tile = gl.program_id(0)
-    asked = 0
-    e, local, count, start = _expert_of(tile, counts, ends, E)
-    if tile < total:
-        row, rows, units, block = _place(local, count, start, n_blocks, GROUP)
-        for step in gl.static_range(EARLY):
-            _load_weights(w, w_tiles, full, e, block * 2 * RUN, block * 2 * RUN + RUN, step, step)
-        asked = EARLY
-    _wait_for_previous()
-    while tile < total:
-        row, rows, units, block = _place(local, count, start, n_blocks, GROUP)
-        e_now = e
-        mbarrier.wait(empty.index(stage), phase)
-        announce(notes, stage, row, rows, units, e * n_blocks + block)
-        upcoming = tile + gl.num_programs(0)
-        if IN_TURN:
-            e, local, count, start = _expert_of(upcoming, counts, ends, E)
-        for step in range(STEPS):
-            mbarrier.wait(empty.index(stage), phase)
-            if step >= asked:
-                _load_weights(w, w_tiles, full, e_now, block * 2 * RUN, block * 2 * RUN + RUN, step, stage)
-            bar = full.index(stage)
-            if units > 1:
-                mbarrier.expect(bar, 2 * UNIT * RUN)
-                load_tile(a, [row, step * RUN], bar, a_tiles.index(stage * UNITS))
-                load_tile(a, [row + UNIT, step * RUN], bar, a_tiles.index(stage * UNITS + 1))
-            else:
-                mbarrier.expect(bar, UNIT * RUN)
-                load_tile(a, [row, step * RUN], bar, a_tiles.index(stage * UNITS))
-            if not IN_TURN:  # noqa: SIM102 - settled when it is compiled
-                if step == STEPS // 2:
-                    upcoming = take(counts + 2 * E + 1, total)
-            stage, phase = after(stage, phase)
-        asked = 0
-        tile = upcoming
-        if not IN_TURN:
-            e, local, count, start = _expert_of(tile, counts, ends, E)
-    _announce_end(notes, full, empty, stage, phase)
-    mbarrier.expect(full.index(stage), 0)
 
 
 @gluon.jit
@@ -324,7 +150,7 @@ def _multiply(
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     stage, phase = 0, 0
     if ACT == "":
-        _wait_for_previous()
+        wait_for_previous()
     row, rows, units, where = announced(notes, full, stage, phase)
     while units > 0:
         e = where // n_blocks
@@ -363,7 +189,7 @@ def _fp8_hopper(
     a, a_scale, w, w_scale, out, out_scale, counts, slots, a_row: gl.constexpr, as_row: gl.constexpr,
     ws_e: gl.constexpr, ws_n: gl.constexpr, ws_k: gl.constexpr, out_row: gl.constexpr, os_row: gl.constexpr,
     E: gl.constexpr, K: gl.constexpr, N: gl.constexpr, top_k: gl.constexpr, BLOCK_E: gl.constexpr,
-    GROUP: gl.constexpr, ACT: gl.constexpr, IN_TURN: gl.constexpr, num_warps: gl.constexpr,
+    GROUP: gl.constexpr, ACT: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """A persistent program; a_tiles hold units of 64 rows, w_tiles blocks of 128.
 
@@ -371,12 +197,12 @@ def _fp8_hopper(
     """
     GATED: gl.constexpr = ACT != ""
     if GATED:
-        _wait_for_previous()
+        wait_for_previous()
     _let_next_start()
     a_tiles = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * UNITS, UNIT, RUN], gl.NVMMASharedLayout(128, 8, 2))
     w_tiles = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * 2, 1, RUN, RUN], gl.NVMMASharedLayout(128, 8, 3))
     n_blocks: gl.constexpr = (N + RUN - 1) // RUN if GATED else (N + 2 * RUN - 1) // (2 * RUN)
-    total = gl.max(_tile_ends(counts, E, n_blocks, BLOCK_E), 0)
+    total = gl.max(tile_ends(counts, E, n_blocks, BLOCK_E), 0)
     # fmt: off
     if GATED:
         notes, full, empty = pipeline(1 + 128)  # the weights, and the rows of every thread that copies
@@ -386,8 +212,8 @@ def _fp8_hopper(
                              ws_e, ws_n, ws_k, out_row, os_row, K, N, n_blocks, top_k, gl.constexpr(0), ACT)),
                 (_multiply, (out, out_scale, slots, notes, a_tiles, w_tiles, full, empty, a_scale, w_scale, as_row,
                              ws_e, ws_n, ws_k, out_row, os_row, K, N, n_blocks, top_k, gl.constexpr(1), ACT)),
-                (_copy_gathered, (a, w, counts, slots, notes, a_tiles, w_tiles, full, empty, total, a_row, E, K, N,
-                                  n_blocks, top_k, BLOCK_E, GROUP, IN_TURN)),
+                (copy_gathered, (a, w, counts, slots, notes, a_tiles, w_tiles, full, empty, total, a_row, E, K, N,
+                                  n_blocks, top_k, BLOCK_E, GROUP)),
             ],
             [4, 4], [232, 40],
         )
@@ -399,8 +225,7 @@ def _fp8_hopper(
                              ws_e, ws_n, ws_k, out_row, os_row, K, N, n_blocks, top_k, gl.constexpr(0), ACT)),
                 (_multiply, (out, out_scale, slots, notes, a_tiles, w_tiles, full, empty, a_scale, w_scale, as_row,
                              ws_e, ws_n, ws_k, out_row, os_row, K, N, n_blocks, top_k, gl.constexpr(1), ACT)),
-                (_copy, (a, w, counts, notes, a_tiles, w_tiles, full, empty, total, E, K, n_blocks, BLOCK_E, GROUP,
-                         IN_TURN)),
+                (copy, (a, w, counts, notes, a_tiles, w_tiles, full, empty, total, E, K, n_blocks, BLOCK_E, GROUP)),
             ],
             [4, 1], [232, 40],
         )
@@ -421,10 +246,8 @@ def fits(a: Rows, matrix: Matrix, first: bool) -> bool:
     )  # fmt: skip
 
 
-def fp8_hopper(
-    a: Rows, matrix: Matrix, routing: Routing, out: Rows, activation: str, group: int, in_turn: bool
-) -> None:
-    """Write `out`, codes with their scales or numbers, for operands that `fits` accepts; `in_turn`: IN_TURN."""
+def fp8_hopper(a: Rows, matrix: Matrix, routing: Routing, out: Rows, activation: str, group: int) -> None:
+    """Write `out`, codes with their scales or numbers, for operands that `fits` accepts."""
     weight, scale = matrix.codes, matrix.scale
     assert a.scale is not None and scale is not None
     source = TensorDescriptor(
@@ -445,6 +268,6 @@ def fp8_hopper(
             rows, a.scale, source, scale, out.values, out_scale, routing.counts, routing.slots,
             a.values.stride(0), a.scale.stride(0), *scale.stride(), out.values.stride(0), out_scale.stride(0),
             E=experts, K=a.values.shape[1], N=out.values.shape[1], top_k=routing.ids.shape[1],
-            BLOCK_E=max(32, triton.next_power_of_2(experts)), GROUP=group, ACT=activation, IN_TURN=in_turn,
+            BLOCK_E=max(32, triton.next_power_of_2(experts)), GROUP=group, ACT=activation,
             launch_pdl=True, num_warps=4,
         )  # fmt: skip

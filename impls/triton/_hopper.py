@@ -45,7 +45,7 @@ def suits(rows: Tensor, weight: Tensor) -> bool:
 
 
 @gluon.jit
-def _add(a, b):
+def add(a, b):
     return a + b
 
 
@@ -54,7 +54,7 @@ def tile_ends(counts, E: gl.constexpr, n_blocks: gl.constexpr, BLOCK_E: gl.const
     """Number of tiles up to and including each expert, int32 [BLOCK_E], held by every warp."""
     e = gl.arange(0, BLOCK_E, gl.BlockedLayout([BLOCK_E // 32], [32], [gl.num_warps()], [0]))
     rows = gl.load(counts + e, mask=e < E, other=0)
-    return gl.associative_scan(gl.cdiv(gl.cdiv(rows, UNIT), UNITS) * n_blocks, 0, _add)
+    return gl.associative_scan(gl.cdiv(gl.cdiv(rows, UNIT), UNITS) * n_blocks, 0, add)
 
 
 @gluon.jit

@@ -211,7 +211,7 @@ def quantized_product(
         from moe_harness.impls.triton._fp8_hopper import fits, fp8_hopper
 
         if fits(a, matrix, first):
-            fp8_hopper(a, matrix, routing, out, activation, tiling.group, tiling.waves == 0)
+            fp8_hopper(a, matrix, routing, out, activation, tiling.group)
             return out
     _in_tiles(a, matrix, routing, out, tiling, expected, dtype, activation, quantize)
     return out

@@ -92,7 +92,7 @@ def rules(shape: Shape, format: str, slots: int, quantize: bool) -> Plan:
     rows = slots / shape.experts
     if slots <= WALKED:
         width = shape.element_size if format == "plain" else 1
-        return Plan(True, False, _walk(8 // width), _walk(16 // width))
+        return Plan(True, False, _walk(4 // width), _walk(8 // width))
     if shape.element_size == 4:  # no tensor cores but for codes: small tiles keep the products in registers
         tiling = Tiling(16, 64 if quantize else 32, 32, warps=4, stages=2, tma=False)
         return Plan(False, False, tiling, tiling)

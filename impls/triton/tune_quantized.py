@@ -58,7 +58,7 @@ def candidates(layer: Layer, way: str, product: str, rows: float) -> Iterator[Ti
     if way == "ahead":  # the fields of a tile are for where that kernel does not fit
         tile = Tiling(64 if rows > 24 else 16, 128, 128, warps=8, stages=3, waves=1)
         groups = (4, 8, 16) if rows >= 128 else (8,)
-        yield from (replace(tile, copier=True, waves=waves, group=group) for waves in (0, 1) for group in groups)
+        yield from (replace(tile, copier=True, group=group) for group in groups)
     if rows <= 24:
         for m in [16] if rows <= 8 else [16, 32]:
             yield from _tilings(layer, way, product, m, [3, 4, 5, 6], [0])

@@ -57,7 +57,7 @@ def quantized() -> list[str]:
         tokens = sorted({timing["tokens"] for timing in run["timings"]})
         table: dict[str, dict[int, str]] = {}
         for timing in run["timings"]:
-            told = f"{timing['median']:.0f} ({timing['median'] / timing['floor']:.1f})"
+            told = f"{timing['median']:.0f} ({timing['median'] / timing['floor']:.2f})"
             table.setdefault(timing["spec"], {})[timing["tokens"]] = told
         about = f"{run['model']['name']}, {run['format']}, {run['device']}, torch {run['versions']['torch']}"
         lines += [f"[{about}](../suites/performance/data/{path.name}):", "", *header("tokens", *tokens)]
