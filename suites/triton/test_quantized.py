@@ -32,6 +32,9 @@ CASES: dict[str, list[dict[str, Any]]] = {
             **TOGETHER,
         },
         {"format": "mxfp4", "data": "exponents", "dtype": "fp16", **ONE_SLOT_A_TILE},
+        # Codes of four bits in pairs of 16 bits, which only a GPU has.
+        {"format": "int4_group", "data": "exact", "dtype": "bf16", **TOGETHER},
+        {"format": "mxfp4", "data": "exponents", "dtype": "bf16", **TOGETHER},
         {"format": "mxfp4", "data": "largest_code", "dtype": "fp32", "T": 3},
         {"format": "fp8_block", "H": 200, "I": 72, "dtype": "bf16", "activation": "gelu_tanh", "T": 5},
         {"format": "fp8_channel", "data": "nan_code", "dtype": "bf16", "T": 7},
@@ -41,6 +44,8 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"format": "fp8_block", "dtype": "bf16", "bias": True, **ONE_SLOT_A_TILE},
         {"format": "fp8_block", "dtype": "bf16", "H": 200, "I": 200, "activation": "swiglu_oai", **TOGETHER},
         {"format": "fp8_block", "dtype": "bf16", "data": "token_nan", **TOGETHER},
+        # Whole blocks: on a Hopper GPU the kernel with warps that copy.
+        {"format": "fp8_block", "dtype": "bf16", "H": 256, "I": 128, "masked": "some", **TOGETHER},
         {"format": "fp8_channel", "dtype": "fp16", "data": "zero_rows", "masked": "some", **TOGETHER},
         {"format": "fp8_block", "dtype": "fp32", "data": "outlier", "T": 6},
     ],
