@@ -5,9 +5,9 @@ r"""The routed experts for weights as they are shipped, as fused Triton kernels.
 
 `quantized_experts` keeps activations in their dtype and makes numbers of the codes in registers: bound by the bytes of
 the codes at few tokens.  `fp8_group128` makes codes of the activations too, 128 columns under one scale, and multiplies
-codes with codes in the fp8 tensor cores; sums of 128 columns are scaled and added up in fp32.  With few rows an expert
-each program quantises the rows it reads; with many, hidden states are quantised in a launch of their own and hidden
-values by the kernel that computes them.
+codes with codes in the fp8 tensor cores; sums of 128 columns are scaled and added up in fp32.  With few slots each
+program quantises the row it reads; with more, hidden states are quantised in a launch of their own, beside the
+alignment, and hidden values by the kernel that computes them.
 
 Few slots: three launches.  Otherwise alignment, two products, weighted sum (and that launch).  Results are bitwise the
 same in every run, and nothing waits for the device.  Rounded to the input dtype on the way: `activation` and
