@@ -6,6 +6,7 @@ is raised with no such point behind it is the judge's.  An error of the judge an
 never a refusal: they end the case with exit status 3.
 """
 
+import dis
 import errno
 import os
 import sysconfig
@@ -21,6 +22,12 @@ FAULTS = f"{os.sep}faults{os.sep}"  # those of the catalogue are judged like any
 STANDARD = sysconfig.get_path("stdlib") + os.sep
 # What no implementation can help: a full disk, a table of the system that is full, a port that is taken.
 MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.ENFILE, errno.EIO, errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EROFS)
+# Python's own words for a call that went wrong.  A keyword that a library does not know is none: it may be an old one.
+OF_PYTHON = (
+    "object is not", "is not in list", "not enough values to unpack", "too many values to unpack",
+    "positional argument", "unsupported operand type", "invalid literal for", "math domain error",
+    "arg is an empty sequence", "object cannot be interpreted as", "invalid combination of arguments",
+)  # fmt: skip
 TEXTS = tuple(os.strerror(number) for number in MACHINE)  # C++ tells the same in words
 
 
@@ -70,6 +77,23 @@ def own_refusal(error: BaseException) -> bool:
     if isinstance(error, NotImplementedError):
         return not last.filename.startswith(os.path.join(_torch_folder(), "distributed"))
     return not last.filename.startswith(_torch_folder()) and (not last.line or last.line.startswith("raise"))
+
+
+def accident(error: BaseException) -> bool:
+    """Whether an exception with which inputs are refused was raised by no decision of the author for certain.
+
+    Python raises it for an operator, an unpacking, an index, or says so in words of its own; or torch's Python code
+    does.  What a compiled function raises may be its author's refusal (TORCH_CHECK_VALUE), and is no accident.
+    """
+    frames, trace = _beyond(error) or [], error.__traceback__
+    if not frames or trace is None or isinstance(error, NotImplementedError) or own_refusal(error):
+        return False
+    if frames[-1].filename.startswith(_torch_folder()):
+        return bool(frames[-1].line and frames[-1].line.startswith("raise"))
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    made = next((i.opname for i in dis.get_instructions(trace.tb_frame.f_code) if i.offset == trace.tb_lasti), "CALL")
+    return "CALL" not in made or any(words in str(error) for words in OF_PYTHON)
 
 
 def place(error: BaseException) -> str:

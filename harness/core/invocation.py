@@ -115,6 +115,9 @@ class Trial:
                 raise JudgeFailed(f"{type(error).__name__}: {first_line(error)}") from error
             if wait:
                 self._check_device(error)
+            if blame.accident(error) and not call.case.optional:
+                told = f"raised {type(error).__name__}: {first_line(error)}\n"
+                raise Broken(f"{told}  by no `raise` of its own, and so no refusal, at {_user_frame(error)}") from error
             raise Rejected(_refusal(error)) from error
         except BaseException as error:  # SystemExit and KeyboardInterrupt too: Ctrl-C does not reach this process
             if (missing := what_is_missing(error)) is not None:

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from moe_harness.harness.core import blame
 from moe_harness.harness.core.request import Request
@@ -47,6 +48,60 @@ def test_a_refusal_is_raised_by_the_author() -> None:
     assert not blame.own_refusal(_raised(blame.hand_over, _unpacks))
     assert not blame.own_refusal(_raised(blame.hand_over, blame.pass_on, _refuses))
     assert "_refuses" in blame.place(_raised(blame.hand_over, _refuses))
+
+
+def _adds() -> None:
+    sum([None, 1])  # type: ignore[list-item]
+
+
+def _seeks() -> None:
+    [1].index(3)
+
+
+def _adds_nothing() -> object:
+    nothing = None
+    return nothing + torch.ones(1)  # type: ignore[operator]
+
+
+def _calls_torch_wrongly() -> None:
+    torch.ones(2).sort(0, stable=True, descending=1, out=3)  # type: ignore[call-overload]
+
+
+def _refuses_with_words_of_python() -> None:
+    raise TypeError("not enough values to unpack")
+
+
+def _refuses_in_compiled_code() -> None:
+    int.from_bytes(b"1", "upwards")  # type: ignore[arg-type]  # as a C++ extension does
+
+
+@pytest.mark.parametrize("function", [_unpacks, _adds, _seeks, _adds_nothing, _calls_torch_wrongly])
+def test_an_accident_is_no_refusal(function) -> None:
+    assert blame.accident(_raised(blame.hand_over, function))
+
+
+@pytest.mark.parametrize("function", [_refuses, _refuses_with_words_of_python, _refuses_in_compiled_code])
+def test_what_an_author_may_have_decided_is_no_accident(function) -> None:
+    assert not blame.accident(_raised(blame.hand_over, function))
+
+
+ACCIDENT = """
+import torch
+def shared_expert_gate(hidden_states, gate_weight, shared_output):
+    if hidden_states.shape[0] == 0:
+        return None + shared_output
+    return ((hidden_states.float() @ gate_weight.float().T).sigmoid() * shared_output.float()).to(shared_output.dtype)
+"""
+
+
+def test_an_accident_on_an_ordinary_input_fails(tmp_path: Path) -> None:
+    """It was unsupported once, and the verdict PASS."""
+    file = tmp_path / "accident.py"
+    file.write_text(ACCIDENT)
+    options = RunOptions(checks=("contract",))
+    result = judge("shared_expert_gate", f"{file}:shared_expert_gate", Request(dtypes=("fp32",)), options)
+    assert verdict_of(result) == "fail"
+    assert "no refusal" in result["failures"][0]["message"] and "accident.py:5" in result["failures"][0]["message"]
 
 
 @pytest.mark.parametrize("number", blame.MACHINE)
