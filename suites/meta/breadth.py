@@ -1,6 +1,7 @@
 """Three cases of different shapes that kill each fault of the catalogue, as far as there are: docs/breadth.json.
 
     python -m moe_harness.suites.meta.breadth        about 15 minutes on two idle cores; goes on where it stopped
+    python -m moe_harness.suites.meta.breadth matrix.json    takes over what `moe-harness faults --json matrix.json` found
 
 The case that killed a fault when `first_kills.json` was written comes first, so that this costs a few cases of a fault
 where the kill matrix judges hundreds.  A fault of which the file has nothing is judged; delete its entry to have it
@@ -8,8 +9,10 @@ judged again.
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from moe_harness.harness.core.catalogue import RANKED, Fault, all_faults
 from moe_harness.harness.core.plan import ON_CUDA_ONLY, plan
