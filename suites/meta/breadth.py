@@ -1,7 +1,7 @@
 """Three cases of different shapes that kill each fault of the catalogue, as far as there are: docs/breadth.json.
 
     python -m moe_harness.suites.meta.breadth        about 15 minutes on two idle cores; goes on where it stopped
-    python -m moe_harness.suites.meta.breadth matrix.json    takes over what `moe-harness faults --json matrix.json` found
+    python -m moe_harness.suites.meta.breadth matrix.json        from what `moe-harness faults --json matrix.json` found
 
 The case that killed a fault when `first_kills.json` was written comes first, so that this costs a few cases of a fault
 where the kill matrix judges hundreds.  A fault of which the file has nothing is judged; delete its entry to have it
@@ -66,8 +66,20 @@ def _dtype(case_id: str) -> str:
     return breadth.planned(case_id).case.dtype
 
 
+def of_row(row: dict[str, Any]) -> list[str]:
+    """The cases of a row of the kill matrix, one of each of up to three shapes."""
+    one_of_each: dict[tuple, str] = {}
+    for case_id in row["killing"]:
+        one_of_each.setdefault(breadth.planned(case_id).case.shape(), case_id)
+    return list(one_of_each.values())[: breadth.WANTED]
+
+
 def main() -> None:
     found = json.loads(FOUND.read_text()) if FOUND.exists() else {}
+    if sys.argv[1:]:
+        rows = {row["fault"]: row for path in sys.argv[1:] for row in json.loads(Path(path).read_text())["rows"]}
+        found = {f.name: cases for f in shown_on_a_cpu() if f.name in rows and (cases := of_row(rows[f.name]))}
+        FOUND.write_text(json.dumps(found, indent=1) + "\n")
     for fault in shown_on_a_cpu():
         if fault.name not in found:
             found[fault.name] = of_fault(fault)
