@@ -9,6 +9,7 @@ fewer, the cases most like the killing ones follow.
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import fields
+from itertools import chain, zip_longest
 
 from moe_harness.harness.core.case import parse_id
 from moe_harness.harness.core.plan import Planned
@@ -42,7 +43,7 @@ def seek(killing: list[str], unjudged: list[str], kills: Callable[[str], bool]) 
     left = {case_id: planned(case_id) for case_id in unjudged}
     while judged < SOUGHT and len(seen := {one.case.shape() for one in known}) < WANTED:
         left = {case_id: one for case_id, one in left.items() if one.case.shape() not in seen}
-        order = sorted(left, key=lambda case_id: min(distance(one, left[case_id]) for one in known))
+        order = _order(known, left)
         tried = order[: SOUGHT - judged]
         found = next((count for count, case_id in enumerate(tried, 1) if kills(case_id)), None)
         judged += found or len(tried)
@@ -52,6 +53,18 @@ def seek(killing: list[str], unjudged: list[str], kills: Callable[[str], bool]) 
         known.append(left[killing[-1]])
         left = {case_id: left[case_id] for case_id in order[found:]}
     return judged
+
+
+def _order(known: list[Planned], left: dict[str, Planned]) -> list[str]:
+    """Ids of `left`: those most like the killing cases, and in turn those that share one of their unusual values."""
+    nearest = sorted(left, key=lambda case_id: min(distance(one, left[case_id]) for one in known))
+    first, skipped = known[0].case, ("seed", "optional")
+    unusual = [f.name for f in fields(first) if f.name not in skipped and getattr(first, f.name) != f.default]
+    values = {name: {getattr(one.case, name) for one in known} for name in unusual}
+    sharing = [[case_id for case_id in nearest if getattr(left[case_id].case, name, None) in values[name]]
+               for name in unusual if len(values[name]) == 1]  # fmt: skip
+    turns = chain.from_iterable(zip_longest(nearest, *sharing))
+    return [case_id for case_id in dict.fromkeys(turns) if case_id is not None]
 
 
 def distance(killing: Planned, other: Planned) -> float:

@@ -84,7 +84,7 @@ def plan(request: Request) -> dict[str, list[Case]]:
 
 
 def _contract(request: Request) -> Iterator[Case]:
-    empty = cycle(({}, {"H": 48, "I": 40}, {"H": 80, "I": 24}))
+    empty: Iterator[dict[str, Any]] = cycle(({}, {"H": 48, "I": 40}, {"H": 80, "I": 24}))
     for dtype in request.dtypes:
         yield ExpertsCase(T=5, dtype=dtype)
         yield ExpertsCase(T=0, dtype=dtype, **next(empty))
