@@ -204,6 +204,10 @@ class Pool:
         finally:
             worker.stop()
 
+    def forgive(self) -> None:
+        """Judge what is like cases that died again: a run spares them, a proof wants to see them die."""
+        self.causes = Deaths()
+
     def ask(self, budget: float, *message: Any) -> Any:
         """The answer of an idle worker to another task than judging; None where it dies or takes too long over it."""
         worker = self.workers[0]

@@ -129,7 +129,12 @@ def _fill(row: Row, pool: Pool, dtypes: tuple[str, ...], request: Request, after
             row["status"] = "killed"
             row["first_killer"] = {"check": check, "case": cell["case"], "cases": judged, "of_check": cell["cases"]}
     deaths = pool.deaths + DEATHS  # three shapes are sought of a fault that hangs too, which a run would have given up
-    _broaden(row, left, lambda case_id: pool.deaths < deaths and pool.judge_one(case_id).fails)
+
+    def kills(case_id: str) -> bool:
+        pool.forgive()
+        return pool.deaths < deaths and pool.judge_one(case_id).fails
+
+    _broaden(row, left, kills)
 
 
 def _broaden(row: Row, left: list[str], kills: Callable[[str], bool]) -> None:
