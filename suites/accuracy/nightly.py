@@ -9,8 +9,8 @@ Between the steps DIR holds JSON lines alone, so it can be carried to a machine 
 process of its own; what was answered is kept under DIR/ledger, so that the same call goes on after an interruption.
 Ranks that have no GPU each share one, over gloo.  All ways but the planted faults, which have to fail,
 compute the same, so that each is a null comparison: it is resampled NULLS times, and no more than the nominal share may
-be called a fall.  Where PARTS parts of the questions are
-each as many as decide, the verdicts on the parts are told too: a right implementation passes on all.
+be called a fall.  Where a quarter of the questions is as many as
+decide, the verdicts on PARTS drawn quarters are told too: a right implementation passes on all.
 
 The status is 1 where a way fails, 3 where one could not be run or judged, and 0 where all passed; what this machine has
 no hardware or library for is left out, told by name, and counts as neither.
@@ -19,6 +19,7 @@ no hardware or library for is left out, told by name, and counts as neither.
 import argparse
 import collections
 import json
+import random
 import subprocess
 import sys
 import time
@@ -176,16 +177,18 @@ def _of_nulls(found: list[int]) -> str:
 
 
 def parts(asked: Any, baseline: Any, candidate: Any) -> dict[str, int] | None:
-    """How many of PARTS disjoint parts of the questions pass, fail or decide nothing; None where they are too small."""
+    """How many of PARTS drawn quarters of the questions pass, fail or decide nothing; None where they are too small."""
     from dataclasses import replace
 
     from moe_harness.harness.gate.judging import judge as judged
 
-    if len(baseline.rows) // PARTS < DECIDES:
+    count = len(baseline.rows)
+    if count // 4 < DECIDES:
         return None
     found: collections.Counter[str] = collections.Counter()
-    for first in range(PARTS):
-        sides = [replace(side, rows=side.rows[first::PARTS]) for side in (baseline, candidate)]
+    for seed in range(PARTS):
+        drawn = random.Random(seed).sample(range(count), count // 4)
+        sides = [replace(side, rows=[side.rows[at] for at in drawn]) for side in (baseline, candidate)]
         found[judged(asked.task, asked.gated, *sides, MARGIN)["verdict"]] += 1
     return dict(found)
 
@@ -193,7 +196,7 @@ def parts(asked: Any, baseline: Any, candidate: Any) -> dict[str, int] | None:
 def _of_parts(found: dict[str, int] | None) -> str:
     if found is None:
         return ""
-    return f"; of {PARTS} parts " + ", ".join(f"{count} {verdict}" for verdict, count in sorted(found.items()))
+    return f"; of {PARTS} quarters " + ", ".join(f"{count} {verdict}" for verdict, count in sorted(found.items()))
 
 
 def seen(verdict: str, wanted: str) -> str:

@@ -111,8 +111,10 @@ def sentences(count, shots=0):
 
 
 def independent_of_the_batch(answerer):
-    """Alone, and beside questions that are longer, shorter and answered in fewer steps."""
-    asked = [*sentences(3), *sentences(1, shots=1)]
+    """Alone, and beside questions that are longer, shorter and answered in fewer steps: half of them at once."""
+    shortest = sorted(sentences(12), key=lambda request: len(request.prompt))[:4]
+    at_once = [replace(request, max_new_tokens=2) for request in shortest]
+    asked = [*at_once, *sentences(3), *sentences(1, shots=1)]
     return texts(answerer.answer(asked)) == [text for one in asked for text in texts(answerer.answer([one]))]
 
 
@@ -130,13 +132,18 @@ def test_an_answer_does_not_depend_on_the_batch(eager):
 
 def test_planted_stop_when_any_row_stops(eager, monkeypatch):
     """github.com/EleutherAI/lm-evaluation-harness/issues/873"""
-    ended = set()
+    ended, begin = set(), eager._begin
+
+    def another_batch(prompts):
+        ended.clear()
+        return begin(prompts)
 
     def any_ended(ids, request):
         if type(eager)._ended(eager, ids, request):
             ended.add(len(ids))
         return len(ids) in ended or len(ids) >= request.max_new_tokens
 
+    monkeypatch.setattr(eager, "_begin", another_batch)
     monkeypatch.setattr(eager, "_ended", any_ended)
     assert not independent_of_the_batch(eager)
 

@@ -142,22 +142,29 @@ class TransformersModel:
             return [gold_of(row[: len(answer)], answer) for row, answer in zip(scores, answers, strict=True)]
 
     def _continue(self, begun: "Begun", requests: Sequence[Request]) -> list[list[int]]:
-        """Greedy tokens until every row has ended."""
+        """Greedy tokens until every row has ended; rows that have are taken out once they are half of the batch."""
         import torch
 
         found: list[list[int]] = [[] for _ in requests]
-        open_rows, mask, cache, logits = set(range(len(requests))), begun.mask, begun.cache, begun.logits
-        positions = mask.sum(-1, keepdim=True)
+        rows = list(range(len(requests)))  # of the requests that are still in the batch
+        mask, cache, logits = begun.mask, begun.cache, begun.logits
+        positions, ended = mask.sum(-1, keepdim=True), set()
         with torch.inference_mode():
             while True:
                 ids = logits.argmax(-1, keepdim=True)
-                new = ids[:, 0].tolist()
-                for row in sorted(open_rows):
-                    found[row].append(new[row])
-                    if self._ended(found[row], requests[row]):
-                        open_rows.discard(row)
-                if not open_rows:
+                for row, token in zip(rows, ids[:, 0].tolist(), strict=True):
+                    if row not in ended:
+                        found[row].append(token)
+                        if self._ended(found[row], requests[row]):
+                            ended.add(row)
+                left = [at for at, row in enumerate(rows) if row not in ended]
+                if not left:
                     return found
+                if 2 * len(left) <= len(rows) and _can_select(cache):
+                    chosen = torch.tensor(left, device=ids.device)
+                    cache.batch_select_indices(chosen)
+                    ids, mask, positions = ids[chosen], mask[chosen], positions[chosen]
+                    rows = [rows[at] for at in left]
                 mask = torch.cat((mask, torch.ones_like(ids)), -1)
                 out = self.model(
                     ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
@@ -171,3 +178,8 @@ class TransformersModel:
         # A stop string ends with the newest token, so the last few tell.
         window = max((len(stop) for stop in request.until), default=0) + 1
         return self.tokens.stopped(ids[-window:], request.until)
+
+
+def _can_select(cache: Any) -> bool:
+    """Whether rows can be taken out of a cache: those of linear attention cannot."""
+    return all(hasattr(layer, "batch_select_indices") for layer in getattr(cache, "layers", [None]))
