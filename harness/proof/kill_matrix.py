@@ -41,7 +41,6 @@ MEMORY_LIMIT = 2 << 30  # bytes a worker may hold: one fault leaks on purpose
 
 # What a check is for that kills no fault first; a check with neither a first kill nor a line here fails the command.
 JUSTIFICATIONS = {
-    "laws": "Needs no reference, so it would see an error that the reference shares.",
     "property": "Last in order, over combinations that the plan leaves out; shrinks to the smallest failing case.",
 }
 
