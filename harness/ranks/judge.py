@@ -184,6 +184,7 @@ def _refused_alone(refused: dict[int, str], ranks: int) -> Finding:
 
 
 def _from_failure(failure: RankFailure) -> Finding:
-    evidence = [{"fault": "secondary error", "evidence": line} for line in failure.secondary]
+    # What the other ranks told follows from it: no cause, so none of `diagnosis`, whose first entry names a cluster.
+    beside = [f"elsewhere, {line}" for line in failure.secondary]
     where = {"rank": failure.rank, "call": failure.call}
-    return Finding(f"{failure.kind}: {failure.headline()}", where=where, diagnosis=evidence, about="ranks")
+    return Finding(f"{failure.kind}: {failure.headline()}", where=where, looks_like=beside, about="ranks")

@@ -14,7 +14,7 @@ from moe_harness.harness.core.findings import Answer
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.ranks import judge
 from moe_harness.harness.ranks.calls import RecordedCall
-from moe_harness.harness.ranks.failure import Evidence, classify
+from moe_harness.harness.ranks.failure import Evidence, RankFailure, classify
 from moe_harness.harness.ranks.heartbeat import RankStatus, State
 from moe_harness.harness.ranks.jobs import Reply
 from moe_harness.harness.ranks.run import ENOUGH_SPENT, SHORTER, judge_ranks
@@ -194,3 +194,12 @@ def test_a_plain_result_on_every_rank_has_its_own_name_and_no_other(name: str, c
     options = RunOptions(cases=("dispatcher/dense/R=2,E=4,k=2,T=3+3",))
     result = judge_ranks("dispatcher", f"{__name__}:{name}", Request(), options, (2,), None)
     assert [entry["fault"] for entry in result["failures"][0]["diagnosis"]] == [cause]
+
+
+def test_what_other_ranks_tell_of_a_failure_is_no_cause_of_it() -> None:
+    """It named the cluster once: "secondary error: 1 of 1 cases"."""
+    outcome = RankFailure(
+        "deadlock", 0, "after its last call", "has finished", secondary=("rank 1: still in call #12",)
+    )
+    finding = judge._from_failure(outcome)
+    assert not finding.diagnosis and finding.looks_like == ["elsewhere, rank 1: still in call #12"]
