@@ -26,13 +26,16 @@ def speeds(run: dict[str, Any]) -> str:
 def whole_model() -> list[str]:
     """Tokens per second beside vLLM's, and where the time of a decoding step goes."""
     ours, theirs = read("whole_model_h200.json"), read("whole_model_vllm_h200.json")
+    beside = read("whole_model_beside_vllm_h200.json")  # of the same call as `theirs`
     sizes = [int(name.removeprefix("components_")) for name in ours if name.startswith("components_")]
     parts = {n: ours[f"components_{n}"] for n in sizes}
     layers = ours["layers"]
+    first, of_theirs = beside["runs"]["warm_up"], theirs["runs"]["warm_up"]
     about = (
-        f"One {ours['device']}, torch {ours['versions']['torch']}, in one call: {speeds(ours)} output tokens/s, "
-        f"vLLM {theirs['versions']['vllm']} {speeds(theirs)}. The run before, which compiles kernels and captures "
-        f"graphs, {ours['runs']['warm_up']:,.0f}; vLLM's, behind a start of its own, {theirs['runs']['warm_up']:,.0f}."
+        f"One {ours['device']}, torch {ours['versions']['torch']}: {speeds(ours)} output tokens/s; the run before, "
+        f"which compiles kernels and captures graphs, {ours['runs']['warm_up']:,.0f}. In another session, an older "
+        f"state of the engine and vLLM {theirs['versions']['vllm']} in one call: {speeds(beside)} and "
+        f"{speeds(theirs)}; the runs before those {first:,.0f} and, behind a start of its own, {of_theirs:,.0f}."
     )
     step = f"A decoding step, in ms of all {layers} layers (how many times its floor at 4.3 TB/s and 690 TFLOP/s):"
     lines = [about, "", step, "", *header("sequences", *sizes)]

@@ -100,7 +100,7 @@ def components(model: Any, batch: int, context: int) -> dict[str, dict[str, floa
     """Microseconds of each part of a decoding step, over all layers, and its floor."""
     import torch.nn.functional as F
 
-    from moe_harness.impls.qwen3_moe.network import BySlot, Flat
+    from moe_harness.impls.qwen3_moe.network import BySlot, Flat, Parts
 
     runner, network, c, p = model.engine.runner, model.network, model.config, model.network.p
     k, layers, b = network.kernels, range(c.layers), runner.block
@@ -124,21 +124,25 @@ def components(model: Any, batch: int, context: int) -> dict[str, dict[str, floa
         up, down = (p[f"{name(i)}mlp.experts.{part}_proj"] for part in ("gate_up", "down"))
         return k.joined.experts_by_slot(x, up, down, ids, activation=c.activation)
 
-    by_slot = BySlot(experts(0), weights, ids)
+    def output(i: int) -> Any:
+        parts = network._in_parts(f"{name(i)}self_attn.o_proj", mixed, flat)
+        return F.linear(mixed, p[f"{name(i)}self_attn.o_proj.weight"]) if parts is None else Parts(parts)
+
+    by_slot, attended = BySlot(experts(0), weights, ids), output(0)
 
     def norms(i: int) -> None:
         network.norm(f"{name(i)}input_layernorm.weight", by_slot, h)
-        network.norm(f"{name(i)}post_attention_layernorm.weight", x, h)
+        network.norm(f"{name(i)}post_attention_layernorm.weight", attended, h)
 
     keys, values = runner.cache.keys, runner.cache.values
     parts: dict[str, Callable[[int], Any]] = {
         "qkv": lambda i: F.linear(x, p[name(i) + "self_attn.qkv_proj.weight"]),
-        "rope_cache": lambda i: k.rope_cache(
+        "rope_cache": lambda i: network._of_step(flat).rope_cache(
             q, key, value, flat.positions, flat.slots, keys[i], values[i], eps=c.eps, theta=c.theta,
             q_norm=p[name(i) + "self_attn.q_norm.weight"], k_norm=p[name(i) + "self_attn.k_norm.weight"],
         ),
         "attention": lambda i: network.attend(turned, flat, keys[i], values[i]),
-        "o_proj": lambda i: F.linear(mixed, p[name(i) + "self_attn.o_proj.weight"]),
+        "o_proj": output,  # in parts where a step has it so, which the second norm then adds up
         "norms": norms,  # the experts' sum joined to the first
         "router": lambda i: network.route(name(i) + "mlp", x, flat.pads),
         "experts": experts,
@@ -147,15 +151,34 @@ def components(model: Any, batch: int, context: int) -> dict[str, dict[str, floa
     found["lm_head"] = graph_time(lambda: F.linear(x, network.head))
     found["sampler"] = graph_time(lambda: runner._sample(head, batch))
     found["step"] = graph_time(lambda: runner.run(filled, padded=True))
-    touched = len(ids.unique())
+    touched, of_step = len(ids.unique()), touched_by_step(runner, filled)
     floors = floor(c, batch, context, touched)
-    return {"experts_touched": {"count": touched}} | {
+    floors["step"] = floor(c, batch, context, of_step)["step"]
+    return {"experts_touched": {"count": touched, "of_step": of_step}} | {
         part: {"us": round(us, 1), "floor_us": round(floors[part], 1), "ratio": round(us / floors[part], 3)}
         for part, us in found.items()
     }
 
 
-def floor(c: Any, batch: int, context: int, touched: int) -> dict[str, float]:
+def touched_by_step(runner: Any, filled: Any) -> float:
+    """How many experts a layer of the step reads, the mean over its layers."""
+    network, counts = runner.network, []
+    route = network.route
+
+    def counted(*given: Any) -> Any:
+        weights, ids = route(*given)
+        counts.append(len(ids[ids >= 0].unique()))
+        return weights, ids
+
+    network.route = counted
+    try:
+        runner.run(filled, padded=True)
+    finally:
+        del network.route  # of the instance: the class has it
+    return statistics.mean(counts)
+
+
+def floor(c: Any, batch: int, context: int, touched: float) -> dict[str, float]:
     """Microseconds of what has to be read, written or multiplied, over all layers."""
     H, D, element = c.hidden_size, c.head_dim, 2  # noqa: N806
     q, kv = c.heads * D, c.kv_heads * D
