@@ -34,13 +34,16 @@ from moe_harness.harness.proof.gate_matrix_bench import MeasureAll, Planted, Que
 
 SCHEMA = 2
 NOISE = 3.0
+STEPS = {
+    stage: f"moe_harness.harness.stages.{stage}.faults._steps:run" for stage in ("experts", "moe_block")
+}  # what a fault gives that this model does not show
 SIGNS = ("value", "dtype", "shape")  # what changes answers; the others are for checks that look for them
 
 
 def rights(layer: int | None) -> list[Planted]:
-    """Right implementations in one layer, or in all."""
-    stages = ("experts", "moe_block")
-    return [Planted("right", name, stage, layer) for stage in stages for name in registry.registered(stage)]
+    """Right implementations in one layer, or in all; the steps that faults are made of, without a fault, among them."""
+    named = [(stage, name) for stage in STEPS for name in (*registry.registered(stage), STEPS[stage])]
+    return [Planted("right", name, stage, layer) for stage, name in named]
 
 
 def faults() -> list[Planted]:
@@ -82,7 +85,7 @@ def run(asked: Questions, seconds: float, keep: Path, kills: Path | None, measur
     right_bits, killers = {trusted}, _killers(kills)
     for part in parts(layers // 2, rows):
         again = [(p.name, p.layer) for p in part if p.kind == "fault" and (p.name, p.layer) in done]
-        rows += [row | seen(row, least) for row in map(done.pop, again)]
+        rows += [row | seen(row, least) | {"checks": killers.get(row["name"])} for row in map(done.pop, again)]
         left = [p for p in part if p.kind == "right" or (p.name, p.layer) not in again]
         for row, bits in measured(asked, left, ends):
             if bits is not None and row["kind"] == "right":

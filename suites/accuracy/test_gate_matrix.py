@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_harness.harness.core import registry
 from moe_harness.harness.gate.exchange import Gold
 from moe_harness.harness.proof import gate_matrix
 from moe_harness.harness.proof.gate_matrix import counts, floor, kept, seen
@@ -48,6 +49,13 @@ def test_right_implementations_set_the_floor():
     least = floor(rows)
     assert least["largest"] == pytest.approx(gate_matrix.NOISE * 0.002)
     assert least["mean"] == pytest.approx(gate_matrix.NOISE * 0.002 / 24)
+
+
+def test_the_steps_without_a_fault_count_as_right():
+    """Otherwise each fault that the model does not show would differ from all right ones in its last bits."""
+    for stage, spec in gate_matrix.STEPS.items():
+        assert spec in {planted.name for planted in gate_matrix.rights(None) if planted.stage == stage}
+        assert registry.find(stage, spec).__name__ == "run"
 
 
 def test_equal_numbers_are_equal_in_every_bit():
