@@ -38,7 +38,6 @@ class Heartbeat:
     """The shared memory of one pool, in a file made by the controller and opened by each worker."""
 
     def __init__(self, path: Path, world_size: int, *, create: bool = False):
-        self.world_size = world_size
         if create:
             path.write_bytes(bytes(SLOT * world_size))
         with open(path, "r+b") as file:
@@ -62,9 +61,6 @@ class Heartbeat:
         if before != after or before % 2:
             return RankStatus(after, State.RUNNING, None, job)
         return RankStatus(before, State(state), RecordedCall.from_dict(json.loads(text)) if text else None, job)
-
-    def read_all(self) -> list[RankStatus]:
-        return [self.read(rank) for rank in range(self.world_size)]
 
     def close(self) -> None:
         self.memory.close()

@@ -5,7 +5,7 @@ verdict.findings       what each is `about`, its message, where, headroom, diagn
 verdict.unsupported    why every rank refused the case, or None
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -127,17 +127,6 @@ def _asked(task: str, stage: str, spec: str, backend: str) -> Any:
     _raise_not_theirs(outcome.failure)
     _raise_usage(outcome.failure)
     raise errors.CannotJudge(f"{spec}: {outcome.failure.headline()}")
-
-
-def judge_case(spec: str, case: str, *, backend: str = "gloo") -> list[Finding]:
-    """The findings of `judge`; a case that every rank refuses has none."""
-    return judge(spec, case, backend=backend).findings
-
-
-def judge_all(spec: str, ids: Sequence[str], *, backend: str = "gloo") -> Iterator[Verdict]:
-    """One verdict per case, as they come."""
-    for case in ids:
-        yield judge(spec, case, backend=backend)
 
 
 def _raise_not_theirs(failure: RankFailure | None) -> None:

@@ -82,11 +82,6 @@ def accepted(call: Call, declared: Declared = None) -> tuple[list[str], int]:
     return passing, tried
 
 
-def power_of(case: Case, device: str = "cpu") -> list[str]:
-    """Names of the wrong outputs that pass on a case as it is planned, every permitted rounding allowed."""
-    return accepted(find_stage(case.stage).build(case, device))[0]
-
-
 def excused(case: Case, name: str) -> str | None:
     """Why no data of this kind can reject a wrong output; None where they should."""
     for excuse in find_stage(case.stage).excuses():
