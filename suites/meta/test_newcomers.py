@@ -32,6 +32,54 @@ def told(function: Callable[..., Any], case: Case) -> tuple[list[str], str]:
     return [entry["fault"] for entry in why.diagnosis], "\n".join(words)
 
 
+# Routers that stay in 16 bits, as torch does where nothing is cast ---------------------------------------------------
+
+
+def in_the_dtype_of_the_logits(logits: Tensor, scores: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """From scores to weights as Megatron Core and vLLM go on: what is 16 bits stays so."""
+    bias, groups, best = (options.get(name) for name in ("correction_bias", "num_expert_group", "topk_group"))
+    chosen_on = scores if bias is None else scores + bias
+    if groups is not None:
+        grouped = chosen_on.unflatten(-1, (groups, -1))
+        worth = grouped.topk(1 if bias is None else 2, -1).values.sum(-1)
+        out = torch.ones_like(worth, dtype=torch.bool).scatter(-1, worth.topk(best, -1).indices, False)
+        chosen_on = grouped.masked_fill(out[..., None], -torch.inf).flatten(-2)
+    ids = chosen_on.topk(options["top_k"], -1).indices
+    weights = scores.gather(-1, ids)
+    weights = weights / weights.sum(-1, keepdim=True) if options.get("renormalize", True) else weights
+    return weights * options.get("routed_scaling_factor", 1.0), ids
+
+
+def narrow_sigmoid(logits: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    if options.get("scoring") == "sigmoid":
+        return in_the_dtype_of_the_logits(logits, logits.float().sigmoid().to(logits.dtype), options)
+    return in_the_dtype_of_the_logits(logits, logits.float().softmax(-1), options)
+
+
+def narrow_scores(logits: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    scores = logits.softmax(-1) if options.get("scoring") == "softmax" else logits.sigmoid()
+    return in_the_dtype_of_the_logits(logits, scores, options)
+
+
+DEEPSEEK = RouterCase(T=33, E=256, k=8, dtype="bf16", scoring="sigmoid", bias="small", groups="8x4", scale=2.5, seed=62)
+
+
+@pytest.mark.parametrize(
+    ("router", "case", "cause"),
+    [
+        (narrow_sigmoid, DEEPSEEK, "sigmoid_weights_in_logit_dtype"),
+        (narrow_scores, RouterCase(T=33, E=64, k=6, dtype="bf16", groups="8x3", scale=16.0), "weights_in_logit_dtype"),
+    ],
+)
+def test_a_router_that_stays_in_the_dtype_of_the_logits_is_told(
+    router: Callable[..., Any], case: Case, cause: str
+) -> None:
+    trial = Trial(Subject("router", router.__name__, router, Declarations.of(router), None), "cpu")
+    found = explain_id(trial, f"router/routing/{case.id()}", 60.0).diagnosis
+    assert [entry["fault"] for entry in found][:1] == [cause]
+    assert "rounded to the logits' 16 bits" in found[0]["evidence"]
+
+
 # Outputs that say nothing of how they were made ------------------------------------------------------------------
 
 CASES = {

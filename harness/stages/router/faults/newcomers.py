@@ -73,3 +73,38 @@ def sigmoid_in_logit_dtype(logits: Tensor, *, steps: Steps = RIGHT, **options: A
         return scores.to(logits.dtype).to(scores.dtype) if scoring == "sigmoid" else scores
 
     return run(logits, **options, steps=steps, score=narrow)
+
+
+def _narrow_throughout(logits: Tensor, options: dict[str, Any], steps: Steps) -> Routed:
+    """Scores in the logits' dtype, and all that is made of them: a cast back to it, and no wider one later."""
+    kind = logits.dtype
+
+    def narrow(logits: Tensor, scoring: str) -> Tensor:
+        return steps.score(logits, scoring).to(kind).to(wide(logits))
+
+    def weigh(scores: Tensor, ids: Tensor, renormalize: bool, scale: float) -> Tensor:
+        weights = scores.gather(-1, ids).to(kind)
+        return (weights / weights.sum(-1, keepdim=True) if renormalize else weights) * scale
+
+    return run(logits, **options, steps=steps, score=narrow, weigh=weigh)
+
+
+@fault(
+    "precision", condition="logits in 16 bits", shows={"dtype": "bfloat16", "E": 64, "k": 8, "spread": 0.05},
+    hidden=("dtype='float32'",),
+)  # fmt: skip
+def weights_in_logit_dtype(logits: Tensor, *, steps: Steps = RIGHT, **options: Any) -> Routed:
+    """Scores are rounded to the logits' 16 bits, and so are their sum, the quotients and the scaled weights."""
+    return _narrow_throughout(logits, options, steps)
+
+
+@fault(
+    "precision", source="https://pypi.org/project/megatron-core/0.16.1/",
+    condition="sigmoid, logits in 16 bits", shows={"scoring": "sigmoid", "dtype": "bfloat16", "E": 64, "k": 8},
+    hidden=("scoring='softmax'", "dtype='float32'"),
+)  # fmt: skip
+def sigmoid_weights_in_logit_dtype(logits: Tensor, *, steps: Steps = RIGHT, **options: Any) -> Routed:
+    """Sigmoid scores are rounded to the logits' 16 bits, and so are their sum, the quotients and the scaled weights."""
+    if options.get("scoring") != "sigmoid":
+        return run(logits, **options, steps=steps)
+    return _narrow_throughout(logits, options, steps)
