@@ -44,6 +44,33 @@ def shuffled(count: int, seed: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed + 17))
 
 
+WithRows = Callable[[Call, Any], Call]  # a stage's call on some rows, chosen by a slice or by their numbers
+
+
+def permuted(call: Call, size: int, with_rows: WithRows) -> list[Term]:
+    """`size` rows in another order give the rows of the result in that order."""
+    order = shuffled(size, call.case.seed)
+    return [Term(call, rows=lambda out: out[order]), Term(with_rows(call, order), -1.0)]
+
+
+def alone(call: Call, size: int, with_rows: WithRows) -> list[Term]:
+    """One of `size` rows by itself gives its row of the result."""
+    row = call.case.seed % size
+    only = slice(row, row + 1)
+    return [Term(call, rows=lambda out: out[only]), Term(with_rows(call, only), -1.0)]
+
+
+def in_two_parts(call: Call, size: int, with_rows: WithRows) -> list[Term]:
+    """The first third of `size` rows and the others give the parts of the result."""
+    cut = size // 3
+
+    def padded(before: int, after: int) -> Callable[[Tensor], Tensor]:
+        return lambda out: torch.cat([out.new_zeros(before, *out.shape[1:]), out, out.new_zeros(after, *out.shape[1:])])
+
+    head, tail = with_rows(call, slice(0, cut)), with_rows(call, slice(cut, None))
+    return [Term(call), Term(head, -1.0, padded(0, size - cut)), Term(tail, -1.0, padded(cut, 0))]
+
+
 def terms(stage: str, law: str, call: Call) -> list[Term]:
     """The terms of a law of `stage` on a call."""
     return getattr(needed_part(stage, "laws"), law)(call)

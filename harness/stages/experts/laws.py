@@ -1,12 +1,10 @@
 """Laws of the stage `experts`; each function is one law and returns its terms."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from moe_harness.harness.core.call import Call
-from moe_harness.harness.core.laws import Term, changed, shuffled
+from moe_harness.harness.core.laws import Term, alone, changed, in_two_parts, permuted, shuffled
 
 ROW_OPERANDS = ("hidden_states", "topk_weights", "topk_ids")
 
@@ -17,8 +15,7 @@ def _with_rows(call: Call, rows: Tensor | slice) -> Call:
 
 def token_permutation(call: Call) -> list[Term]:
     """Permuted tokens give permuted rows."""
-    order = shuffled(call.case.T, call.case.seed)
-    return [Term(call, rows=lambda out: out[order]), Term(_with_rows(call, order), -1.0)]
+    return permuted(call, call.case.T, _with_rows)
 
 
 def expert_relabelling(call: Call) -> list[Term]:
@@ -40,21 +37,13 @@ def slot_permutation(call: Call) -> list[Term]:
 
 
 def batch_split(call: Call) -> list[Term]:
-    """Two halves of a batch give the halves of the result."""
-    half = call.case.T // 3
-    size = call.case.T
-
-    def padded(before: int, after: int) -> Any:
-        return lambda out: torch.cat([out.new_zeros(before, out.shape[1]), out, out.new_zeros(after, out.shape[1])])
-
-    first = Term(_with_rows(call, slice(0, half)), -1.0, padded(0, size - half))
-    return [Term(call), first, Term(_with_rows(call, slice(half, None)), -1.0, padded(half, 0))]
+    """Two parts of a batch give the parts of the result."""
+    return in_two_parts(call, call.case.T, _with_rows)
 
 
 def row_alone(call: Call) -> list[Term]:
     """A token's row is the same alone as in a batch."""
-    row = call.case.seed % call.case.T
-    return [Term(call, rows=lambda out: out[row : row + 1]), Term(_with_rows(call, slice(row, row + 1)), -1.0)]
+    return alone(call, call.case.T, _with_rows)
 
 
 def weight_linearity(call: Call) -> list[Term]:

@@ -1,13 +1,17 @@
 """Laws of the stage `grouped_linear`; each function is one law and returns its terms."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from moe_harness.harness.core.call import Call
-from moe_harness.harness.core.laws import Term, changed, shuffled
+from moe_harness.harness.core.laws import Term, alone, changed, in_two_parts, shuffled
 from moe_harness.reference.grouped_linear import row_experts
+
+
+def _with_rows(call: Call, rows: slice) -> Call:
+    """These rows, and the sizes that are left of the groups."""
+    sizes = call.args["group_sizes"]
+    return changed(call, x=call.args["x"][rows], group_sizes=row_experts(sizes)[rows].bincount(minlength=len(sizes)))
 
 
 def row_permutation(call: Call) -> list[Term]:
@@ -32,25 +36,12 @@ def expert_relabelling(call: Call) -> list[Term]:
 
 def batch_split(call: Call) -> list[Term]:
     """The first and the other rows, each with the sizes left to them, give the parts of the result."""
-    a, size, cut = call.args, call.case.S, call.case.S // 3
-    ends = a["group_sizes"].long().cumsum(0)
-    first = ends.clamp(max=cut).diff(prepend=ends.new_zeros(1))
-
-    def padded(before: int, after: int) -> Any:
-        return lambda out: torch.cat([out.new_zeros(before, out.shape[1]), out, out.new_zeros(after, out.shape[1])])
-
-    head = changed(call, x=a["x"][:cut], group_sizes=first)
-    tail = changed(call, x=a["x"][cut:], group_sizes=a["group_sizes"].long() - first)
-    return [Term(call), Term(head, -1.0, padded(0, size - cut)), Term(tail, -1.0, padded(cut, 0))]
+    return in_two_parts(call, call.case.S, _with_rows)
 
 
 def row_alone(call: Call) -> list[Term]:
     """A row is the same alone as among others."""
-    row = call.case.seed % call.case.S
-    sizes = torch.zeros_like(call.args["group_sizes"])
-    sizes[int(row_experts(call.args["group_sizes"])[row])] = 1
-    alone = changed(call, x=call.args["x"][row : row + 1], group_sizes=sizes)
-    return [Term(call, rows=lambda out: out[row : row + 1]), Term(alone, -1.0)]
+    return alone(call, call.case.S, _with_rows)
 
 
 def power_of_two(call: Call) -> list[Term]:

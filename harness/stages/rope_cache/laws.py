@@ -1,12 +1,10 @@
 """Laws of the stage `rope_cache`; each function is one law and returns its terms (of the result unless said)."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from moe_harness.harness.core.call import Call
-from moe_harness.harness.core.laws import Term, changed, shuffled
+from moe_harness.harness.core.laws import Term, alone, changed, in_two_parts, permuted
 from moe_harness.reference.rope_cache import angles
 
 WITH_ROWS = ("q", "k", "v", "positions", "slots")
@@ -19,31 +17,22 @@ def _with_rows(call: Call, rows: Tensor | slice) -> Call:
 
 def row_permutation(call: Call) -> list[Term]:
     """Permuted tokens give permuted rows."""
-    order = shuffled(len(call.args["q"]), call.case.seed)
-    return [Term(call, rows=lambda out: out[order]), Term(_with_rows(call, order), -1.0)]
+    return permuted(call, len(call.args["q"]), _with_rows)
 
 
 def row_alone(call: Call) -> list[Term]:
     """A token is the same alone as in a batch."""
-    row = call.case.seed % len(call.args["q"])
+    together, by_itself = alone(call, len(call.args["q"]), _with_rows)
 
-    def result(out: Tensor | tuple[Tensor, ...]) -> Tensor:
+    def result(out: Tensor | tuple[Tensor, ...]) -> Tensor:  # batch invariance asks with all outputs
         return out[0] if isinstance(out, tuple) else out
 
-    alone = Term(_with_rows(call, slice(row, row + 1)), -1.0, result)
-    return [Term(call, rows=lambda out: result(out)[row : row + 1]), alone]
+    return [Term(call, rows=lambda out: together.rows(result(out))), Term(by_itself.call, -1.0, result)]
 
 
 def batch_split(call: Call) -> list[Term]:
     """Two parts of a batch give the parts of the result."""
-    size = len(call.args["q"])
-    cut = size // 3
-
-    def padded(before: int, after: int) -> Callable[[Tensor], Tensor]:
-        return lambda out: torch.cat([out.new_zeros(before, *out.shape[1:]), out, out.new_zeros(after, *out.shape[1:])])
-
-    head, tail = _with_rows(call, slice(0, cut)), _with_rows(call, slice(cut, None))
-    return [Term(call), Term(head, -1.0, padded(0, size - cut)), Term(tail, -1.0, padded(cut, 0))]
+    return in_two_parts(call, len(call.args["q"]), _with_rows)
 
 
 def _swapped(x: Tensor) -> Tensor:

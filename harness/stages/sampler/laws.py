@@ -10,7 +10,7 @@ from torch import Tensor
 from moe_harness.harness.core.call import Call
 from moe_harness.harness.core.findings import Record
 from moe_harness.harness.core.invocation import Trial
-from moe_harness.harness.core.laws import Term, changed, shuffled
+from moe_harness.harness.core.laws import Term, alone, changed, permuted
 
 
 def judge(trial: Trial, call: Call, terms: list[Term]) -> Record:
@@ -35,14 +35,12 @@ def _with_rows(call: Call, rows: Tensor | slice) -> Call:
 
 def row_permutation(call: Call) -> list[Term]:
     """Permuted rows give permuted tokens."""
-    order = shuffled(len(call.args["logits"]), call.case.seed)
-    return [Term(call, rows=lambda out: out[order]), Term(_with_rows(call, order))]
+    return permuted(call, len(call.args["logits"]), _with_rows)
 
 
 def row_alone(call: Call) -> list[Term]:
     """A row's token is the same alone as in a batch."""
-    row = call.case.seed % len(call.args["logits"])
-    return [Term(call, rows=lambda out: out[row : row + 1]), Term(_with_rows(call, slice(row, row + 1)))]
+    return alone(call, len(call.args["logits"]), _with_rows)
 
 
 def batch_split(call: Call) -> list[Term]:
