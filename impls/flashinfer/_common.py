@@ -27,8 +27,14 @@ def run(
     hidden_states: Tensor, gate_up_proj: Tensor, down_proj: Tensor, topk_weights: Tensor, topk_ids: Tensor,
     activation: str, expert_map: Tensor | None, **options: Any,
 ) -> Tensor:  # fmt: skip
-    """[T, H], in a tensor of its own; ids int32 and weights fp32, as it takes them."""
-    refuse("flashinfer's cutlass_fused_moe", expert_map=expert_map, activation_but_silu=activation != "silu")
+    """[T, H], in a tensor of its own; ids int32 and weights fp32, as it takes them.
+
+    Its gated activation is silu, or (clamped up + beta) * clamped gate * sigmoid(alpha * clamped gate) where `options`
+    hold one alpha, beta and limit an expert.
+    """
+    clamped = activation == "swiglu_oai" and "swiglu_limit" in options
+    refuse("flashinfer's cutlass_fused_moe", expert_map=expert_map,
+           activation_but_silu=activation != "silu" and not clamped)  # fmt: skip
     no_masked_slot("flashinfer", topk_ids)
     result = of("cutlass_fused_moe")(
         input=hidden_states.contiguous(),

@@ -7,10 +7,11 @@ sglang-kernel.  Rows of gate_up are [gate; up]; ids are int32.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moe_harness.impls.aligned import experts_by_blocks
-from moe_harness.impls.foreign import needed, no_masked_slot, refuse
+from moe_harness.impls.foreign import needed, refuse
 
 __all__ = ["aligned", "experts"]
 
@@ -28,6 +29,16 @@ def of(module: str, attribute: str) -> Any:
         return needed(older, attribute, INSTALL)
 
 
+def local_ids(topk_ids: Tensor, expert_map: Tensor | None) -> Tensor:
+    """int32 ids of the experts held here, -1 for any other slot: what sglang's own dispatcher gives its kernels.
+
+    Its alignment counts ids from -1 on, and of a block of -1 both products write zeros without a look at its weights.
+    """
+    if expert_map is not None:
+        topk_ids = torch.where(topk_ids < 0, -1, expert_map[topk_ids.clamp(min=0).long()])
+    return topk_ids.int().contiguous()
+
+
 def experts(
     hidden_states: Tensor,
     gate_up_proj: Tensor,
@@ -41,13 +52,12 @@ def experts(
     """The stage `experts`: hidden_states [T, H], gate_up_proj [E, 2I, H], down_proj [E, H, I] -> [T, H].
 
     Raises:
-        NotImplementedError: sglang is not installed, a masked slot, a map, another activation than silu.
+        NotImplementedError: sglang is not installed, or another activation than silu; its gelu is the exact one.
     """
-    refuse("sglang's fused_experts_impl", expert_map=expert_map, activation_but_silu=activation != "silu")
-    no_masked_slot("sglang", topk_ids)
+    refuse("sglang's fused_experts_impl", activation_but_silu=activation != "silu")
     return of("fused_moe", "fused_experts_impl")(
         hidden_states.contiguous(), gate_up_proj.contiguous(), down_proj.contiguous(),
-        topk_weights.float().contiguous(), topk_ids.int().contiguous(), inplace=False, activation=activation,
+        topk_weights.float().contiguous(), local_ids(topk_ids, expert_map), inplace=False, activation=activation,
     )  # fmt: skip
 
 
@@ -68,12 +78,10 @@ def aligned(
     """`moe_align_block_size` before plain products: what is judged is that alignment.
 
     Raises:
-        NotImplementedError: sglang is not installed, a masked slot, a map.
+        NotImplementedError: sglang is not installed.
     """
-    refuse("sglang's moe_align_block_size", expert_map=expert_map)
-    no_masked_slot("sglang", topk_ids)
     slots, owners, total = of("moe_align_block_size", "moe_align_block_size")(
-        topk_ids.int().contiguous(), BLOCK, len(gate_up_proj)
+        local_ids(topk_ids, expert_map), BLOCK, len(gate_up_proj)
     )
     return experts_by_blocks(
         hidden_states, gate_up_proj, down_proj, topk_weights, activation, slots, owners, total, BLOCK

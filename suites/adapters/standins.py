@@ -146,12 +146,16 @@ KINDS = {
 }  # fmt: skip
 
 
-def _aligned(topk_ids: Tensor, block: int, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Slots by expert in whole blocks, padded by their number; the expert of each block; how many entries count."""
+def _aligned(topk_ids: Tensor, block: int, experts: int, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Slots by expert in whole blocks, padded by their number; the expert of each block; how many entries count.
+
+    Experts from `first` on: of ids below, vllm reads and writes outside of its counters.
+    """
+    assert not bool((topk_ids < first).any())
     holds(topk_ids, INT, 2)
     assert topk_ids.is_contiguous()
     slots, owners = [], []
-    for expert in range(experts):
+    for expert in range(first, experts):
         own = (topk_ids.flatten() == expert).nonzero().flatten()
         blocks = -(-len(own) // block)
         slots += [own, own.new_full((blocks * block - len(own),), topk_ids.numel())]
@@ -206,25 +210,33 @@ def sglang(monkeypatch: pytest.MonkeyPatch) -> None:
                       topk_group=topk_group, routed_scaling_factor=scale)  # fmt: skip
 
     def fused_experts_impl(
-        hidden_states: Tensor, w1: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, b1: None = None,
-        b2: None = None, inplace: bool = False, activation: str = "silu", use_fp8_w8a8: bool = False,
+        hidden_states: Tensor, w1: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, b1: Tensor | None = None,
+        b2: Tensor | None = None, inplace: bool = False, activation: str = "silu", use_fp8_w8a8: bool = False,
         w1_scale: Tensor | None = None, w2_scale: Tensor | None = None, block_shape: list[int] | None = None,
+        gemm1_alpha: float | None = None, gemm1_limit: float | None = None,
     ) -> Tensor:  # fmt: skip
+        """Rows of w1 are gate, then up; gate and up in turn where there is an alpha.  Slots of -1 add nothing."""
         holds(topk_ids, INT, 2)
         holds(topk_weights, FLOAT, 2)
-        assert w1.is_contiguous() and w2.is_contiguous() and not inplace
-        routed = (topk_weights, topk_ids)
-        if not use_fp8_w8a8:
-            return plain("experts", "torch:loop")(
-                hidden_states, w1, w2, *routed, activation=activation, expert_map=None
-            )
-        assert block_shape == [128, 128]
-        stage = plain("quantized_experts", "torch:fp8_group128")
-        return stage(hidden_states, w1, w1_scale, w2, w2_scale, *routed, format="fp8_block", activation=activation)
+        assert w1.is_contiguous() and w2.is_contiguous() and not inplace and activation == "silu"
+        assert bool(((topk_ids >= -1) & (topk_ids < len(w1))).all())
+        assert use_fp8_w8a8 == (block_shape == [128, 128]) and (gemm1_alpha is None) == (gemm1_limit is None)
+        if gemm1_alpha is not None:
+            assert (gemm1_alpha, gemm1_limit, use_fp8_w8a8) == (1.702, 7.0, False)
+            w1, b1 = (t if t is None else torch.cat([t[:, ::2], t[:, 1::2]], 1) for t in (w1, b1))
+        stage = plain("quantized_experts", "torch:fp8_group128" if use_fp8_w8a8 else "torch:dequantized")
+        return stage(
+            hidden_states, w1, w1_scale, w2, w2_scale, topk_weights, topk_ids, gate_up_bias=b1, down_bias=b2,
+            format="fp8_block" if use_fp8_w8a8 else "plain",
+            activation="silu" if gemm1_alpha is None else "swiglu_oai",
+        )  # fmt: skip
+
+    def moe_align_block_size(topk_ids: Tensor, block: int, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+        return _aligned(topk_ids, block, experts, first=-1)
 
     put(monkeypatch, "sgl_kernel", topk_softmax=topk_softmax, topk_sigmoid=topk_sigmoid, moe_fused_gate=moe_fused_gate)
     put(monkeypatch, f"{SGLANG}.fused_moe", fused_experts_impl=fused_experts_impl)
-    put(monkeypatch, f"{SGLANG}.moe_align_block_size", moe_align_block_size=_aligned)
+    put(monkeypatch, f"{SGLANG}.moe_align_block_size", moe_align_block_size=moe_align_block_size)
 
 
 def flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,19 +250,28 @@ def flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
     def cutlass_fused_moe(
         input: Tensor, token_selected_experts: Tensor, token_final_scales: Tensor, fc1_expert_weights: Tensor,
         fc2_expert_weights: Tensor, output_dtype: torch.dtype, quant_scales: list[Tensor],
+        fc1_expert_biases: Tensor | None = None, fc2_expert_biases: Tensor | None = None,
+        swiglu_alpha: Tensor | None = None, swiglu_beta: Tensor | None = None, swiglu_limit: Tensor | None = None,
         use_deepseek_fp8_block_scale: bool = False,
     ) -> list[Tensor]:  # fmt: skip
         holds(token_selected_experts, INT, 2)
         holds(token_final_scales, FLOAT, 2)
         assert output_dtype == input.dtype
-        up, routed = gate_first(fc1_expert_weights), (token_final_scales, token_selected_experts)
-        if not use_deepseek_fp8_block_scale:
-            assert quant_scales == []
-            experts = plain("experts", "torch:loop")
-            return [experts(input, up, fc2_expert_weights, *routed, activation="silu", expert_map=None)]
-        first, second = quant_scales
-        stage = plain("quantized_experts", "torch:fp8_group128")
-        return [stage(input, up, gate_first(first), fc2_expert_weights, second, *routed, format="fp8_block")]
+        clamped = [t for t in (swiglu_alpha, swiglu_beta, swiglu_limit) if t is not None]
+        for tensor, value in zip(clamped, (1.702, 1.0, 7.0), strict=bool(clamped)):
+            holds(tensor, FLOAT, 1)
+            assert torch.equal(tensor, torch.full((len(fc2_expert_weights),), value))
+        for bias in (fc1_expert_biases, fc2_expert_biases):
+            assert bias is None or bias.dtype == input.dtype
+        assert len(quant_scales) == 2 * use_deepseek_fp8_block_scale and not (clamped and quant_scales)
+        first, second = quant_scales or (None, None)
+        stage = plain("quantized_experts", "torch:fp8_group128" if quant_scales else "torch:dequantized")
+        return [stage(
+            input, gate_first(fc1_expert_weights), first if first is None else gate_first(first), fc2_expert_weights,
+            second, token_final_scales, token_selected_experts, format="fp8_block" if quant_scales else "plain",
+            activation="swiglu_oai" if clamped else "silu", down_bias=fc2_expert_biases,
+            gate_up_bias=fc1_expert_biases if fc1_expert_biases is None else gate_first(fc1_expert_biases),
+        )]  # fmt: skip
 
     def fused_topk_deepseek(
         scores: Tensor, bias: Tensor, n_group: int, topk_group: int, topk: int, routed_scaling_factor: float,

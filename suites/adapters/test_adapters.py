@@ -21,6 +21,7 @@ from moe_harness.suites.adapters import standins
 
 EXPERTS = ExpertsCase(T=9, dtype="bf16", weights="model")
 BLOCKS = QuantizedCase(T=9, dtype="bf16", format="fp8_block", I=256, weights="model")
+BIASED = QuantizedCase(T=9, dtype="bf16", format="plain", bias=True, activation="swiglu_oai")
 PLAIN = {"T": 9, "E": 16, "k": 3}
 DEEPSEEK: dict[str, Any] = {
     "T": 9, "E": 16, "k": 4, "scoring": "sigmoid", "bias": "small", "groups": "4x2", "scale": 2.5,
@@ -36,14 +37,16 @@ ADAPTERS: dict[str, list[Case]] = {
     "vllm:fp8_token": [BLOCKS.but(format="fp8_channel")],
     "vllm:int8": [BLOCKS.but(format="int8_channel")],
     "vllm:int4": [BLOCKS.but(format="int4_group")],
-    "sglang": [EXPERTS],
-    "sglang:aligned": [EXPERTS.but(T=40)],
-    "sglang:fp8": [BLOCKS],
+    "sglang": [EXPERTS, EXPERTS.but(masked="some", map="alternate")],
+    "sglang:aligned": [EXPERTS.but(T=40), EXPERTS.but(masked="some"), EXPERTS.but(map="alternate")],
+    "sglang:fp8": [BLOCKS, BLOCKS.but(masked="some", map="alternate")],
+    "sglang:plain": [BIASED, BIASED.but(activation="silu", masked="some")],
     "sglang:topk_softmax": [RouterCase(**PLAIN, renorm=False), RouterCase(**PLAIN)],
     "sglang:topk_sigmoid": [RouterCase(**PLAIN, scoring="sigmoid", bias="small")],
     "sglang:moe_fused_gate": [RouterCase(**DEEPSEEK)],
     "flashinfer": [EXPERTS],
     "flashinfer:fp8": [BLOCKS],
+    "flashinfer:plain": [BIASED, BIASED.but(activation="silu")],
     "flashinfer:fused_topk_deepseek": [RouterCase(**DEEPSEEK)],
     "deepgemm": [GroupedLinearCase(S=150, E=4, dtype="bf16")],
     "deepgemm:fp8": [BLOCKS.but(T=40, E=3)],
@@ -66,7 +69,11 @@ REFUSED = [
     ("deepgemm", GroupedLinearCase(bias=True), "takes no bias"),
     ("flashinfer:fused_topk_deepseek", RouterCase(**DEEPSEEK | {"E": 160}), "group of more than 32"),
     ("vllm:permuted", EXPERTS.but(H=68), "whole 16 bytes"),
-    ("sglang:aligned", EXPERTS.but(map="alternate"), "takes no expert map"),
+    ("sglang", EXPERTS.but(activation="gelu_tanh"), "activation but silu"),
+    ("sglang:fp8", BLOCKS.but(activation="swiglu_oai"), "clamped activation beside scales of blocks"),
+    ("flashinfer:fp8", BLOCKS.but(activation="swiglu_oai"), "clamped activation beside scales of blocks"),
+    ("flashinfer:plain", BIASED.but(activation="gelu_tanh"), "activation but silu"),
+    ("flashinfer", EXPERTS.but(map="alternate"), "takes no expert map"),
     ("torchtitan", RouterCase(**DEEPSEEK | {"bias": "none"}), "groups without a bias"),
     ("megatron", RouterCase(T=3, E=8, k=1, scoring="sigmoid"), "renormalised sigmoid of one expert"),
     ("megatron", RouterCase(**DEEPSEEK | {"k": 2}), "sum of other experts"),

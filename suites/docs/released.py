@@ -28,9 +28,9 @@ Where the library is missing they are refused, with the line that installs it.
 | library | implementations |
 |---|---|
 | vLLM | `vllm:fp8_token`, `vllm:int8`, `vllm:int4`, `vllm:permuted`, `vllm:aligned` |
-| SGLang | `sglang`, `sglang:aligned`, `sglang:fp8` |
+| SGLang | `sglang`, `sglang:aligned`, `sglang:fp8`, `sglang:plain` |
 | sgl-kernel | `sglang:topk_softmax`, `sglang:topk_sigmoid`, `sglang:moe_fused_gate` |
-| FlashInfer | `flashinfer`, `flashinfer:fp8`, `flashinfer:fused_topk_deepseek` |
+| FlashInfer | `flashinfer`, `flashinfer:fp8`, `flashinfer:plain`, `flashinfer:fused_topk_deepseek` |
 | DeepGEMM | `deepgemm`, `deepgemm:fp8` |
 | Liger | `liger` (RMSNorm) |
 | DeepEP | `dispatchers:deepep` |"""
