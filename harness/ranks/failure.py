@@ -44,6 +44,7 @@ class Evidence:
     stalemate: Stalemate | None = None
     idle: tuple[int, ...] = ()  # ranks that, when the budget was spent, neither computed nor waited in a collective
     stopped: tuple[int, ...] = ()  # ranks whose process was stopped by a signal at that time
+    computed: dict[int, float] = field(default_factory=dict)  # processor seconds since the job began of those late
     seconds: float = 0.0
     logs: dict[int, str] = field(default_factory=dict)  # what dead workers wrote last
     journals: dict[int, list[RecordedCall]] = field(default_factory=dict)  # calls of the ranks that did not reply
@@ -141,12 +142,16 @@ def _hang(evidence: Evidence) -> RankFailure | None:
 
 
 def _timeout(evidence: Evidence) -> RankFailure | None:
-    """A rank outside collectives before those that wait inside one, which may be waiting for it."""
-    late = [(beat.state in (State.WAITING, State.OPEN), rank) for rank, beat in enumerate(evidence.beats)
-            if rank not in evidence.replies]  # fmt: skip
+    """A rank outside collectives before those that wait inside one, which may be waiting for it.
+
+    Of several outside, one that has computed: on a busy machine others may not have come to their next call yet.
+    """
+    much = max(evidence.computed.values(), default=0.0) / 2
+    late = [(beat.state in (State.WAITING, State.OPEN), evidence.computed.get(rank, 0.0) < much, rank)
+            for rank, beat in enumerate(evidence.beats) if rank not in evidence.replies]  # fmt: skip
     if not late:
         return None
-    waiting, rank = min(late)
+    waiting, _, rank = min(late)
     busy = "" if waiting else ": it computes, or waits for something outside of collectives"
     return RankFailure("timeout", rank, _where(evidence.beats[rank]), f"no result after {evidence.seconds:.1f} s{busy}")
 

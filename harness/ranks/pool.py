@@ -6,6 +6,7 @@
 
 The controller imports no torch.  A deadlock is proved after 150 ms without progress (see `harness.ranks.proof`).  Where
 nothing is proved, a rank that sleeps or computes has all of its budget, and what is told is how it is when that ends.
+Time in which a rank was ready to run and other processes had the processors is not taken from the budget.
 """
 
 import atexit
@@ -24,12 +25,13 @@ from moe_harness.harness.ranks.failure import Evidence, RankFailure, classify
 from moe_harness.harness.ranks.heartbeat import RankStatus, State
 from moe_harness.harness.ranks.jobs import Exit, Home, Injection, Job
 from moe_harness.harness.ranks.proof import of_job, stalemate
-from moe_harness.harness.ranks.rank_process import LocalMember, RankProcess, wait
+from moe_harness.harness.ranks.rank_process import LocalMember, RankProcess, Share, wait
 
 PATIENCE = 0.15  # seconds without progress before a proof is looked for
 STALL = 0.5  # seconds at the end in which no thread of a rank wanted a processor: then it is told to do nothing
 TICK = 1.0  # seconds that one look may take of the budget: more pass only where this process was stopped itself
 BUDGET = 60.0  # seconds a case may take in all
+BUSY = 5  # budgets that it may take on a machine so busy that its ranks wait for a processor
 START = 60.0  # seconds a pool may take to start, the first import of torch included
 LOAD = 180.0  # seconds an implementation may take to be imported
 POLL = 0.02
@@ -129,6 +131,8 @@ class _Watch:
     def __init__(self, members: list[RankProcess], number: int, budget: float):
         self.members, self.number, self.evidence = members, number, Evidence()
         self.left, self.looked = budget, time.monotonic()
+        self.began, self.shares = self.looked, [member.share() for member in members]
+        self.granted = 0.0  # seconds given beside the budget
         self.open = dict(enumerate(members))
         self.sequences: list[int] = []
         self.moved = time.monotonic()  # when a sequence number last changed
@@ -162,6 +166,8 @@ class _Watch:
             self.sequences, self.moved = sequences, now
         self.left -= min(now - self.looked, TICK)
         self.looked = now
+        if self.left <= 0:
+            self.left += self._kept_waiting(now)
         if now - self.moved < PATIENCE and self.left > 0:
             return False
         idle = [rank for rank in self.open if self._is_idle(rank, now)]
@@ -175,7 +181,22 @@ class _Watch:
             return False
         self.evidence.idle = tuple(rank for rank in idle if beats[rank].state != State.WAITING)
         self.evidence.stopped = tuple(rank for rank in self.open if self.members[rank].is_stopped())
+        self.evidence.computed = {rank: self._since_the_job(rank).ran for rank in self.open}
         return True
+
+    def _since_the_job(self, rank: int) -> Share:
+        """What `rank` has had of the processors since then; nothing where that is not known."""
+        before, now = self.shares[rank], self.members[rank].share()
+        if before is None or now is None:
+            return Share(0.0, 0.0)
+        return Share(now.ran - before.ran, now.waited - before.waited)
+
+    def _kept_waiting(self, now: float) -> float:
+        """Seconds for which a rank waited for a processor, without those granted before."""
+        waited = max((self._since_the_job(rank).waited for rank in self.open), default=0.0)
+        more = min(waited, (now - self.began) * (1 - 1 / BUSY)) - self.granted
+        self.granted += max(0.0, more)
+        return max(0.0, more)
 
     def _is_lost(self) -> bool:
         """Whether a rank is dead or has raised: the case has failed, whatever the others still do."""

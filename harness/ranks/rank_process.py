@@ -6,13 +6,20 @@ import os
 import signal
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from moe_harness.harness.process.parent_watch import end_with
 from moe_harness.harness.process.start import fork_server, start
 from moe_harness.harness.ranks.calls import RecordedCall
 from moe_harness.harness.ranks.heartbeat import Heartbeat, RankStatus
 from moe_harness.harness.ranks.jobs import Exit, Home
+
+
+class Share(NamedTuple):
+    """What the thread that runs a worker's tasks had of the processors of its machine, in seconds since it began."""
+
+    ran: float
+    waited: float  # ready to run, while others had them
 
 
 class RankProcess(Protocol):
@@ -33,6 +40,9 @@ class RankProcess(Protocol):
 
     def ticks(self) -> int | None:
         """Processor time of a worker that sleeps; None of one that could run or whose children could."""
+
+    def share(self) -> Share | None:
+        """Of the processors; None where that is not known."""
 
     def is_stopped(self) -> bool:
         """Whether the process is stopped by a signal, and so can do nothing until another one."""
@@ -88,6 +98,13 @@ class LocalMember:
         except OSError:
             return None
         return total
+
+    def share(self) -> Share | None:
+        try:
+            ran, waited, _ = Path(f"/proc/{self.process.pid}/schedstat").read_text().split()
+        except (OSError, ValueError):
+            return None
+        return Share(int(ran) / 1e9, int(waited) / 1e9)
 
     def is_stopped(self) -> bool:
         try:

@@ -137,6 +137,9 @@ class RemoteMember:
     def ticks(self) -> int | None:
         return self.slept
 
+    def share(self) -> None:
+        """Not told: it changes at every look, and what changes is not worth a message."""
+
     def is_stopped(self) -> bool:
         return self.stopped
 

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import time
+from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,8 @@ from moe_harness.harness.ranks.calls import RecordedCall
 from moe_harness.harness.ranks.failure import Evidence, RankFailure, classify
 from moe_harness.harness.ranks.heartbeat import RankStatus, State
 from moe_harness.harness.ranks.jobs import Reply
+from moe_harness.harness.ranks.pool import BUSY, _Watch
+from moe_harness.harness.ranks.rank_process import Share
 from moe_harness.harness.ranks.run import ENOUGH_SPENT, SHORTER, judge_ranks
 from moe_harness.harness.report.results import verdict_of
 from moe_harness.harness.run.result_builder import Listener, ResultBuilder
@@ -203,3 +207,39 @@ def test_what_other_ranks_tell_of_a_failure_is_no_cause_of_it() -> None:
     )
     finding = judge._from_failure(outcome)
     assert not finding.diagnosis and finding.looks_like == ["elsewhere, rank 1: still in call #12"]
+
+
+class Kept:
+    """A worker of which nothing comes, and that has `waited` for a processor in each second of the job."""
+
+    def __init__(self, waited: float):
+        self.waited, self.buffered, self.began = waited, [], time.monotonic()
+        self.end, self.other = Pipe()
+
+    def beat(self) -> RankStatus:
+        return RankStatus(2, State.RUNNING, None, job=1)
+
+    def share(self) -> Share:
+        passed = time.monotonic() - self.began
+        return Share(passed * (1 - self.waited), passed * self.waited)
+
+    def ticks(self) -> None:
+        return None
+
+    def is_stopped(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize(("waited", "budgets"), [(0.0, 1), (0.5, 2), (0.99, BUSY)])
+def test_waiting_for_a_processor_is_not_taken_from_the_budget(waited: float, budgets: int) -> None:
+    began = time.monotonic()
+    evidence = _Watch([Kept(0.0), Kept(waited)], 1, 0.1).wait()  # type: ignore[list-item]
+    assert time.monotonic() - began >= 0.1 * budgets * 0.95
+    assert set(evidence.computed) == {0, 1}
+
+
+def test_late_is_who_computes_not_who_has_not_had_a_processor() -> None:
+    """Rank 0 has not come to its first call for others than the implementation."""
+    running = RankStatus(2, State.RUNNING, None, job=1)
+    failure = classify(Evidence(beats=[running, running, running], computed={0: 0.1, 1: 4.1, 2: 4.2}))
+    assert failure is not None and (failure.kind, failure.rank) == ("timeout", 1)
