@@ -29,6 +29,7 @@ CHANCE = 0.05
 LOOSE = 0.4  # ... where one term would otherwise be many clusters, or none; the passing cases are counted beside it
 # What a term costs a reader; the cheapest conjunction is the condition.
 EQUAL, LIMIT, UNEQUAL, PROPERTY, SET = 1.0, 1.1, 1.2, 1.4, 1.6
+MOST_IN_A_SET = 3
 MULTIPLES = (2, 4, 8, 16, 32, 64, 128)
 
 
@@ -293,14 +294,20 @@ def _of_axis(name: str, values: set[Any], everywhere: set[Any]) -> Iterator[Axis
     for value in values:
         yield AxisValue(f"{name}={_text(value)}", _compared(name, operator.eq, value), EQUAL)
     numbers = all(map(_is_number, everywhere))
+    others = everywhere - values
     if not numbers:
-        for value in everywhere - values:
+        for value in others:
             yield AxisValue(f"{name} not {_text(value)}", _compared(name, operator.ne, value), UNEQUAL)
-    if 1 < len(values) <= 3 and len(values) < len(everywhere):
-        told = ", ".join(sorted(map(_text, values)))
-        yield AxisValue(f"{name} in ({told})", lambda axes: axes[name] in values, SET + 0.2 * len(values))
+        if 1 < len(others) <= MOST_IN_A_SET:
+            yield _set(f"{name} not in", others, lambda axes: axes[name] not in others)
+    if others and 1 < len(values) <= MOST_IN_A_SET:
+        yield _set(f"{name} in", values, lambda axes: axes[name] in values)
     if numbers:
         yield from _of_numbers(name, values)
+
+
+def _set(words: str, values: set[Any], holds: Holds) -> AxisValue:
+    return AxisValue(f"{words} ({', '.join(sorted(map(_text, values)))})", holds, SET + 0.2 * len(values))
 
 
 def _of_numbers(name: str, values: set[Any]) -> Iterator[AxisValue]:

@@ -24,6 +24,7 @@ RULES = {
     "masked not none": ("experts", lambda c: c.masked != "none"),
     "I no multiple of 16": ("experts", lambda c: c.I % 16 != 0),
     "dtype=bf16 and T >= 33": ("experts", lambda c: c.dtype == "bf16" and c.T > 32),
+    "groups not in (1x1, none)": ("router", lambda c: c.groups not in ("1x1", "none")),
     "always": ("experts", lambda c: True),
 }
 
@@ -120,6 +121,13 @@ def test_one_condition_with_passing_cases_is_told_rather_than_many_without():
     found = cluster(outcomes("router", (VALUE, lambda c: not c.renorm and next(blind) % 5 != 0)))
     assert [str(each.condition) for each in found] == ["renorm=0"]
     assert 0.1 * len(found[0].failing) < found[0].passing < 0.4 * len(found[0].failing)
+
+
+def test_all_values_but_two_are_one_condition_also_where_some_cases_pass() -> None:
+    """Of two terms only the first was told: it holds for the passing cases of 1x1 as well."""
+    blind = iter(range(10**6))
+    (found,) = cluster(outcomes("router", (VALUE, lambda c: c.groups not in ("none", "1x1") and next(blind) % 5 != 0)))
+    assert str(found.condition) == "groups not in (1x1, none)" and found.passing <= 0.2 * len(found.failing)
 
 
 def test_data_that_see_little_tell_a_term_where_they_pass_without_it_and_seldom_with_it():
