@@ -60,13 +60,13 @@ def test_a_process_killer_is_a_failure_beside_passed_cases(name, folder):
     assert result["coverage"]["executed"] + sum(counted.values()) == result["checks"][0]["cases"]
 
 
-def test_a_refusal_that_nobody_wrote_tells_its_line(folder):
-    """TypeError refuses an input, as the contract allows; out of torch it is rather a mistake."""
+def test_a_mistake_with_the_type_of_a_refusal_fails_and_tells_its_line(folder):
+    """TypeError refuses an input, as the contract allows; where nobody raised it, it is a mistake."""
     (folder / "typo.py").write_text("import torch\ndef f(*a, **kw):\n    return torch.sort(dimension=1)\n")
     only = RunOptions(checks=("contract",))
     result = judge("experts", f"{folder / 'typo.py'}:f", FP32, only)
-    assert result["verdict"] == "unsupported"
-    assert "typo.py:3 in f" in result["coverage"]["unsupported"][0]["reason"]
+    assert result["verdict"] == "fail"
+    assert "no refusal" in result["failures"][0]["message"] and "typo.py:3 in f" in result["failures"][0]["message"]
 
 
 def test_a_kernel_that_hangs_ends_with_its_judge(tmp_path):

@@ -94,7 +94,7 @@ def test_what_the_faults_are_made_from_is_right(base: str) -> None:
     ("spec", "words"),
     [
         ("parallel:Nothing", "does not exist"),
-        ("moe_harness.harness.ranks.pool:Outcome", "cannot be made by"),
+        ("moe_harness.harness.ranks.pool:JobOutcome", "cannot be made by"),
         ("moe_harness.suites.dispatcher.strangers.wrong:Nameless", "of no known kind"),
     ],
 )
