@@ -7,6 +7,7 @@ another seed) that the run has not seen: equal where at most `APART` of them are
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from moe_harness.harness.diagnosis.clusters import Cluster, Outcome, cluster, ki
 from moe_harness.harness.run.data_power import prove
 
 APART = 0.02
+PROMISED = 0.9  # of the declared conditions are found
 MOST_ROWS = 600  # of a case; what is larger takes most of the time and adds little
 CHECKS = {"router": ("contract", "routing", "layouts"), "experts": ("contract", "exact", "numeric", "layouts"),
           "grouped_linear": ("contract", "numeric"), "shared_expert_gate": ("contract", "numeric")}  # fmt: skip
@@ -134,7 +136,7 @@ def _found(clusters: Iterable[Cluster], case: Case) -> bool:
 
 
 def main() -> None:
-    """Measure and write docs/conditions.json."""
+    """Measure and write docs/conditions.json; exit status 1 where fewer conditions are found than is promised."""
     parser = argparse.ArgumentParser()
     parser.add_argument("faults", nargs="*", default=list(DECLARED))
     parser.add_argument("--seed", type=int, default=0)
@@ -146,6 +148,7 @@ def main() -> None:
     if asked.json:
         found = {"seed": asked.seed, "equal": equal, "faults": len(told), "apart": APART, "each": told}
         asked.json.write_text(json.dumps(found, indent=1) + "\n")
+    sys.exit(equal < PROMISED * len(told))
 
 
 if __name__ == "__main__":

@@ -39,11 +39,6 @@ def test_a_published_bug_is_a_fault_that_something_sees(bug: str) -> None:
 
 
 @pytest.mark.parametrize("entry", PUBLISHED["invisible"], ids=lambda entry: entry["fault"])
-def test_what_ordinary_data_do_not_show_is_seen(entry: dict[str, Any]) -> None:
-    assert seen_by(entry["fault"])
-
-
-@pytest.mark.parametrize("entry", PUBLISHED["invisible"], ids=lambda entry: entry["fault"])
 def test_ordinary_data_do_not_show_it(entry: dict[str, Any]) -> None:
     fault = get(entry["fault"])
     if "needs" in entry:
