@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_harness.harness.core import blame
 from moe_harness.harness.core.contracts import REJECTIONS
 from moe_harness.harness.core.defaults import kept_defaults
+from moe_harness.harness.core.findings import RankReport
 
 _MADE: dict[tuple[int, int], list[dist.ProcessGroup]] = {}  # by world size and number of groups
 
@@ -85,3 +86,17 @@ def differing_rows(got: Tensor, expected: Tensor) -> Tensor:
     """Indices of the rows that differ anywhere; NaN equals NaN, which is right only where it is expected."""
     same = (got == expected) | (got.isnan() & expected.isnan())
     return (~same).any(1).nonzero().flatten()
+
+
+def wrong_rows(out: Any, expected: Tensor, dtype: torch.dtype, report: RankReport) -> Tensor:
+    """Indices of the rows of a result that differ from `expected`, fp64 [T, H]; `report` keeps the result's digest.
+
+    A result that is no tensor of this shape and `dtype` is a finding of `report` and has no rows.
+    """
+    if not isinstance(out, Tensor) or out.shape != expected.shape or out.dtype != dtype:
+        found = f"{out.dtype} {list(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+        report.fail("contract", f"the result is {found}, but should be {dtype} {list(expected.shape)}")
+        return torch.zeros(0, dtype=torch.int64)
+    got = out.cpu().double()
+    report.observed["digest"] = digest(got)
+    return differing_rows(got, expected)

@@ -15,7 +15,7 @@ from moe_harness.harness.core.case import parse_id
 from moe_harness.harness.core.errors import UsageError
 from moe_harness.harness.core.findings import RankReport
 from moe_harness.harness.core.ranked_subject import load_checked
-from moe_harness.harness.core.ranked_task import Rank, Refused, differing_rows, digest, enter
+from moe_harness.harness.core.ranked_task import Rank, Refused, differing_rows, enter, wrong_rows
 from moe_harness.harness.stages.parallel_linear.cases import LinearCase
 from moe_harness.reference import parallel_linear as reference
 from moe_harness.reference.grouped_linear import grouped_linear
@@ -170,15 +170,10 @@ def expected_part(weights: list[list[Tensor]], x: Tensor, case: LinearCase, rank
 
 def _compare(me: Rank, out: Any, weights: list[list[Tensor]], x: Tensor, case: LinearCase, report: RankReport) -> None:
     expected = expected_part(weights, x, case, me.rank)
-    if not isinstance(out, Tensor) or out.shape != expected.shape or out.dtype != x.dtype:
-        found = f"{out.dtype} {list(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
-        report.fail("contract", f"the result is {found}, but should be {x.dtype} {list(expected.shape)}")
-        return
-    got = out.cpu().double()
-    report.observed["digest"] = digest(got)
-    wrong = differing_rows(got, expected)
+    wrong = wrong_rows(out, expected, x.dtype, report)
     if not len(wrong):
         return
+    got = out.cpu().double()
     row = int(wrong[0])
     column = int(differing_rows(got[row, :, None], expected[row, :, None])[0])
     expert = int(torch.bucketize(row, torch.tensor(case.group_sizes).cumsum(0), right=True))

@@ -19,9 +19,9 @@ from moe_harness.harness.core.ranked_task import (
     Rank,
     Refused,
     differing_rows,
-    digest,
     enter,
     member_of_group,
+    wrong_rows,
 )
 from moe_harness.harness.stages.reduction.cases import ReductionCase
 from moe_harness.harness.stages.reduction.faults.reductions import fit, name_fit
@@ -111,16 +111,10 @@ def _compare(
 ) -> None:
     routed_value, shared_value = _value(routed, me.rank, case), _value(shared, me.rank, case)
     expected = torch.as_tensor(routed_value + shared_value)
-    dtype = DTYPES[case.dtype]
-    if not isinstance(out, Tensor) or out.shape != expected.shape or out.dtype != dtype:
-        found = f"{out.dtype} {list(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
-        report.fail("contract", f"the result is {found}, but should be {dtype} {list(expected.shape)}")
-        return
-    got = out.cpu().double()
-    report.observed["digest"] = digest(got)
-    wrong = differing_rows(got, expected)
+    wrong = wrong_rows(out, expected, DTYPES[case.dtype], report)
     if not len(wrong):
         return
+    got = out.cpu().double()
     token = int(wrong[0])
     column = int(differing_rows(got[token, :, None], expected[token, :, None])[0])
     zero = torch.zeros_like(expected)
