@@ -165,7 +165,7 @@ class Symmetric(Dispatcher):
         )
         counts = plan.space.epochs.new_empty(self.world_size)
         plan.gather(
-            _placed(hidden_states), _placed(topk_weights), _placed(topk_ids),
+            placed(hidden_states), placed(topk_weights), placed(topk_ids),
             out.hidden_states, out.topk_weights, out.topk_ids, counts, tokens,
         )  # fmt: skip
         out.route = Route(tokens, counts, plan)
@@ -184,7 +184,7 @@ class Symmetric(Dispatcher):
         if kind not in route.plan.scatter_sums:
             route.plan.scatter_sums[kind] = self._scatter_sum(route.plan, *kind)
         result = expert_output.new_empty(route.tokens, kind[1])
-        route.plan.scatter_sums[kind](_placed(expert_output), route.counts, result, route.tokens)
+        route.plan.scatter_sums[kind](placed(expert_output), route.counts, result, route.tokens)
         return result
 
     def _check(self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> None:
@@ -198,7 +198,7 @@ def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def _placed(tensor: Tensor) -> Tensor:
+def placed(tensor: Tensor) -> Tensor:
     """The same values without gaps, at an address that is a multiple of 16."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

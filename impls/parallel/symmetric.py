@@ -19,7 +19,7 @@ import torch.distributed as dist
 import triton
 from torch import Tensor
 
-from moe_harness.impls.dispatchers.symmetric import Workspace
+from moe_harness.impls.dispatchers.symmetric import Workspace, placed
 from moe_harness.impls.launching import Prepared
 
 LARGEST = 1 << 20  # bytes of one rank's part
@@ -71,8 +71,8 @@ class SumNorm:
         self._check(part, weight, residual)
         total = torch.empty_like(part, memory_format=torch.contiguous_format)
         out = total if weight is None else torch.empty_like(total)
-        given = [_placed(tensor) for tensor in (part, part if residual is None else residual)]
-        scale = given[0] if weight is None else _placed(weight)
+        given = [placed(tensor) for tensor in (part, part if residual is None else residual)]
+        scale = given[0] if weight is None else placed(weight)
         start = self._prepared(part, eps, residual is not None, weight is not None)
         start(*given, scale, out, total, len(part))
         return out, total
@@ -117,9 +117,3 @@ class SumNorm:
 def available(group: dist.ProcessGroup) -> bool:
     """Whether `SumNorm` can serve a group; the same on every rank."""
     return dist.get_backend(group) == "nccl" and importlib.util.find_spec("triton") is not None
-
-
-def _placed(tensor: Tensor) -> Tensor:
-    """The same values without gaps, at an address that is a multiple of 16."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

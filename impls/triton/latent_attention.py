@@ -12,31 +12,18 @@ turned dimensions in bf16: decoding takes 236 registers of 4 warps and 37 KiB (w
 250 of 8 warps and 144 KiB; neither spills.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from moe_harness.impls.triton._common import interpreting, narrow, on, product, programs_at_once, require
-from moe_harness.impls.triton.paged_attention import LOG2_E, _join, _share, tile_of_queries
+from moe_harness.impls.triton.paged_attention import LOG2_E, Config, _join, _share, require_shapes, tile_of_queries
 
 __all__ = ["latent_attention"]
 
 HEADS = 16  # of one tile at most; a tensor core multiplies no fewer rows
 KEYS, LEAST = 16, 4  # rows of the cache at a time, and such blocks for which a further program pays
-
-
-class Config(NamedTuple):
-    """How a call is tiled: rows (queries times heads), rows of the cache, most programs that share a sequence."""
-
-    rows: int
-    keys: int
-    splits: int
-    least: int  # blocks for which a further program pays
-    warps: int
-    stages: int
 
 
 @triton.jit
@@ -252,10 +239,8 @@ def _check(q: Tensor, cache: Tensor, table: Tensor, start: Tensor, length: Tenso
     width, sequences = q.shape[2], len(length)
     if not 0 < rank < width:
         raise ValueError(f"rank is {rank}, but should be below the {width} numbers of a query")
-    wanted = {
+    fitting = {
         "cache": (cache, (*cache.shape[:2], 1, width)), "block_table": (table, (sequences, table.shape[-1])),
         "query_start": (start, (sequences + 1,)),
     }  # fmt: skip
-    for name, (tensor, shape) in wanted.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} is {tuple(tensor.shape)}, but should be {shape} beside q of {tuple(q.shape)}")
+    require_shapes(q, fitting)

@@ -42,7 +42,7 @@ class Config(NamedTuple):
     """How a call is tiled."""
 
     rows: int  # BM: queries times the heads that share a key
-    keys: int  # BN
+    keys: int  # BN: keys, or rows of a latent cache, at a time
     splits: int  # most programs that share the keys of a sequence; 1 for tiles of queries
     least: int  # blocks of keys for which a further program pays
     warps: int
@@ -368,10 +368,15 @@ def _check(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, start: Tensor
     width, heads, sequences = q.shape[2], keys.shape[2], len(length)
     if heads == 0 or q.shape[1] % heads:
         raise ValueError(f"{q.shape[1]} query heads do not share {heads} key/value heads evenly")
-    wanted = {
+    fitting = {
         "key_cache": (keys, (*keys.shape[:3], width)), "value_cache": (values, tuple(keys.shape)),
         "block_table": (table, (sequences, table.shape[-1])), "query_start": (start, (sequences + 1,)),
     }  # fmt: skip
-    for name, (tensor, shape) in wanted.items():
+    require_shapes(q, fitting)
+
+
+def require_shapes(q: Tensor, fitting: dict[str, tuple[Tensor, tuple[int, ...]]]) -> None:
+    """ValueError that names the first of these tensors whose shape is not the one beside it."""
+    for name, (tensor, shape) in fitting.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} is {tuple(tensor.shape)}, but should be {shape} beside q of {tuple(q.shape)}")

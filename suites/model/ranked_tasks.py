@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_harness.harness.core.bounds import DTYPES
 from moe_harness.harness.core.ranked_task import Rank
 from moe_harness.harness.ranks.launch import Member
 from moe_harness.impls.qwen3_moe.batch import Filled
@@ -23,7 +24,6 @@ from moe_harness.suites.model import planted_ranks
 
 ENGINE: dict[str, Any] = {"page_size": 4, "max_sequences": 6, "max_tokens": 12, "pages": 40, "max_length": 60}
 PROMPTS = [[(7 * n + p) % 128 for p in range(n)] for n in (1, 3, 4, 9, 14, 2)]
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
 IDS = [[(11 * row + 5 * p + p * p) % 128 for p in range(7)] for row in range(2)]
 
 

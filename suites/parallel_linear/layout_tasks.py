@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_harness.harness.core.bounds import DTYPES
 from moe_harness.harness.core.ranked_subject import load
 from moe_harness.harness.core.ranked_task import Rank
 from moe_harness.harness.ranks.worker import find
@@ -19,7 +20,6 @@ from moe_harness.reference.experts import experts
 from moe_harness.reference.shared_expert_gate import shared_expert_gate
 
 HIDDEN, INNER = 16, 8
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _GROUPS: dict[tuple[tuple[int, ...], ...], list[Any]] = {}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_harness.harness.core.bounds import DTYPES
 from moe_harness.harness.core.call import Call
 from moe_harness.harness.core.ranked_task import Rank, digest
 from moe_harness.harness.stages.rms_norm.cases import RmsNormCase
@@ -19,7 +20,6 @@ from moe_harness.suites.reduction.planted_sum_norm import FAULTS
 
 EPS = 0.5  # beside mean squares of about 1, so that no place of eps is like another
 SHAPES = ((3, 24), (1, 24), (2, 33), (3, 24), (0, 24), (2, 24))
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def drawn(ranks: int, rows: int, width: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, Tensor]:
