@@ -3,6 +3,15 @@
 from collections.abc import Iterator
 from typing import Any
 
+DATA = (
+    "token_nan", "token_inf", "expert_nan", "expert_inf", "down_inf", "unused_expert_nan", "huge", "tiny",
+    "signed_weights", "cancelling", "exact",
+)  # fmt: skip
+LAYOUTS = (
+    "hidden_states:padded", "hidden_states:transposed", "gate_up_proj:padded", "down_proj:padded",
+    "gate_up_proj:transposed", "topk_ids:padded", "topk_weights:padded", "topk_ids:strided",
+)  # fmt: skip
+
 
 def probes() -> Iterator[dict[str, Any]]:
     """Fields of the cases that are not at their default."""
@@ -15,18 +24,12 @@ def probes() -> Iterator[dict[str, Any]]:
         yield base | change
     for change in ({"I": 25}, {"I": 48}, {"H": 24, "I": 24}, {"H": 32, "I": 16}, {"H": 48, "I": 48, "T": 64}):
         yield base | change
-    others: tuple[dict[str, Any], ...] = (
-        {"routing": "duplicates"},
-        {"T": 40, "routing": "one", "k": 1},
-        {"T": 70, "routing": "skewed"},
-        {"T": 64, "E": 4, "k": 3},
-        {"E": 8, "T": 9},
-        {"E": 7, "k": 2, "T": 4},
-        {"E": 12, "k": 10},
-        {"E": 1, "k": 1},
-        {"E": 3, "k": 2, "T": 2},
-    )
-    for change in others:
+    yield base | {"routing": "duplicates"}
+    yield base | {"T": 40, "routing": "one", "k": 1}
+    yield base | {"T": 70, "routing": "skewed"}
+    for change in ({"T": 64, "E": 4, "k": 3}, {"E": 8, "T": 9}, {"E": 7, "k": 2, "T": 4}, {"E": 12, "k": 10}):
+        yield base | change
+    for change in ({"E": 1, "k": 1}, {"E": 3, "k": 2, "T": 2}):
         yield base | change
     for masked in ("some", "rows", "one"):
         for kind in ("none", "alternate", "block"):
@@ -35,30 +38,9 @@ def probes() -> Iterator[dict[str, Any]]:
     yield base | {"map": "alternate", "E": 9, "k": 4}
     yield base | {"masked": "all", "T": 4}
     yield base | {"masked": "some", "T": 70}
-    for data in (
-        "token_nan",
-        "token_inf",
-        "expert_nan",
-        "expert_inf",
-        "down_inf",
-        "unused_expert_nan",
-        "huge",
-        "tiny",
-        "signed_weights",
-        "cancelling",
-        "exact",
-    ):
+    for data in DATA:
         yield base | {"data": data}
-    for layout in (
-        "hidden_states:padded",
-        "hidden_states:transposed",
-        "gate_up_proj:padded",
-        "down_proj:padded",
-        "gate_up_proj:transposed",
-        "topk_ids:padded",
-        "topk_weights:padded",
-        "topk_ids:strided",
-    ):
+    for layout in LAYOUTS:
         yield base | {"layout": layout, "H": 40}
     yield base | {"layout": "hidden_states:padded", "masked": "some", "H": 48}
     for dtype in ("fp32", "fp16", "bf16"):
