@@ -1,7 +1,7 @@
 """What only a Hopper GPU shows of the quantised experts: `_fp8_hopper`, and codes of four bits in pairs of 16 bits.
 
 The interpreter runs neither Gluon nor assembly.  Each case says what of the kernels it is for; sizes are the smallest
-that have it, so that all of them take a minute.
+that have it, and most of the time is the compiler's.
 """
 
 from typing import Any
