@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +104,12 @@ def write(path: Path, kind: str, about: dict[str, Any], rows: Iterable[Any]) -> 
     unfinished.replace(path)
 
 
-def line_of(row: Any) -> str:
+def line_of(row: Request | Answer) -> str:
     """A request or an answer as it lies in a file."""
-    return _line(asdict(row))
+    held = vars(row)  # dataclasses.asdict copies every number of a gold answer: 1.2 ms where this takes 0.3
+    if isinstance(row, Answer) and row.gold is not None:
+        held = held | {"gold": vars(row.gold)}
+    return _line(held)
 
 
 def read(path: Path, kind: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:

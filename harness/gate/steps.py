@@ -1,4 +1,7 @@
-"""The three steps between files: questions, answers, result; and the process that answers."""
+"""The three steps between files: questions, answers, result; and the process that answers.
+
+What judges is imported where it is needed: the processes that answer do without SciPy, which takes 0.8 s to import.
+"""
 
 import os
 import subprocess
@@ -6,14 +9,16 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_harness.harness.core.errors import CannotJudge, UsageError
 from moe_harness.harness.gate import exchange, task
 from moe_harness.harness.gate.answerers import Settings, find
 from moe_harness.harness.gate.answering import Told, answer_all
-from moe_harness.harness.gate.judging import Side, judge
 from moe_harness.harness.gate.ledger import Ledger
+
+if TYPE_CHECKING:
+    from moe_harness.harness.gate.judging import Side
 
 
 def ledger_folder() -> Path:
@@ -50,12 +55,16 @@ def make_answers(
 
 def make_result(requests: Path, baseline: Path, candidate: Path, margin: float) -> dict[str, Any]:
     """Step 3: score and judge."""
+    from moe_harness.harness.gate.judging import judge
+
     asked, (before, after) = scored(requests, (baseline, candidate))
     return judge(asked.task, asked.gated, before, after, margin)
 
 
-def scored(requests: Path, answers: Iterable[Path]) -> tuple[task.Asked, list[Side]]:
+def scored(requests: Path, answers: Iterable[Path]) -> "tuple[task.Asked, list[Side]]":
     """What was asked, and lm-eval's scores of each file of answers."""
+    from moe_harness.harness.gate.judging import Side
+
     about, questions = exchange.read_requests(requests)
     if not questions:
         raise CannotJudge(f"{requests} holds no questions")

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from moe_harness.harness.core.errors import CannotJudge, UsageError, unknown
 from moe_harness.harness.gate.exchange import Answer, Request
@@ -191,9 +192,10 @@ def _model(generate: Any) -> Any:
 def _evaluate(name: str, task: "Task", samples: list[int], model: Any) -> list[dict[str, Any]]:
     import lm_eval
 
-    found = lm_eval.simple_evaluate(
-        model=model, tasks=[task], samples={name: samples}, bootstrap_iters=0, task_manager=_manager(defaults=False)
-    )
+    with _without_an_inventory():
+        found = lm_eval.simple_evaluate(
+            model=model, tasks=[task], samples={name: samples}, bootstrap_iters=0, task_manager=_manager(defaults=False)
+        )
     assert found is not None  # None on other ranks only
     return found["samples"][name]
 
@@ -316,6 +318,15 @@ def _lm_eval() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
+
+
+def _without_an_inventory() -> contextlib.AbstractContextManager[Any]:
+    """lm-eval closes each evaluation with an account of the machine, for which it imports transformers and asks pip for
+    all packages: a second of the processor, three times a gate, for what nobody reads here (identity has the versions).
+    """
+    from lm_eval import evaluator
+
+    return mock.patch.object(evaluator, "add_env_info", lambda results: None, create=True)
 
 
 @contextlib.contextmanager

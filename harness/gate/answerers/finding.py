@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -100,9 +101,10 @@ def glance(spec: str, settings: Settings) -> None:
     first, _, second = name.partition(":")
     if first.endswith(".py") and not Path(first).is_file():
         raise UsageError(f"{name!r}: there is no file {first}")
-    if first in FAMILIES and second not in ("", "eager"):  # eager is always there, and transformers takes seconds
+    if first in FAMILIES:
         _needs("transformers")
-        _experts_name(second)
+        if second not in ("", "eager") and not _in_its_table(second):
+            _experts_name(second)
     elif first not in FAMILIES and not second:
         stage_of_name(name)
 
@@ -179,10 +181,20 @@ def _hflm(name: str, settings: Settings) -> Answerer:
     return Hflm(_experts_name(name or "eager"), settings)
 
 
+def _in_its_table(name: str) -> bool:
+    """Whether transformers' source names this implementation: importing it to look takes 4 s of the processor."""
+    package = find_spec("transformers")
+    table = Path((package and package.origin) or "").parent / "integrations" / "moe.py"
+    return table.is_file() and f'    "{name}": ' in table.read_text("utf-8")
+
+
 def _experts_name(name: str) -> str:
     """A name that transformers knows, registered first where an implementation of ours brings it."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+    known = ["eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()]
+    if name in known:
+        return name
     ours = {}
     for registered in registry.registered("hf"):
         family, _, attribute = registered.partition(":")
@@ -194,10 +206,7 @@ def _experts_name(name: str) -> str:
     if name in ours:
         registry.find("hf", f"{ours[name]}:register")()
         return name
-    known = ["eager", *ALL_EXPERTS_FUNCTIONS.valid_keys(), *ours]
-    if name not in known:
-        raise unknown("experts implementation of transformers", name, sorted(set(known)))
-    return name
+    raise unknown("experts implementation of transformers", name, sorted({*known, *ours}))
 
 
 def registered_source(name: str) -> str | None:
@@ -208,7 +217,5 @@ def registered_source(name: str) -> str | None:
 
 
 def _needs(package: str) -> None:
-    from importlib.util import find_spec
-
     if find_spec(package) is None:
         raise CannotJudge(f"this needs {package}: pip install 'moe-harness[{package}]'")
