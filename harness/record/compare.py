@@ -49,6 +49,12 @@ class Comparison:
     def regressed(self) -> bool:
         return any(change.level == "regression" for change in self.changes)
 
+    @property
+    def refused(self) -> bool:
+        """Whether nothing could be compared."""
+        refused = sum(change.level == "refused" for change in self.changes)
+        return refused == self.compared == len(self.changes)
+
     def as_dict(self) -> dict[str, Any]:
         ordered = sorted(self.changes, key=lambda change: LEVELS.index(change.level))
         return {
@@ -76,6 +82,10 @@ def compare(old: Mapping[tuple[str, str], Line], new: Mapping[tuple[str, str], L
 
 
 def _changes(old: Line, new: Line, times: int) -> Iterator[Change]:
+    was, now = old.get("model"), new.get("model")
+    if was and now and was != now:  # it answers otherwise, whatever computes it
+        yield Change("refused", old["name"], "checkpoint", was, now, "another checkpoint")
+        return
     yield from _verdicts(old, new)
     yield from _statistics(old, new)
     yield from _times(old, new, times)
@@ -152,8 +162,14 @@ def spread(rounds: Sequence[float]) -> float:
 def _documents(old: Line, new: Line) -> Iterator[Change]:
     before, after = ({row["doc_hash"]: row for row in line.get("documents", ())} for line in (old, new))
     both = [doc for doc in before if doc in after]
-    if not both:
+    if not before and not after:
         return
+    asked = f"{len(before)} questions", f"{len(after)} questions"
+    if not both:
+        yield Change("refused", old["name"], "answers", *asked, "none of them in common: another --seed or --data?")
+        return
+    if len(after) < len(before):
+        yield Change("regression", old["name"], "answers", *asked, "fewer asked")
     if any(before[doc]["prompt_hash"] != after[doc]["prompt_hash"] for doc in both):
         yield Change("refused", old["name"], "answers", "", "", "the questions were put in other words")
         return

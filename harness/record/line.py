@@ -110,8 +110,9 @@ def _gate(result: dict[str, Any]) -> Line:
     identity = (result.get("about") or {}).get("candidate", {}).get("identity", {})
     return {
         "kind": "gate", "name": f"{result['task']} {result['candidate']}", "source": identity.get("source"),
-        "verdicts": {"gate": {"verdict": result["verdict"], "cases": result["documents"]}}, "documents": documents,
-        "margin": result["margin"], "command": result.get("command", ""),
+        "model": identity.get("model"),
+        "verdicts": {"gate": {"verdict": result["verdict"], "cases": result["documents"]}},
+        "documents": documents, "margin": result["margin"], "command": result.get("command", ""),
         "about": {"device": identity["device"]} if "device" in identity else {},
     }  # fmt: skip
 

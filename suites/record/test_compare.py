@@ -173,6 +173,21 @@ def test_answers_to_other_words_are_refused():
     assert levels(between(gate_line([1] * 9), gate_line([0] * 9, prompt="q"))) == ["refused"]
 
 
+def test_answers_to_other_questions_are_refused_and_fewer_are_a_regression():
+    other = gate_line([1] * 9)
+    for document in other["documents"]:
+        document["doc_hash"] += " of another seed"
+    assert levels(between(gate_line([1] * 9), other)) == ["refused"]
+    assert levels(between(gate_line([1] * 9), gate_line([1] * 8))) == ["regression"]
+    assert levels(between(gate_line([1] * 8), gate_line([1] * 9))) == []
+
+
+def test_answers_of_another_checkpoint_are_refused():
+    first, second = (gate_line(right) | {"model": model} for right, model in (([1] * 300, "a"), ([0] * 300, "b")))
+    assert levels(between(first, second)) == ["refused"]
+    assert levels(between(first, second | {"model": "a"})) == ["regression"]
+
+
 def test_runs_with_nothing_in_common_are_not_compared():
     with pytest.raises(CannotJudge, match="nothing in common"):
         between(check_line(), check_line(name="router torch"))
@@ -196,7 +211,7 @@ BENCH = {
 GATE = {
     "schema": 1, "kind": "gate", "task": "arithmetic", "candidate": "c", "verdict": "pass", "documents": 1,
     "margin": 0.02,
-    "about": {"candidate": {"identity": {"source": "s", "device": "x86_64"}}},
+    "about": {"candidate": {"identity": {"source": "s", "model": "m", "device": "x86_64"}}},
     "rows": [{"doc_hash": "d", "prompt_hash": "p", "candidate": {"right": True, "gold": -0.1}}],
 }  # fmt: skip
 
@@ -221,6 +236,7 @@ def test_lines_hold_what_the_commands_found():
     assert (second["times"], second["verdicts"]["8 tokens"]["verdict"]) == ({}, "unsupported")
     assert first["environment"]["device"] == "NVIDIA H100" and first["ceilings"]["launch"] == 3.0
     (gate,) = line.lines(GATE)
+    assert gate["model"] == "m"
     assert gate["documents"] == [{"doc_hash": "d", "prompt_hash": "p", "right": True, "gold": -0.1}]
     assert len(line.lines([CHECK, BENCH, GATE])) == 4
 
@@ -324,5 +340,8 @@ def test_a_command_compares_with_what_was_recorded(tmp_path):
     assert against(file, [CHECK], 0) == 0
     assert against(file, [CHECK | {"verdict": "fail"}], 0) == 1
     assert against(file, [CHECK], 3) == 3
+    store.append(file, line.lines(GATE))
+    other = GATE | {"about": {"candidate": {"identity": {"model": "another"}}}}
+    assert [against(file, found, 0) for found in (GATE, other)] == [0, 3]
     with pytest.raises(CannotJudge, match="nothing in common"):
         against(file, [CHECK | {"impl": "other"}], 0)
