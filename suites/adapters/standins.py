@@ -5,170 +5,15 @@ computes what the library would, from the plain implementations.  An adapter tha
 that the judge refuses, one that hands over another dtype or shape is told at once.
 """
 
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from moe_harness.harness.core.contracts import load
-
-INT, FLOAT, FP8 = torch.int32, torch.float32, torch.float8_e4m3fn
-
-
-def put(monkeypatch: pytest.MonkeyPatch, module: str, **contents: Any) -> None:
-    """A module of that name, and of the packages around it, as long as the test runs."""
-    parts = module.split(".")
-    for n in range(1, len(parts) + 1):
-        name = ".".join(parts[:n])
-        if name not in sys.modules:
-            monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    for name, value in contents.items():
-        monkeypatch.setattr(sys.modules[module], name, value, raising=False)
-
-
-def plain(stage: str, spec: str) -> Callable[..., Any]:
-    return load(stage, spec).function
-
-
-def holds(tensor: Tensor, dtype: torch.dtype, dims: int) -> None:
-    """What a kernel reads without asking: the dtype and the number of dimensions."""
-    assert (tensor.dtype, tensor.dim()) == (dtype, dims), (tensor.dtype, tuple(tensor.shape))
-
-
-class MoEActivation(Enum):
-    SILU = "silu"
-    GELU_TANH = "gelu_tanh"
-
-
-def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vllm 0.22.1."""
-
-    def fused_experts(
-        hidden_states: Tensor, w1: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, inplace: bool = False,
-        activation: MoEActivation = MoEActivation.SILU, apply_router_weight_on_input: bool = False,
-        global_num_experts: int = -1, expert_map: Tensor | None = None, quant_config: Any = None,
-    ) -> Tensor:  # fmt: skip
-        holds(topk_ids, INT, 2)
-        assert not inplace and not apply_router_weight_on_input and isinstance(activation, MoEActivation)
-        assert global_num_experts == (len(w1) if expert_map is None else len(expert_map))
-        options = {"activation": activation.value, "expert_map": expert_map}
-        if expert_map is not None:
-            holds(expert_map, INT, 1)
-        if quant_config is None:
-            return plain("experts", "torch:loop")(hidden_states, w1, w2, topk_weights, topk_ids, **options)
-        c = quant_config
-        spec, format = KINDS[c.kind, c.by]
-        scales = [s[..., 0] if c.by == "row" else s for s in (c.w1_scale, c.w2_scale)]
-        stage = plain("quantized_experts", spec)
-        return stage(hidden_states, w1, scales[0], w2, scales[1], topk_weights, topk_ids, format=format, **options)
-
-    def fp8(
-        w1_scale: Tensor, w2_scale: Tensor, a1_scale: Tensor | None = None, a2_scale: Tensor | None = None,
-        per_act_token_quant: bool = False, per_out_ch_quant: bool = False, block_shape: list[int] | None = None,
-    ) -> Any:  # fmt: skip
-        assert per_act_token_quant == per_out_ch_quant == (block_shape is None) and block_shape in (None, [128, 128])
-        return SimpleNamespace(kind="fp8", by="block" if block_shape else "row", w1_scale=w1_scale, w2_scale=w2_scale)
-
-    def int8(w1_scale: Tensor, w2_scale: Tensor, a1_scale: None, a2_scale: None, per_act_token_quant: bool) -> Any:
-        assert per_act_token_quant
-        return SimpleNamespace(kind="int8", by="row", w1_scale=w1_scale, w2_scale=w2_scale)
-
-    def int4(w1_scale: Tensor, w2_scale: Tensor, w1_zp: None, w2_zp: None, block_shape: list[int]) -> Any:
-        assert block_shape == [0, 128]
-        return SimpleNamespace(kind="int4", by="group", w1_scale=w1_scale, w2_scale=w2_scale)
-
-    def fused_topk(
-        hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool, indices_type: Any = None,
-        scoring_func: str = "softmax",
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        weights, ids = _route(gating_output, topk, scoring_func, renormalize)
-        return weights, ids, ids.clone()
-
-    def fused_topk_bias(
-        hidden_states: Tensor, gating_output: Tensor, scoring_func: str, e_score_correction_bias: Tensor, topk: int,
-        renormalize: bool, indices_type: Any = None, input_tokens: Any = None, hash_indices_table: Any = None,
-        routed_scaling_factor: float = 1.0,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        more = {"correction_bias": e_score_correction_bias, "routed_scaling_factor": routed_scaling_factor}
-        return _route(gating_output, topk, scoring_func, renormalize, **more)
-
-    def grouped_topk(
-        hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool, num_expert_group: int = 0,
-        topk_group: int = 0, scoring_func: str = "softmax", routed_scaling_factor: float = 1.0,
-        e_score_correction_bias: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        return _route(
-            gating_output, topk, scoring_func, renormalize, num_expert_group=num_expert_group, topk_group=topk_group,
-            routed_scaling_factor=routed_scaling_factor, correction_bias=e_score_correction_bias,
-        )  # fmt: skip
-
-    def moe_permute(hidden_states: Tensor, a1q_scale: None, topk_ids: Tensor, n_expert: int) -> tuple[Any, ...]:
-        holds(topk_ids, INT, 2)
-        order = topk_ids.flatten().argsort(stable=True)
-        first = torch.bincount(topk_ids.flatten(), minlength=n_expert).cumsum(0)
-        first = torch.cat([first.new_zeros(1), first])
-        return hidden_states[order // topk_ids.shape[1]], None, first, order.argsort(), order
-
-    def moe_unpermute(
-        out: Tensor, permuted_hidden_states: Tensor, topk_weights: Tensor, inv_permuted_idx: Tensor, first: Tensor
-    ) -> None:
-        holds(topk_weights, FLOAT, 2)
-        rows = permuted_hidden_states[inv_permuted_idx].view(*topk_weights.shape, -1)
-        out.copy_((rows.float() * topk_weights[..., None]).sum(1))
-
-    def moe_align_block_size(
-        topk_ids: Tensor, block_size: int, num_experts: int, expert_map: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        slots, experts, total = _aligned(topk_ids, block_size, num_experts)
-        return slots, experts if expert_map is None else expert_map[experts], total
-
-    layers = "vllm.model_executor.layers.fused_moe"
-    put(monkeypatch, f"{layers}.fused_moe", fused_experts=fused_experts)
-    put(monkeypatch, f"{layers}.activation", MoEActivation=MoEActivation)
-    put(monkeypatch, f"{layers}.config", fp8_w8a8_moe_quant_config=fp8, int8_w8a8_moe_quant_config=int8,
-        int4_w4a16_moe_quant_config=int4)  # fmt: skip
-    put(monkeypatch, f"{layers}.router.fused_topk_router", fused_topk=fused_topk)
-    put(monkeypatch, f"{layers}.router.fused_topk_bias_router", fused_topk_bias=fused_topk_bias)
-    put(monkeypatch, f"{layers}.router.grouped_topk_router", grouped_topk=grouped_topk)
-    put(monkeypatch, f"{layers}.moe_align_block_size", moe_align_block_size=moe_align_block_size)
-    put(monkeypatch, f"{layers}.moe_permute_unpermute", moe_permute=moe_permute, moe_unpermute=moe_unpermute)
-
-
-KINDS = {
-    ("fp8", "block"): ("torch:fp8_group128", "fp8_block"), ("fp8", "row"): ("torch:fp8_token", "fp8_channel"),
-    ("int8", "row"): ("torch:int8_token", "int8_channel"), ("int4", "group"): ("torch:dequantized", "int4_group"),
-}  # fmt: skip
-
-
-def _aligned(topk_ids: Tensor, block: int, experts: int, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Slots by expert in whole blocks, padded by their number; the expert of each block; how many entries count.
-
-    Experts from `first` on: of ids below, vllm reads and writes outside of its counters.
-    """
-    assert not bool((topk_ids < first).any())
-    holds(topk_ids, INT, 2)
-    assert topk_ids.is_contiguous()
-    slots, owners = [], []
-    for expert in range(first, experts):
-        own = (topk_ids.flatten() == expert).nonzero().flatten()
-        blocks = -(-len(own) // block)
-        slots += [own, own.new_full((blocks * block - len(own),), topk_ids.numel())]
-        owners += blocks * [expert]
-    found = torch.cat(slots).int()
-    room = torch.full((3 * block,), 1 << 30, dtype=INT)  # behind the entries that count there may be anything
-    return torch.cat([found, room]), torch.tensor(owners + 3 * [0], dtype=INT), torch.tensor([len(found)], dtype=INT)
-
-
-def _route(logits: Tensor, top_k: int, scoring: str, renormalize: bool, **more: Any) -> tuple[Tensor, Tensor]:
-    weights, ids = plain("router", "torch:loop")(logits, top_k=top_k, scoring=scoring, renormalize=renormalize, **more)
-    return weights, ids.int()
-
+from moe_harness.suites.adapters.conventions import FLOAT, FP8, INT, aligned, holds, plain, put, routed
+from moe_harness.suites.adapters.vllm_standins import vllm as vllm
 
 SGLANG = "sglang.srt.layers.moe.fused_moe_triton"
 
@@ -183,7 +28,7 @@ def sglang(monkeypatch: pytest.MonkeyPatch) -> None:
         ids.copy_(chosen[1])
 
     def topk_softmax(topk_weights: Tensor, topk_ids: Tensor, gating_output: Tensor, renormalize: bool = False) -> None:
-        fill(topk_weights, topk_ids, _route(gating_output, topk_ids.shape[1], "softmax", renormalize))
+        fill(topk_weights, topk_ids, routed(gating_output, topk_ids.shape[1], "softmax", renormalize))
 
     def topk_sigmoid(
         topk_weights: Tensor, topk_ids: Tensor, gating_output: Tensor, renormalize: bool = False,
@@ -195,7 +40,7 @@ def sglang(monkeypatch: pytest.MonkeyPatch) -> None:
         fill(
             topk_weights,
             topk_ids,
-            _route(gating_output, top_k, "sigmoid", renormalize, correction_bias=correction_bias),
+            routed(gating_output, top_k, "sigmoid", renormalize, correction_bias=correction_bias),
         )
 
     def moe_fused_gate(
@@ -206,7 +51,7 @@ def sglang(monkeypatch: pytest.MonkeyPatch) -> None:
         holds(bias, input_tensor.dtype, 1)
         assert num_fused_shared_experts == 0
         scale = routed_scaling_factor if apply_routed_scaling_factor_on_output else 1.0
-        return _route(input_tensor, topk, "sigmoid", True, correction_bias=bias, num_expert_group=num_expert_group,
+        return routed(input_tensor, topk, "sigmoid", True, correction_bias=bias, num_expert_group=num_expert_group,
                       topk_group=topk_group, routed_scaling_factor=scale)  # fmt: skip
 
     def fused_experts_impl(
@@ -232,7 +77,7 @@ def sglang(monkeypatch: pytest.MonkeyPatch) -> None:
         )  # fmt: skip
 
     def moe_align_block_size(topk_ids: Tensor, block: int, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-        return _aligned(topk_ids, block, experts, first=-1)
+        return aligned(topk_ids, block, experts, first=-1)
 
     put(monkeypatch, "sgl_kernel", topk_softmax=topk_softmax, topk_sigmoid=topk_sigmoid, moe_fused_gate=moe_fused_gate)
     put(monkeypatch, f"{SGLANG}.fused_moe", fused_experts_impl=fused_experts_impl)
@@ -280,7 +125,7 @@ def flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
         holds(topk_values, FLOAT, 2)
         holds(topk_indices, INT, 2)
         holds(bias, scores.dtype, 1)
-        weights, ids = _route(scores, topk, "sigmoid", True, correction_bias=bias, num_expert_group=n_group,
+        weights, ids = routed(scores, topk, "sigmoid", True, correction_bias=bias, num_expert_group=n_group,
                               topk_group=topk_group, routed_scaling_factor=routed_scaling_factor)  # fmt: skip
         topk_values.copy_(weights)
         topk_indices.copy_(ids)
@@ -361,7 +206,7 @@ def megatron(monkeypatch: pytest.MonkeyPatch) -> None:
         expert_bias: Tensor | None = None, fused: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         renormalize = score_function == "sigmoid" or not use_pre_softmax
-        weights, ids = _route(
+        weights, ids = routed(
             logits, topk, score_function, renormalize, num_expert_group=num_groups, topk_group=group_topk,
             routed_scaling_factor=scaling_factor or 1.0, correction_bias=expert_bias,
         )  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moe_harness.harness.core.contracts import load
-from moe_harness.suites.adapters import standins
+from moe_harness.suites.adapters import conventions
 
 GIVEN: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
 
@@ -27,7 +27,7 @@ class LLM:
 
 
 def test_prompts_and_counts_are_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    standins.put(monkeypatch, "vllm", LLM=LLM, SamplingParams=SimpleNamespace)
+    conventions.put(monkeypatch, "vllm", LLM=LLM, SamplingParams=SimpleNamespace)
     model = load("model", "vllm").function("DIR", **GIVEN)
     asked: dict[str, Any] = {"stop_token_ids": (3,), "ignore_eos": True}
     assert model.generate([[5, 6], [7]], max_new_tokens=[1, 3], **asked) == [[5], [7, 7, 7]]
