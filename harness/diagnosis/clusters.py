@@ -295,7 +295,7 @@ def _of_axis(name: str, values: set[Any], everywhere: set[Any]) -> Iterator[Axis
         yield AxisValue(f"{name}={_text(value)}", _compared(name, operator.eq, value), EQUAL)
     numbers = all(map(_is_number, everywhere))
     others = everywhere - values
-    if not numbers:
+    if not numbers or any(isinstance(value, float) for value in everywhere):  # a factor of 1 is a kind, not a limit
         for value in others:
             yield AxisValue(f"{name} not {_text(value)}", _compared(name, operator.ne, value), UNEQUAL)
         if 1 < len(others) <= MOST_IN_A_SET:

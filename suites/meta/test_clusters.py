@@ -25,6 +25,7 @@ RULES = {
     "I no multiple of 16": ("experts", lambda c: c.I % 16 != 0),
     "dtype=bf16 and T >= 33": ("experts", lambda c: c.dtype == "bf16" and c.T > 32),
     "groups not in (1x1, none)": ("router", lambda c: c.groups not in ("1x1", "none")),
+    "scale not 1.0": ("router", lambda c: c.scale != 1),
     "always": ("experts", lambda c: True),
 }
 
