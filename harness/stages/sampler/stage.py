@@ -70,20 +70,27 @@ STAGE = Sampler()
 
 def distribution(call: Call) -> Tensor:
     """What each row is drawn from, fp64 [B, V]."""
+    return _drawn_from(call, call.keywords.get("top_k"))
+
+
+def _drawn_from(call: Call, top_k: "Tensor | None") -> Tensor:
     options = call.keywords
     return probabilities(
-        call.args["logits"].double(), temperature=options["temperature"], top_k=options.get("top_k"),
-        top_p=options.get("top_p"),
-    )  # fmt: skip
+        call.args["logits"].double(), temperature=options["temperature"], top_k=top_k, top_p=options.get("top_p")
+    )
 
 
-def allowed(call: Call, p: Tensor) -> Tensor:
+def allowed(call: Call) -> Tensor:
     """Bool [B, V]: the tokens that may be drawn, with those that equal the least likely kept one.
 
-    At temperature 0 those are the largest logits.
+    Of equal logits at the edge of top_k some or all may be kept (vLLM and transformers keep all), and the more are, the
+    further top_p reaches.  At temperature 0 the largest logits are what may be drawn.
     """
-    logits = call.args["logits"].double()
-    least = logits.masked_fill(p <= 0, torch.inf).amin(1, keepdim=True)
+    logits, top_k = call.args["logits"].double(), call.keywords.get("top_k")
+    if top_k is not None and logits.numel():
+        edge = logits.sort(1, descending=True).values.gather(1, top_k.long().clamp(1, logits.shape[1])[:, None] - 1)
+        top_k = torch.where(top_k < 1, 0, (logits >= edge).sum(1))
+    least = logits.masked_fill(_drawn_from(call, top_k) <= 0, torch.inf).amin(1, keepdim=True)
     return (logits >= least) & (logits > -torch.inf)
 
 
@@ -96,7 +103,7 @@ def _judge_range(p: Tensor, tokens: Tensor, record: Record) -> None:
 
 
 def _judge_support(call: Call, p: Tensor, tokens: Tensor, record: Record) -> None:
-    wrong = ~allowed(call, p).gather(1, tokens[:, None])[:, 0]
+    wrong = ~allowed(call).gather(1, tokens[:, None])[:, 0]
     if not bool(wrong.any()):
         return
     row = int(wrong.nonzero()[0])
