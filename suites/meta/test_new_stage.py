@@ -26,8 +26,9 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-def judged(folder: Path, spec: str) -> dict:
-    done = run(folder, "check", "--stage", "rmsnorm", "--impl", spec, "--json", str(folder / "found.json"))
+def judged(folder: Path, spec: str, *options: str) -> dict:
+    asked = ("check", "--stage", "rmsnorm", "--impl", spec, *options, "--json", str(folder / "found.json"))
+    done = run(folder, *asked)
     assert (folder / "found.json").is_file(), done.stderr
     return json.loads((folder / "found.json").read_text()) | {"status": done.returncode}
 
@@ -46,8 +47,8 @@ def test_a_right_implementation_passes_every_check(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_output_of_any_kind_is_found(tmp_path: Path, name: str) -> None:
-    found = judged(tmp_path, f"own:{name}")
     check, message = WRONG[name]
+    found = judged(tmp_path, f"own:{name}", "--check", check)
     assert (found["verdict"], found["status"]) == ("fail", 1)
     assert any(f["check"] == check and f["message"].startswith(message) for f in found["failures"])
 
