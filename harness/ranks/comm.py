@@ -258,7 +258,10 @@ def _run(
 
 
 def _watched(work: Any, recorder: Recorder, call: RecordedCall, group: Any, device: Any, waits: bool) -> Any:
-    watched = RecordedWork(dist.Work.unbox(work), recorder, call, device)
+    pending = dist.Work.unbox(work)
+    if pending is None:  # torch 2.11's NCCL, asked for nothing to wait for, returns a work that holds none
+        return work
+    watched = RecordedWork(pending, recorder, call, device)
     recorder.works.append(watched)
     if not waits and group not in c10d._world.pg_coalesce_state:  # there one work stands for several
         recorder.started[call.index] = watched
