@@ -60,12 +60,17 @@ def _scales(weight, stride, plane, HALF: tl.constexpr, NORM: tl.constexpr):
 
 @triton.jit
 def _turned(first, second, scale, scale_second, cos, sin, eps, D: tl.constexpr, NORM: tl.constexpr):
-    """Both halves normalised and rotated."""
+    """Both halves normalised and rotated.
+
+    Which product is rounded alone is said here: left to the compiler, it differed between callers, and so did bits.
+    """
     if NORM:
-        inverse = (1.0 / tl.sqrt_rn(tl.sum(first * first + second * second, 1) / D + eps))[:, None]
+        squares = tl.fma(first, first, second * second)
+        inverse = (1.0 / tl.sqrt_rn(tl.sum(squares, 1) / D + eps))[:, None]
         first *= inverse * scale[None, :]
         second *= inverse * scale_second[None, :]
-    return first * cos[None, :] - second * sin[None, :], second * cos[None, :] + first * sin[None, :]
+    cos, sin = cos[None, :], sin[None, :]
+    return tl.fma(first, cos, -(second * sin)), tl.fma(second, cos, first * sin)
 
 
 @triton.jit
