@@ -27,8 +27,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from moe_harness.impls.launching import launch
 from moe_harness.impls.triton._common import descriptor_strides, on, programs_at_once
-from moe_harness.impls.triton._fp8_hopper_copy import RUN, UNITS, copy, copy_gathered, tile_ends, wait_for_previous
-from moe_harness.impls.triton._hopper import STAGES, UNIT, after, announced, pipeline
+from moe_harness.impls.triton._fp8_hopper_copy import RUN, UNITS, copy, copy_gathered, wait_for_previous
+from moe_harness.impls.triton._hopper import STAGES, UNIT, after, announced, pipeline, tile_ends
 from moe_harness.impls.triton._quantized_operands import Matrix, Routing, Rows
 
 
@@ -202,7 +202,7 @@ def _fp8_hopper(
     a_tiles = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * UNITS, UNIT, RUN], gl.NVMMASharedLayout(128, 8, 2))
     w_tiles = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * 2, 1, RUN, RUN], gl.NVMMASharedLayout(128, 8, 3))
     n_blocks: gl.constexpr = (N + RUN - 1) // RUN if GATED else (N + 2 * RUN - 1) // (2 * RUN)
-    total = gl.max(tile_ends(counts, E, n_blocks, BLOCK_E), 0)
+    total = gl.max(tile_ends(counts, E, n_blocks, BLOCK_E, UNITS), 0)
     # fmt: off
     if GATED:
         notes, full, empty = pipeline(1 + 128)  # the weights, and the rows of every thread that copies

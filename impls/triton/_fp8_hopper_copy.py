@@ -8,12 +8,13 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from moe_harness.impls.triton._hopper import (
     STAGES,
     UNIT,
-    add,
     after,
     announce,
+    find_tile,
     load_rows,
     load_tile,
     take,
+    tile_ends,
 )
 
 RUN = gl.constexpr(128)  # columns of a step, and rows of a block of the weights: what one scale stands over
@@ -24,33 +25,6 @@ UNITS = gl.constexpr(2)  # of the highest tile
 def wait_for_previous():
     """`after_previous` of _common."""
     gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def tile_ends(counts, E: gl.constexpr, n_blocks: gl.constexpr, BLOCK_E: gl.constexpr):
-    """Number of tiles up to and including each expert, int32 [BLOCK_E], held by every warp."""
-    e = gl.arange(0, BLOCK_E, gl.BlockedLayout([BLOCK_E // 32], [32], [gl.num_warps()], [0]))
-    rows = gl.load(counts + e, mask=e < E, other=0)
-    return gl.associative_scan(gl.cdiv(rows, UNIT * UNITS) * n_blocks, 0, add)
-
-
-@gluon.jit
-def _find_tile(tile, counts, ends, E: gl.constexpr, n_blocks: gl.constexpr, GROUP: gl.constexpr):
-    """As `_hopper.find_tile`, tiles of two units."""
-    passed = ends <= tile
-    e = gl.sum(passed.to(gl.int32), 0)
-    local = tile - gl.max(gl.where(passed, ends, 0), 0)
-    count = gl.load(counts + e)
-    start = gl.load(counts + E + e)
-    units = gl.cdiv(count, UNIT)
-    tiles = gl.cdiv(units, UNITS)
-    above = local // (GROUP * n_blocks) * GROUP
-    width = gl.minimum(tiles - above, GROUP)
-    inside = local - above * n_blocks
-    m = above + inside % width
-    low, higher = units // tiles, units % tiles
-    first = (m * low + gl.minimum(m, higher)) * UNIT
-    return e, start + first, count - first, low + (m < higher).to(gl.int32), inside // width
 
 
 @gluon.jit
@@ -87,11 +61,11 @@ def copy_gathered(
 ):  # fmt: skip
     """The warpgroup that copies: announces a tile, fills its stages, fetches the next; then announces the end."""
     STEPS: gl.constexpr = K // RUN
-    ends = tile_ends(counts, E, n_blocks, BLOCK_E)
+    ends = tile_ends(counts, E, n_blocks, BLOCK_E, UNITS)
     stage, phase = 0, 1
     tile = gl.program_id(0)
     while tile < total:
-        e, row, rows, units, block = _find_tile(tile, counts, ends, E, n_blocks, GROUP)
+        e, row, rows, units, block = find_tile(tile, counts, ends, E, n_blocks, GROUP, UNITS)
         upper, live_upper = _row_pointers(a, slots, row, rows, top_k, a_row)
         lower, live_lower = _row_pointers(a, slots, row + UNIT, rows - UNIT, top_k, a_row)
         mbarrier.wait(empty.index(stage), phase)
@@ -122,18 +96,18 @@ def copy(
     """The same as one warp, for rows that lie one behind the other: through the copy engine, as the weights."""
     STEPS: gl.constexpr = K // RUN
     EARLY: gl.constexpr = min(STAGES, STEPS)  # steps whose weights do not wait for the first product
-    ends = tile_ends(counts, E, n_blocks, BLOCK_E)
+    ends = tile_ends(counts, E, n_blocks, BLOCK_E, UNITS)
     stage, phase = 0, 1
     tile = gl.program_id(0)
     asked = 0
     if tile < total:
-        e, row, rows, units, block = _find_tile(tile, counts, ends, E, n_blocks, GROUP)
+        e, row, rows, units, block = find_tile(tile, counts, ends, E, n_blocks, GROUP, UNITS)
         for step in gl.static_range(EARLY):
             _load_weights(w, w_tiles, full, e, block * 2 * RUN, block * 2 * RUN + RUN, step, step)
         asked = EARLY
     wait_for_previous()
     while tile < total:
-        e, row, rows, units, block = _find_tile(tile, counts, ends, E, n_blocks, GROUP)
+        e, row, rows, units, block = find_tile(tile, counts, ends, E, n_blocks, GROUP, UNITS)
         mbarrier.wait(empty.index(stage), phase)
         announce(notes, stage, row, rows, units, e * n_blocks + block)
         upcoming = total

@@ -55,11 +55,11 @@ def _copy(
     n_blocks: gl.constexpr, top_k: gl.constexpr, BLOCK_E: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """The warpgroup that copies: announces a tile, fills its stages, fetches the next; then announces the end."""
-    ends = tile_ends(counts, E, n_blocks, BLOCK_E)
+    ends = tile_ends(counts, E, n_blocks, BLOCK_E, UNITS)
     stage, phase = 0, 1
     tile = gl.program_id(0)
     while tile < total:
-        e, row, rows, units, block = find_tile(tile, counts, ends, E, n_blocks, GROUP)
+        e, row, rows, units, block = find_tile(tile, counts, ends, E, n_blocks, GROUP, UNITS)
         upper, live_upper = _row_pointers(x, slots, row, rows, top_k, x_row)
         lower, live_lower = _row_pointers(x, slots, row + UNIT, rows - UNIT, top_k, x_row)
         third, live_third = _row_pointers(x, slots, row + 2 * UNIT, rows - 2 * UNIT, top_k, x_row)
@@ -165,7 +165,7 @@ def _gate_up_hopper(
     w_tiles = gl.allocate_shared_memory(dtype, [STAGES, 2, 2, HALF, STEP], gl.NVMMASharedLayout(128, 16, 4))
     notes, full, empty = pipeline(1 + 128)  # the weights, and the rows of every thread that copies
     n_blocks: gl.constexpr = (WIDTH + 2 * HALF - 1) // (2 * HALF)
-    total = gl.max(tile_ends(counts, E, n_blocks, BLOCK_E), 0)
+    total = gl.max(tile_ends(counts, E, n_blocks, BLOCK_E, UNITS), 0)
     # fmt: off
     gl.warp_specialize(
         [

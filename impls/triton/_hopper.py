@@ -50,24 +50,27 @@ def add(a, b):
 
 
 @gluon.jit
-def tile_ends(counts, E: gl.constexpr, n_blocks: gl.constexpr, BLOCK_E: gl.constexpr):
-    """Number of tiles up to and including each expert, int32 [BLOCK_E], held by every warp."""
+def tile_ends(counts, E: gl.constexpr, n_blocks: gl.constexpr, BLOCK_E: gl.constexpr, MOST: gl.constexpr):
+    """Number of tiles, of up to MOST units, up to and including each expert, int32 [BLOCK_E], held by every warp."""
     e = gl.arange(0, BLOCK_E, gl.BlockedLayout([BLOCK_E // 32], [32], [gl.num_warps()], [0]))
     rows = gl.load(counts + e, mask=e < E, other=0)
-    return gl.associative_scan(gl.cdiv(gl.cdiv(rows, UNIT), UNITS) * n_blocks, 0, add)
+    return gl.associative_scan(gl.cdiv(gl.cdiv(rows, UNIT), MOST) * n_blocks, 0, add)
 
 
 @gluon.jit
-def find_tile(tile, counts, ends, E: gl.constexpr, n_blocks: gl.constexpr, GROUP: gl.constexpr):
+def find_tile(
+    tile, counts, ends, E: gl.constexpr, n_blocks: gl.constexpr, GROUP: gl.constexpr, MOST: gl.constexpr
+):
     """Expert of `tile`, its first row among all rows, rows of the expert from there on, units of the tile, and column
-    block; the order is that of `_tiles.find_tile`, units are spread evenly over the tiles of an expert."""
+    block; the order is that of `_tiles.find_tile`, units are spread evenly over the tiles of an expert, up to MOST in
+    each."""
     passed = ends <= tile
     e = gl.sum(passed.to(gl.int32), 0)
     local = tile - gl.max(gl.where(passed, ends, 0), 0)
     count = gl.load(counts + e)
     start = gl.load(counts + E + e)
     units = gl.cdiv(count, UNIT)
-    tiles = gl.cdiv(units, UNITS)
+    tiles = gl.cdiv(units, MOST)
     above = local // (GROUP * n_blocks) * GROUP
     width = gl.minimum(tiles - above, GROUP)
     inside = local - above * n_blocks

@@ -40,11 +40,11 @@ def _copy(
 ):  # fmt: skip
     """The warp that copies: announces a tile, fills its stages, fetches the next; then announces the end."""
     STEPS: gl.constexpr = (K + STEP - 1) // STEP
-    ends = tile_ends(counts, E, n_blocks, BLOCK_E)
+    ends = tile_ends(counts, E, n_blocks, BLOCK_E, UNITS)
     stage, phase = 0, 1
     tile = gl.program_id(0)
     while tile < total:
-        e, row, rows, units, block = find_tile(tile, counts, ends, E, n_blocks, GROUP)
+        e, row, rows, units, block = find_tile(tile, counts, ends, E, n_blocks, GROUP, UNITS)
         mbarrier.wait(empty.index(stage), phase)
         announce(notes, stage, row, rows, units, block)
         upcoming = total
@@ -131,7 +131,7 @@ def _linear_hopper(
     w_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, COLUMNS, STEP], gl.NVMMASharedLayout(128, 16, 3))
     notes, full, empty = pipeline(1)
     n_blocks: gl.constexpr = (N + COLUMNS - 1) // COLUMNS
-    total = gl.max(tile_ends(counts, E, n_blocks, BLOCK_E), 0)
+    total = gl.max(tile_ends(counts, E, n_blocks, BLOCK_E, UNITS), 0)
     # fmt: off
     gl.warp_specialize(
         [
