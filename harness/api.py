@@ -125,11 +125,7 @@ def check(
     spec = implementation if isinstance(implementation, str) else spec_of(implementation)
     fork_server()
     with _progress(quiet) as progress:
-        if not worlds:
-            return Judgement(session.judge(stage, spec, request, asked, progress))
-        from moe_harness.harness.ranks.run import judge_ranks
-
-        return Judgement(judge_ranks(stage, spec, request, asked, worlds, progress))
+        return Judgement(session.judge(stage, spec, request, asked, progress, worlds=worlds))
 
 
 def _list(values: Iterable[str] | str) -> list[str]:

@@ -15,7 +15,6 @@ from moe_harness.harness.core.plan import ON_CUDA_ONLY, Planned, plan
 from moe_harness.harness.core.request import EXAMPLES, Request
 from moe_harness.harness.process.pool import EXPLAINED, Pool
 from moe_harness.harness.run.result_builder import Listener, ResultBuilder, add_cause, failure_of
-from moe_harness.harness.run.session import INTERPRETED_STEPS, SEARCH_SECONDS
 
 
 class PluginSession:
@@ -61,8 +60,8 @@ class PluginSession:
         loaded = pool.workers[0].loaded
         if planned.case.dtype not in loaded.dtypes:
             pytest.skip(f"{planned.case.dtype} is not among the declared dtypes")
-        if loaded.interpreted and planned.case.steps() > INTERPRETED_STEPS:
-            pytest.skip(f"more than {INTERPRETED_STEPS} tiles take too long in Triton's interpreter")
+        if (why := pool.cannot_run(planned)) is not None:
+            pytest.skip(why)
         self.conclude(item, stage, spec, pool.judge_one(planned.id))
 
     def search(self, item: pytest.Item, stage: str, spec: str) -> None:
@@ -72,9 +71,9 @@ class PluginSession:
 
         pool = self.pool(stage, spec)
         profile, dtypes = self.request.profile, pool.workers[0].loaded.dtypes
-        answers = property_search.search(
-            stage, dtypes, lambda case: pool.judge_one(Planned("property", case).id), examples=EXAMPLES[profile],
-            start=self.request.seed, seconds=SEARCH_SECONDS[profile],
+        answers = property_search.falsify(
+            pool.drawn(dtypes), pool.ask_drawn, examples=EXAMPLES[profile], start=self.request.seed,
+            seconds=pool.search_seconds[profile],
         )  # fmt: skip
         for answer in answers:
             if answer.fails:

@@ -59,7 +59,8 @@ def check(
             try:
                 cases = _failed_last(stage, spec, bool(worlds), progress) if last_failed else None
                 one = replace(asked, cases=cases)
-                results.append(_judge(stage, spec, request, one, worlds, progress, _keeper(json, results)))
+                keep = _keeper(json, results)
+                results.append(session.judge(stage, spec, request, one, progress, worlds=worlds, keep=keep))
             except HarnessError as error:
                 errors.append(error)
                 results.append(session.error_result(stage, spec, request, error))
@@ -89,25 +90,17 @@ def _failed_last(stage: str, spec: str, over_ranks: bool, progress: Any) -> tupl
     return cases or None
 
 
-def _judge(stage: str, spec: str, request: Any, asked: Any, worlds: tuple[int, ...], progress: Any, keep: Any) -> Any:
-    from moe_harness.harness.run import session
-
-    if not worlds:
-        return session.judge(stage, spec, request, asked, progress)
-    from moe_harness.harness.ranks.run import judge_ranks
-
-    return judge_ranks(stage, spec, request, asked, worlds, progress, keep)
-
-
 def _keeper(json: Path | None, before: list) -> Any:
-    """Writes an unfinished result behind those `before`, whole at any time; nothing where no file was asked for."""
+    """Writes an unfinished result behind those `before`, whole at any time; None where no file was asked for."""
     from moe_harness.harness import report
 
+    if json is None:
+        return None
+
     def keep(result: Any) -> None:
-        if json is not None:
-            unfinished = json.with_name(json.name + ".part")
-            unfinished.write_text(report.dumps([*before, result]))
-            unfinished.replace(json)
+        unfinished = json.with_name(json.name + ".part")
+        unfinished.write_text(report.dumps([*before, result]))
+        unfinished.replace(json)
 
     return keep
 

@@ -54,6 +54,10 @@ class Case:
         values = [getattr(self, field.name) for field in fields(self) if field.name not in common]
         return tuple(v for v in values if SIZES.fullmatch(str(v)) and not isinstance(v, bool))
 
+    def together(self) -> int:
+        """How many ranks work together in the call."""
+        return getattr(self, "R", 1) // getattr(self, "groups", 1)
+
     def steps(self) -> int:
         """About how many small tiles a kernel goes through, which is what it costs to interpret one."""
         return self.rows()

@@ -100,7 +100,7 @@ class Explanation:
 
     diagnosis: list[dict[str, str]] = field(default_factory=list)
     looks_like: list[str] = field(default_factory=list)
-    known: int = 0
+    known: int | None = 0  # None: not with all of them was the result compared
 
 
 @dataclass

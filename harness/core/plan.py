@@ -7,6 +7,7 @@ from moe_harness.harness.core.folders import needed_part
 from moe_harness.harness.core.request import Request
 
 ON_CUDA_ONLY = {"graph_replay", "side_stream", "large_offsets"}
+NEEDS_CUDA = "needs --device cuda"  # why these are skipped elsewhere
 
 
 class Planned(NamedTuple):

@@ -9,7 +9,7 @@ from moe_harness.harness.core.case import Case
 
 PROFILES = ("quick", "full", "exhaustive")
 EXAMPLES = {"quick": 200, "full": 500, "exhaustive": 3000}  # cases that the search for a failure draws
-OVER_RANKS = EXAMPLES | {"quick": 60}  # where a case is a run of several processes
+DRAWN_OVER_RANKS = EXAMPLES | {"quick": 60}  # where a case is a run of several processes
 WEIGHT_BYTES_ON_CPU = 1 << 30
 
 

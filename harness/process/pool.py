@@ -1,129 +1,112 @@
 """Judging processes and the budget each case has: a crash, an exit, a hang or a flood of memory ends as a verdict."""
 
 import os
-import re
-import signal
-import tempfile
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from moe_harness.harness.core.case import Case
 from moe_harness.harness.core.errors import CannotJudge, HarnessError, UsageError
 from moe_harness.harness.core.findings import Answer, Explanation, Loaded, NotLoaded
+from moe_harness.harness.core.plan import NEEDS_CUDA, ON_CUDA_ONLY, Planned, plan
+from moe_harness.harness.core.request import EXAMPLES, Request
 from moe_harness.harness.process import scratch
 from moe_harness.harness.process.deaths import Deaths
-from moe_harness.harness.process.start import fork_server, start
+from moe_harness.harness.process.start import START_BUDGET, Worker
 
 POLL = 0.1  # seconds between looks at the clock and at the memory of the workers
 HANGS = "it hangs"
-START_BUDGET = 180.0  # seconds for importing an implementation
 HINT = "no case needs that much; NotImplementedError refuses what an implementation cannot hold"
 ENOUGH = 4 << 30  # bytes; the largest case holds 0.5 GiB, and one of a released model up to 2.5
 EXPLAINED = 3  # failures of a run whose cause is searched for
+INTERPRETED_STEPS = 600  # a step of a Triton kernel takes some 10 ms in the interpreter
+INTERPRETED_PATIENCE = 5  # ... and a case that many times longer than a kernel that is compiled may
 EXPLAIN_SECONDS = 5.0  # for each
 COMPILE_BUDGET = 600.0  # seconds that compilers of one case may take beyond its own budget
 COMPILE_LOOK = 5.0  # seconds between looks at whether they are still at work
-# Files of Triton's and Inductor's compilers and of torch's C++ extensions, as they stand in a stack.
-COMPILERS = re.compile(r"triton/(compiler/|backends/\w+/compiler)|torch/(_inductor/|_dynamo/|utils/cpp_extension)")
 DEATHS = 3  # crashes and hangs after which the kill matrix judges a fault no further; a run goes by `Deaths`
 
 
-def waited_for_processor(pid: int | None) -> float:
-    """Seconds that the main thread of a process was ready to run while others did; 0 where the kernel does not say."""
-    try:
-        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) * 1e-9
-    except (OSError, IndexError, ValueError):
-        return 0.0
+class Backend:
+    """Where a run judges its cases: in processes of one device (`Pool`), or over ranks (`ranks.backend.OverRanks`).
+
+    Use as a context manager; `start` comes first.
+    """
+
+    checks: tuple[str, ...] = ()  # those whose cases are the core of what is judged; none: the same as everywhere
+    worlds: tuple[int, ...] = ()  # numbers of ranks; none on one device
+    examples: Mapping[str, int] = EXAMPLES  # cases that the search draws, by profile
+    search_seconds: Mapping[str, float] = {}  # and its time
+    deaths = 0  # processes that ended over a case
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def start(self) -> Loaded:
+        """What the implementation says of itself; UsageError, CannotJudge where it cannot be loaded."""
+        raise NotImplementedError
+
+    def plan(self, request: Request) -> Iterable[Planned]:
+        """What is to be judged."""
+        raise NotImplementedError
+
+    def cannot_run(self, planned: Planned) -> str | None:
+        """Why a case cannot be judged here; None where it can."""
+        return None
+
+    def judge(self, case_ids: Iterable[str]) -> Iterator[Answer]:
+        """Answers as they come, those of all cases or as many as are worth it (`spent`)."""
+        raise NotImplementedError
+
+    def spent(self) -> str | None:
+        """Why nothing more is worth judging; None where it is."""
+        return None
+
+    def drawn(self, dtypes: tuple[str, ...]) -> Any:
+        """The strategy that the search draws cases from."""
+        raise NotImplementedError
+
+    def ask_drawn(self, case: Case) -> Answer:
+        """The answer on a drawn case."""
+        raise NotImplementedError
+
+    def judge_alone(self, case_ids: list[str]) -> Answer | None:
+        """The answer on the last of these, judged in this order in a fresh process; None where every failure was."""
+        return None
+
+    def history_of(self, case_id: str) -> list[str]:
+        """The cases judged before `case_id` in the same process."""
+        return []
+
+    def explain(self, case_id: str) -> Explanation | None:
+        """Why a case fails, while nothing is judged; None where it dies or takes too long over it."""
+        return None
+
+    def explain_alone(self, case_id: str) -> Explanation | None:
+        """As `explain`, while others are judged."""
+        return self.explain(case_id)
+
+    def describe(self) -> str | None:
+        """How a right implementation computes, as the stage's probes tell; None where there is not the time."""
+        return None
+
+    def left_running(self) -> list[str]:
+        """Processes that the implementation left behind, each told once."""
+        return []
 
 
-class Worker:
-    """One judging process."""
+class Pool(Backend):
+    """Workers for one implementation on one device."""
 
-    def __init__(self, stage: str, spec: str, device: str, folder: str):
-        context = fork_server()
-        self.connection, theirs = context.Pipe()
-        descriptor, self.output = tempfile.mkstemp(dir=folder, suffix=".log")
-        os.close(descriptor)
-        # The server that forks may be older than a change of the environment: a notebook sets TRITON_INTERPRET late.
-        told = (dict(os.environ), theirs, self.output, stage, spec, device)
-        self.process = context.Process(target=_serve, args=told, daemon=True)
-        start(self.process)
-        theirs.close()
-        self.loaded = Loaded()
-        self.current: str | None = None
-        self.history: list[str] = []
-        self.compiling_since: float | None = None
-        self.allow(START_BUDGET)
-
-    def give(self, case_id: str, budget: float) -> None:
-        self.current = case_id
-        self.history.append(case_id)
-        self.allow(budget)
-        self.connection.send(("judge", case_id))
-
-    def allow(self, seconds: float) -> None:
-        """From now on the process has so many seconds, those not counted in which it waits for a processor."""
-        self.deadline, self.waited = time.monotonic() + seconds, waited_for_processor(self.process.pid)
-
-    def is_late(self) -> bool:
-        """Whether its time is over."""
-        if time.monotonic() <= self.deadline:
-            return False
-        before, self.waited = self.waited, waited_for_processor(self.process.pid)
-        self.deadline += self.waited - before
-        return time.monotonic() > self.deadline
-
-    def memory(self) -> int:
-        """Resident bytes."""
-        try:
-            return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * 4096
-        except (OSError, IndexError, ValueError):
-            return 0
-
-    def stop(self) -> None:
-        self.connection.close()
-        if self.process.is_alive():
-            self.process.kill()
-        self.process.join(5)
-
-    def tell_where(self) -> None:
-        """Let a process that hangs print where it is, before it is killed."""
-        pid = self.process.pid
-        if pid is None:
-            return
-        with suppress(OSError):
-            os.kill(pid, signal.SIGUSR1)  # faulthandler listens, in C
-            time.sleep(0.3)
-
-    def is_compiling(self) -> bool:
-        """Whether the place it told last lies in a compiler of kernels."""
-        told = Path(self.output).read_text(errors="replace").rpartition("(most recent call first):")[2]
-        return COMPILERS.search(told) is not None
-
-    def last_words(self) -> str:
-        """The end of what the process printed, or the innermost calls where a fatal signal left a traceback."""
-        lines = Path(self.output).read_text(errors="replace").strip().splitlines()
-        fatal = [place for place, line in enumerate(lines) if line.endswith("(most recent call first):")]
-        told = lines[fatal[-1] + 1 :][:4] if fatal else lines[-4:]
-        told = [line for line in told if "/harness/" not in line and "Extension modules" not in line]
-        return " | ".join(line.strip() for line in told)[:400]
-
-    def cause_of_death(self) -> str:
-        self.process.join(5)
-        code = self.process.exitcode
-        if code is not None and code < 0:
-            return f"killed by {signal.Signals(-code).name}"
-        return f"left with exit status {code}"
-
-
-class Pool:
-    """Workers for one implementation.  Use as a context manager."""
+    search_seconds = {"quick": 15.0, "full": 120.0, "exhaustive": 900.0}
 
     def __init__(self, stage: str, spec: str, device: str, workers: int, budget: float):
+        self.stage, self.device = stage, device
         self.folder: str = scratch.make()
         self._make = lambda: Worker(stage, spec, device, self.folder)
         self.size, self.budget = workers, budget
@@ -131,9 +114,6 @@ class Pool:
         self.deaths = self.explained = 0
         self.causes = Deaths()
         self.memory_limit = _memory_limit(workers) if device == "cpu" else None
-
-    def __enter__(self) -> "Pool":
-        return self
 
     def __exit__(self, *_: object) -> None:
         for worker in self.workers:
@@ -149,10 +129,31 @@ class Pool:
         self.workers = [self._make() for _ in range(self.size)]
         for worker in self.workers:
             self._await_loaded(worker)
-        return self.workers[0].loaded
+        loaded = self.workers[0].loaded
+        self.budget *= INTERPRETED_PATIENCE if loaded.interpreted else 1
+        return loaded
+
+    def plan(self, request: Request) -> list[Planned]:
+        return plan(self.stage, request)
+
+    def cannot_run(self, planned: Planned) -> str | None:
+        if planned.check in ON_CUDA_ONLY and self.device != "cuda":
+            return NEEDS_CUDA
+        if self.workers[0].loaded.interpreted and planned.case.steps() > INTERPRETED_STEPS:
+            return f"more than {INTERPRETED_STEPS} tiles take too long in Triton's interpreter"
+        return None
 
     def judge(self, case_ids: Iterable[str]) -> Iterator[Answer]:
-        """Answers as they come, in no fixed order.  What is like cases that died is answered "skipped"."""
+        """Answers as they come, in no fixed order.  What is like cases that died is answered "skipped".
+
+        Cases that fill a GPU's memory come last, one at a time.
+        """
+        ids = list(case_ids)
+        large = [case_id for case_id in ids if case_id.split("/")[1] == "large_offsets"]
+        for together in ([case_id for case_id in ids if case_id not in large], *([case_id] for case_id in large)):
+            yield from self._judge(together)
+
+    def _judge(self, case_ids: list[str]) -> Iterator[Answer]:
         waiting, put_off = deque(case_ids), list[str]()
         busy: list[Worker] = []
         while waiting or busy:
@@ -185,6 +186,14 @@ class Pool:
 
     def judge_one(self, case_id: str) -> Answer:
         return next(iter(self.judge([case_id])))
+
+    def drawn(self, dtypes: tuple[str, ...]) -> Any:
+        from moe_harness.harness.run.property_search import cases
+
+        return cases(self.stage, dtypes)
+
+    def ask_drawn(self, case: Case) -> Answer:
+        return self.judge_one(Planned("property", case).id)
 
     def judge_alone(self, case_ids: list[str]) -> Answer:
         """The answer for the last of `case_ids`, judged in this order in a fresh process."""
@@ -222,6 +231,9 @@ class Pool:
         self._await_loaded(fresh)
         return None
 
+    def describe(self) -> str | None:
+        return self.ask(2 * self.search_seconds["quick"], "describe")
+
     def explain(self, case_id: str) -> Explanation | None:
         """Why a case fails, from an idle worker; None where it dies or takes too long over it."""
         self.explained += 1
@@ -258,7 +270,7 @@ class Pool:
                     self._replace(worker)
                 return answer
         except (EOFError, OSError):
-            return self._bury(worker, f"the process was {_ended(worker)}", replace)
+            return self._bury(worker, f"the process was {worker.ended()}", replace)
         if worker.is_late():
             worker.tell_where()
             if self._may_compile(worker):
@@ -306,7 +318,7 @@ class Pool:
             told = worker.connection.recv()
         except EOFError:
             words = worker.last_words()
-            raise CannotJudge(f"the process was {_ended(worker)} while it imported the implementation"
+            raise CannotJudge(f"the process was {worker.ended()} while it imported the implementation"
                               + (f"; it last printed: {words}" if words else "")) from None  # fmt: skip
         if isinstance(told, NotLoaded):
             kind = UsageError if told.exit_status == UsageError.exit_status else CannotJudge
@@ -314,20 +326,6 @@ class Pool:
             error.add_note(told.traceback)
             raise error
         worker.loaded = told
-
-
-def _serve(environment: dict[str, str], *arguments: Any) -> None:
-    """`harness.process.worker.serve`, imported where it runs: this process needs no torch."""
-    os.environ.clear()
-    os.environ.update(environment)
-    from moe_harness.harness.process.worker import serve
-
-    serve(*arguments)
-
-
-def _ended(worker: Worker) -> str:
-    cause = worker.cause_of_death()
-    return cause if cause.startswith("killed") else f"gone: it {cause}"
 
 
 def _memory_limit(workers: int) -> int:

@@ -11,6 +11,7 @@ from typing import Any, cast
 from moe_harness.harness.core.case import Case, parse_id
 from moe_harness.harness.core.contracts import RANK_STAGES
 from moe_harness.harness.core.findings import HISTOGRAM_EDGES, MAX_Z, Answer, Explanation, Finding, Loaded
+from moe_harness.harness.core.plan import NEEDS_CUDA
 from moe_harness.harness.core.ranked_stage import find_ranked
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.diagnosis.clusters import Cluster, Outcome, cluster, kind_of, most_common
@@ -19,7 +20,6 @@ from moe_harness.harness.report.results import Check, Coverage, Diagnosis, Failu
 
 HEATMAPS_PER_CHECK = 5
 CORE_CHECKS = ("contract", "exact", "numeric", "routing")  # on one device; over ranks all that are planned
-NEEDS_CUDA = "needs --device cuda"
 COUNTED_AS = {"died": "failed", "error": "skipped"}  # the other statuses of an answer count as themselves
 
 
@@ -73,7 +73,9 @@ def failure_of(case_id: str, finding: Finding, replay: str = "") -> Failure:
 def add_cause(failure: Failure, told: Explanation | None) -> None:
     """Enter why it fails, where that was found out, into a failure."""
     if told is not None:
-        failure["diagnosis"], failure["known"] = cast(list[Diagnosis], told.diagnosis), told.known
+        failure["diagnosis"] = [*cast(list[Diagnosis], told.diagnosis), *failure["diagnosis"]]
+        if told.known is not None:
+            failure["known"] = told.known
         failure["looks_like"] = list(dict.fromkeys([*failure["looks_like"], *told.looks_like]))
 
 
@@ -91,22 +93,24 @@ def cause_of(failures: Iterable[Failure]) -> str | None:
 class ResultBuilder:
     """What is known of one implementation.
 
-    `request` is what is judged, `partial` whether only some checks were asked for; `checks` those of a run over ranks.
+    `request` is what is judged, `partial` whether only some checks were asked for; of a run over ranks `checks` are its
+    checks and `worlds` the numbers of ranks of which each has to be judged.
     """
 
     def __init__(
         self, stage: str, spec: str, request: Request, listener: Any, *, partial: bool = False,
-        checks: tuple[str, ...] = (),
+        checks: tuple[str, ...] = (), worlds: tuple[int, ...] = (),
     ):  # fmt: skip
         self.stage, self.spec, self.request, self.listener = stage, spec, request, listener
-        self.partial = partial
+        self.partial, self.worlds = partial, worlds
         checks = checks or (find_ranked(stage).checks if stage in RANK_STAGES else ())
         self.core_check, self.core_checks = ("contract", CORE_CHECKS) if not checks else (checks[0], checks)
         self.explain: Callable[[Failure], None] = lambda failure: None  # adds the cause to the first, before it is told
         self.started = time.monotonic()
         self.loaded = Loaded()
         self.places: dict[str, int] = {}  # of each case in the plan
-        self.planned = 0
+        self.planned: list[str] = []
+        self.to_draw = 0  # cases that the search has still to draw
         self.answered: set[str] = set()
         self.error: str | None = None
         self.interrupted = False
@@ -125,9 +129,9 @@ class ResultBuilder:
         self.heard: dict[tuple[str, str], Counter] = defaultdict(Counter)
         self.power: Power = {"proved": 0, "replaced": []}  # data sets that reject every wrong output
 
-    def expect(self, ids: list[str]) -> None:
+    def expect(self, ids: list[str], to_draw: int = 0) -> None:
         """What is planned: checks and failures are told in this order, whatever comes back first."""
-        self.planned = len(ids)
+        self.planned, self.to_draw = ids, to_draw
         self.places = {case_id: place for place, case_id in enumerate(ids)}
         self.tallies = {parse_id(case_id)[1]: Tally() for case_id in ids}
 
@@ -136,6 +140,7 @@ class ResultBuilder:
         for case_id in case_ids:
             if case_id not in self.answered:
                 self.take(Answer(case_id, "skipped", reason))
+        self.to_draw = 0
 
     def interrupt(self) -> None:
         """Ctrl-C: the result is what is known until then."""
@@ -216,7 +221,7 @@ class ResultBuilder:
     # --------------------------------------------------------------------------------------------------------- result
 
     def result(self, *, final: bool = True) -> Result:
-        """What is known by now; only the final one has its failures put together."""
+        """What is known by now; only the final one has its failures put together, any other is marked as cut short."""
         self.failures.sort(key=self.place)
         seen: Counter = Counter()
         for failure in self.failures:
@@ -230,7 +235,7 @@ class ResultBuilder:
             "config": ", ".join(shape.name for shape in self.request.configs) or None, "seed": self.request.seed,
             "seconds": round(time.monotonic() - self.started, 2), "versions": self.loaded.versions,
             "declared": {k: v for k, v in self.loaded.declared.items() if k != "explicit"}, "error": self.error,
-            "interrupted": self.interrupted,
+            "interrupted": self.interrupted or not final,
             "not_judged": [told for shape in self.request.configs if (told := shape.not_judged(self.stage))],
             "checks": [tally.as_check(name) for name, tally in self.tallies.items() if tally.counts],
             "judged": self._share(),
@@ -245,7 +250,7 @@ class ResultBuilder:
         """Cases that were judged, as a share of those planned for this device."""
         elsewhere = sum(n for (_, why), n in self.skipped.items() if why == NEEDS_CUDA)
         met = sum(tally.counts.total() for tally in self.tallies.values())
-        planned = max(met, self.planned) - elsewhere
+        planned = max(met, len(self.planned)) - elsewhere
         return round(len(self.executed) / planned, 4) if planned else 0.0
 
     def clustered(self) -> list[Cluster]:
@@ -271,12 +276,24 @@ class ResultBuilder:
     def _verdict(self) -> str:
         if self.failures:
             return "fail"
-        if self.error or self.interrupted:
+        if self.error or self.interrupted or self._left():
             return "error"
+        if self._unjudged_worlds():
+            return "unsupported"
         core = any(c.core() and c.rows() and c.variant.split(":")[0] in self.core_checks for c in self.executed)
         if (core and self._core_is_whole()) or (self.executed and self.partial):
             return "pass"
         return "unsupported" if self.refused else "error"
+
+    def _left(self) -> Counter[str]:
+        """Planned cases of each check of which nothing was heard."""
+        waiting = Counter(case_id.split("/")[1] for case_id in self.planned if case_id not in self.answered)
+        return waiting + Counter({"property": self.to_draw})
+
+    def _unjudged_worlds(self) -> list[str]:
+        """Numbers of ranks over which every case was refused, where over others some were judged."""
+        judged = {case.together() for case in self.executed if case.core() and case.rows()} if self.worlds else set()
+        return [str(ranks) for ranks in self.worlds if ranks not in judged] if judged else []
 
     def _core_is_whole(self) -> bool:
         """Whether one part of the core, such as a dtype, was judged in all of its cases."""
@@ -286,6 +303,7 @@ class ResultBuilder:
     def _coverage(self) -> Coverage:
         axes: dict[str, Counter] = defaultdict(Counter)
         refused = sorted(self.refused.items(), key=lambda item: -len(item[1]))
+        skipped = [*self.skipped.items(), *(((what, "not judged"), n) for what, n in self._left().items())]
         for case in self.executed:
             for f in fields(case):
                 if f.name not in ("seed", "variant", "optional"):
@@ -295,7 +313,7 @@ class ResultBuilder:
             "unsupported": [
                 {"reason": self.reasons[alike], "cases": len(ids), "example": ids[0]} for alike, ids in refused
             ],
-            "skipped": [{"what": what, "reason": why, "cases": n} for (what, why), n in self.skipped.items()],
+            "skipped": [{"what": what, "reason": why, "cases": n} for (what, why), n in skipped],
             "power": self.power,
             "axes": {name: dict(counts) for name, counts in axes.items()},
         }
@@ -310,4 +328,8 @@ class ResultBuilder:
                 told.append({"name": name, "text": f"bits equal in {counts['all equal']} of {counts.total()} cases"})
             else:
                 told += [{"name": name, "text": text} for text in counts]
+        if missing := self._unjudged_worlds():
+            told.append(
+                {"name": "worlds", "text": f"no case was judged over {', '.join(missing)} ranks, all were refused"}
+            )
         return told

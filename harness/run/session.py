@@ -1,24 +1,28 @@
-"""A run: plan, judge in worker processes, search with Hypothesis, confirm failures, and put the result together."""
+"""A run: plan, judge over a backend, search with Hypothesis, confirm failures, and put the result together."""
 
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from moe_harness.harness.core.case import Case, parse_id
+from moe_harness.harness.core.contracts import DTYPES
 from moe_harness.harness.core.errors import CannotJudge, HarnessError
-from moe_harness.harness.core.findings import Answer, Finding
+from moe_harness.harness.core.findings import Answer, Explanation, Finding
 from moe_harness.harness.core.folders import stages_with
-from moe_harness.harness.core.plan import ON_CUDA_ONLY, Planned, plan
-from moe_harness.harness.core.request import EXAMPLES, Request
-from moe_harness.harness.process.pool import EXPLAINED, Pool, worker_count
+from moe_harness.harness.core.names import PLAIN
+from moe_harness.harness.core.plan import Planned
+from moe_harness.harness.core.request import Request
+from moe_harness.harness.process.pool import EXPLAINED, Backend, Pool, worker_count
 from moe_harness.harness.report import Result
-from moe_harness.harness.run.result_builder import COUNTED_AS, NEEDS_CUDA, Listener, ResultBuilder, add_cause
+from moe_harness.harness.report.results import Failure
+from moe_harness.harness.run.result_builder import COUNTED_AS, Listener, ResultBuilder, add_cause
 
-SEARCH_SECONDS = {"quick": 15.0, "full": 120.0, "exhaustive": 900.0}
 CONFIRMED_PER_CHECK = 2  # failures judged once more, alone in a fresh process
-INTERPRETED_STEPS = 600  # a step of a Triton kernel takes some 10 ms in the interpreter
-INTERPRETED_PATIENCE = 5  # ... and a case that many times longer than a kernel that is compiled may
+KEPT_EVERY = 1.0  # seconds between what is handed over of an unfinished run
+
+Keep = Callable[[Result], None]
 
 
 @dataclass
@@ -38,46 +42,25 @@ class RunOptions:
 
 
 class Session:
-    """What a run on one device and one over many ranks have in common."""
+    """One implementation under judgement, over a backend; `keep` hears now and then what is known by then."""
 
     def __init__(
-        self, stage: str, spec: str, request: Request, options: RunOptions, listener: Any,
-        checks: tuple[str, ...] = (),
+        self, backend: Backend, stage: str, spec: str, request: Request, options: RunOptions, listener: Any,
+        keep: Keep | None = None,
     ):  # fmt: skip
-        self.stage, self.spec, self.options, self.listener = stage, spec, options, listener
-        self.account = ResultBuilder(stage, spec, request, listener, partial=options.partial, checks=checks)
+        self.backend, self.stage, self.spec, self.options = backend, stage, spec, options
+        self.listener, self.keep, self.kept = listener, keep, 0.0
+        worlds = () if options.cases is not None else backend.worlds
+        self.account = ResultBuilder(
+            stage, spec, request, listener, partial=options.partial, checks=backend.checks, worlds=worlds
+        )
+        self.account.explain = self._explain_at_once
+        self.asked: set[str] = set()  # failing cases whose cause was asked for
 
     @property
     def request(self) -> Request:
         """What is judged; once the implementation is loaded, with the dtypes that it declares."""
         return self.account.request
-
-    def _wants(self, check: str) -> bool:
-        return self.options.checks is None or check in self.options.checks
-
-    def _searches(self) -> bool:
-        return self.options.cases is None and self._wants("property")
-
-    def _search(self, drawn: Any, ask: Callable[[Case], Answer], *, examples: int, seconds: float) -> None:
-        """Hypothesis draws cases; what it finds is one failure, its smallest case."""
-        from moe_harness.harness.run.property_search import falsify
-
-        def heard(case: Case) -> Answer:
-            answer = ask(case)
-            self.listener.advance("property", COUNTED_AS.get(answer.status, answer.status))
-            return answer
-
-        for answer in falsify(drawn, heard, examples=examples, start=self.request.seed, seconds=seconds):
-            self.account.take(answer)
-
-
-class Run(Session):
-    """One implementation under judgement on one device."""
-
-    def __init__(self, stage: str, spec: str, request: Request, options: RunOptions, listener: Any):
-        super().__init__(stage, spec, request, options, listener)
-        self.pool: Pool | None = None
-        self.account.explain = self._explain_at_once
 
     def judge(self) -> Result:
         """Do all of it.
@@ -86,52 +69,61 @@ class Run(Session):
             UsageError, CannotJudge: the implementation cannot be loaded; nothing has been judged then.
         """
         try:
-            device = self.request.device
-            with Pool(self.stage, self.spec, device, worker_count(device), self.options.timeout) as pool:
-                self._judge_with(pool)
+            with self.backend:
+                self._judge()
         except KeyboardInterrupt:
             self.account.interrupt()
+        except CannotJudge as error:  # what was judged until then is known all the same
+            if not self.account.executed and not self.account.refused:
+                raise
+            self.account.error = str(error)
+        self._hear_left()
         return self.account.result()
 
-    def _judge_with(self, pool: Pool) -> None:
-        self.account.loaded = pool.start()
-        if self.account.loaded.interpreted:
-            pool.budget *= INTERPRETED_PATIENCE
+    def _judge(self) -> None:
+        self.account.loaded = self.backend.start()
         planned = self._planned()
-        self.account.expect([p.id for p in planned])
+        examples = self.backend.examples.get(self.request.profile, 0) if self._searches() else 0
+        self.account.expect([p.id for p in planned], examples)
         sizes = Counter(p.check for p in planned)
-        searched = {"property": EXAMPLES[self.request.profile]} if self._searches() else {}
-        self.listener.start(self.spec, {**sizes, **searched})
-        self.pool, runnable = pool, self._runnable(planned)
-        for answer in self._answers(pool, runnable):
+        self.listener.start(self.spec, {**sizes, **({"property": examples} if examples else {})})
+        runnable = self._runnable(planned)
+        self._keep_unfinished()
+        for answer in self.backend.judge(runnable):
             self.account.take(answer)
+            self._keep_unfinished()
             if self.options.fail_fast and self.account.failures:
                 self.account.leave_out(runnable, "--fail-fast ended the run at the first failure")
                 return
-        if self._searches():
-            self._draw(pool)
-        self._confirm(pool)
+        if (why := self.backend.spent()) is not None:
+            self.listener.note(f"stopped: {why}")
+            return
+        if examples:
+            self._search(examples)
+        self._confirm()
         self._check_declared_dtypes()
-        self._explain(pool)
-        self._describe(pool)
+        self._explain()
+        self._describe()
 
-    def _answers(self, pool: Pool, ids: list[str]) -> Iterator[Answer]:
-        """Cases that fill a GPU's memory come last, one at a time."""
-        large = [case_id for case_id in ids if case_id.split("/")[1] == "large_offsets"]
-        yield from pool.judge(case_id for case_id in ids if case_id not in large)
-        for case_id in large:
-            yield pool.judge_one(case_id)
+    def _wants(self, check: str) -> bool:
+        return self.options.checks is None or check in self.options.checks
 
-    def _dtypes(self) -> tuple[str, ...]:
-        declared = self.account.loaded.dtypes
-        asked = self.options.dtypes
-        if asked is None:
-            return declared
-        for dtype in asked:
-            if dtype not in declared:
-                reason = f"{dtype} is not among the declared dtypes ({', '.join(declared)})"
-                self.account.skipped["every check", reason] += 1
-        return tuple(d for d in asked if d in declared)
+    def _searches(self) -> bool:
+        return self.options.cases is None and self._wants("property")
+
+    def _keep_unfinished(self) -> None:
+        """Hand over what is known, marked as cut short: it stands if nothing comes after it."""
+        self._hear_left()
+        if self.keep is not None and time.monotonic() - self.kept > KEPT_EVERY:
+            self.keep(self.account.result(final=False))
+            self.kept = time.monotonic()
+
+    def _hear_left(self) -> None:
+        for left in self.backend.left_running():
+            told = f"{left} (a process that the implementation started; ended)"
+            self.account.heard["", "left running"][told] += 1
+
+    # ------------------------------------------------------------------------------------------------------- the plan
 
     def _planned(self) -> list[Planned]:
         dtypes = self._dtypes()
@@ -142,69 +134,90 @@ class Run(Session):
         self.account.request = replace(self.request, dtypes=dtypes)
         if self.options.cases is not None:
             return [Planned(check, case) for _, check, case in map(parse_id, self.options.cases)]
-        return [p for p in plan(self.stage, self.request) if self._wants(p.check)]
+        return [p for p in self.backend.plan(self.request) if self._wants(p.check) and p.case.dtype in dtypes]
+
+    def _dtypes(self) -> tuple[str, ...]:
+        declared = tuple(self.account.loaded.declared.get("dtypes", DTYPES))
+        asked = self.options.dtypes
+        if asked is None:
+            return declared
+        for dtype in asked:
+            if dtype not in declared:
+                reason = f"{dtype} is not among the declared dtypes ({', '.join(declared)})"
+                self.account.skipped["every check", reason] += 1
+        return tuple(d for d in asked if d in declared)
 
     def _runnable(self, planned: list[Planned]) -> list[str]:
-        """Ids of what can run on this device; the rest goes into the ledger."""
+        """Ids of what can run here; the rest goes into the ledger."""
         ids = []
-        interpreted = self.account.loaded.interpreted
         for p in planned:
-            if p.check in ON_CUDA_ONLY and self.request.device != "cuda":
-                self.account.take(Answer(p.id, "skipped", NEEDS_CUDA))
-            elif interpreted and p.case.steps() > INTERPRETED_STEPS:
-                reason = f"more than {INTERPRETED_STEPS} tiles take too long in Triton's interpreter"
-                self.account.take(Answer(p.id, "skipped", reason))
+            if (why := self.backend.cannot_run(p)) is not None:
+                self.account.take(Answer(p.id, "skipped", why))
             else:
                 ids.append(p.id)
         return ids
 
-    # --------------------------------------------------------------------------------------------- search and confirm
+    # ------------------------------------------------------------------------------------- search, confirm and explain
 
-    def _draw(self, pool: Pool) -> None:
-        from moe_harness.harness.run.property_search import cases
+    def _search(self, examples: int) -> None:
+        """Hypothesis draws cases; what it finds is one failure, its smallest case."""
+        from moe_harness.harness.run.property_search import falsify
 
-        profile = self.request.profile
-        self._search(
-            cases(self.stage, self.request.dtypes), lambda case: pool.judge_one(Planned("property", case).id),
-            examples=EXAMPLES[profile], seconds=SEARCH_SECONDS[profile],
-        )  # fmt: skip
+        def heard(case: Case) -> Answer:
+            answer = self.backend.ask_drawn(case)
+            self.listener.advance("property", COUNTED_AS.get(answer.status, answer.status))
+            return answer
 
-    def _confirm(self, pool: Pool) -> None:
+        seconds = self.backend.search_seconds[self.request.profile]
+        drawn = self.backend.drawn(self.request.dtypes)
+        for answer in falsify(drawn, heard, examples=examples, start=self.request.seed, seconds=seconds):
+            self.account.take(answer)
+        self.account.to_draw = 0  # it may end early: what it has to do is not a number of cases
+
+    def _confirm(self) -> None:
         """Judge failures again, alone in a fresh process: one that passes there depends on the calls before it."""
         seen: Counter = Counter()
         for failure in self.account.failures:
             seen[failure["check"]] += 1
-            if seen[failure["check"]] > CONFIRMED_PER_CHECK or pool.deaths:
+            if seen[failure["check"]] > CONFIRMED_PER_CHECK or self.backend.deaths:
                 continue
-            if pool.judge_alone([failure["case"]]).fails:
+            alone = self.backend.judge_alone([failure["case"]])
+            if alone is None or alone.fails:
                 continue
-            before = pool.history_of(failure["case"])[-1:]
-            again = before and pool.judge_alone([*before, failure["case"]]).fails
+            before = self.backend.history_of(failure["case"])[-1:]
+            after = self.backend.judge_alone([*before, failure["case"]]) if before else None
+            again = after is not None and after.fails
             told = "it passes alone in a fresh process: the result depends on earlier calls"
             failure["looks_like"].insert(0, told + (", the one before suffices" if again else ", or on chance"))
             failure["replay"] = self.account.replay_line([*before, failure["case"]] if again else [failure["case"]])
 
-    def _explain_at_once(self, failure: Any) -> None:
-        """The cause of the first failure, by a process of its own: the others are at work."""
-        if self.pool is not None and failure["where"]:  # what raised or died, and so is nowhere, has told its own
-            add_cause(failure, self.pool.explain_alone(failure["case"]))
+    def _explain_at_once(self, failure: Failure) -> None:
+        """The cause of the first failure, before it is told: others may be at work."""
+        self._ask(failure, self.backend.explain_alone)
 
-    def _explain(self, pool: Pool) -> None:
-        """Ask for the cause of each cluster's smallest case and of each check's first; what raised has told its own."""
+    def _explain(self) -> None:
+        """Ask for the cause of each cluster's smallest case and of each check's first."""
         self.account.failures.sort(key=self.account.place)
         placed = [failure for failure in self.account.failures if failure["where"]]
         smallest = [each.smallest.id for each in self.account.clustered()]
         first = {failure["check"]: failure for failure in reversed(placed)}
         chosen = [failure for failure in placed if failure["case"] in smallest][:EXPLAINED]
         for failure in [*chosen, *sorted(first.values(), key=self.account.place)[:EXPLAINED]]:
-            if "known" not in failure:
-                add_cause(failure, pool.explain(failure["case"]))
+            self._ask(failure, self.backend.explain)
 
-    def _describe(self, pool: Pool) -> None:
+    def _ask(self, failure: Failure, explain: Callable[[str], Explanation | None]) -> None:
+        """What raised or died, and so is nowhere, has told its own, and so has what says nothing of how it came."""
+        plain = any(entry["fault"] in PLAIN for entry in failure["diagnosis"])
+        if failure["where"] and not plain and failure["case"] not in self.asked:
+            told = explain(failure["case"])
+            add_cause(failure, told)
+            self.asked |= {failure["case"]} if told is not None else set()
+
+    def _describe(self) -> None:
         """Let the probes tell how a right implementation computes."""
         if self.account.failures or self.stage not in stages_with("probes") or self.options.partial:
             return
-        text = pool.ask(2 * SEARCH_SECONDS["quick"], "describe")
+        text = self.backend.describe()
         if text:
             self.account.heard["", "how it computes"][text] += 1
 
@@ -219,9 +232,23 @@ class Run(Session):
                 heard.fail(refusals[0], Finding(f"declares the dtype {dtype}, but refuses every case in it"))
 
 
-def judge(stage: str, spec: str, request: Request, options: RunOptions, listener: Any = None) -> Result:
-    """Judge one implementation; a HarnessError ends it only when it cannot be loaded at all."""
-    return Run(stage, spec, request, options, listener or Listener()).judge()
+def judge(
+    stage: str, spec: str, request: Request, options: RunOptions, listener: Any = None, *,
+    worlds: tuple[int, ...] = (), keep: Keep | None = None,
+) -> Result:  # fmt: skip
+    """Judge one implementation on one device, or over these numbers of ranks; raises where it cannot be loaded."""
+    return Session(
+        backend(stage, spec, request, options, worlds), stage, spec, request, options, listener or Listener(), keep
+    ).judge()
+
+
+def backend(stage: str, spec: str, request: Request, options: RunOptions, worlds: tuple[int, ...]) -> Backend:
+    """Where a run judges."""
+    if worlds:
+        from moe_harness.harness.ranks.backend import OverRanks
+
+        return OverRanks(stage, spec, request.device, worlds, options.timeout)
+    return Pool(stage, spec, request.device, worker_count(request.device), options.timeout)
 
 
 def error_result(stage: str, spec: str, request: Request, error: HarnessError) -> Result:

@@ -7,10 +7,11 @@ import pytest
 from moe_harness.harness.core.errors import HarnessError
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.ranks import judge
+from moe_harness.harness.ranks.backend import ENOUGH
 from moe_harness.harness.ranks.pool import BUDGET
-from moe_harness.harness.ranks.run import ENOUGH, RankRun, judge_ranks
 from moe_harness.harness.report.results import verdict_of
-from moe_harness.harness.run.result_builder import Listener
+from moe_harness.harness.run import session
+from moe_harness.harness.run.result_builder import Listener, ResultBuilder
 from moe_harness.harness.run.session import RunOptions
 from moe_harness.harness.stages.parallel_linear.rank_task import kind_of
 from moe_harness.suites.dispatcher.strangers import wrong
@@ -24,7 +25,7 @@ LAYERS = ("MyColumnParallel", "MyReplicatedLinear", "RowSharded", "GateUpMergedC
 
 def _judge(file: str, name: str, stage: str = "dispatcher") -> dict:
     spec = f"{FOLDER / file}:{name}"
-    return judge_ranks(stage, spec, Request(), RunOptions(), (2, 3), None)
+    return session.judge(stage, spec, Request(), RunOptions(), worlds=(2, 3))
 
 
 def _first_message(name: str, stage: str) -> str:
@@ -73,12 +74,14 @@ def test_a_dispatcher_that_ends_every_process_ends_the_run() -> None:
 
 
 def test_a_planned_case_that_was_not_judged_keeps_a_run_from_passing() -> None:
-    run = RankRun("dispatcher", "a.py:Right", Request(), RunOptions(), Listener(), (2,), lambda result: None)
-    run.account.take(judge.Verdict(case="dispatcher/dense/R=2,E=4,k=2,T=3+3").answer())
-    assert run.result()["verdict"] == "pass"
-    run.left["live"] = 1
-    assert run.result()["verdict"] == "error"
-    assert {"what": "live", "reason": "not judged", "cases": 1} in run.result()["coverage"]["skipped"]
+    heard = ResultBuilder("dispatcher", "a.py:Right", Request(), Listener(), worlds=(2,))
+    dense, live = "dispatcher/dense/R=2,E=4,k=2,T=3+3", "dispatcher/live/R=2,E=4,k=2,T=3+3"
+    heard.expect([dense, live])
+    heard.take(judge.Verdict(case=dense).answer())
+    assert heard.result()["verdict"] == "error"
+    assert {"what": "live", "reason": "not judged", "cases": 1} in heard.result()["coverage"]["skipped"]
+    heard.take(judge.Verdict(case=live).answer())
+    assert heard.result()["verdict"] == "pass"
 
 
 @pytest.mark.parametrize(

@@ -15,14 +15,15 @@ from moe_harness.harness.core.errors import CannotJudge
 from moe_harness.harness.core.findings import Answer
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.ranks import judge
+from moe_harness.harness.ranks.backend import ENOUGH_SPENT, SHORTER
 from moe_harness.harness.ranks.calls import RecordedCall
 from moe_harness.harness.ranks.failure import Evidence, RankFailure, classify
 from moe_harness.harness.ranks.heartbeat import RankStatus, State
 from moe_harness.harness.ranks.jobs import Reply
 from moe_harness.harness.ranks.pool import BUSY, _Watch
 from moe_harness.harness.ranks.rank_process import Share
-from moe_harness.harness.ranks.run import ENOUGH_SPENT, SHORTER, judge_ranks
 from moe_harness.harness.report.results import verdict_of
+from moe_harness.harness.run import session
 from moe_harness.harness.run.result_builder import Listener, ResultBuilder
 from moe_harness.harness.run.session import RunOptions
 from moe_harness.harness.stages.dispatcher import cases
@@ -88,7 +89,7 @@ def test_what_the_judge_or_the_machine_does_wrong_is_not_judged(name: str, words
 
 
 def _run(name: str, worlds: tuple[int, ...], **options: object) -> dict:
-    return judge_ranks("dispatcher", f"{FILE}:{name}", Request(), RunOptions(**options), worlds, None)
+    return session.judge("dispatcher", f"{FILE}:{name}", Request(), RunOptions(**options), worlds=worlds)
 
 
 def test_no_pass_without_a_case_at_every_world_size() -> None:
@@ -196,7 +197,7 @@ class ReturnsZeros(Gathered):
 @pytest.mark.parametrize(("name", "cause"), [("ReturnsItsTokens", "input_copied"), ("ReturnsZeros", "all_zeros")])
 def test_a_plain_result_on_every_rank_has_its_own_name_and_no_other(name: str, cause: str) -> None:
     options = RunOptions(cases=("dispatcher/dense/R=2,E=4,k=2,T=3+3",))
-    result = judge_ranks("dispatcher", f"{__name__}:{name}", Request(), options, (2,), None)
+    result = session.judge("dispatcher", f"{__name__}:{name}", Request(), options, worlds=(2,))
     assert [entry["fault"] for entry in result["failures"][0]["diagnosis"]] == [cause]
 
 

@@ -10,7 +10,7 @@ from moe_harness.harness.core.ranked_stage import find_ranked
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.diagnosis import ranked
 from moe_harness.harness.diagnosis.ranked import named
-from moe_harness.harness.ranks.run import judge_ranks
+from moe_harness.harness.run import session
 from moe_harness.harness.run.session import RunOptions
 from moe_harness.harness.stages.dispatcher.faults._bases import Copies, Gathered, Rows
 
@@ -78,5 +78,5 @@ def test_right_results_that_cost_too_much_have_no_wrong_cause() -> None:
 def test_a_run_names_the_cause_of_its_first_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranked, "named", partial(named, seconds=GENEROUS))  # on a busy machine a run's 5 s are too few
     spec = "moe_harness.harness.stages.dispatcher.faults.rows:finalize_not_reverse"
-    result = judge_ranks("dispatcher", spec, Request(), RunOptions(), (2,), None)
+    result = session.judge("dispatcher", spec, Request(), RunOptions(), worlds=(2,))
     assert result["failures"][0]["diagnosis"][0]["fault"] == "finalize_not_reverse"

@@ -10,7 +10,7 @@ import pytest
 from moe_harness.harness.core.invocation import Broken, _check_entries
 from moe_harness.harness.core.plan import plan
 from moe_harness.harness.core.request import Request
-from moe_harness.harness.process import pool as pool_module
+from moe_harness.harness.process import start as start_module
 from moe_harness.harness.process.pool import Pool
 from moe_harness.harness.run.session import RunOptions, judge
 
@@ -194,7 +194,7 @@ def test_waiting_for_a_processor_is_no_hang(tmp_path, monkeypatch):
     (tmp_path / "slow.py").write_text(SLOW)
     statuses = []
     for waited in (lambda pid: 0.0, lambda pid: time.monotonic()):
-        monkeypatch.setattr(pool_module, "waited_for_processor", waited)
+        monkeypatch.setattr(start_module, "waited_for_processor", waited)
         with Pool("shared_expert_gate", f"{tmp_path / 'slow.py'}:gate", "cpu", 1, budget=1.0) as pool:
             pool.start()
             statuses.append(pool.judge_one("shared_expert_gate/contract/lead=5").status)

@@ -11,8 +11,8 @@ from moe_harness.harness.core.case import parse_id
 from moe_harness.harness.core.errors import UsageError
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.ranks import judge
-from moe_harness.harness.ranks.run import judge_ranks
 from moe_harness.harness.report.results import verdict_of
+from moe_harness.harness.run import session
 from moe_harness.harness.run.session import RunOptions
 from moe_harness.suites.model.strangers_over_ranks import SAID
 
@@ -23,7 +23,7 @@ FILE = Path(__file__).parent / "strangers_over_ranks.py"
 @pytest.mark.parametrize("spec", ["qwen3_moe", f"{FILE}:right"])
 def test_right_models_pass(spec: str) -> None:
     cases = tuple(dict.fromkeys([CASES[0].replace("R=2", "R=1"), *CASES]))
-    result = judge_ranks("model", spec, Request(), RunOptions(cases=cases), (1, 2), None)
+    result = session.judge("model", spec, Request(), RunOptions(cases=cases), worlds=(1, 2))
     assert verdict_of(result) == "pass", result["failures"][:2]
     assert result["judged"] == 1 and result["coverage"]["axes"]["R"] == {"1": 1, "2": 6}
 
@@ -63,9 +63,9 @@ def test_what_supports_half_of_it_is_told_so() -> None:
     """Cut experts alone pass, one device alone is unsupported."""
     cut = tuple(SAID[name][0].replace("ep=1,", "") for name in ("seeds_by_rank", "head_not_gathered"))
     whole = (SAID["experts_reduced_twice"][0],)
-    result = judge_ranks("model", f"{FILE}:cuts_only", Request(), RunOptions(cases=cut + whole), (2,), None)
+    result = session.judge("model", f"{FILE}:cuts_only", Request(), RunOptions(cases=cut + whole), worlds=(2,))
     assert verdict_of(result) == "pass" and result["coverage"]["unsupported"][0]["cases"] == 1
-    result = judge_ranks("model", f"{FILE}:on_one_device", Request(), RunOptions(cases=cut), (2,), None)
+    result = session.judge("model", f"{FILE}:on_one_device", Request(), RunOptions(cases=cut), worlds=(2,))
     assert verdict_of(result) == "unsupported" and "'group'" in result["coverage"]["unsupported"][0]["reason"]
 
 

@@ -70,7 +70,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("harness/core/environment.py", (CLI,)),
     ("harness/core/ranked_*.py", WORLDS),
     ("harness/core/*.py", JUDGE),
-    ("harness/ranks/run.py", (f"{RANKED}strangers.py", DIAGNOSIS_RANKED)),
+    ("harness/ranks/backend.py", (f"{RANKED}strangers.py", DIAGNOSIS_RANKED)),
     ("harness/ranks/*.py", PROCESSES),
     ("*.py", JUDGE),  # what no rule names
 )

@@ -10,8 +10,8 @@ import pytest
 from moe_harness.harness.core.catalogue import Fault, all_faults
 from moe_harness.harness.core.request import Request
 from moe_harness.harness.ranks import judge
-from moe_harness.harness.ranks.run import judge_ranks
 from moe_harness.harness.report.results import verdict_of
+from moe_harness.harness.run import session
 from moe_harness.harness.run.session import RunOptions
 from moe_harness.harness.stages.reduction import cases
 from moe_harness.suites.dispatcher.subjects import chosen, format_findings
@@ -87,6 +87,8 @@ def test_what_strangers_do_wrong(name: str) -> None:
 
 
 def test_a_stranger_who_supports_half_of_it_is_told_what_was_judged() -> None:
-    result = judge_ranks("reduction", f"{FILE}:tensor_parallel_only", Request(), RunOptions(timeout=10.0), (1, 2), None)
+    result = session.judge(
+        "reduction", f"{FILE}:tensor_parallel_only", Request(), RunOptions(timeout=10.0), worlds=(1, 2)
+    )
     assert verdict_of(result) == "pass", result["failures"][:1]
     assert sum(entry["cases"] for entry in result["coverage"]["unsupported"]) > 100
