@@ -112,8 +112,23 @@ def bench() -> list[str]:
     return "\n\n".join("\n".join(lines) for lines in parts).splitlines()
 
 
+CALLED = ("experts", "router")
+
+
+def called() -> list[str]:
+    """Microseconds of one call in a row of many, beside those of the same calls in a CUDA graph."""
+    lines: list[str] = []
+    for report in (read(f"called-{stage}-qwen3-30b-a3b") for stage in CALLED):
+        specs = by_spec(report)
+        lines += ["", *header(report.stage, *next(iter(specs.values())))]
+        for spec, timings in specs.items():
+            lines.append(row(f"`{spec}`", *(f"{t.called:.0f} ({t.median:.0f})" for t in timings.values())))
+    return lines[1:]
+
+
 SECTIONS = {
     "bench": bench,
+    "called": called,
     "whole_model": model_figures.whole_model,
     "quantized": model_figures.quantized,
     "dispatch": ranked_figures.dispatch,

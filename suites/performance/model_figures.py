@@ -27,6 +27,7 @@ def whole_model() -> list[str]:
     """Tokens per second beside vLLM's, and where the time of a decoding step goes."""
     ours, theirs = read("whole_model_h200.json"), read("whole_model_vllm_h200.json")
     beside = read("whole_model_beside_vllm_h200.json")  # of the same call as `theirs`
+    peer = read("whole_model_transformers_h200.json")
     sizes = [int(name.removeprefix("components_")) for name in ours if name.startswith("components_")]
     parts = {n: ours[f"components_{n}"] for n in sizes}
     layers = ours["layers"]
@@ -37,8 +38,14 @@ def whole_model() -> list[str]:
         f"state of the engine and vLLM {theirs['versions']['vllm']} in one call: {speeds(beside)} and "
         f"{speeds(theirs)}; the runs before those {first:,.0f} and, behind a start of its own, {of_theirs:,.0f}."
     )
+    generated = (
+        f"transformers {peer['versions']['transformers']}'s `generate` with `grouped_mm`, {peer['batch']} prompts of 256 "
+        f"tokens and 64 new ones, in a session of its own: {peer['tokens_per_second']:,.0f}, or "
+        f"{peer['decoding_tokens_per_second']:,.0f} without the prompts' part. Ours is "
+        f"{median(ours['runs']['tokens_per_second']) / peer['tokens_per_second']:.1f} times as fast as the former."
+    )
     step = f"A decoding step, in ms of all {layers} layers (how many times its floor at 4.3 TB/s and 690 TFLOP/s):"
-    lines = [about, "", step, "", *header("sequences", *sizes)]
+    lines = [about, "", generated, "", step, "", *header("sequences", *sizes)]
     for name, told in PARTS.items():
         lines.append(row(told, *(_part(parts[n][name]) for n in sizes)))
     lines.append(row("the step", *(_part(parts[n]["step"]) for n in sizes)))
