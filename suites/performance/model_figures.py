@@ -39,8 +39,8 @@ def whole_model() -> list[str]:
         f"{speeds(theirs)}; the runs before those {first:,.0f} and, behind a start of its own, {of_theirs:,.0f}."
     )
     generated = (
-        f"transformers {peer['versions']['transformers']}'s `generate` with `grouped_mm`, {peer['batch']} prompts of 256 "
-        f"tokens and 64 new ones, in a session of its own: {peer['tokens_per_second']:,.0f}, or "
+        f"transformers {peer['versions']['transformers']}'s `generate` with `grouped_mm`, {peer['batch']} prompts of "
+        f"256 tokens and 64 new ones, in a session of its own: {peer['tokens_per_second']:,.0f}, or "
         f"{peer['decoding_tokens_per_second']:,.0f} without the prompts' part. Ours is "
         f"{median(ours['runs']['tokens_per_second']) / peer['tokens_per_second']:.1f} times as fast as the former."
     )
