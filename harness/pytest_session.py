@@ -11,8 +11,7 @@ from moe_harness.harness.commands import options
 from moe_harness.harness.core.contracts import STAGES
 from moe_harness.harness.core.errors import HarnessError, UsageError
 from moe_harness.harness.core.findings import Answer, Finding, restored
-from moe_harness.harness.core.plan import ON_CUDA_ONLY, Planned, plan
-from moe_harness.harness.core.request import EXAMPLES, Request
+from moe_harness.harness.core.plan import EXAMPLES, ON_CUDA_ONLY, Planned, Request, plan
 from moe_harness.harness.process.pool import EXPLAINED, Pool
 from moe_harness.harness.run.result_builder import Listener, ResultBuilder, add_cause, failure_of
 

@@ -4,8 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from moe_harness.harness.core.plan import ON_CUDA_ONLY, plan
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.plan import ON_CUDA_ONLY, Request, plan
 
 QUESTIONS = {
     "contract": "Shapes, dtype, device, aliasing, exceptions; the forms every caller uses.",

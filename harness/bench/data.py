@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from moe_harness.harness.core import bounds
+from moe_harness.harness.core.bounds import of_result
 from moe_harness.harness.core.call import Call
 from moe_harness.harness.core.case import Case
 from moe_harness.harness.core.contracts import Subject
-from moe_harness.harness.core.rows import of_result
 from moe_harness.harness.core.stage import find_stage
 
 SETS = 2

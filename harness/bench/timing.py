@@ -27,8 +27,8 @@ from moe_harness.harness.bench.data import Draw, TimedBatch, TimedLayer, problem
 from moe_harness.harness.core.bounds import DTYPES
 from moe_harness.harness.core.contracts import REJECTIONS, Subject, load
 from moe_harness.harness.core.cuda_graphs import captured
-from moe_harness.harness.core.folders import needed_part, stages_with
 from moe_harness.harness.core.memory import poison_value
+from moe_harness.harness.core.registry import needed_part, stages_with
 
 TARGET_US = 2000.0  # a graph holds calls worth about this much
 MAX_CALLS = 64

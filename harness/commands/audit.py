@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moe_harness.harness.commands import options
-from moe_harness.harness.core.folders import needed_part, stages_with
+from moe_harness.harness.core.registry import needed_part, stages_with
 
 if TYPE_CHECKING:
     from rich.console import Console

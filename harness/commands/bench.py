@@ -9,7 +9,7 @@ import typer
 
 from moe_harness.harness.commands import options
 from moe_harness.harness.core.errors import EXIT_CANNOT_JUDGE, EXIT_PASS, CannotJudge, UsageError
-from moe_harness.harness.core.folders import needed_part, stages_with
+from moe_harness.harness.core.registry import needed_part, stages_with
 
 TOKENS = "1,8,32,64,128,256,512,1024,4096,16384"
 STAGES = (*stages_with("bench"), "model")

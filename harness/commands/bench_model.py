@@ -13,7 +13,7 @@ def bench_model(
 ) -> None:  # fmt: skip
     """Time models; ends with the command's exit status."""
     from moe_harness.harness.bench import serving
-    from moe_harness.harness.process.versions import versions
+    from moe_harness.harness.core.environment import versions
 
     if model is None or not (model / "config.json").is_file():
         raise UsageError(f"--model is {model}, but --stage model needs a folder with config.json and safetensors")

@@ -13,8 +13,8 @@ import typer
 from moe_harness.harness.commands import options
 from moe_harness.harness.core import contracts, registry
 from moe_harness.harness.core.errors import unknown
-from moe_harness.harness.core.folders import needed_part
 from moe_harness.harness.core.ranked_stage import plan_over_ranks
+from moe_harness.harness.core.registry import needed_part
 
 SOURCE_LINES = 12  # of a fault's code
 
@@ -75,8 +75,7 @@ def _unwritten(name: str) -> Lines:
 
 
 def _example(stage: str, check: str) -> str | None:
-    from moe_harness.harness.core.plan import plan
-    from moe_harness.harness.core.request import Request
+    from moe_harness.harness.core.plan import Request, plan
 
     cases = list(plan_over_ranks(stage, [2])) if stage in contracts.OVER_RANKS else []
     if stage in contracts.STAGES:
@@ -113,7 +112,7 @@ def _stage(name: str) -> Lines:
 
 
 def _request() -> Any:
-    from moe_harness.harness.core.request import Request
+    from moe_harness.harness.core.plan import Request
 
     return Request()
 

@@ -31,7 +31,7 @@ def faults(
     from rich.progress import Progress
 
     from moe_harness.harness.core.catalogue import all_faults
-    from moe_harness.harness.core.request import Request
+    from moe_harness.harness.core.plan import Request
     from moe_harness.harness.proof import kill_matrix, kill_matrix_view, parts
 
     for path in (json, html, picture):

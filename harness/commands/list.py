@@ -26,7 +26,7 @@ def list_(
     from rich.text import Text
 
     from moe_harness.fixtures.configs import names
-    from moe_harness.harness.core.request import Request
+    from moe_harness.harness.core.plan import Request
 
     console = Console()
     asked = [options.one_of("stage", name, options.ALL_STAGES) for name in options.listed(stage)]

@@ -15,7 +15,7 @@ import typer
 from moe_harness.harness.core import contracts, registry
 from moe_harness.harness.core.errors import HarnessError, UsageError, unknown
 from moe_harness.harness.core.names import CHECK_NAMES
-from moe_harness.harness.core.request import PROFILES, Request
+from moe_harness.harness.core.plan import PROFILES, Request
 
 ALL_STAGES = (*contracts.STAGES, *contracts.RANK_STAGES)
 WORLDS = (1, 2, 3, 4)  # where --ranks says nothing else

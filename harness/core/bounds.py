@@ -13,6 +13,7 @@ below follow from that and from the false alarms wanted, FALSE_ALARMS in a whole
 from dataclasses import dataclass, replace
 from functools import cache
 from math import log, sqrt
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -216,3 +217,22 @@ def _rounded_down(dof: float) -> int:
     """A power of sqrt(2) below, so that few quantiles are computed; fewer degrees of freedom are the safe side."""
     exact = max(1, int(dof))
     return exact if exact < 8 else int(2 ** (int(2 * log(exact, 2)) / 2))
+
+
+def matrix(tensor: Tensor) -> Tensor:
+    """Leading dimensions flattened, a vector as one row; apart from any graph."""
+    return tensor.detach().reshape(-1, tensor.shape[-1])
+
+
+def of_result(result: Any, rows: Tensor) -> Any:
+    """These rows of what an implementation returned, a tensor or a tuple of them."""
+    return tuple(matrix(r)[rows] for r in result) if isinstance(result, tuple) else matrix(result)[rows]
+
+
+def truth_of(truth: Any, rows: Tensor) -> Any:
+    """These rows of what is right, one truth or a tuple of them; None where it is not known."""
+    if isinstance(truth, tuple):
+        return tuple(truth_of(one, rows) for one in truth)
+    if isinstance(truth, Bound):
+        return truth.part(rows)
+    return None if truth is None else matrix(truth)[rows]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
 from moe_harness.harness.core.errors import UsageError, unknown
-from moe_harness.harness.core.folders import needed_part, stages_with
+from moe_harness.harness.core.registry import needed_part, stages_with
 
 SIZES = re.compile(r"\d*([+x]\d+)*")
 

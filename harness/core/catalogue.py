@@ -24,7 +24,7 @@ from types import MappingProxyType
 from typing import Any
 
 from moe_harness.harness.core.contracts import RANK_STAGES, SIGNATURES, STAGES
-from moe_harness.harness.core.folders import PACKAGE, modules_of
+from moe_harness.harness.core.registry import PACKAGE, modules_of
 
 RANKED = RANK_STAGES  # judged over many ranks; see harness.core.ranked_faults
 STAGES_WITH_FAULTS = (*STAGES, *RANKED)

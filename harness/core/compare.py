@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, pad
 
-from moe_harness.harness.core.bounds import Bound, independent, max_limit, rms_limit
+from moe_harness.harness.core.bounds import Bound, independent, matrix, max_limit, rms_limit
 from moe_harness.harness.core.call import Call
 from moe_harness.harness.core.error_patterns import Places, heatmap, structure
 from moe_harness.harness.core.findings import HISTOGRAM_EDGES, Finding, Record
-from moe_harness.harness.core.rows import matrix
 
 TILE = (16, 64)
 

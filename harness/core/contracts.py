@@ -1,15 +1,15 @@
 """The stages, the signatures that their implementations have, and what an implementation says of itself; no torch."""
 
 import inspect
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from moe_harness.harness.core import registry
-from moe_harness.harness.core.argument_order import ordinal, swapped
 from moe_harness.harness.core.blame import hand_over
 from moe_harness.harness.core.errors import UsageError, unknown
-from moe_harness.harness.core.folders import needed_part, stage_part, stages_with
+from moe_harness.harness.core.registry import needed_part, stage_part, stages_with
 
 DTYPES = ("fp32", "fp16", "bf16")
 DEVICES = ("cpu", "cuda")
@@ -175,3 +175,32 @@ def _check_signature(stage: str, spec: str, function: Callable) -> frozenset[str
             f"  got:    {getattr(function, '__name__', spec)}{signature}\n  wanted: {stage}{contract}"
         )
     return None if takes_any else frozenset(signature.parameters)
+
+
+# What people call them; only where the names of both places say so.
+IDS = re.compile(r"(^|_)(ids?|idx|indexes|indices|selected)(_|$)", re.IGNORECASE)
+WEIGHTS = re.compile(r"(^|_)(weights?|probs?|probabilit\w*|scores?)(_|$)", re.IGNORECASE)
+PAIR = ("topk_weights", "topk_ids")
+
+
+def swapped(wanted: Sequence[str], signature: inspect.Signature) -> tuple[str, int, int] | None:
+    """(a parameter, the place where the contract's call hands that argument over, its own place), from 1; or None.
+
+    A parameter with the contract's own name in another place is one, and so are `expert_ids, expert_weights` for
+    `topk_weights, topk_ids`.
+    """
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [name for name, parameter in signature.parameters.items() if parameter.kind in kinds][: len(wanted)]
+    for place, name in enumerate(names):
+        if name in wanted and wanted.index(name) != place:
+            return name, wanted.index(name) + 1, place + 1
+    if all(name in wanted for name in PAIR) and len(names) == len(wanted):
+        weights, ids = (wanted.index(name) for name in PAIR)
+        if IDS.search(names[weights]) and WEIGHTS.search(names[ids]) and not WEIGHTS.search(names[weights]):
+            return names[ids], weights + 1, ids + 1
+    return None
+
+
+def ordinal(number: int) -> str:
+    """1st, 2nd, 3rd, 4th: there are never more than ten arguments."""
+    return f"{number}{ {1: 'st', 2: 'nd', 3: 'rd'}.get(number, 'th') }"

@@ -1,7 +1,9 @@
 """What is missing on this machine, in words that lead to it: packages, and a device for Triton."""
 
 import os
+import platform
 import sys
+from importlib.metadata import PackageNotFoundError, version
 
 # The extra of this project that brings a package; of others only the package itself can be named.
 EXTRAS = {
@@ -34,3 +36,17 @@ def what_is_missing(error: BaseException) -> str | None:
 
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def versions() -> dict[str, str | None]:
+    """Versions by distribution name (None where it is not installed), the device in use, Python and the platform."""
+    found: dict[str, str | None] = {}
+    for name in ("moe-harness", "torch", "transformers", "triton"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    torch = sys.modules.get("torch")  # the controller has none, and its report needs none
+    if torch is not None and torch.cuda.is_initialized():
+        found["device"] = torch.cuda.get_device_name()
+    return found | {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}

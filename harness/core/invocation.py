@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from moe_harness.harness.core import blame
+from moe_harness.harness.core.blame import kept_defaults
+from moe_harness.harness.core.bounds import of_result
 from moe_harness.harness.core.call import Call
 from moe_harness.harness.core.case import Case
 from moe_harness.harness.core.contracts import REJECTIONS, Subject
-from moe_harness.harness.core.defaults import kept_defaults
 from moe_harness.harness.core.environment import what_is_missing
 from moe_harness.harness.core.errors import CannotJudge
 from moe_harness.harness.core.findings import Record
-from moe_harness.harness.core.rows import of_result
 from moe_harness.harness.core.stage import Output, find_stage
 
 PART = 1 << 16  # rows that are judged at once: of 2^31 elements the fp64 reference alone would fill a GPU's memory

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_harness.harness.core.call import Call
-from moe_harness.harness.core.folders import needed_part
+from moe_harness.harness.core.registry import needed_part
 
 
 @dataclass

@@ -18,8 +18,8 @@ from typing import Any
 
 from moe_harness.harness.core.contracts import OVER_RANKS, RANK_STAGES
 from moe_harness.harness.core.findings import Finding
-from moe_harness.harness.core.folders import needed_part
 from moe_harness.harness.core.plan import Planned
+from moe_harness.harness.core.registry import needed_part
 
 Reports = Sequence[dict[str, Any]]  # what each rank observed
 

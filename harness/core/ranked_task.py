@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_harness.harness.core import blame
+from moe_harness.harness.core.blame import kept_defaults
 from moe_harness.harness.core.contracts import REJECTIONS
-from moe_harness.harness.core.defaults import kept_defaults
 from moe_harness.harness.core.findings import RankReport
 
 _MADE: dict[tuple[int, int], list[dist.ProcessGroup]] = {}  # by world size and number of groups

@@ -8,18 +8,76 @@ Nothing is imported until it is asked for.
 """
 
 import ast
+import functools
 import hashlib
 import importlib
 import importlib.util
+import os
 import re
 import sys
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from moe_harness.harness.core.environment import how_to_install
 from moe_harness.harness.core.errors import CannotJudge, HarnessError, UsageError, unknown
-from moe_harness.harness.core.folders import extra_folders
+
+PACKAGE = "moe_harness.harness.stages"
+
+
+def extra_folders(kind: str) -> list[Path]:
+    """The folders called `kind` ("stages", "impls") that MOE_HARNESS_PATH adds."""
+    named = filter(None, os.environ.get("MOE_HARNESS_PATH", "").split(os.pathsep))
+    return [Path(folder).absolute() / kind for folder in named]
+
+
+def stages_with(part: str) -> tuple[str, ...]:
+    """Names of the stages whose folder holds `part`, a module or a package, in the order of the alphabet."""
+    return tuple(sorted(name for name, folder in _folders().items() if _holds(folder, part)))
+
+
+def stage_part(stage: str, part: str) -> ModuleType | None:
+    """The module `part` of a stage's folder; None where the stage has none."""
+    folder = _folders().get(stage)
+    if folder is None or not _holds(folder, part):
+        return None
+    return importlib.import_module(f"{PACKAGE}.{stage}.{part}")
+
+
+def needed_part(stage: str, part: str) -> ModuleType:
+    """As `stage_part` for what every stage has.
+
+    Raises:
+        LookupError: the stage's folder lacks it, or there is no such folder.
+    """
+    found = stage_part(stage, part)
+    if found is None:
+        raise LookupError(f"the stage {stage!r} should have a module {part}.py in its folder of harness/stages")
+    return found
+
+
+def modules_of(stage: str, part: str) -> tuple[str, ...]:
+    """Full names of the modules in the package `part` of a stage, or of the module itself where it is one."""
+    folder = _folders().get(stage)
+    if folder is None or not _holds(folder, part):
+        return ()
+    files = sorted((folder / part).glob("[!_]*.py"))
+    return tuple(f"{PACKAGE}.{stage}.{part}.{file.stem}" for file in files) or (f"{PACKAGE}.{stage}.{part}",)
+
+
+@functools.cache
+def _folders() -> dict[str, Path]:
+    path: Sequence[str] = importlib.import_module(PACKAGE).__path__
+    found = [f for root in path if Path(root).is_dir() for f in Path(root).iterdir() if (f / "__init__.py").is_file()]
+    return {folder.name: folder for folder in reversed(found)}
+
+
+@functools.cache
+def _holds(folder: Path, part: str) -> bool:
+    return (folder / f"{part}.py").is_file() or (folder / part / "__init__.py").is_file()
+
 
 OURS = "moe_harness.impls"  # the only place that names it; nothing of the harness imports it
 GROUP = "moe_harness.impls"

@@ -10,21 +10,58 @@ be an operand that is written in place, an integer, one of many.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moe_harness.harness.core import compare
-from moe_harness.harness.core.bounds import Bound, max_limit
+from moe_harness.harness.core.bounds import Bound, matrix, max_limit, truth_of
 from moe_harness.harness.core.call import Call
 from moe_harness.harness.core.contracts import Declarations, Subject, check_stage
 from moe_harness.harness.core.error_patterns import Places
 from moe_harness.harness.core.findings import Record
-from moe_harness.harness.core.folders import needed_part, stage_part
-from moe_harness.harness.core.rows import matrix, truth_of
-from moe_harness.harness.core.wrong_outputs import Excuse, Wrong, common
+from moe_harness.harness.core.registry import needed_part, stage_part
+
+Wrong = dict[str, Any]  # name -> a result
+
+
+class Excuse(NamedTuple):
+    """Cases whose data cannot tell a wrong output (ALL: any of them) from a right one, whatever is drawn, and why."""
+
+    wrong: str
+    holds: Callable[[Any], bool]
+    why: str
+
+
+ALL = "all"
+
+
+def common(value: Tensor) -> Wrong:
+    """Mistakes that need only the right value [rows, columns]."""
+    if not value.numel():
+        return {}
+    filled = value.any(-1).nonzero()[:, 0].tolist() or [0]  # a row of zeros cannot be lost
+    row = filled[len(filled) // 2]
+    zeroed, off = value.clone(), value.clone()
+    zeroed[row] = 0.0
+    off[row, value.shape[-1] // 2] += value.abs().max()
+    return {
+        "all_zeros": value.new_zeros(value.shape),
+        "doubled": 2 * value,
+        "one_row_zeroed": zeroed,
+        "one_element_off": off,
+    }
+
+
+def without_last(hidden: Tensor, columns: int) -> Tensor:
+    """The last columns zero."""
+    kept = hidden.clone()
+    kept[..., -columns:] = 0.0
+    return kept
+
 
 Declared = tuple[str, ...] | None  # roundings that an implementation declares; None: the contract's default set
 Truth = Bound | Tensor  # of one output: within a bound, or exactly this (floating point or integer)

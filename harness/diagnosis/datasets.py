@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from moe_harness.harness.core.case import Case
-from moe_harness.harness.core.folders import stage_part
+from moe_harness.harness.core.registry import stage_part
 
 NORMAL: dict[str, Any] = {"data": "normal", "layout": "", "variant": "", "optional": False}
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moe_harness.harness.core.catalogue import Fault
-from moe_harness.harness.core.folders import stage_part
+from moe_harness.harness.core.registry import stage_part
 
 
 def hidden(fault: Fault) -> Callable[..., Any]:

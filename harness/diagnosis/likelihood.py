@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from moe_harness.harness.core import bounds
-from moe_harness.harness.core.bounds import Bound
+from moe_harness.harness.core.bounds import Bound, matrix
 from moe_harness.harness.core.call import Call
-from moe_harness.harness.core.rows import matrix
 from moe_harness.harness.core.stage import Stage, Truth
 
 Distance = tuple[Tensor, Tensor]  # z of elements; where one is NaN or infinite and the other is something else

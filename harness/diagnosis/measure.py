@@ -21,10 +21,9 @@ from moe_harness.harness.core.case import Case
 from moe_harness.harness.core.catalogue import Fault
 from moe_harness.harness.core.contracts import DTYPES, Declarations, Subject
 from moe_harness.harness.core.errors import HarnessError
-from moe_harness.harness.core.folders import stages_with
 from moe_harness.harness.core.invocation import Broken, Rejected, Trial
-from moe_harness.harness.core.plan import plan
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.plan import Request, plan
+from moe_harness.harness.core.registry import stages_with
 from moe_harness.harness.diagnosis.candidates import DEADLY, forget, suspects
 from moe_harness.harness.diagnosis.datasets import probes
 from moe_harness.harness.diagnosis.disguise import hidden

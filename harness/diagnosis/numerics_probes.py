@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_harness.harness.core.folders import stage_part
 from moe_harness.harness.core.invocation import Trial
+from moe_harness.harness.core.registry import stage_part
 from moe_harness.harness.diagnosis.probing import BITS, FIRST, TERMS, Sum
 
 FORMATS = {8: "bf16", 11: "fp16 or tf32", 24: "fp32", 53: "fp64"}

@@ -11,11 +11,9 @@ from typing import Any, Self
 from moe_harness.harness.core.case import Case
 from moe_harness.harness.core.errors import CannotJudge, HarnessError, UsageError
 from moe_harness.harness.core.findings import Answer, Explanation, Loaded, NotLoaded
-from moe_harness.harness.core.plan import NEEDS_CUDA, ON_CUDA_ONLY, Planned, plan
-from moe_harness.harness.core.request import EXAMPLES, Request
-from moe_harness.harness.process import scratch
+from moe_harness.harness.core.plan import EXAMPLES, NEEDS_CUDA, ON_CUDA_ONLY, Planned, Request, plan
 from moe_harness.harness.process.deaths import Deaths
-from moe_harness.harness.process.start import START_BUDGET, Worker
+from moe_harness.harness.process.start import START_BUDGET, Worker, make_folder, remove_folder
 
 POLL = 0.1  # seconds between looks at the clock and at the memory of the workers
 HANGS = "it hangs"
@@ -107,7 +105,7 @@ class Pool(Backend):
 
     def __init__(self, stage: str, spec: str, device: str, workers: int, budget: float):
         self.stage, self.device = stage, device
-        self.folder: str = scratch.make()
+        self.folder: str = make_folder()
         self._make = lambda: Worker(stage, spec, device, self.folder)
         self.size, self.budget = workers, budget
         self.workers: list[Worker] = []
@@ -118,7 +116,7 @@ class Pool(Backend):
     def __exit__(self, *_: object) -> None:
         for worker in self.workers:
             worker.stop()
-        scratch.remove(self.folder)
+        remove_folder(self.folder)
 
     def start(self) -> Loaded:
         """Start every worker; returns what the first one says of the implementation.

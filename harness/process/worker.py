@@ -19,12 +19,12 @@ import torch
 from moe_harness.harness.checks import CHECKS
 from moe_harness.harness.core.case import parse_id
 from moe_harness.harness.core.contracts import load
+from moe_harness.harness.core.environment import versions
 from moe_harness.harness.core.errors import CannotJudge, HarnessError
 from moe_harness.harness.core.findings import Answer, Explanation, Loaded, NotLoaded, Record
 from moe_harness.harness.core.invocation import Broken, Rejected, Trial, first_line, kept_defaults
 from moe_harness.harness.core.plan import Planned
 from moe_harness.harness.process.parent_watch import end_with
-from moe_harness.harness.process.versions import versions
 from moe_harness.harness.run.data_power import JUDGING, Proof, prove
 
 KEPT = 2 << 30  # bytes of device memory that a worker keeps between cases

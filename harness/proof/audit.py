@@ -11,7 +11,7 @@ the rule by which it compares `got` with `want`:
     twice_eager   max |got - fp32| <= factor max |eager - fp32| + atol        factor, atol
 
 `want` is what the test itself takes as right: the layer computed eagerly in its dtype ("same_dtype"), or in fp32 and
-rounded once ("fp32").  The wrong outputs are those of `harness.core.wrong_outputs`, on the very same inputs.  A shape
+rounded once ("fp32").  The wrong outputs are those of `harness.core.stage`, on the very same inputs.  A shape
 may name input scales of its own (`inputs = {hidden_states = 0}`), for a variant of the test on other data.
 """
 

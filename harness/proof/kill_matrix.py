@@ -23,9 +23,8 @@ from moe_harness.harness.core.catalogue import RANKED, Fault
 from moe_harness.harness.core.errors import HarnessError
 from moe_harness.harness.core.findings import Answer, Finding
 from moe_harness.harness.core.names import CHECK_NAMES
-from moe_harness.harness.core.plan import ON_CUDA_ONLY, Planned, plan
+from moe_harness.harness.core.plan import ON_CUDA_ONLY, Planned, Request, plan
 from moe_harness.harness.core.ranked_stage import find_ranked, rank_checks
-from moe_harness.harness.core.request import Request
 from moe_harness.harness.process.pool import DEATHS, Pool
 from moe_harness.harness.proof import breadth
 from moe_harness.harness.run import property_search

@@ -7,10 +7,9 @@ from typing import Any
 from moe_harness.harness.core.case import Case
 from moe_harness.harness.core.contracts import OVER_RANKS, check_stage
 from moe_harness.harness.core.findings import Answer, Explanation, Loaded
-from moe_harness.harness.core.folders import needed_part
-from moe_harness.harness.core.plan import Planned
+from moe_harness.harness.core.plan import DRAWN_OVER_RANKS, PROFILES, Planned, Request
 from moe_harness.harness.core.ranked_stage import find_ranked, plan_over_ranks
-from moe_harness.harness.core.request import DRAWN_OVER_RANKS, PROFILES, Request
+from moe_harness.harness.core.registry import needed_part
 from moe_harness.harness.process.pool import Backend
 from moe_harness.harness.ranks import pool
 from moe_harness.harness.ranks.judge import Verdict, judge, traits_of
@@ -42,7 +41,7 @@ class OverRanks(Backend):
 
     def start(self) -> Loaded:
         """Each rank loads the implementation with its first case."""
-        from moe_harness.harness.process.versions import versions
+        from moe_harness.harness.core.environment import versions
 
         return Loaded(versions=versions())
 

@@ -13,9 +13,9 @@ from moe_harness.harness.core import blame, errors
 from moe_harness.harness.core.case import parse_id
 from moe_harness.harness.core.contracts import OVER_RANKS, check_stage
 from moe_harness.harness.core.findings import Answer, Finding, RankReport, Record
-from moe_harness.harness.core.folders import PACKAGE
 from moe_harness.harness.core.ranked_cases import one_of
 from moe_harness.harness.core.ranked_stage import find_ranked, plan_over_ranks
+from moe_harness.harness.core.registry import PACKAGE
 from moe_harness.harness.ranks import pool
 from moe_harness.harness.ranks.calls import RecordedCall
 from moe_harness.harness.ranks.failure import RankFailure

@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_harness.harness.core.errors import CannotJudge, HarnessError
-from moe_harness.harness.process import scratch
 from moe_harness.harness.process.parent_watch import end_with
-from moe_harness.harness.process.start import fork_server, start
+from moe_harness.harness.process.start import fork_server, make_folder, remove_folder, start
 
 FIRST_CAUSE = 0.3  # seconds in which a death that made others fail has to show
 PATIENCE = timedelta(minutes=30)  # of a collective; deaths are noticed otherwise
@@ -59,7 +58,7 @@ class Launched:
     def __init__(self, function: str, argument: Any, *, ranks: int, cuda: bool):
         self.ranks = ranks
         self.results: list[Any] = [None] * ranks
-        self.folder = scratch.make()
+        self.folder = make_folder()
         self.open: dict[int, connection.Connection] = {}
         self.processes = []
         context = fork_server()
@@ -132,7 +131,7 @@ class Launched:
         for process, pipe in zip(self.processes, self.pipes.values(), strict=True):
             process.join()
             pipe.close()
-        scratch.remove(self.folder)
+        remove_folder(self.folder)
 
 
 def _end(code: int | None) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 from moe_harness.harness.core import blame
 from moe_harness.harness.core.errors import CannotJudge
-from moe_harness.harness.process import scratch
+from moe_harness.harness.process.start import make_folder, remove_folder
 from moe_harness.harness.ranks import remote
 from moe_harness.harness.ranks.calls import RecordedCall
 from moe_harness.harness.ranks.failure import Evidence, RankFailure, classify
@@ -64,7 +64,7 @@ class RankPool:
             self.members: list[RankProcess] = list(remote.start(world_size, backend, START))
             return
         with blame.judging():
-            self.folder = scratch.make()
+            self.folder = make_folder()
             home = Home(self.folder, world_size, backend)
             self.heartbeat = home.heartbeat(create=True)
             self.members = [LocalMember(rank, home, self.heartbeat) for rank in range(world_size)]
@@ -121,7 +121,7 @@ class RankPool:
         left = [f"rank {rank}: {words}" for rank, member in enumerate(self.members) for words in member.close()]
         if self.heartbeat is not None:
             self.heartbeat.close()
-            scratch.remove(self.folder)
+            remove_folder(self.folder)
         return left
 
 

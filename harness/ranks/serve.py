@@ -13,7 +13,7 @@ from dataclasses import replace
 from multiprocessing import connection
 from typing import Any
 
-from moe_harness.harness.process import scratch
+from moe_harness.harness.process.start import make_folder, remove_folder
 from moe_harness.harness.ranks.jobs import Exit, Home
 from moe_harness.harness.ranks.rank_process import LocalMember
 from moe_harness.harness.ranks.remote import key, parse_address
@@ -46,7 +46,7 @@ class Relay:
     def _command(self, kind: str, content: Any) -> None:
         if kind == "start":
             self.close()
-            home: Home = replace(content, folder=scratch.make())
+            home: Home = replace(content, folder=make_folder())
             self.member = LocalMember(self.rank, home, home.heartbeat(create=True))
         elif kind == "job" and self.member is not None:
             self.member.send(content)
@@ -92,7 +92,7 @@ class Relay:
         if self.member is None:
             return []
         left = self.member.close()
-        scratch.remove(self.member.home.folder)
+        remove_folder(self.member.home.folder)
         self.member = None
         return left
 

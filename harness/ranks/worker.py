@@ -18,7 +18,7 @@ from moe_harness.harness.core.contracts import REJECTIONS
 from moe_harness.harness.core.environment import what_is_missing
 from moe_harness.harness.core.errors import HarnessError
 from moe_harness.harness.core.ranked_task import Rank
-from moe_harness.harness.process import scratch
+from moe_harness.harness.process.start import make_folder
 from moe_harness.harness.ranks import comm
 from moe_harness.harness.ranks.heartbeat import State
 from moe_harness.harness.ranks.inject import InjectedError, Injector
@@ -45,7 +45,7 @@ def serve(connection: Any, rank: int, home: Home) -> None:
         device_id=device,  # NCCL connects now, so that what it lacks is not taken for a fault of the first case
     )
     world: Any = dist.group.WORLD
-    me = Rank(rank, home.world_size, home.backend, recorder, world, home.folder or scratch.make())
+    me = Rank(rank, home.world_size, home.backend, recorder, world, home.folder or make_folder())
     comm.install(recorder)
     connection.send("ready")
     while True:

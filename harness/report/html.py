@@ -5,10 +5,19 @@ from pathlib import Path
 from typing import Any
 
 from moe_harness.harness.report import figures
-from moe_harness.harness.report.failure import SHOWN_PER_CHECK, by_check, cluster_lines, details, number, signature
-from moe_harness.harness.report.ledger import cell, facts, power_summary
 from moe_harness.harness.report.results import Result, completed, verdict_of, worst_verdict
 from moe_harness.harness.report.terminal import colour, verdict_reason
+from moe_harness.harness.report.words import (
+    SHOWN_PER_CHECK,
+    by_check,
+    cell,
+    cluster_lines,
+    details,
+    facts,
+    number,
+    power_summary,
+    signature,
+)
 
 TEMPLATE = "page.html.j2"
 

@@ -12,17 +12,20 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from moe_harness.harness.report.failure import (
+from moe_harness.harness.report.results import Result, completed, verdict_of
+from moe_harness.harness.report.words import (
     LABEL_WIDTH,
+    axis_summary,
     by_check,
+    cell,
     cluster_lines,
     details,
+    facts,
     left_out,
     number,
+    power_summary,
     representatives,
 )
-from moe_harness.harness.report.ledger import axis_summary, cell, facts, power_summary
-from moe_harness.harness.report.results import Result, completed, verdict_of
 
 STYLES = {
     "pass": "bold green",

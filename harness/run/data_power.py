@@ -1,6 +1,6 @@
 """The power of a data set: which standard wrong outputs the judge would accept on it.
 
-Before a data set judges anything, the mistakes of `harness.core.wrong_outputs` have to be rejected on it.  They are
+Before a data set judges anything, the mistakes of `harness.core.stage` have to be rejected on it.  They are
 made for `ROWS` of its rows and compared with the bound that the judgement needs anyway; only where one of them passes
 are more rows looked at, with every statistic of the judge.  A data set that cannot tell them apart is
 replaced by one that can:
@@ -15,8 +15,7 @@ import torch
 from moe_harness.harness.core.call import Call
 from moe_harness.harness.core.case import Case
 from moe_harness.harness.core.invocation import PART, Trial
-from moe_harness.harness.core.stage import Declared, find_stage
-from moe_harness.harness.core.wrong_outputs import ALL
+from moe_harness.harness.core.stage import ALL, Declared, find_stage
 
 ROWS, MORE_ROWS = 3, 32  # looked at first, and before a data set is called powerless
 SEEDS = 3  # tried of a recipe before it is given up

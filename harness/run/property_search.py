@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 
 from moe_harness.harness.core.case import Case
 from moe_harness.harness.core.findings import Answer
-from moe_harness.harness.core.folders import stage_part
-from moe_harness.harness.core.plan import plan
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.plan import Request, plan
+from moe_harness.harness.core.registry import stage_part
 
 
 def cases(stage: str, dtypes: tuple[str, ...]) -> st.SearchStrategy[Case]:

@@ -11,9 +11,8 @@ from typing import Any, cast
 from moe_harness.harness.core.case import Case, parse_id
 from moe_harness.harness.core.contracts import RANK_STAGES
 from moe_harness.harness.core.findings import HISTOGRAM_EDGES, MAX_Z, Answer, Explanation, Finding, Loaded
-from moe_harness.harness.core.plan import NEEDS_CUDA
+from moe_harness.harness.core.plan import NEEDS_CUDA, Request
 from moe_harness.harness.core.ranked_stage import find_ranked
-from moe_harness.harness.core.request import Request
 from moe_harness.harness.diagnosis.clusters import Cluster, Outcome, cluster, kind_of, most_common
 from moe_harness.harness.report import Result
 from moe_harness.harness.report.results import Check, Coverage, Diagnosis, Failure, FailureCluster, Heatmap, Power

@@ -10,10 +10,9 @@ from moe_harness.harness.core.case import Case, parse_id
 from moe_harness.harness.core.contracts import DTYPES
 from moe_harness.harness.core.errors import CannotJudge, HarnessError
 from moe_harness.harness.core.findings import Answer, Explanation, Finding
-from moe_harness.harness.core.folders import stages_with
 from moe_harness.harness.core.names import PLAIN
-from moe_harness.harness.core.plan import Planned
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.plan import Planned, Request
+from moe_harness.harness.core.registry import stages_with
 from moe_harness.harness.process.pool import EXPLAINED, Backend, Pool, worker_count
 from moe_harness.harness.report import Result
 from moe_harness.harness.report.results import Failure

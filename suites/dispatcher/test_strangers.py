@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from moe_harness.harness.core.errors import HarnessError
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.plan import Request
 from moe_harness.harness.ranks import judge
 from moe_harness.harness.ranks.backend import ENOUGH
 from moe_harness.harness.ranks.pool import BUDGET

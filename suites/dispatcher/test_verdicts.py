@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_harness.harness.core.errors import CannotJudge
 from moe_harness.harness.core.findings import Answer
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.plan import Request
 from moe_harness.harness.ranks import judge
 from moe_harness.harness.ranks.backend import ENOUGH_SPENT, SHORTER
 from moe_harness.harness.ranks.calls import RecordedCall

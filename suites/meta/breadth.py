@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_harness.harness.core.catalogue import RANKED, Fault, all_faults
-from moe_harness.harness.core.plan import ON_CUDA_ONLY, plan
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.plan import ON_CUDA_ONLY, Request, plan
 from moe_harness.harness.process.pool import DEATHS, Pool
 from moe_harness.harness.proof import breadth
 from moe_harness.harness.proof.kill_matrix import MEMORY_LIMIT, WORLDS

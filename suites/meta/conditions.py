@@ -19,8 +19,7 @@ from moe_harness.harness.core.case import Case
 from moe_harness.harness.core.catalogue import Fault, all_faults
 from moe_harness.harness.core.contracts import load
 from moe_harness.harness.core.invocation import Broken, Rejected, Trial
-from moe_harness.harness.core.plan import plan
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.plan import Request, plan
 from moe_harness.harness.diagnosis.clusters import Cluster, Outcome, cluster, kind_of
 from moe_harness.harness.run.data_power import prove
 

@@ -34,8 +34,7 @@ def judge_run(stage: str, spec: str, seed: int) -> dict[str, Any]:
 
     from moe_harness.harness.core.contracts import load
     from moe_harness.harness.core.invocation import Trial
-    from moe_harness.harness.core.plan import ON_CUDA_ONLY, plan
-    from moe_harness.harness.core.request import Request
+    from moe_harness.harness.core.plan import ON_CUDA_ONLY, Request, plan
     from moe_harness.harness.process.worker import judge_id
 
     torch.set_num_threads(1)

@@ -12,8 +12,7 @@ from pathlib import Path
 from moe_harness.harness.core import contracts
 from moe_harness.harness.core.catalogue import all_faults
 from moe_harness.harness.core.findings import Answer
-from moe_harness.harness.core.plan import ON_CUDA_ONLY, plan
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.plan import ON_CUDA_ONLY, Request, plan
 from moe_harness.harness.process.pool import Pool
 
 FOLDER = Path(__file__).parent

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from moe_harness.harness.core import blame
-from moe_harness.harness.core.request import Request
-from moe_harness.harness.process import scratch
+from moe_harness.harness.core.plan import Request
+from moe_harness.harness.process import start
 from moe_harness.harness.report.results import exit_status, verdict_of
 from moe_harness.harness.run.session import RunOptions, judge
 
@@ -33,7 +33,7 @@ def _unpacks() -> None:
 
 
 def _breaks_the_judge() -> None:
-    scratch._locked(None)  # type: ignore[arg-type]
+    start._locked(None)  # type: ignore[arg-type]
 
 
 def test_the_authors_errors_are_told_from_the_judges() -> None:
@@ -132,14 +132,14 @@ def test_folders_of_killed_runs_are_removed_and_those_of_others_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    left, held, foreign = (tmp_path / f"{scratch.PREFIX}{name}" for name in ("left", "held", "foreign"))
+    left, held, foreign = (tmp_path / f"{start.PREFIX}{name}" for name in ("left", "held", "foreign"))
     for folder in (left, held, foreign):
         folder.mkdir()
-    (left / scratch.LOCK).touch()
+    (left / start.LOCK).touch()
     (foreign / "a user's own file").touch()
-    with open(held / scratch.LOCK, "w") as lock:
+    with open(held / start.LOCK, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        made = scratch.make()
+        made = start.make_folder()
         assert not left.exists() and held.exists() and foreign.exists() and Path(made).exists()
-    scratch.remove(made)
+    start.remove_folder(made)
     assert not Path(made).exists()

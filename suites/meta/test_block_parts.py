@@ -13,8 +13,7 @@ from moe_harness.harness.core.case import parse_id
 from moe_harness.harness.core.catalogue import all_faults, get
 from moe_harness.harness.core.contracts import Declarations, Subject
 from moe_harness.harness.core.invocation import Broken, Trial
-from moe_harness.harness.core.plan import plan
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.plan import Request, plan
 from moe_harness.harness.diagnosis.candidates import forget
 from moe_harness.harness.diagnosis.search import explain
 from moe_harness.harness.stages.experts.faults import _steps as slots

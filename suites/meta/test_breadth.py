@@ -10,8 +10,7 @@ from moe_harness.harness.core.case import Case, parse_id
 from moe_harness.harness.core.catalogue import get
 from moe_harness.harness.core.contracts import Declarations, Subject
 from moe_harness.harness.core.invocation import Trial
-from moe_harness.harness.core.plan import plan
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.plan import Request, plan
 from moe_harness.harness.process.worker import judge_id
 from moe_harness.harness.proof import breadth, kill_matrix
 from moe_harness.harness.stages.experts.cases import ExpertsCase

@@ -12,9 +12,7 @@ from moe_harness.harness.core.bounds import DTYPES
 from moe_harness.harness.core.case import parse_id
 from moe_harness.harness.core.contracts import STAGES
 from moe_harness.harness.core.findings import MAX_Z
-from moe_harness.harness.core.pairwise import pairwise
-from moe_harness.harness.core.plan import ON_CUDA_ONLY, plan
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.plan import ON_CUDA_ONLY, Request, pairwise, plan
 from moe_harness.harness.core.stage import find_stage
 from moe_harness.harness.stages.experts import exact
 from moe_harness.harness.stages.experts.stage import STAGE as experts

@@ -10,8 +10,7 @@ from torch import Tensor
 from moe_harness.harness.core import bounds
 from moe_harness.harness.core.catalogue import all_faults, get
 from moe_harness.harness.core.cuda_graphs import restore_generator
-from moe_harness.harness.core.plan import plan
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.plan import Request, plan
 from moe_harness.harness.process.pool import Pool
 from moe_harness.harness.stages.experts.bound import experts_bound
 from moe_harness.harness.stages.experts.faults._steps import run

@@ -11,8 +11,7 @@ from moe_harness.harness.checks import cuda
 from moe_harness.harness.core.catalogue import get
 from moe_harness.harness.core.contracts import Declarations, Subject
 from moe_harness.harness.core.invocation import Trial
-from moe_harness.harness.core.plan import plan
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.plan import Request, plan
 from moe_harness.harness.stages.rope_cache.cases import RopeCacheCase
 from moe_harness.harness.stages.rope_cache.faults import cuda as faults
 

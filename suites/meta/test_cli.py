@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from moe_harness.harness.core.environment import EXTRAS
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.plan import Request
 from moe_harness.harness.run.result_builder import Listener, ResultBuilder
 from moe_harness.suites.command import run
 

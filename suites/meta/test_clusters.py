@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from moe_harness.harness.core.findings import Answer, Finding, Record
-from moe_harness.harness.core.plan import plan
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.plan import Request, plan
 from moe_harness.harness.diagnosis.clusters import VALUE, Outcome, cluster, kind_of
-from moe_harness.harness.report.failure import cluster_lines
+from moe_harness.harness.report.words import cluster_lines
 from moe_harness.harness.run.result_builder import Listener, ResultBuilder, cause_of
 from moe_harness.suites.meta.conditions import DECLARED
 

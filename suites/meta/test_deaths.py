@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from moe_harness.harness.core.plan import plan
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.plan import Request, plan
 from moe_harness.harness.process.deaths import OF_A_CHECK, OF_A_RUN, Deaths
 from moe_harness.harness.run.session import RunOptions, judge
 

@@ -15,8 +15,7 @@ from moe_harness.harness.core.catalogue import get
 from moe_harness.harness.core.contracts import Declarations, Subject, load
 from moe_harness.harness.core.error_patterns import structure
 from moe_harness.harness.core.invocation import Trial
-from moe_harness.harness.core.plan import plan
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.plan import Request, plan
 from moe_harness.harness.diagnosis.disguise import hidden
 from moe_harness.harness.diagnosis.likelihood import likelihood_of
 from moe_harness.harness.diagnosis.measure import STAGES, measure, measured, summary, trial_of

@@ -6,8 +6,8 @@ import pytest
 from torch import Tensor
 
 from moe_harness.harness.core.catalogue import RANKED, Fault, all_faults
+from moe_harness.harness.core.plan import Request
 from moe_harness.harness.core.ranked_stage import find_ranked
-from moe_harness.harness.core.request import Request
 from moe_harness.harness.diagnosis import ranked
 from moe_harness.harness.diagnosis.ranked import named
 from moe_harness.harness.run import session

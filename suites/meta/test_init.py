@@ -9,7 +9,7 @@ from moe_harness.harness.commands import explain, options
 from moe_harness.harness.commands.init import CLASSES, TEMPLATES, templates
 from moe_harness.harness.core.catalogue import all_faults
 from moe_harness.harness.core.contracts import DECLARED_ROUNDINGS, RANK_STAGES, STAGES
-from moe_harness.harness.core.folders import needed_part
+from moe_harness.harness.core.registry import needed_part
 from moe_harness.suites.command import run
 
 SOME = {"router": "contract,special", "experts": "contract", "moe_block": "contract"}

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from moe_harness.harness.core.invocation import Broken, _check_entries
-from moe_harness.harness.core.plan import plan
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.plan import Request, plan
 from moe_harness.harness.process import start as start_module
 from moe_harness.harness.process.pool import Pool
 from moe_harness.harness.run.session import RunOptions, judge

@@ -10,9 +10,8 @@ from moe_harness.harness.core.catalogue import RANKED, all_faults
 from moe_harness.harness.core.contracts import SIGNATURES
 from moe_harness.harness.core.errors import UsageError
 from moe_harness.harness.core.names import CHECK_NAMES
-from moe_harness.harness.core.plan import ON_CUDA_ONLY
+from moe_harness.harness.core.plan import ON_CUDA_ONLY, Request
 from moe_harness.harness.core.ranked_stage import find_ranked, rank_checks
-from moe_harness.harness.core.request import Request
 from moe_harness.harness.proof import kill_matrix, kill_matrix_view, parts
 
 ROOT = Path(__file__).resolve().parents[2]

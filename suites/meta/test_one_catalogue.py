@@ -8,8 +8,7 @@ from torch import Tensor
 
 from moe_harness.harness.core.bounds import accumulation, max_limit
 from moe_harness.harness.core.catalogue import get
-from moe_harness.harness.core.plan import plan
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.plan import Request, plan
 from moe_harness.harness.core.stage import find_stage
 
 # By stage: the name of the wrong output, and of the fault.

@@ -11,13 +11,11 @@ from moe_harness.harness.core.case import Case
 from moe_harness.harness.core.contracts import STAGES as ALL_STAGES
 from moe_harness.harness.core.contracts import Declarations, Subject, load
 from moe_harness.harness.core.invocation import Trial
-from moe_harness.harness.core.plan import ON_CUDA_ONLY, Planned, plan
+from moe_harness.harness.core.plan import ON_CUDA_ONLY, Planned, Request, plan
 from moe_harness.harness.core.registry import registered
-from moe_harness.harness.core.request import Request
-from moe_harness.harness.core.stage import find_stage
-from moe_harness.harness.core.wrong_outputs import ALL, Excuse
+from moe_harness.harness.core.stage import ALL, Excuse, find_stage
 from moe_harness.harness.process.worker import judge_id
-from moe_harness.harness.report.ledger import power_summary
+from moe_harness.harness.report.words import power_summary
 from moe_harness.harness.run import data_power
 from moe_harness.harness.run.result_builder import Listener, ResultBuilder
 from moe_harness.harness.run.session import RunOptions, judge

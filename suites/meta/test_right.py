@@ -8,8 +8,7 @@ import pytest
 
 from moe_harness.harness.core.contracts import load
 from moe_harness.harness.core.invocation import Trial
-from moe_harness.harness.core.plan import ON_CUDA_ONLY, Planned, plan
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.plan import ON_CUDA_ONLY, Planned, Request, plan
 from moe_harness.harness.process.worker import judge_id
 from moe_harness.harness.run.session import RunOptions, judge
 from moe_harness.suites.meta.judging import functions_of

@@ -9,8 +9,7 @@ import torch
 from moe_harness.harness.core import bounds
 from moe_harness.harness.core.contracts import Declarations, Subject
 from moe_harness.harness.core.invocation import Trial
-from moe_harness.harness.core.plan import plan
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.plan import Request, plan
 from moe_harness.harness.core.stage import find_stage
 from moe_harness.harness.process.worker import judge_id
 from moe_harness.harness.stages.experts.bound import experts_bound

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from moe_harness.harness.checks.plain import plain
+from moe_harness.harness.core import bounds, invocation
 from moe_harness.harness.core import call as stage_calls
-from moe_harness.harness.core import invocation, rows
 from moe_harness.harness.core.case import Case
 from moe_harness.harness.core.contracts import load
 from moe_harness.harness.core.invocation import Trial
@@ -51,7 +51,7 @@ def test_one_wrong_row_is_found_and_its_part_told(stage: str, spec: str, case: C
     call = judge.build(case)
     result = judge.invoke(call)
     first = result[0] if isinstance(result, tuple) else result
-    rows.matrix(first)[wrong] += 1
+    bounds.matrix(first)[wrong] += 1
     (finding, *_) = judge.judge(call, result).findings
     low = wrong // PART * PART
     assert finding.message.startswith(f"among rows {low} to {min(low + PART, 70) - 1}: ")
@@ -74,7 +74,7 @@ def test_data_of_very_many_repeated_values_are_exact(
     monkeypatch.setattr(stage_calls, "LARGE", 2000)
     monkeypatch.setattr(stage_calls, "PERIOD", 1999)
     judge = Trial(load(stage, spec), "cpu")
-    first = rows.matrix(next(iter(judge.build(case).args.values()))).flatten()
+    first = bounds.matrix(next(iter(judge.build(case).args.values()))).flatten()
     assert (first[1999:] == first[: len(first) - 1999]).float().mean() > 0.5  # but for columns that are set afterwards
     assert data_power.prove(judge, case).case == case
     assert not plain(judge, case).findings

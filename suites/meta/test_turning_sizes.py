@@ -11,8 +11,7 @@ import torch
 
 from moe_harness.harness.core.contracts import Declarations, Subject, load
 from moe_harness.harness.core.invocation import Trial
-from moe_harness.harness.core.plan import Planned, plan
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.plan import Planned, Request, plan
 from moe_harness.harness.process.worker import judge_id
 
 JUDGED = ("exact", "numeric", "routing", "layouts")

@@ -4,7 +4,7 @@ import ast
 
 import pytest
 
-from moe_harness.harness.core import folders
+from moe_harness.harness.core import registry
 from moe_harness.suites.imports import FILES, KNOWS, ROOT, TREES, imports, reached
 
 FINDER = "moe_harness.harness.core.registry"  # the one module that names the package of implementations
@@ -61,7 +61,7 @@ def test_nobody_goes_in_circles() -> None:
 def test_a_stage_knows_the_parts_that_every_stage_shares_and_no_run_of_them() -> None:
     """core and stages stand below checks, diagnosis' search, runs, proofs and commands."""
     upper = {"run", "process", "checks", "proof", "commands", "report", "ranks"}
-    lower = [name for name in FILES if name.startswith(("moe_harness.harness.core.", f"{folders.PACKAGE}."))]
+    lower = [name for name in FILES if name.startswith(("moe_harness.harness.core.", f"{registry.PACKAGE}."))]
     direct = {name: set(imports(TREES[name].body, False)) for name in lower}
     climbs = [(n, m) for n, known in direct.items() for m in known if m.split(".")[2:3] and m.split(".")[2] in upper
               and m.startswith("moe_harness.harness.")]  # fmt: skip

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from moe_harness.harness.commands.app import app
 from moe_harness.harness.core.case import parse_id
 from moe_harness.harness.core.errors import UsageError
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.plan import Request
 from moe_harness.harness.ranks import judge
 from moe_harness.harness.report.results import verdict_of
 from moe_harness.harness.run import session

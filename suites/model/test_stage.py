@@ -4,8 +4,7 @@ import pytest
 
 from moe_harness.harness.core.contracts import load
 from moe_harness.harness.core.invocation import Trial
-from moe_harness.harness.core.plan import plan
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.plan import Request, plan
 from moe_harness.harness.process.worker import judge_id
 from moe_harness.suites.model import wrong_models
 

@@ -18,8 +18,7 @@ import torch
 
 from moe_harness.harness.core.contracts import STAGES, load
 from moe_harness.harness.core.invocation import Trial
-from moe_harness.harness.core.plan import ON_CUDA_ONLY, plan
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.plan import ON_CUDA_ONLY, Request, plan
 from moe_harness.harness.process.worker import judge_id
 from moe_harness.harness.stages.experts.cases import ExpertsCase
 from moe_harness.harness.stages.experts.stage import STAGE

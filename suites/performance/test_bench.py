@@ -15,7 +15,7 @@ from moe_harness.harness.bench import timing as bench
 from moe_harness.harness.bench.data import Draw, TimedBatch, TimedLayer, problem
 from moe_harness.harness.core.catalogue import get
 from moe_harness.harness.core.contracts import Subject, load
-from moe_harness.harness.core.folders import needed_part, stages_with
+from moe_harness.harness.core.registry import needed_part, stages_with
 from moe_harness.harness.stages.experts.faults.cuda import run_captured
 
 SMALL = {"hidden_size": 48, "intermediate_size": 32}

@@ -6,7 +6,7 @@ import pytest
 from torch import Tensor
 
 from moe_harness.fixtures.configs import shape
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.plan import Request
 from moe_harness.harness.stages.quantized_experts import stage
 from moe_harness.harness.stages.quantized_experts.cases import QuantizedCase, plan
 from moe_harness.reference.quantized_experts import dequantised

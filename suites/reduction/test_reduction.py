@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moe_harness.harness.core.catalogue import Fault, all_faults
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.plan import Request
 from moe_harness.harness.ranks import judge
 from moe_harness.harness.report.results import verdict_of
 from moe_harness.harness.run import session

@@ -7,8 +7,7 @@ from itertools import groupby
 
 import pytest
 
-from moe_harness.harness.core.plan import ON_CUDA_ONLY, Planned, plan
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.plan import ON_CUDA_ONLY, Planned, Request, plan
 from moe_harness.harness.process.pool import Pool
 from moe_harness.suites.triton import CUDA, runnable
 

@@ -1,14 +1,13 @@
 """Cases of the stage `experts`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any, ClassVar, Self
 
 from moe_harness.harness.core import boundaries as at
 from moe_harness.harness.core.case import Case, in_shapes, tile_steps
-from moe_harness.harness.core.pairwise import pairwise
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.plan import Request, pairwise
 
 ROUTINGS = ("uniform", "one", "skewed", "duplicates", "last")
 MASKS = ("none", "some", "rows")
@@ -64,22 +63,21 @@ class ExpertsCase(Case):
 CaseType = ExpertsCase
 
 
-def plan(request: Request) -> dict[str, list[Case]]:
+def plan(request: Request) -> dict[str, Iterable[Case]]:
     """Cases of every check, in the order in which they are judged."""
-    numbered = request.numbered
     return {
-        "contract": numbered(_contract(request)),
-        "exact": numbered(_exact(request)),
-        "numeric": numbered(_numeric(request)),
-        "sentinels": numbered(_sentinels(request)),
-        "layouts": numbered(_layouts(request)),
-        "memory": numbered(_memory(request)),
-        "special": numbered([*in_shapes(_special(request), *SPECIAL_SHAPES), *_partial_sums(request)]),
-        "laws": numbered(_laws(request)),
-        "determinism": numbered(_repeats(request)),
-        "batch_invariance": numbered(_repeats(request)),
-        "leak": numbered([ExpertsCase(T=64, H=256, I=32, E=4, k=2, dtype=request.dtypes[0])]),
-        **request.on_cuda(_cuda_cases(request)),
+        "contract": _contract(request),
+        "exact": _exact(request),
+        "numeric": _numeric(request),
+        "sentinels": _sentinels(request),
+        "layouts": _layouts(request),
+        "memory": _memory(request),
+        "special": [*in_shapes(_special(request), *SPECIAL_SHAPES), *_partial_sums(request)],
+        "laws": _laws(request),
+        "determinism": _repeats(request),
+        "batch_invariance": _repeats(request),
+        "leak": [ExpertsCase(T=64, H=256, I=32, E=4, k=2, dtype=request.dtypes[0])],
+        **_cuda_cases(request),
     }
 
 
@@ -146,7 +144,7 @@ def _exact(request: Request) -> Iterator[Case]:
     if request.profile != "quick":
         yield ExpertsCase(T=65537, H=4, I=8, E=4, k=1, data="exact", dtype=last)
         yield ExpertsCase(T=16384, H=8, I=16, E=256, k=8, data="exact", dtype=last)
-    for shape in request.model_shapes():
+    for shape in request.configs:
         for tokens in request.pick((1, 4, 33), (1, 2, 3, 4, 8, 16, 33, 64, 129)):
             yield _of_model(request, shape, T=tokens, data="exact")
     yield from _turning(request)
@@ -205,7 +203,7 @@ def _numeric(request: Request) -> Iterator[Case]:
     axes |= {"I": request.pick((24, 63, 130), at.INNER_FULL)}
     axes["experts"] = (*at.RELEASED_EXPERTS[: request.pick(3, 8)], (3, 2), (5, 5), (1, 1))
     yield from _from_rows(pairwise(axes, request.seed + 1), request.shuffled(at.TOKENS_FEW))
-    for shape in request.model_shapes():
+    for shape in request.configs:
         for tokens in request.pick((1, 17), (1, 4, 17, 64, 129)):
             yield _of_model(request, shape, T=tokens)
     for dtype in request.dtypes:

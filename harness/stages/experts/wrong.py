@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_harness.harness.core.call import Call
-from moe_harness.harness.core.wrong_outputs import Excuse, Wrong, common, without_last
+from moe_harness.harness.core.stage import Excuse, Wrong, common, without_last
 from moe_harness.reference.experts import activate, local_ids, routed_rows
 
 NAMES = (

@@ -1,14 +1,13 @@
 """Cases of the stage `grouped_linear`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any, ClassVar, Self
 
 from moe_harness.harness.core import boundaries as at
 from moe_harness.harness.core.case import Case, in_shapes, tile_steps
-from moe_harness.harness.core.pairwise import pairwise
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.plan import Request, pairwise
 
 SIZES = ("random", "sparse", "first", "last", "even", "ones")
 SPECIALS = (
@@ -46,22 +45,20 @@ class GroupedLinearCase(Case):
 CaseType = GroupedLinearCase
 
 
-def plan(request: Request) -> dict[str, list[Case]]:
+def plan(request: Request) -> dict[str, Iterable[Case]]:
     """Cases of every check, in the order in which they are judged."""
     return {
-        "contract": request.numbered(_contract(request)),
-        "exact": request.numbered(_exact(request)),
-        "numeric": request.numbered(_numeric(request)),
-        "layouts": request.numbered(_layouts(request)),
-        "memory": request.numbered(_memory(request)),
-        "special": request.numbered(
-            in_shapes(_special(request), {"S": 70, "K": 32, "E": 5}, {"S": 9, "K": 96, "N": 32, "E": 3})
-        ),
-        "laws": request.numbered(_laws(request)),
-        "determinism": request.numbered(_memory(request)),
-        "batch_invariance": request.numbered(_memory(request)),
-        "leak": request.numbered([GroupedLinearCase(S=256, K=32, N=256, E=4, dtype=request.dtypes[0])]),
-        **request.on_cuda(_cuda_cases(request)),
+        "contract": _contract(request),
+        "exact": _exact(request),
+        "numeric": _numeric(request),
+        "layouts": _layouts(request),
+        "memory": _memory(request),
+        "special": in_shapes(_special(request), {"S": 70, "K": 32, "E": 5}, {"S": 9, "K": 96, "N": 32, "E": 3}),
+        "laws": _laws(request),
+        "determinism": _memory(request),
+        "batch_invariance": _memory(request),
+        "leak": [GroupedLinearCase(S=256, K=32, N=256, E=4, dtype=request.dtypes[0])],
+        **_cuda_cases(request),
     }
 
 
@@ -98,7 +95,7 @@ def _exact(request: Request) -> Iterator[Case]:
         yield GroupedLinearCase(S=rows, K=8, N=8, E=5, data="exact", dtype=request.dtypes[-1])
     if request.profile != "quick":
         yield GroupedLinearCase(S=70001, K=8, N=8, E=5, data="exact", dtype=request.dtypes[-1])
-    for shape in request.model_shapes():
+    for shape in request.configs:
         for rows in (8, 65):
             yield _of_model(request, shape, S=rows, data="exact")
     yield from _turning(request)
@@ -146,7 +143,7 @@ def _numeric(request: Request) -> Iterator[Case]:
     axes = _axes(request) | {"K": request.pick((1, 16, 33, 96, 256), at.WIDTHS_FULL), "E": (1, 3, 8, 60)}
     for row in pairwise(axes, request.seed + 1):
         yield GroupedLinearCase(**row)
-    for shape in request.model_shapes():
+    for shape in request.configs:
         yield _of_model(request, shape, S=33)
 
 

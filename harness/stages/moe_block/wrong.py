@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from moe_harness.harness.core.call import Call
-from moe_harness.harness.core.wrong_outputs import Wrong, common
+from moe_harness.harness.core.stage import Wrong, common
 from moe_harness.reference import moe_block as block
 from moe_harness.reference.experts import experts as routed_experts
 

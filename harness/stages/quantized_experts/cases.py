@@ -1,14 +1,13 @@
 """Cases of the stage `quantized_experts`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any, ClassVar, Self
 
 from moe_harness.harness.core import boundaries as at
 from moe_harness.harness.core.case import Case
-from moe_harness.harness.core.pairwise import pairwise
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.plan import Request, pairwise
 from moe_harness.harness.stages.experts.cases import MAPS, MASKS, ROUTINGS, ExpertsCase
 from moe_harness.harness.stages.quantized_experts.contract import FORMATS
 
@@ -60,22 +59,21 @@ class QuantizedCase(ExpertsCase):
 CaseType = QuantizedCase
 
 
-def plan(request: Request) -> dict[str, list[Case]]:
+def plan(request: Request) -> dict[str, Iterable[Case]]:
     """Cases of every check, in the order in which they are judged."""
-    numbered = request.numbered
     return {
-        "contract": numbered(_contract(request)),
-        "exact": numbered(_exact(request)),
-        "numeric": numbered(_numeric(request)),
-        "sentinels": numbered(_sentinels(request)),
-        "layouts": numbered(_layouts(request)),
-        "memory": numbered(_memory(request)),
-        "special": numbered([*_special(request), *_special_in_shapes(request)]),
-        "laws": numbered(_laws(request)),
-        "determinism": numbered(_repeats(request)),
-        "batch_invariance": numbered(_repeats(request)),
-        "leak": numbered([QuantizedCase(T=64, E=2, format=f, dtype=request.dtypes[-1]) for f in FORMATS[1:2]]),
-        **request.on_cuda(_cuda_cases(request)),
+        "contract": _contract(request),
+        "exact": _exact(request),
+        "numeric": _numeric(request),
+        "sentinels": _sentinels(request),
+        "layouts": _layouts(request),
+        "memory": _memory(request),
+        "special": [*_special(request), *_special_in_shapes(request)],
+        "laws": _laws(request),
+        "determinism": _repeats(request),
+        "batch_invariance": _repeats(request),
+        "leak": [QuantizedCase(T=64, E=2, format=f, dtype=request.dtypes[-1]) for f in FORMATS[1:2]],
+        **_cuda_cases(request),
     }
 
 
@@ -124,7 +122,7 @@ def _exact(request: Request) -> Iterator[Case]:
         for tokens, activation in ((5, "silu"), (40, "gelu_tanh")):
             yield QuantizedCase(T=tokens, I=256, format=format, data="codes", activation=activation, dtype=next(dtypes))
     yield QuantizedCase(T=21, H=200, I=72, data="codes", dtype=next(dtypes))
-    for shape in request.model_shapes():
+    for shape in request.configs:
         for format in request.pick(_shipped(shape), SCALED):
             yield from _of_model(request, shape, format, T=4, data="exact")
 
@@ -144,7 +142,7 @@ def _numeric(request: Request) -> Iterator[Case]:
             yield QuantizedCase(T=40, H=width, I=inner, format=format, dtype=request.dtypes[-1])
     for width, inner in ((96, 160), (288, 96)):
         yield QuantizedCase(T=40, H=width, I=inner, format="mxfp4", dtype=request.dtypes[-1], activation="swiglu_oai")
-    for shape in request.model_shapes():
+    for shape in request.configs:
         for format in request.pick(_shipped(shape), SCALED):
             yield from _of_model(request, shape, format, T=4, bias=format == "mxfp4")
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_harness.harness.core.call import Call
-from moe_harness.harness.core.wrong_outputs import Excuse, Wrong, common
+from moe_harness.harness.core.stage import Excuse, Wrong, common
 from moe_harness.reference.experts import local_ids, routed_rows
 from moe_harness.reference.quantized_experts import ALPHA, code_values, gated, scaled
 

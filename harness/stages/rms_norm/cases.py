@@ -1,14 +1,13 @@
 """Cases of the stage `rms_norm`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar, Self
 
 from moe_harness.harness.core import boundaries as at
 from moe_harness.harness.core.case import Case, in_shapes
-from moe_harness.harness.core.pairwise import pairwise
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.plan import Request, pairwise
 
 LEADS = ("1", "7", "33", "2x3", "5x1x4", "0", "129", "2x0x3", "", "300")
 SPECIALS = ("row_nan", "row_inf", "zero_row", "tiny", "huge", "offset", "spike", "cancelling", "outside_fp16")
@@ -41,20 +40,20 @@ class RmsNormCase(Case):
 CaseType = RmsNormCase
 
 
-def plan(request: Request) -> dict[str, list[Case]]:
+def plan(request: Request) -> dict[str, Iterable[Case]]:
     """Cases of every check, in the order in which they are judged."""
     return {
-        "contract": request.numbered(_contract(request)),
-        "exact": request.numbered(_exact(request)),
-        "numeric": request.numbered(_numeric(request)),
-        "layouts": request.numbered(_layouts(request)),
-        "memory": request.numbered(_memory(request)),
-        "special": request.numbered(in_shapes(_special(request), {"lead": "3x7", "H": 128}, {"lead": "33", "H": 32})),
-        "laws": request.numbered(_laws(request)),
-        "determinism": request.numbered(_memory(request)),
-        "batch_invariance": request.numbered([c for c in _memory(request) if not c.residual and "x" not in c.lead]),
-        "leak": request.numbered([RmsNormCase(lead="512", H=256, dtype=request.dtypes[0])]),
-        **request.on_cuda(_cuda_cases(request)),
+        "contract": _contract(request),
+        "exact": _exact(request),
+        "numeric": _numeric(request),
+        "layouts": _layouts(request),
+        "memory": _memory(request),
+        "special": in_shapes(_special(request), {"lead": "3x7", "H": 128}, {"lead": "33", "H": 32}),
+        "laws": _laws(request),
+        "determinism": _memory(request),
+        "batch_invariance": [c for c in _memory(request) if not c.residual and "x" not in c.lead],
+        "leak": [RmsNormCase(lead="512", H=256, dtype=request.dtypes[0])],
+        **_cuda_cases(request),
     }
 
 
@@ -95,7 +94,7 @@ def _numeric(request: Request) -> Iterator[RmsNormCase]:
         )
     for rows in (1023, 1025, 8193):
         yield RmsNormCase(lead=str(rows), H=16, dtype=request.dtypes[-1], residual=bool(rows % 2))
-    for shape in request.model_shapes():
+    for shape in request.configs:
         yield RmsNormCase(lead="9", H=shape.hidden_size, residual=True, dtype=request.dtypes[-1])
 
 

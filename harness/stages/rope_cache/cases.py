@@ -1,13 +1,12 @@
 """Cases of the stage `rope_cache`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from moe_harness.harness.core import boundaries as at
 from moe_harness.harness.core.case import Case
-from moe_harness.harness.core.pairwise import pairwise
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.plan import Request, pairwise
 
 HEADS = ((32, 4), (16, 2), (8, 8), (6, 2), (5, 1), (1, 1), (64, 4), (40, 8))  # query heads, key/value heads
 WIDTHS = (2, 4, 16, 20, 64, 80, 96, 128)
@@ -50,20 +49,20 @@ class RopeCacheCase(Case):
 CaseType = RopeCacheCase
 
 
-def plan(request: Request) -> dict[str, list[Case]]:
+def plan(request: Request) -> dict[str, Iterable[Case]]:
     """Cases of every check, in the order in which they are judged."""
     return {
-        "contract": request.numbered(_contract(request)),
-        "exact": request.numbered(_exact(request)),
-        "numeric": request.numbered(_numeric(request)),
-        "layouts": request.numbered(_layouts(request)),
-        "memory": request.numbered(_memory(request)),
-        "special": request.numbered(_special(request)),
-        "laws": request.numbered(_laws(request)),
-        "determinism": request.numbered(_memory(request)),
-        "batch_invariance": request.numbered(_memory(request)),
-        "leak": request.numbered([RopeCacheCase(T=257, Hq=32, Hk=4, D=64, dtype=request.dtypes[0])]),
-        **request.on_cuda(_cuda_cases(request)),
+        "contract": _contract(request),
+        "exact": _exact(request),
+        "numeric": _numeric(request),
+        "layouts": _layouts(request),
+        "memory": _memory(request),
+        "special": _special(request),
+        "laws": _laws(request),
+        "determinism": _memory(request),
+        "batch_invariance": _memory(request),
+        "leak": [RopeCacheCase(T=257, Hq=32, Hk=4, D=64, dtype=request.dtypes[0])],
+        **_cuda_cases(request),
     }
 
 

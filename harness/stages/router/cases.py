@@ -1,14 +1,13 @@
 """Cases of the stage `router`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any, ClassVar, Self
 
 from moe_harness.harness.core import boundaries as at
 from moe_harness.harness.core.case import Case
-from moe_harness.harness.core.pairwise import pairwise
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.plan import Request, pairwise
 
 LAWS = ("token_permutation", "expert_relabelling", "batch_split", "row_alone", "softmax_shift", "scale_is_linear")
 SPECIALS = (
@@ -64,19 +63,19 @@ def allowed(row: dict[str, Any]) -> bool:
     return experts % groups == 0 and best * size >= top_k and (size >= 2 or row["bias"] == "none")
 
 
-def plan(request: Request) -> dict[str, list[Case]]:
+def plan(request: Request) -> dict[str, Iterable[Case]]:
     """Cases of every check, in the order in which they are judged."""
     return {
-        "contract": request.numbered(_contract(request)),
-        "routing": request.numbered(_routing(request)),
-        "special": request.numbered(_special(request)),
-        "layouts": request.numbered(_layouts(request)),
-        "memory": request.numbered(_memory(request)),
-        "laws": request.numbered(_laws(request)),
-        "determinism": request.numbered([*_memory(request), *_ties()]),
-        "batch_invariance": request.numbered(_memory(request)),
-        "leak": request.numbered([RouterCase(T=2048, E=64, k=8, dtype=request.dtypes[0])]),
-        **request.on_cuda(_cuda_cases(request)),
+        "contract": _contract(request),
+        "routing": _routing(request),
+        "special": _special(request),
+        "layouts": _layouts(request),
+        "memory": _memory(request),
+        "laws": _laws(request),
+        "determinism": [*_memory(request), *_ties()],
+        "batch_invariance": _memory(request),
+        "leak": [RouterCase(T=2048, E=64, k=8, dtype=request.dtypes[0])],
+        **_cuda_cases(request),
     }
 
 
@@ -103,7 +102,7 @@ def _models(request: Request) -> Iterator[dict[str, Any]]:
     yield {"E": 256, "k": 8, "scoring": "sigmoid", "bias": "offset", "groups": "8x4", "scale": 2.5}
     yield {"E": 384, "k": 8, "scoring": "sigmoid", "bias": "offset", "groups": "1x1", "scale": 2.872}
     yield {"E": 32, "k": 4}
-    for shape in request.model_shapes():
+    for shape in request.configs:
         yield _of_model(shape)
 
 

@@ -15,8 +15,7 @@ from torch import Tensor
 from moe_harness.harness.core import bounds
 from moe_harness.harness.core.call import Builder, Call
 from moe_harness.harness.core.findings import Finding, Record
-from moe_harness.harness.core.stage import Declared, Output, Stage
-from moe_harness.harness.core.wrong_outputs import Wrong
+from moe_harness.harness.core.stage import Declared, Output, Stage, Wrong
 from moe_harness.harness.stages.router.bound import score_slack
 from moe_harness.harness.stages.router.cases import RouterCase
 from moe_harness.reference import router as reference

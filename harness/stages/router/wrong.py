@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_harness.harness.core.call import Call
-from moe_harness.harness.core.wrong_outputs import Excuse, Wrong
+from moe_harness.harness.core.stage import Excuse, Wrong
 from moe_harness.reference import router as routing
 
 NAMES = (

@@ -4,15 +4,14 @@ Rows of the kind `draws` are many draws from few distributions, so that counts c
 has logits of its own, and a token has to be one that may be drawn.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any, ClassVar, Self
 
 from moe_harness.harness.core import boundaries as at
 from moe_harness.harness.core.case import Case
-from moe_harness.harness.core.pairwise import pairwise
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.plan import Request, pairwise
 
 WIDTHS = (1, 2, 3, 7, 16, 17, 33, 64, 129, 1000, 2049)
 CUTS = ("none", "k", "p", "both", "rows")  # "rows": each row in turn without a cut, with one, with both
@@ -48,20 +47,20 @@ class SamplerCase(Case):
 CaseType = SamplerCase
 
 
-def plan(request: Request) -> dict[str, list[Case]]:
+def plan(request: Request) -> dict[str, Iterable[Case]]:
     """Cases of every check, in the order in which they are judged."""
     return {
-        "contract": request.numbered(_contract(request)),
-        "numeric": request.numbered(_draws(request)),
-        "exact": request.numbered(_greedy(request)),
-        "special": request.numbered(_special(request)),
-        "layouts": request.numbered(_layouts(request)),
-        "memory": request.numbered(_memory(request)),
-        "laws": request.numbered(_laws(request)),
-        "determinism": request.numbered(_memory(request)),
-        "batch_invariance": request.numbered(_memory(request)),
-        "leak": request.numbered([SamplerCase(B=4096, V=100, dtype=request.dtypes[0])]),
-        **request.on_cuda(_cuda_cases(request)),
+        "contract": _contract(request),
+        "numeric": _draws(request),
+        "exact": _greedy(request),
+        "special": _special(request),
+        "layouts": _layouts(request),
+        "memory": _memory(request),
+        "laws": _laws(request),
+        "determinism": _memory(request),
+        "batch_invariance": _memory(request),
+        "leak": [SamplerCase(B=4096, V=100, dtype=request.dtypes[0])],
+        **_cuda_cases(request),
     }
 
 

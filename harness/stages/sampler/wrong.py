@@ -3,7 +3,7 @@
 import torch
 
 from moe_harness.harness.core.call import Call
-from moe_harness.harness.core.wrong_outputs import Excuse, Wrong
+from moe_harness.harness.core.stage import Excuse, Wrong
 from moe_harness.harness.stages.sampler.cases import SamplerCase
 
 NAMES = ("all_zeros", "likeliest", "least_likely", "any_token", "row_of_next", "behind_the_last")

@@ -1,14 +1,13 @@
 """Cases of the stage `shared_expert_gate`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar, Self
 
 from moe_harness.harness.core import boundaries as at
 from moe_harness.harness.core.case import Case, in_shapes
-from moe_harness.harness.core.pairwise import pairwise
-from moe_harness.harness.core.request import Request
+from moe_harness.harness.core.plan import Request, pairwise
 
 LEADS = ("1", "7", "33", "2x3", "5x1x4", "0", "129", "2x0x3", "", "1x1x1x6", "1024")
 SPECIALS = (
@@ -39,22 +38,20 @@ class GateCase(Case):
 CaseType = GateCase
 
 
-def plan(request: Request) -> dict[str, list[Case]]:
+def plan(request: Request) -> dict[str, Iterable[Case]]:
     """Cases of every check, in the order in which they are judged."""
     return {
-        "contract": request.numbered(_contract(request)),
-        "exact": request.numbered(_exact(request)),
-        "numeric": request.numbered(_numeric(request)),
-        "layouts": request.numbered(_layouts(request)),
-        "memory": request.numbered(_memory(request)),
-        "special": request.numbered(
-            in_shapes(_special(request), {"lead": "2x9", "H": 96, "D": 24}, {"lead": "33", "H": 32, "D": 64})
-        ),
-        "laws": request.numbered(_laws(request)),
-        "determinism": request.numbered(_memory(request)),
-        "batch_invariance": request.numbered(_memory(request)),
-        "leak": request.numbered([GateCase(lead="512", H=64, D=256, dtype=request.dtypes[0])]),
-        **request.on_cuda(_cuda_cases(request)),
+        "contract": _contract(request),
+        "exact": _exact(request),
+        "numeric": _numeric(request),
+        "layouts": _layouts(request),
+        "memory": _memory(request),
+        "special": in_shapes(_special(request), {"lead": "2x9", "H": 96, "D": 24}, {"lead": "33", "H": 32, "D": 64}),
+        "laws": _laws(request),
+        "determinism": _memory(request),
+        "batch_invariance": _memory(request),
+        "leak": [GateCase(lead="512", H=64, D=256, dtype=request.dtypes[0])],
+        **_cuda_cases(request),
     }
 
 
@@ -108,7 +105,7 @@ def _numeric(request: Request) -> Iterator[Case]:
     axes = {"lead": LEADS[:-1], "H": (1, 16, 33, 129, 256), "D": (1, 5, 24, 63, 130), "dtype": request.dtypes}
     for row in pairwise(axes, request.seed + 1):
         yield GateCase(optional=not row["lead"], **row)
-    for shape in request.model_shapes():
+    for shape in request.configs:
         yield GateCase(lead="33", H=shape.hidden_size, D=shape.hidden_size, dtype=request.dtypes[-1])
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_harness.harness.core.call import Call
-from moe_harness.harness.core.wrong_outputs import ALL, Excuse, Wrong, common, without_last
+from moe_harness.harness.core.stage import ALL, Excuse, Wrong, common, without_last
 
 NAMES = (
     "all_zeros", "doubled", "ungated", "gate_complemented", "gate_without_sigmoid", "gate_of_next_row",
