@@ -7,7 +7,8 @@
 
 Between the steps DIR holds JSON lines alone, so it can be carried to a machine without lm-eval and back.  Each way is a
 process of its own; what was answered is kept under DIR/ledger, so that the same call goes on after an interruption.
-Ranks that have no GPU each share one, over gloo.  All ways but the planted faults, which have to fail,
+Ways of one process are spread over the GPUs there are; ranks that have no GPU each share one, over gloo.  All ways but
+the planted faults, which have to fail,
 compute the same, so that each is a null comparison: it is resampled NULLS times, and no more than the nominal share may
 be called a fall.  Where a quarter of the questions is as many as
 decide, the verdicts on PARTS drawn quarters are told too: a right implementation passes on all.
@@ -18,13 +19,15 @@ no hardware or library for is left out, told by name, and counts as neither.
 
 import argparse
 import collections
+import itertools
 import json
+import os
 import random
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +40,9 @@ MODEL = Path(fixtures.__file__).parent / "checkpoints" / "arithmetic-moe"
 ENGINE, TRANSFORMERS = "qwen3_moe", "transformers:"
 COLLAPSED = Path(__file__).with_name("collapsed.py")
 BATCH_SIZES = (1, 2, 3, 4, 8, 64)  # a published bug was there at concurrency 4 and not at 2 and 8
+OTHERS = (f"{TRANSFORMERS}grouped_mm", f"{TRANSFORMERS}batched_mm", "torch:loop", "torch:batched")  # right ones
+SLOTS = "moe_harness.harness.stages.experts.faults.slots"
+PLANTED = (f"{SLOTS}:gate_up_swapped", f"{SLOTS}:ids_sorted_without_weights")  # published collapses of one device
 MARGIN = 0.02
 NULLS = 200
 PARTS = 20
@@ -58,6 +64,11 @@ class Way(NamedTuple):
     left_out: str | None = None
     wanted: str = "pass"
 
+    @property
+    def spread(self) -> bool:
+        """Whether it runs over several ranks."""
+        return "--tp" in self.options or "--ep" in self.options
+
 
 def ways(device: str, devices: int) -> Iterator[Way]:
     """Every way, the baseline first, for a machine with so many GPUs."""
@@ -66,6 +77,10 @@ def ways(device: str, devices: int) -> Iterator[Way]:
         yield Way(f"batch-{size}", ENGINE, ["--batch-size", str(size)])
     triton = None if device == "cuda" else "Triton's kernels need a GPU"
     yield Way("transformers-triton", f"{TRANSFORMERS}moe_harness_triton", [], triton)
+    for spec in OTHERS:
+        yield Way(spec.replace(":", "-"), spec, [])
+    for spec in PLANTED:
+        yield Way(f"planted-{spec.rpartition(':')[2]}", spec, [], wanted="fail")
     yield Way("tp-2", ENGINE, ["--tp", "2"])
     for fault in ("experts_summed_twice", "never_summed"):
         yield Way(f"planted-{fault}", f"{COLLAPSED}:{fault}", ["--tp", "2"], wanted="fail")
@@ -91,17 +106,24 @@ def requests(folder: Path, limit: int | None) -> int:
     return _gate("requests", *asked, "--out", str(folder / "requests.jsonl"))
 
 
-def answer(folder: Path, device: str, planned: Collection[Way], seconds: float, jobs: int = 1) -> int:
-    """Every way; how each ended, and how long it took, in answered.json."""
+def answer(
+    folder: Path, device: str, planned: Collection[Way], seconds: float, jobs: int = 1, gpus: Sequence[str] = ()
+) -> int:
+    """Every way; how each ended, and how long it took, in answered.json, which tells of those that have ended so far.
+
+    Args:
+        gpus: names of GPUs, over which ways of one process are spread; ways over ranks see all of them.
+    """
     shared = [str(folder / "requests.jsonl"), "--model", str(MODEL), "--device", device,
               "--ledger", str(folder / "ledger"), "--timeout", str(seconds)]  # fmt: skip
+    turns = itertools.cycle(gpus)
 
-    def one(way: Way) -> dict[str, Any]:
+    def one(way: Way, gpu: str | None) -> dict[str, Any]:
         if way.left_out is not None:
             print(f"{way.name}: left out: {way.left_out}", flush=True)
             return {"left_out": way.left_out}
         started, file = time.monotonic(), folder / f"{way.name}.jsonl"
-        status = _gate("answer", *shared, "--impl", way.spec, *way.options, "--out", str(file))
+        status = _gate("answer", *shared, "--impl", way.spec, *way.options, "--out", str(file), gpu=gpu)
         ended = {"status": status, "seconds": round(time.monotonic() - started, 1), "spec": way.spec,
                  "options": way.options, "wanted": way.wanted}  # fmt: skip
         print(f"{way.name}: status {status}, {ended['seconds']} s", flush=True)
@@ -109,9 +131,11 @@ def answer(folder: Path, device: str, planned: Collection[Way], seconds: float, 
 
     told: dict[str, Any] = {}
     with ThreadPoolExecutor(jobs) as pool:
-        for way, ended in zip(planned, pool.map(one, planned), strict=True):
-            told[way.name] = ended
-            (folder / "answered.json").write_text(json.dumps(told, indent=1) + "\n", "utf-8")
+        asked = {pool.submit(one, way, None if way.spread else next(turns, None)): way.name for way in planned}
+        for ended in as_completed(asked):
+            told[asked[ended]] = ended.result()
+            ordered = {way.name: told[way.name] for way in planned if way.name in told}
+            (folder / "answered.json").write_text(json.dumps(ordered, indent=1) + "\n", "utf-8")
     return EXIT_CANNOT_JUDGE if any(way.get("status") for way in told.values()) else EXIT_PASS
 
 
@@ -213,14 +237,21 @@ def verdict_status(verdicts: list[str]) -> int:
     return EXIT_PASS if verdicts and set(verdicts) == {"pass"} else EXIT_CANNOT_JUDGE
 
 
-def _gate(*arguments: str) -> int:
-    return subprocess.run([sys.executable, "-m", "moe_harness", "gate", *arguments]).returncode
+def _gate(*arguments: str, gpu: str | None = None) -> int:
+    seen_by_it = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+    command = [sys.executable, "-m", "moe_harness", "gate", *arguments]
+    return subprocess.run(command, env=os.environ | seen_by_it).returncode
 
 
-def _devices(device: str) -> int:
+def _gpus(device: str) -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    if device != "cuda":
+        return []
     import torch
 
-    return torch.cuda.device_count() if device == "cuda" else 0
+    numbers = [str(number) for number in range(torch.cuda.device_count())]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[: len(numbers)] if visible else numbers
 
 
 def main() -> None:
@@ -236,7 +267,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="ways at a time")
     parser.add_argument("--only", action="append", metavar="WAY", help="this one besides the baseline; repeatable")
     asked = parser.parse_args()
-    planned = list(ways(asked.device, _devices(asked.device)))
+    gpus = _gpus(asked.device)
+    planned = list(ways(asked.device, len(gpus)))
     if asked.only:
         if missing := set(asked.only) - {way.name for way in planned}:
             parser.error(f"there is no {', '.join(sorted(missing))}; there are {', '.join(w.name for w in planned)}")
@@ -245,7 +277,7 @@ def main() -> None:
         sys.exit(status)
     status = EXIT_PASS
     if asked.step in ("answer", "all"):
-        status = answer(asked.folder, asked.device, planned, asked.timeout, asked.jobs)
+        status = answer(asked.folder, asked.device, planned, asked.timeout, asked.jobs, gpus)
     if asked.step in ("judge", "all"):  # a way that was not answered is told there
         status = judge(asked.folder)
     sys.exit(status)

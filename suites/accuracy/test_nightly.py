@@ -1,6 +1,7 @@
 """The matrix of the night: every way of running is in it, one that was not judged is told, and none is passed over."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -43,7 +44,7 @@ def test_the_status_is_that_of_the_worst(verdicts, status):
 
 def test_a_way_without_answers_is_told_and_no_pass(tmp_path, monkeypatch, capsys):
     """answer goes on after a way that fails; judge tells of it."""
-    monkeypatch.setattr(nightly, "_gate", lambda *arguments: 3 if arguments[-1].endswith("tp-2.jsonl") else 0)
+    monkeypatch.setattr(nightly, "_gate", lambda *arguments, gpu: 3 if arguments[-1].endswith("tp-2.jsonl") else 0)
     assert nightly.answer(tmp_path, "cpu", list(nightly.ways("cpu", 0)), 60, jobs=2) == 3
     told = json.loads((tmp_path / "answered.json").read_text())
     assert [name for name, way in told.items() if way.get("status")] == ["tp-2"]
@@ -58,6 +59,15 @@ def test_a_way_without_answers_is_told_and_no_pass(tmp_path, monkeypatch, capsys
     assert nightly.judge(tmp_path) == 3
     said = capsys.readouterr().out
     assert "tp-2: not judged: there is no file" in said and "ep-2-symmetric: left out: its two ranks" in said
+
+
+def test_ways_of_one_process_are_spread_over_the_gpus_and_ranks_see_all(tmp_path, monkeypatch):
+    given = {}
+    monkeypatch.setattr(nightly, "_gate", lambda *said, gpu: given.update({Path(said[-1]).stem: gpu}) or 0)
+    nightly.answer(tmp_path, "cuda", list(nightly.ways("cuda", 2)), 60, jobs=3, gpus=["2", "5"])
+    assert {given[name] for name in given if "tp-2" in name or name.startswith("ep-2")} == {None}
+    alone = [given[name] for name in ("baseline", "batch-1", "batch-2", "batch-3")]
+    assert sorted(alone) == ["2", "2", "5", "5"]
 
 
 def side(count, lost=()):
