@@ -18,7 +18,7 @@ from moe_harness.harness.commands.generate import generate
 from moe_harness.harness.commands.init import init
 from moe_harness.harness.commands.list import list_
 from moe_harness.harness.commands.options import tell
-from moe_harness.harness.commands.record import record
+from moe_harness.harness.commands.record import OPTIONS_OF_OTHERS, record
 from moe_harness.harness.commands.replay import replay
 from moe_harness.harness.commands.tune import tune
 from moe_harness.harness.core.errors import EXIT_CANNOT_JUDGE, HarnessError
@@ -35,7 +35,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "bisect": bisect,
 }  # fmt: skip
 for name, command in COMMANDS.items():
-    app.command(name)(command)
+    app.command(name, context_settings=OPTIONS_OF_OTHERS if command is record else None)(command)
 app.add_typer(gate, name="gate")
 
 

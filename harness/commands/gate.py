@@ -74,7 +74,7 @@ def gate(
     if baseline is None or candidate is None:
         raise UsageError("wanted are --baseline SPEC and --candidate SPEC (and --model DIR)")
     _outputs(json, html)
-    options.readable(against)
+    options.readable(against, "--against")
     device, dtype = _where(device, dtype)
     _spread(ep, dispatcher)
     from moe_harness.harness.gate import steps

@@ -193,12 +193,10 @@ def writable(path: Path | None) -> None:
         raise UsageError(f"cannot write {path}: {why}")
 
 
-def readable(path: Path | None) -> None:
+def readable(path: Path | None, option: str = "--baseline") -> None:
     """Find out before the run that there is nothing to compare with (UsageError)."""
     if path is not None and not path.is_file():
-        raise UsageError(
-            f"--baseline {path}: there is no such file; `moe-harness record --into {path} -- ...` makes it"
-        )
+        raise UsageError(f"{option} {path}: there is no such file; `moe-harness record --into {path} ...` makes it")
 
 
 def tell(error: HarnessError, debug: bool) -> None:

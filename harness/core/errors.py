@@ -28,6 +28,8 @@ def unknown(kind: str, got: str, wanted: list[str]) -> UsageError:
     """The message for a name that does not exist, with the nearest names that do."""
     near = get_close_matches(got, wanted, n=3, cutoff=0.5)
     hint = (
-        f"did you mean {' or '.join(repr(n) for n in near)}?" if near else f"known: {', '.join(sorted(wanted)) or '-'}"
+        f"did you mean {' or '.join(repr(n) for n in near)}?"
+        if near
+        else f"known: {', '.join(sorted(set(wanted))) or '-'}"
     )
     return UsageError(f"{kind} {got!r} does not exist; {hint}")

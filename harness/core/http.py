@@ -3,6 +3,7 @@
 import json
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 from typing import Any
 
 from moe_harness.harness.core.errors import CannotJudge
@@ -26,8 +27,11 @@ def post(address: str, body: dict[str, Any], timeout: float) -> dict[str, Any]:
 def _open(request: urllib.request.Request, timeout: float) -> dict[str, Any]:
     try:
         with urllib.request.urlopen(request, timeout=timeout) as response:
-            return dict(json.load(response))
+            found = json.load(response)
     except urllib.error.HTTPError as error:
         raise CannotJudge(f"{request.full_url} answered {error.code}: {error.read(300)!r}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, HTTPException, ValueError) as error:  # HTTPException: an answer that breaks off
         raise CannotJudge(f"{request.full_url} cannot be reached or does not answer in JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CannotJudge(f"{request.full_url} answered {str(found)[:80]}, but should answer with a JSON object")
+    return found

@@ -69,13 +69,13 @@ class Answer:
 
     Attributes:
         text: cut before the first stop string.
-        length: tokens that were generated.
+        length: tokens that were generated; None where a server does not tell.
         stop: "stop" (a stop string), "eos" or "length".
     """
 
     key: str
     text: str
-    length: int
+    length: int | None
     stop: str
     gold: Gold | None = None
 
@@ -86,7 +86,13 @@ class Answer:
         if gold is not None:
             likeliest = tuple(tuple((int(t), float(p)) for t, p in position) for position in gold["likeliest"])
             gold = Gold(float(gold["loglikelihood"]), tuple(gold["tokens"]), tuple(gold["greedy"]), likeliest)
-        return cls(str(row["key"]), str(row["text"]), int(row["length"]), str(row["stop"]), gold)
+        return cls(
+            str(row["key"]),
+            str(row["text"]),
+            None if row["length"] is None else int(row["length"]),
+            str(row["stop"]),
+            gold,
+        )
 
 
 def digest(value: Any) -> str:

@@ -40,7 +40,7 @@ def judge(task: str, gated: str, baseline: Side, candidate: Side, margin: float)
         raise CannotJudge(f"the task has no filter {gated!r}, but {', '.join(pairs[0][0].right)}")
     scores = {name: _scores(pairs, name) for name in pairs[0][0].right}
     counted = _counted([(b.right[gated], c.right[gated]) for b, c in pairs])
-    troubles = _troubles(pairs, gated, margin)
+    troubles, lengths = _troubles(pairs, gated, margin), _lengths(pairs)
     powerless = scores[gated]["accuracy"]["baseline"] <= margin  # the candidate cannot fall so far, whatever it does
     decided = "inconclusive" if powerless else verdict(counted, margin)
     return {
@@ -52,8 +52,8 @@ def judge(task: str, gated: str, baseline: Side, candidate: Side, margin: float)
         "gold_loglikelihood": _gold(pairs), "flips": _flips(pairs),
         "invalid": _share_each(pairs, lambda row: not row.valid[gated]),
         "lengths": {
-            "baseline": _mean([b.answer.length for b, _ in pairs]),
-            "candidate": _mean([c.answer.length for _, c in pairs]),
+            "baseline": None if lengths is None else _mean(lengths[0]),
+            "candidate": None if lengths is None else _mean(lengths[1]),
             "at_limit": _share_each(pairs, lambda row: row.answer.stop == "length"),
         },
         "filters": scores, "reasons": troubles, "notes": [SAME] if _same(baseline, candidate) else [],
@@ -106,12 +106,21 @@ def _troubles(pairs: Sequence[tuple[Row, Row]], gated: str, margin: float) -> li
         if verdict(counted, margin) == "fail":
             shares = _share_each(pairs, is_so)
             found.append(f"{what}: {shares['baseline']:.1%} became {shares['candidate']:.1%}")
-    before, after = ([row.answer.length for row in side] for side in zip(*pairs, strict=True))
+    if (lengths := _lengths(pairs)) is None:
+        return found
+    before, after = lengths
     ratio = _mean(after) / max(_mean(before), 1e-9)
     moved = Shift.of([float(a - b) for a, b in zip(after, before, strict=True)])
     if abs(ratio - 1) > LENGTHS and moved is not None and moved.interval[0] * moved.interval[1] > 0:
         found.append(f"mean length: {_mean(before):.1f} tokens became {_mean(after):.1f} ({ratio - 1:+.0%})")
     return found
+
+
+def _lengths(pairs: Sequence[tuple[Row, Row]]) -> tuple[list[int], list[int]] | None:
+    """Tokens of each answer of the two; None where any is not known."""
+    before, after = ([row.answer.length for row in side] for side in zip(*pairs, strict=True))
+    known = [length for length in (*before, *after) if length is not None]
+    return (known[: len(pairs)], known[len(pairs) :]) if len(known) == 2 * len(pairs) else None
 
 
 def _gold(pairs: Sequence[tuple[Row, Row]]) -> dict[str, Any] | None:

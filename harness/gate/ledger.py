@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from moe_harness.harness.core.errors import CannotJudge
 from moe_harness.harness.gate.exchange import Answer, digest, line_of
 
 KIND = "gate-ledger"
@@ -24,22 +25,33 @@ class Ledger:
     Args:
         fresh: forget what is there.
         lasting: whether answers are served to later runs; otherwise `delivered` forgets them.
+
+    Raises:
+        CannotJudge: the folder cannot be written, or the disk is full.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any], *, fresh: bool = False, lasting: bool = True):
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{digest(identity)}.jsonl"
         self.identity, self.lasting = identity, lasting
-        self.answers: dict[str, Answer] = {} if fresh else self._kept()
-        if not self.answers:
-            self.path.write_text(json.dumps({"schema": 1, "kind": KIND, "identity": identity}) + "\n", "utf-8")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.answers: dict[str, Answer] = {} if fresh else self._kept()
+            if not self.answers:
+                self.path.write_text(json.dumps({"schema": 1, "kind": KIND, "identity": identity}) + "\n", "utf-8")
+        except OSError as error:
+            raise CannotJudge(f"answers cannot be kept in {folder} ({error}); --ledger names another folder") from error
 
     def add(self, answers: Iterable[Answer]) -> None:
         """Keep answers; a crash afterwards does not lose them."""
-        with self.path.open("a", encoding="utf-8") as file:
-            for answer in answers:
-                file.write(line_of(answer))
-                self.answers[answer.key] = answer
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                for answer in answers:
+                    file.write(line_of(answer))
+                    self.answers[answer.key] = answer
+        except OSError as error:
+            raise CannotJudge(
+                f"an answer cannot be kept in {self.path.parent} ({error}); --ledger names another folder"
+            ) from error
 
     def delivered(self) -> None:
         """All answers have reached who asked."""
@@ -50,7 +62,8 @@ class Ledger:
         """What is in the file; nothing where it belongs to another identity, and no line that was cut off."""
         if not self.path.is_file():
             return {}
-        first, *lines = self.path.read_text("utf-8").splitlines() or [""]
+        # Not splitlines: an answer may hold U+2028, which JSON does not escape.
+        first, *lines = self.path.read_text("utf-8").split("\n")
         if not _is_of(first, self.identity):
             return {}
         found: dict[str, Answer] = {}

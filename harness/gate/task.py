@@ -34,6 +34,7 @@ STRICT, FLEXIBLE = "strict-match", "flexible-extract"
 STRICT_PATTERN, FLEXIBLE_PATTERN = r"#### (\-?[0-9\.\,]+)", r"(-?[$0-9.,]{2,})|(-?[0-9]+)"
 INVALID = "[invalid]"  # what lm-eval's regex filter gives where nothing matches
 ARITHMETIC_QUESTIONS = 1319  # as many as GSM8K has
+ARITHMETIC_MOST = 100_000  # that --limit may ask for: they are all drawn and held
 ARITHMETIC_VERSION = 1.0
 
 
@@ -253,6 +254,8 @@ def _arithmetic(asked: Asked) -> dict[str, Any]:
         return _ARITHMETIC | _dataset(_local(Path(asked.data)))
     from moe_harness.fixtures.arithmetic import problems
 
+    if asked.limit is not None and asked.limit > ARITHMETIC_MOST:
+        raise UsageError(f"--limit is {asked.limit}, but {ARITHMETIC_MOST} questions of arithmetic are the most")
     counts = {"train": 64, "test": max(ARITHMETIC_QUESTIONS, asked.limit or 0)}
     drawn = {
         split: [vars(problem) for problem in itertools.islice(problems(split, asked.seed), count)]
@@ -269,7 +272,13 @@ def _local(folder: Path) -> dict[str, list[dict[str, str]]]:
         if not file.is_file():
             raise UsageError(f"--data {folder}: there is no {split}.jsonl; wanted are train.jsonl and test.jsonl with "
                              '{"question": ..., "answer": ...} a line')  # fmt: skip
-        found[split] = [_question(file, number, line) for number, line in enumerate(file.open(encoding="utf-8"), 1)]
+        try:
+            lines = file.read_text("utf-8").split("\n")  # splitlines would break a question at U+2028
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{file} is not UTF-8: {error}") from error
+        found[split] = [_question(file, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+        if not found[split]:
+            raise UsageError(f"{file} holds no questions")
     return found
 
 

@@ -57,7 +57,9 @@ def facts(result: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     invalid, lengths = result["invalid"], result["lengths"]
     limit = lengths["at_limit"]
     rows.append(("invalid answers", f"{invalid['baseline']:.2%}", f"{invalid['candidate']:.2%}", ""))
-    rows.append(("mean length, tokens", f"{lengths['baseline']:.1f}", f"{lengths['candidate']:.1f}", ""))
+    means = [lengths[side] for side in ("baseline", "candidate")]
+    told = ("", "", "not told by a server") if None in means else (f"{means[0]:.1f}", f"{means[1]:.1f}", "")
+    rows.append(("mean length, tokens", *told))
     rows.append(("cut off at the limit", f"{limit['baseline']:.2%}", f"{limit['candidate']:.2%}", ""))
     return rows
 

@@ -24,7 +24,7 @@ def read(path: Path) -> list[Line]:
         CannotJudge: a line that was cut off.
     """
     if not path.is_file():
-        raise UsageError(f"there is no file {path}; `moe-harness record --into {path} -- check ...` makes one")
+        raise UsageError(f"there is no file {path}; `moe-harness record --into {path} check ...` makes one")
     text = path.read_text("utf-8")
     try:
         whole = json.loads(text)

@@ -5,10 +5,7 @@ The gate's own published faults are planted here, and each check is seen to fail
 
 import functools
 import itertools
-import json
-import threading
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -335,61 +332,3 @@ def test_a_rank_that_fails_is_told_and_no_wrong_answer(tmp_path):
     ranks = find(f"{tmp_path / 'm.py'}:load_model", replace(SETTINGS, tp=2))
     with pytest.raises(CannotJudge, match=r"rank 1 of 2(.|\n)*rank one is lost"):
         ranks.answer(requests(1))
-
-
-class Completions(BaseHTTPRequestHandler):
-    """A server that answers every question with 42."""
-
-    broken = False
-
-    def do_GET(self):
-        self._send({"data": [{"id": "tiny"}]})
-
-    def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.broken:
-            self.send_error(500)
-            return
-        text, choice = asked["prompt"], {"text": " 42", "finish_reason": "stop"}
-        if asked.get("echo"):
-            offsets = list(range(len(text) + 1))
-            choice["logprobs"] = {"text_offset": offsets, "token_logprobs": [None, *[-0.5] * len(text)]}
-        self._send({"choices": [choice], "usage": {"completion_tokens": 2}})
-
-    def _send(self, value):
-        body = json.dumps(value).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setattr(Completions, "broken", False)
-    running = HTTPServer(("127.0.0.1", 0), Completions)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{running.server_port}/v1"
-    running.shutdown()
-
-
-def test_a_server_answers(server):
-    asked = requests(3)
-    answers = find(server, Settings(None, batch_size=2)).answer(asked)
-    assert texts(answers) == [" 42"] * 3
-    assert [a.length for a in answers] == [2] * 3
-    assert answers[0].gold.loglikelihood == pytest.approx(-0.5 * len(asked[0].gold))
-
-
-def test_a_server_that_fails_is_no_wrong_answer(server, monkeypatch):
-    found = find(server, Settings(None))
-    monkeypatch.setattr(Completions, "broken", True)
-    with pytest.raises(CannotJudge, match="500"):
-        found.answer(requests(1))
-    with pytest.raises(CannotJudge, match="cannot be reached"):
-        find("http://127.0.0.1:9/v1", Settings(None))
-    with pytest.raises(UsageError, match="offers tiny"):
-        find(f"{server}#large", Settings(None))

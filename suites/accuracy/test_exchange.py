@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -214,6 +215,23 @@ def test_a_ledger_of_another_identity_is_not_read(tmp_path):
     ledger.add([Answer(REQUEST.key, "a", 1, "stop")])
     ledger.path.rename(Ledger(tmp_path, {"spec": "b"}).path)
     assert Ledger(tmp_path, {"spec": "b"}).answers == {}
+
+
+def test_an_answer_with_a_line_of_its_own_is_kept_whole(tmp_path):
+    """U+2028 and U+0085 end lines for str.splitlines, and JSON does not escape them."""
+    said = "one\u2028two\x85three\nfour"
+    Ledger(tmp_path, {}).add([Answer(REQUEST.key, said, 1, "stop")])
+    assert Ledger(tmp_path, {}).answers[REQUEST.key].text == said
+
+
+def test_a_folder_that_cannot_be_written_and_a_full_disk_are_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CannotJudge, match="--ledger names another folder"):
+        Ledger(tmp_path / "file", {})
+    kept = Ledger(tmp_path, {})
+    kept.path = Path("/dev/full")
+    with pytest.raises(CannotJudge, match=r"No space left.*--ledger"):
+        kept.add([Answer(REQUEST.key, "a", 1, "stop")])
 
 
 def test_batches_do_not_depend_on_what_is_answered_already():

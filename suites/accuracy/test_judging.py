@@ -103,6 +103,12 @@ def test_a_length_within_a_tenth_is_no_trouble():
     assert judged(rows(200), rows(200, length=21))["verdict"] == "pass"
 
 
+def test_lengths_that_are_not_known_are_not_judged():
+    result = judged(rows(200), rows(200, length=None))
+    assert (result["verdict"], result["lengths"]["baseline"]) == ("pass", None)
+    assert ("mean length, tokens", "", "", "not told by a server") in view.facts(result)
+
+
 def test_the_gold_answers_shift_though_no_answer_does():
     result = judged(rows(200), rows(200, loglikelihood=-1.01))
     assert result["verdict"] == "pass"

@@ -120,7 +120,8 @@ def test_gsm8k_from_a_folder_is_asked_in_the_stock_form():
 
 @pytest.mark.parametrize(
     ("asked", "told"),
-    [({"task": "gsm9k"}, "did you mean"), ({"task": "arithmetic", "limit": 100_000, "data": "{}"}, "--limit is 100000"),
+    [({"task": "gsm9k"}, "did you mean"), ({"task": "arithmetic", "limit": 1_000_000_000}, "are the most"),
+     ({"task": "arithmetic", "limit": 100_000, "data": "{}"}, "--limit is 100000"),
      ({"task": "hellaswag", "data": "{}"}, "--data goes with"), ({"task": "gsm8k", "data": "{}/no"}, "train.jsonl")],
 )  # fmt: skip
 def test_a_task_that_cannot_be_asked_is_refused(tmp_path, asked, told):
@@ -130,6 +131,26 @@ def test_a_task_that_cannot_be_asked_is_refused(tmp_path, asked, told):
     asked = {name: value.format(tmp_path) if isinstance(value, str) else value for name, value in asked.items()}
     with pytest.raises(UsageError, match=told):
         task.collect(task.Asked(**asked))
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [(b"", "holds no questions"), (b"\n\n", "holds no questions"), (b'{"question": "\xff', "not UTF-8"),
+     (b'{"question": "1"}\n', "line 1: wanted"), (b"[]\n", "line 1: wanted"), (b"PAR1", "line 1: wanted")],
+)  # fmt: skip
+def test_a_folder_in_another_format_is_refused(tmp_path, content, told):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_bytes(content)
+    with pytest.raises(UsageError, match=told):
+        task.collect(task.Asked("gsm8k", data=str(tmp_path)))
+
+
+def test_questions_may_hold_any_letter_and_empty_lines_are_none(tmp_path):
+    row = json.dumps({"question": "one\u2028two?", "answer": "#### 2"}, ensure_ascii=False)
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(f"{row}\n" * 6 + "\n", "utf-8")
+    requests = task.collect(task.Asked("gsm8k", data=str(tmp_path)))
+    assert len(requests) == 6 and requests[0].prompt.count("one\u2028two?") == 6
 
 
 def run(*arguments):

@@ -288,15 +288,34 @@ def test_a_comparison_is_told_in_words_as_a_page_and_as_a_picture(tmp_path):
     assert (tmp_path / "h.svg").stat().st_size > 2000
 
 
-def test_the_commands_record_and_compare(tmp_path, capsys):
+def run(*arguments):
+    """The command's exit status."""
     from moe_harness.harness.commands.app import app
 
-    def run(*arguments):
-        try:
-            return app(list(map(str, arguments)), standalone_mode=False) or 0
-        except SystemExit as ended:
-            return ended.code
+    try:
+        return app(list(map(str, arguments)), standalone_mode=False) or 0
+    except SystemExit as ended:
+        return ended.code
 
+
+@pytest.mark.parametrize("dashes", [(), ("--",)])
+def test_a_command_is_recorded_with_its_options(tmp_path, monkeypatch, dashes):
+    from moe_harness.harness.commands import record
+
+    asked = []
+    monkeypatch.setattr(record, "_run", lambda command, into: asked.append((command, into)) or 0)
+    command = ["gate", "--model", "DIR", "--json=own.json", "-i", "triton", "--fresh"]
+    assert run("record", "--into", tmp_path / "runs.jsonl", *dashes, *command) == 0
+    assert asked == [(command, tmp_path / "runs.jsonl")]
+
+
+@pytest.mark.parametrize("words", [["a.json", "--unto", "b"], ["--stage", "experts"], ["-i", "triton", "check"]])
+def test_an_option_that_record_has_not_is_told(words):
+    with pytest.raises(UsageError, match=f"record has no option {next(w for w in words if w.startswith('-'))}, only"):
+        run("record", *words)
+
+
+def test_the_commands_record_and_compare(tmp_path, capsys):
     for name, result in (
         ("a", CHECK),
         ("b", CHECK | {"checks": [CHECK["checks"][0] | {"failed": 1}], "verdict": "fail"}),
@@ -329,6 +348,16 @@ def test_a_command_writes_its_json_where_it_asked_for_it(tmp_path, monkeypatch, 
     assert record._run(["check", "--stage", "experts", *(word.format(own) for word in asked)], into) == 0
     assert own.is_file() == bool(asked)
     assert [found["kind"] for found in store.read(into)] == ["check"]
+
+
+def test_the_result_of_an_older_run_is_not_recorded_for_one_that_found_nothing(tmp_path, monkeypatch):
+    from moe_harness.harness.commands import record
+
+    own, into = tmp_path / "own.json", tmp_path / "runs.jsonl"
+    own.write_text(json.dumps(CHECK))
+    monkeypatch.setattr(record.subprocess, "run", lambda command, **given: subprocess.CompletedProcess(command, 3))
+    assert record._run(["check", "--stage", "experts", "--json", str(own)], into) == 3
+    assert not into.exists()
 
 
 def test_a_command_compares_with_what_was_recorded(tmp_path):

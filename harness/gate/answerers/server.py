@@ -24,12 +24,12 @@ class Server:
         self.address, _, self.model = spec.partition("#")
         self.address = self.address.rstrip("/")
         self.settings = settings
-        offered = [entry["id"] for entry in self._get("/models").get("data", [])]
+        offered = _offered(self.address, self._get("/models"))
         if not self.model and len(offered) == 1:
             self.model = offered[0]
         if self.model not in offered:
             raise UsageError(f"{self.address} offers {', '.join(offered) or 'no model'}; write {self.address}#MODEL")
-        self.scores_prompts = True  # until it refuses
+        self.scores_prompts: bool | None = None  # until it has done so, or refused
 
     def identity(self) -> dict[str, Any]:
         return {"spec": f"{self.address}#{self.model}", "batch_size": self.settings.batch_size}
@@ -43,14 +43,15 @@ class Server:
             "prompt": request.prompt, "max_tokens": request.max_new_tokens, "temperature": request.temperature,
             "stop": list(request.until) or None, "seed": request.repeat,
         })  # fmt: skip
-        choice = found["choices"][0]
-        length = (found.get("usage") or {}).get("completion_tokens") or len(choice["text"].split())
+        choice = _choice(self.address, found)
+        length = (found.get("usage") or {}).get("completion_tokens")
         stop = "length" if choice.get("finish_reason") == "length" else "stop"
-        return Answer(request.key, choice["text"], int(length), stop, self._gold(request))
+        counted = length if isinstance(length, int) else None
+        return Answer(request.key, choice["text"], counted, stop, self._gold(request))
 
     def _gold(self, request: Request) -> Gold | None:
         """The gold answer's log-likelihood, where the server scores the tokens of a prompt (`echo`)."""
-        if not self.scores_prompts:
+        if self.scores_prompts is False:
             return None
         try:
             found = self._post({
@@ -58,9 +59,12 @@ class Server:
                 "logprobs": LIKELIEST,
             })["choices"][0]["logprobs"]  # fmt: skip
             offsets, values = found["text_offset"], found["token_logprobs"]
-        except (CannotJudge, KeyError, TypeError):
+        except (CannotJudge, KeyError, IndexError, TypeError):
+            if self.scores_prompts:  # it can, so this is a failure
+                raise
             self.scores_prompts = False
             return None
+        self.scores_prompts = True
         end = len(request.prompt) + len(request.gold)
         each = [v for at, v in zip(offsets, values, strict=False) if len(request.prompt) <= at < end and v is not None]
         return Gold(sum(each), (), (), ()) if each else None
@@ -70,3 +74,27 @@ class Server:
 
     def _post(self, body: dict[str, Any]) -> dict[str, Any]:
         return http.post(f"{self.address}/completions", {"model": self.model, **body}, TIMEOUT)
+
+
+def _offered(address: str, found: dict[str, Any]) -> list[str]:
+    """Names of the models that a server offers."""
+    try:
+        return [str(entry["id"]) for entry in found["data"]]
+    except (KeyError, TypeError) as error:
+        raise CannotJudge(
+            f'{address}/models answered {str(found)[:80]}, but should answer {{"data": [{{"id": MODEL}}, ...]}}; '
+            "an address usually ends in /v1"
+        ) from error
+
+
+def _choice(address: str, found: dict[str, Any]) -> dict[str, Any]:
+    """The one completion; CannotJudge where there is no text, which is another thing than an empty one."""
+    try:
+        choice = found["choices"][0]
+        if isinstance(choice["text"], str):
+            return dict(choice)
+    except (KeyError, IndexError, TypeError):
+        pass
+    raise CannotJudge(
+        f'{address}/completions answered {str(found)[:120]}, but should answer {{"choices": [{{"text": "..."}}], ...}}'
+    )
