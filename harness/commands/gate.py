@@ -98,7 +98,7 @@ def gate(
             ranks = ["--tp", str(tp), "--ep", str(ep), *([] if dispatcher is None else ["--dispatcher", dispatcher])]
             ranked = ranks if side == "candidate" else []
             steps.answer_in_a_process(
-                [str(requests), "--impl", spec, "--out", str(answers[side]), *shared, *ranked], f"the {side} {spec}"
+                [str(requests), "--impl", spec, *shared, *ranked], answers[side], f"the {side} {spec}"
             )
         result = steps.make_result(requests, answers["baseline"], answers["candidate"], margin)
     _deliver(result, json, html, against)

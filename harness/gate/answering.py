@@ -47,7 +47,7 @@ def answer_all(
                 found = answerer.answer(batch)
         except HarnessError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a kernel that calls sys.exit has answered nothing either
             asked = ", ".join(str(request.doc_id) for request in batch[:8]) + (", ..." if len(batch) > 8 else "")
             raise CannotJudge(
                 f"it raised {type(error).__name__}: {error}\n  on questions {asked}; that is no wrong answer but none, "

@@ -79,20 +79,20 @@ def scored(requests: Path, answers: Iterable[Path]) -> "tuple[task.Asked, list[S
     return asked, sides
 
 
-def answer_in_a_process(arguments: list[str], spec: str, run: Callable[..., Any] = subprocess.run) -> None:
+def answer_in_a_process(arguments: list[str], out: Path, spec: str, run: Callable[..., Any] = subprocess.run) -> None:
     """Run `gate answer` by itself: a kernel that kills its process then ends a step, and not the judgement.
 
     Raises:
         UsageError, CannotJudge: as that process ended.
     """
     try:
-        done = run([sys.executable, "-m", "moe_harness", "gate", "answer", *arguments])
+        done = run([sys.executable, "-m", "moe_harness", "gate", "answer", *arguments, "--out", str(out)])
     except KeyboardInterrupt:
         print("interrupted; what was answered is kept, and the same command goes on from there", file=sys.stderr)
         raise
     if done.returncode == UsageError.exit_status:
         raise UsageError(f"{spec} was not asked: see above")
-    if done.returncode != 0:
+    if done.returncode != 0 or not out.is_file():  # a kernel may end its process, even with the status of success
         how = f"died of signal {-done.returncode}" if done.returncode < 0 else f"ended with status {done.returncode}"
         raise CannotJudge(
             f"{spec} gave no complete set of answers: its process {how} (see above). That is a failure of the run and "

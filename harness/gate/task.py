@@ -216,6 +216,10 @@ def _task(asked: Asked) -> "tuple[Task, str]":
         raise UsageError(f"task {asked.task} is one of {task.OUTPUT_TYPE}, but the gate takes those that generate text")
     if asked.shots is not None:
         task.set_config(key="num_fewshot", value=asked.shots)
+    shots, examples = task.config.num_fewshot or 0, task.fewshot_docs() if task.config.num_fewshot else ()
+    if shots > len(examples):
+        raise UsageError(f"{shots} examples go before each question of {asked.task}, but there are {len(examples)}: "
+                         "take fewer by --shots")  # fmt: skip
     return task, name
 
 

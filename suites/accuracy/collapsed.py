@@ -16,6 +16,14 @@ def experts_summed_twice(model_dir: str, *, group: Any, **options: Any) -> Any:
     return model
 
 
+def shared_expert_summed(model_dir: str, *, group: Any, **options: Any) -> Any:
+    """The shared expert's parts are summed over the ranks, and go into the layer's own sum then: once for each rank."""
+    model = registry.find("model", "qwen3_moe")(model_dir, group=group, **options)
+    part, reduced = model.network.shared, model.ranks.reduced
+    model.network.shared = lambda *layer: None if (out := part(*layer)) is None else reduced(out)
+    return model
+
+
 def never_summed(model_dir: str, *, group: Any, **options: Any) -> Any:
     """Every rank goes on with its own part of each sum."""
     model = registry.find("model", "qwen3_moe")(model_dir, group=group, **options)

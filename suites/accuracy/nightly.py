@@ -63,6 +63,7 @@ class Way(NamedTuple):
     options: list[str]
     left_out: str | None = None
     wanted: str = "pass"
+    shared: bool = False  # asked of the model that has a shared expert and is the same function (fixtures)
 
     @property
     def spread(self) -> bool:
@@ -84,6 +85,10 @@ def ways(device: str, devices: int) -> Iterator[Way]:
     yield Way("tp-2", ENGINE, ["--tp", "2"])
     for fault in ("experts_summed_twice", "never_summed"):
         yield Way(f"planted-{fault}", f"{COLLAPSED}:{fault}", ["--tp", "2"], wanted="fail")
+    yield Way("shared-expert", ENGINE, [], shared=True)
+    yield Way("tp-2-shared-expert", ENGINE, ["--tp", "2"], shared=True)
+    fault = "shared_expert_summed"
+    yield Way(f"planted-{fault}", f"{COLLAPSED}:{fault}", ["--tp", "2"], wanted="fail", shared=True)
     for spec in registry.registered("dispatcher"):
         family, _, name = spec.partition(":")
         if family == "dispatchers":  # the engine's own; others are judged by the stage dispatcher
@@ -114,8 +119,9 @@ def answer(
     Args:
         gpus: names of GPUs, over which ways of one process are spread; ways over ranks see all of them.
     """
-    shared = [str(folder / "requests.jsonl"), "--model", str(MODEL), "--device", device,
-              "--ledger", str(folder / "ledger"), "--timeout", str(seconds)]  # fmt: skip
+    asked = [str(folder / "requests.jsonl"), "--device", device, "--ledger", str(folder / "ledger"),
+             "--timeout", str(seconds)]  # fmt: skip
+    models = {False: MODEL, True: _with_shared_expert(folder) if any(way.shared for way in planned) else MODEL}
     turns = itertools.cycle(gpus)
 
     def one(way: Way, gpu: str | None) -> dict[str, Any]:
@@ -123,7 +129,8 @@ def answer(
             print(f"{way.name}: left out: {way.left_out}", flush=True)
             return {"left_out": way.left_out}
         started, file = time.monotonic(), folder / f"{way.name}.jsonl"
-        status = _gate("answer", *shared, "--impl", way.spec, *way.options, "--out", str(file), gpu=gpu)
+        spec = ["--model", str(models[way.shared]), "--impl", way.spec, *way.options]
+        status = _gate("answer", *asked, *spec, "--out", str(file), gpu=gpu)
         ended = {"status": status, "seconds": round(time.monotonic() - started, 1), "spec": way.spec,
                  "options": way.options, "wanted": way.wanted}  # fmt: skip
         print(f"{way.name}: status {status}, {ended['seconds']} s", flush=True)
@@ -131,12 +138,19 @@ def answer(
 
     told: dict[str, Any] = {}
     with ThreadPoolExecutor(jobs) as pool:
-        asked = {pool.submit(one, way, None if way.spread else next(turns, None)): way.name for way in planned}
-        for ended in as_completed(asked):
-            told[asked[ended]] = ended.result()
+        under_way = {pool.submit(one, way, None if way.spread else next(turns, None)): way.name for way in planned}
+        for ended in as_completed(under_way):
+            told[under_way[ended]] = ended.result()
             ordered = {way.name: told[way.name] for way in planned if way.name in told}
             (folder / "answered.json").write_text(json.dumps(ordered, indent=1) + "\n", "utf-8")
     return EXIT_CANNOT_JUDGE if any(way.get("status") for way in told.values()) else EXIT_PASS
+
+
+def _with_shared_expert(folder: Path) -> Path:
+    from moe_harness.fixtures.arithmetic.shared import write
+
+    write(folder / "shared-moe")
+    return folder / "shared-moe"
 
 
 def judge(folder: Path) -> int:

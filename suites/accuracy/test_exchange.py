@@ -143,8 +143,29 @@ def test_who_interrupts_is_told_that_nothing_is_lost(capsys):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        steps.answer_in_a_process(["r.jsonl"], "the candidate", run=interrupted)
+        steps.answer_in_a_process(["r.jsonl"], Path("out.jsonl"), "the candidate", run=interrupted)
     assert "the same command goes on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("code", "told"), [(0, "status 0"), (1, "status 1"), (-11, "signal 11")])
+def test_a_process_that_ends_without_answers_is_a_failure_of_the_run(tmp_path, code, told):
+    """Even with the status of success, which a kernel that calls os._exit(0) gives it."""
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(CannotJudge, match=rf"gave no complete set of answers.*{told}"):
+        steps.answer_in_a_process([], out, "it", run=lambda command: subprocess.CompletedProcess(command, code))
+    with pytest.raises(UsageError, match="was not asked"):
+        steps.answer_in_a_process([], out, "it", run=lambda command: subprocess.CompletedProcess(command, 2))
+    out.write_text("")
+    steps.answer_in_a_process([], out, "it", run=lambda command: subprocess.CompletedProcess(command, 0))
+
+
+def test_a_kernel_that_calls_exit_is_no_wrong_answer(tmp_path):
+    class Leaves(Echo):
+        def answer(self, batch):
+            sys.exit(0)
+
+    with pytest.raises(CannotJudge, match="SystemExit"):
+        ask(Leaves("a"), tmp_path, requests(2))
 
 
 def lasting_run(who, folder, asked):

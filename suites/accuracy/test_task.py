@@ -122,6 +122,7 @@ def test_gsm8k_from_a_folder_is_asked_in_the_stock_form():
     ("asked", "told"),
     [({"task": "gsm9k"}, "did you mean"), ({"task": "arithmetic", "limit": 1_000_000_000}, "are the most"),
      ({"task": "arithmetic", "limit": 100_000, "data": "{}"}, "--limit is 100000"),
+     ({"task": "arithmetic", "shots": 65}, "but there are 64"), ({"task": "gsm8k", "data": "{}", "shots": 6}, "are 5"),
      ({"task": "hellaswag", "data": "{}"}, "--data goes with"), ({"task": "gsm8k", "data": "{}/no"}, "train.jsonl")],
 )  # fmt: skip
 def test_a_task_that_cannot_be_asked_is_refused(tmp_path, asked, told):
