@@ -22,6 +22,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from moe_harness.harness.core import registry
 from moe_harness.harness.core.catalogue import Fault, all_faults
 from moe_harness.harness.gate.answerers import Settings
 from moe_harness.harness.gate.judging import MARGIN
-from moe_harness.harness.gate.statistics import LEVEL
+from moe_harness.harness.gate.statistics import LEVEL, Paired, verdict
 from moe_harness.harness.proof.gate_matrix_bench import MeasureAll, Planted, Questions, Row, about, shared_among
 
 SCHEMA = 2
@@ -151,6 +152,23 @@ def counts(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
             "false_alarms": sum(row["by_gold"] or row["by_accuracy"] for row in ran["right"]),
         }  # fmt: skip
     return found
+
+
+def expected_by_accuracy(rows: Sequence[Row], drawn: int, generated: int) -> float:
+    """How many faults the accuracy would see with `drawn` of its `generated` questions: the mean over all draws."""
+    lost_and_won: list[tuple[int, int]] = [row["discordant"] for row in rows]
+    return sum(_seen_in(lost, won, drawn, generated) for lost, won in lost_and_won)
+
+
+def _seen_in(worse: int, better: int, drawn: int, generated: int) -> float:
+    """The share of draws of which the gate says fail: b of those lost and c of those won, hypergeometric."""
+    rest = generated - worse - better
+    return sum(
+        comb(worse, b) * comb(better, c) * comb(rest, drawn - b - c) / comb(generated, drawn)
+        for b in range(min(worse, drawn) + 1)
+        for c in range(min(better, drawn - b) + 1)
+        if drawn - b - c <= rest and verdict(Paired(drawn, b, c), MARGIN) == "fail"
+    )
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ def page(result: dict[str, Any]) -> str:
         "# What the gate sees of the catalogue", "",
         "Written by `python -m moe_harness.harness.proof.gate_matrix`, whose text says how it is measured; the numbers",
         "lie in [gate_matrix_held_out.json](gate_matrix_held_out.json). Nats are those of a whole worked answer.", "",
-        *_summary(result), "", *_faults(result), "", *_absent(result), "",
+        *_summary(result), "", *_at_equal_cost(result), "", *_faults(result), "", *_absent(result), "",
     ])  # fmt: skip
 
 
@@ -36,6 +36,33 @@ def _summary(result: dict[str, Any]) -> Iterator[str]:
     alarms = sum(seen[place]["false_alarms"] for place in PLACES)
     yield ""
     yield f"Right implementations that ran: {sum(seen[p]['right'] for p in PLACES)}; false alarms: {alarms}."
+
+
+def _at_equal_cost(result: dict[str, Any]) -> Iterator[str]:
+    """The gold log-likelihood as it was measured, against the accuracy of fewer questions, drawn from those it has."""
+    from moe_harness.harness.proof.gate_matrix import expected_by_accuracy
+
+    cost, forced, generated = result["cost"], result["documents"], result["generated"]
+    yield "## At equal cost"
+    yield ""
+    same = forced * cost["forced"] / cost["generated"]
+    yield (
+        f"{forced} forced questions cost what {same:.1f} generated ones do. What the accuracy would see "
+        "with so many of its questions, the mean over all draws, beside what the gold "
+        f"log-likelihood sees with {forced}:"
+    )
+    yield ""
+    names = [name for place in PLACES.values() for name in (f"accuracy, {place}", "gold over it")]
+    yield f"| generated | cost of so many forced | {' | '.join(names)} |"
+    yield "|---|---|---|---|---|---|"
+    rows = [row for row in result["rows"] if row["kind"] == "fault" and "error" not in row]
+    parts = {place: [r for r in rows if (r["layer"] is None) == (place == "all_layers")] for place in PLACES}
+    for drawn in range(3, generated + 1):
+        cells = [str(drawn), f"{drawn * cost['generated'] / cost['forced']:.0f}"]
+        for place, here in parts.items():
+            seen = expected_by_accuracy(here, drawn, generated)
+            cells += [f"{seen:.1f}", f"{result['seen'][place]['by_gold'] / seen:.1f}" if seen else "-"]
+        yield f"| {' | '.join(cells)} |"
 
 
 def _faults(result: dict[str, Any]) -> Iterator[str]:

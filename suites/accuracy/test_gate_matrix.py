@@ -8,7 +8,7 @@ import pytest
 from moe_harness.harness.core import registry
 from moe_harness.harness.gate.exchange import Gold
 from moe_harness.harness.proof import gate_matrix
-from moe_harness.harness.proof.gate_matrix import counts, floor, kept, seen
+from moe_harness.harness.proof.gate_matrix import counts, expected_by_accuracy, floor, kept, seen
 from moe_harness.harness.proof.gate_matrix_bench import Measured, compared
 from moe_harness.harness.proof.gate_matrix_view import page
 
@@ -81,6 +81,15 @@ def test_what_raised_is_counted_apart():
     found = counts(rows)["all_layers"]
     assert (found["faults"], found["raised"], found["by_accuracy"], found["by_neither"]) == (2, 1, 1, 1)
     assert found["by_checks"] == 2
+
+
+def test_what_fewer_questions_would_have_shown_is_the_mean_over_draws():
+    """Five lost answers of five are the fewest that McNemar's test calls significant."""
+    rows = [{"discordant": [12, 0]}, {"discordant": [4, 0]}, {"discordant": [6, 0]}, {"discordant": [12, 0]}]
+    assert expected_by_accuracy(rows, 4, 12) == 0
+    assert expected_by_accuracy(rows, 5, 12) == pytest.approx(2 + 6 / 792)  # all five among the six: 6 of 792 draws
+    assert expected_by_accuracy(rows, 12, 12) == 3
+    assert expected_by_accuracy([{"discordant": [6, 6]}], 12, 12) == 0
 
 
 def test_the_page_is_that_of_the_data():

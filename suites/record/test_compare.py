@@ -315,6 +315,18 @@ def test_an_option_that_record_has_not_is_told(words):
         run("record", *words)
 
 
+def test_a_history_counts_what_was_judged_and_marks_what_failed():
+    """Checks that a machine cannot make are not failed ones, and a bench has times and no share."""
+    passed = check_line()
+    passed["verdicts"]["graph_replay"] = {"verdict": "unsupported", "cases": 3, "judged": 0}
+    times, shares = history.series([passed, with_verdict("numeric", verdict="fail"), gate_line([1, 0])])
+    assert times == {}
+    (points, answers) = shares.values()
+    assert [(point.value, point.failed) for point in (*points, *answers)] == [(1.0, False), (0.5, True), (0.5, False)]
+    timed, none = history.series(line.lines(BENCH))
+    assert [point.value for points in timed.values() for point in points] == [4.0] and "a" not in "".join(none)
+
+
 def test_the_commands_record_and_compare(tmp_path, capsys):
     for name, result in (
         ("a", CHECK),
