@@ -58,9 +58,7 @@ def tile_ends(counts, E: gl.constexpr, n_blocks: gl.constexpr, BLOCK_E: gl.const
 
 
 @gluon.jit
-def find_tile(
-    tile, counts, ends, E: gl.constexpr, n_blocks: gl.constexpr, GROUP: gl.constexpr, MOST: gl.constexpr
-):
+def find_tile(tile, counts, ends, E: gl.constexpr, n_blocks: gl.constexpr, GROUP: gl.constexpr, MOST: gl.constexpr):
     """Expert of `tile`, its first row among all rows, rows of the expert from there on, units of the tile, and column
     block; the order is that of `_tiles.find_tile`, units are spread evenly over the tiles of an expert, up to MOST in
     each."""
