@@ -255,7 +255,7 @@ def _add_floor(timing: Timing, batch: TimedBatch, report: BenchReport) -> None:
 def _versions() -> dict[str, str]:
     """Versions of what the implementations are likely to stand on, where installed."""
     found = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
-    for name in ("torch", "triton", "transformers", "liger-kernel"):
+    for name in ("torch", "triton", "transformers", "liger-kernel", "vllm"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found

@@ -69,7 +69,8 @@ def quantized() -> list[str]:
         for timing in run["timings"]:
             told = f"{timing['median']:.0f} ({timing['median'] / timing['floor']:.2f})"
             table.setdefault(timing["spec"], {})[timing["tokens"]] = told
-        about = f"{run['model']['name']}, {run['format']}, {run['device']}, torch {run['versions']['torch']}"
+        part = f", one rank of EP {run['ep_size']}" if run["ep_size"] > 1 else ""
+        about = f"{run['model']['name']}{part}, {run['format']}, {run['device']}, torch {run['versions']['torch']}"
         lines += [f"[{about}](../suites/performance/data/{path.name}):", "", *header("tokens", *tokens)]
         lines += [*(row(f"`{spec}`", *(found.get(n, "-") for n in tokens)) for spec, found in table.items()), ""]
     return lines[:-1]
