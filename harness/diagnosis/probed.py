@@ -31,6 +31,7 @@ from moe_harness.harness.stages.shared_expert_gate.faults import _steps as gates
 FULL = 24  # bits of fp32, the least that the contract allows
 RUNS = (1, 4, 8, 16, 32, 64, 128, 256)  # terms added beforehand, where the probes cannot tell
 SAME_SIZE = 2.0  # of an error, expected over found: running sums of runs twice as long err 1.4 times less
+TF32 = 11  # bits of its significand
 STORED = {8: torch.bfloat16, 11: torch.float16}
 # Significands that formats have: another depth is read off a kernel that misreads its operands.
 SUMS = (*STORED, 13, 14)  # also what tensor cores keep of sums of fp8 products
@@ -109,10 +110,11 @@ def _lost(what: str, bits: int) -> str:
 def _of_operands(trial: Trial, dtype: str) -> Iterator[Step]:
     """fp32 operands rounded or cut before they are multiplied."""
     bits = numerics_probes.operand_bits(trial) if dtype == "fp32" else None
-    if bits is None or bits not in OPERANDS or "tf32" in (trial.subject.declared.rounds or ()):
+    declared = bits == TF32 and "tf32" in (trial.subject.declared.rounds or ())
+    if bits is None or bits not in OPERANDS or declared:
         return
-    style = "tf32" if bits == 11 else _format(bits)
-    declare = "; `rounds` may declare tf32" if bits == 11 else ""
+    style = "tf32" if bits == TF32 else _format(bits)
+    declare = "; `rounds` may declare tf32" if bits == TF32 else ""
     facts = f"Probes: operands of fp32 products keep {bits} bits ({style}) of {FULL}{declare}"
     for manner, narrow in (("rounded", _rounded), ("cut", _cut)):
         stage = _with(trial.subject.stage, dict.fromkeys(_PRODUCTS, _narrowed(narrow, bits)))

@@ -171,6 +171,14 @@ def test_operands_that_are_declared_to_be_tf32_are_no_suspects() -> None:
     assert not probed.suspects(trial_of(experts(cut, cut), case, rounds=("tf32",)), "fp32")
 
 
+def test_operands_coarser_than_the_tf32_that_is_declared_stay_suspects() -> None:
+    def narrow(x: Tensor, weight: Tensor) -> Tensor:
+        return wide(x.bfloat16(), weight.bfloat16())
+
+    found = probed.suspects(trial_of(experts(narrow, narrow), ExpertsCase(), rounds=("tf32",)), "fp32")
+    assert {fault.name for fault in found} == {"operands_rounded_to_bf16", "operands_cut_to_bf16"}
+
+
 RIGHT = [(stage, spec) for stage, spec in functions_of("right") if sees_sums(stage)]
 
 
