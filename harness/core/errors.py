@@ -24,6 +24,10 @@ class CannotJudge(HarnessError):
     """The call is right but nothing can be judged: import error in the user's file, hardware absent."""
 
 
+class Lacks(CannotJudge):
+    """A package or a device that every other case needs as well is not on this machine."""
+
+
 def unknown(kind: str, got: str, wanted: list[str]) -> UsageError:
     """The message for a name that does not exist, with the nearest names that do."""
     near = get_close_matches(got, wanted, n=3, cutoff=0.5)

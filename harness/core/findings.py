@@ -116,6 +116,7 @@ class Answer:
     rejected: int = 0  # wrong outputs that these data were proved to reject
     accepted: list[str] = field(default_factory=list)  # those that the planned data would have accepted
     device_lost: bool = False  # a CUDA error has poisoned the process
+    lacks: bool = False  # something is not installed here, which other cases need as well
     counts_as: str = ""  # the check in whose name it counts, where not the id's own
 
     def __post_init__(self) -> None:

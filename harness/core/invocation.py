@@ -13,7 +13,7 @@ from moe_harness.harness.core.call import Call
 from moe_harness.harness.core.case import Case
 from moe_harness.harness.core.contracts import REJECTIONS, Subject
 from moe_harness.harness.core.environment import what_is_missing
-from moe_harness.harness.core.errors import CannotJudge
+from moe_harness.harness.core.errors import CannotJudge, Lacks
 from moe_harness.harness.core.findings import Record
 from moe_harness.harness.core.stage import Output, find_stage
 
@@ -121,7 +121,7 @@ class Trial:
             raise Rejected(_refusal(error)) from error
         except BaseException as error:  # SystemExit and KeyboardInterrupt too: Ctrl-C does not reach this process
             if (missing := what_is_missing(error)) is not None:
-                raise CannotJudge(missing) from error
+                raise Lacks(missing) from error
             if (trouble := blame.machine_trouble(error)) is not None:
                 raise CannotJudge(blame.out_of(trouble)) from error
             if blame.is_judges(error):

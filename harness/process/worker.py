@@ -19,8 +19,8 @@ import torch
 from moe_harness.harness.checks import CHECKS
 from moe_harness.harness.core.case import parse_id
 from moe_harness.harness.core.contracts import load
-from moe_harness.harness.core.environment import versions
-from moe_harness.harness.core.errors import CannotJudge, HarnessError
+from moe_harness.harness.core.environment import versions, what_is_missing
+from moe_harness.harness.core.errors import CannotJudge, HarnessError, Lacks
 from moe_harness.harness.core.findings import Answer, Explanation, Loaded, NotLoaded, Record
 from moe_harness.harness.core.invocation import Broken, Rejected, Trial, first_line, kept_defaults
 from moe_harness.harness.core.plan import Planned
@@ -50,7 +50,7 @@ def judge_id(trial: Trial, case_id: str) -> Answer:
     """Judge the case of that id; whatever goes wrong, in the implementation or here, is part of the answer."""
     _, check, case = parse_id(case_id)
     started = perf_counter()
-    record, status, reason, proof = Record(), "passed", None, Proof(case)
+    record, status, reason, proof, lacks = Record(), "passed", None, Proof(case), False
     try:
         proof = prove(trial, case) if check in JUDGING else proof
         if proof.case is None:
@@ -66,9 +66,11 @@ def judge_id(trial: Trial, case_id: str) -> Answer:
         record.fail(str(error), headroom=float("inf"))
         status = "failed"
     except HarnessError as error:
-        status, reason = "error", str(error)
+        status, reason, lacks = "error", str(error), isinstance(error, Lacks)
     except Exception as error:
-        if _is_out_of_memory(error):
+        if (missing := what_is_missing(error)) is not None:  # the judge needs it to lay out the case
+            status, reason, lacks = "error", missing, True
+        elif _is_out_of_memory(error):
             status, reason = "skipped", f"not enough memory on this device: {first_line(error)[:120]}"
         else:
             status, reason = "error", f"the harness failed on {case_id}: {traceback.format_exc()}"
@@ -77,7 +79,7 @@ def judge_id(trial: Trial, case_id: str) -> Answer:
     lost = status in ("failed", "error", "skipped") and _is_device_lost(trial.device)
     if trial.device == "cuda" and not lost and torch.cuda.memory_reserved() > KEPT:
         torch.cuda.empty_cache()  # the other workers need it
-    return Answer(case_id, status, reason, seconds, record, judged, proof.rejected, proof.accepted, lost)
+    return Answer(case_id, status, reason, seconds, record, judged, proof.rejected, proof.accepted, lost, lacks)
 
 
 def _is_device_lost(device: str) -> bool:

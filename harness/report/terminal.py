@@ -161,8 +161,9 @@ def ledger(coverage: dict[str, Any], known_axes: Sequence[dict[str, Any]] = ()) 
     lines = [("executed", f"{coverage['executed']} cases")]
     for entry in coverage["unsupported"]:
         lines.append(("unsupported", f"{entry['cases']} cases: {entry['reason']}  (e.g. {entry.get('example', '-')})"))
-    for entry in coverage["skipped"]:
-        lines.append(("skipped", f"{entry['cases']} cases: {entry['what']}, {entry['reason']}"))
+    for reason, entries in _by_reason(coverage["skipped"]).items():
+        whats = ", ".join(entry["what"] for entry in entries)
+        lines.append(("skipped", f"{sum(entry['cases'] for entry in entries)} cases: {whats}, {reason}"))
     lines += [("power", told)] if (told := power_summary(coverage["power"])) else []
     yield labelled(lines)
     if coverage["axes"] in known_axes:
@@ -171,6 +172,14 @@ def ledger(coverage: dict[str, Any], known_axes: Sequence[dict[str, Any]] = ()) 
         yield labelled([("covered", "cases per value of each axis")])
         axes = [(axis, axis_summary(counts)) for axis, counts in coverage["axes"].items()]
         yield Padding(labelled(axes), (0, 0, 0, 2))
+
+
+def _by_reason(skipped: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Checks that were skipped for one reason stand in one line."""
+    alike: dict[str, list[dict[str, Any]]] = {}
+    for entry in skipped:
+        alike.setdefault(entry["reason"], []).append(entry)
+    return alike
 
 
 def observations(found: Sequence[dict[str, str]]) -> Iterator[Any]:

@@ -94,6 +94,9 @@ class Session:
             if self.options.fail_fast and self.account.failures:
                 self.account.leave_out(runnable, "--fail-fast ended the run at the first failure")
                 return
+            if answer.lacks and not self.account.executed:
+                self.account.leave_out(runnable, answer.reason or "")
+                return
         if (why := self.backend.spent()) is not None:
             self.listener.note(f"stopped: {why}")
             return

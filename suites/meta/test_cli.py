@@ -369,6 +369,27 @@ def test_what_this_machine_lacks_is_no_failure_of_the_kernel(tmp_path, monkeypat
         assert words in " ".join((done.stdout + done.stderr).split())
 
 
+def test_what_every_case_needs_is_told_by_the_first(tmp_path):
+    """What is imported inside a call is found missing by each of a thousand cases, but one of them says it all."""
+    (tmp_path / "kernel.py").write_text(
+        "def late(x, weight, group_sizes, *, bias=None):\n    open('calls', 'a').write('1')\n    import package_of_nobody\n"
+    )
+    done = run(tmp_path, "check", "--stage", "grouped_linear", "--impl", "kernel.py:late", "--json", "out.json")
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert done.returncode == 3 and result["verdict"] == "error" and not result["clusters"]
+    assert len((tmp_path / "calls").read_text()) < 10
+    assert all(check["skipped"] == check["cases"] for check in result["checks"])
+    assert " ".join(done.stdout.split()).count("package_of_nobody") <= 4
+
+
+def test_what_the_judge_itself_lacks_is_told_like_what_a_kernel_lacks(tmp_path):
+    (tmp_path / "safetensors").mkdir()
+    (tmp_path / "safetensors" / "__init__.py").write_text("raise ModuleNotFoundError('gone', name='safetensors')")
+    done = run_apart(tmp_path, "check", "--stage", "model", "--impl", "qwen3_moe", "--check", "contract")
+    assert done.returncode == 3 and "Traceback" not in done.stdout, done.stdout
+    assert "pip install 'moe-harness[transformers]'" in " ".join(done.stdout.split())
+
+
 def test_every_extra_that_is_named_exists():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for package, extra in EXTRAS.items():
