@@ -110,9 +110,17 @@ def pytest_runtest_makereport(
     return report
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """The table and the ledger of every implementation judged, xdist or not; JSON and HTML where asked for."""
-    reports = [report for group in terminalreporter.stats.values() for report in group]
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tests that were all skipped are no success: what could not be judged, xdist or not, ends as the command does."""
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+    reports = [report for group in terminal.stats.values() for report in group] if terminal else []
     heard = [answer for report in reports if (answer := getattr(report, "moe_harness", None)) is not None]
     if heard:
-        session_of(config).summarize(terminalreporter, heard)
+        status = session_of(session.config).exit_status(heard)
+        session.exitstatus = session.exitstatus or status
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """The table and the ledger of every implementation judged, xdist or not; JSON and HTML where asked for."""
+    if (session := config.stash.get(SESSION, None)) is not None and session.results:
+        session.summarize(terminalreporter)

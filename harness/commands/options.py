@@ -140,6 +140,12 @@ def request(
     )  # fmt: skip
 
 
+def at_least(option: str, value: float, least: float) -> None:
+    """Raises UsageError where the number of an option is too small."""
+    if value < least:
+        raise UsageError(f"{option} is {value:g}, but should be at least {least:g}")
+
+
 def known_checks(stage: str, asked: Request, over_ranks: bool = False) -> list[str]:
     """Names of the checks that a run of the stage makes."""
     if over_ranks or stage in contracts.RANK_STAGES:

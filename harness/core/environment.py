@@ -7,7 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 # The extra of this project that brings a package; of others only the package itself can be named.
 EXTRAS = {
-    "transformers": "transformers", "safetensors": "transformers", "triton": "gpu", "liger_kernel": "gpu", "matplotlib": "gpu", "lm_eval": "eval",
+    "transformers": "transformers", "safetensors": "transformers",
+    "triton": "gpu", "liger_kernel": "gpu", "matplotlib": "gpu", "lm_eval": "eval",
 }  # fmt: skip
 
 

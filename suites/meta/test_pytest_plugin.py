@@ -24,7 +24,17 @@ def halved(hidden_states, gate_weight, shared_output):
     return gate(hidden_states, gate_weight, shared_output) / 2
 
 
-gate.dtypes = halved.dtypes = ("fp32",)
+def vectors(hidden_states, gate_weight, shared_output):
+    if hidden_states.dim() != 1:
+        raise NotImplementedError("vectors only")
+    return gate(hidden_states, gate_weight, shared_output)
+
+
+def late(hidden_states, gate_weight, shared_output):
+    import package_of_nobody
+
+
+gate.dtypes = halved.dtypes = vectors.dtypes = late.dtypes = ("fp32",)
 '''
 SUITE = '''
 """Everything of the stage in one function; one check by its name; and fixtures of names that the plugin uses."""
@@ -134,11 +144,38 @@ def test_on_github_a_failure_stands_at_the_line_of_the_kernel(project):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
+        (("--impl", "our kernels/gates.py:vectors"), "UNSUPPORTED our kernels/gates.py:vectors"),
+        (
+            ("--impl", "our kernels/gates.py:late"),
+            "ERROR our kernels/gates.py:late No module named 'package_of_nobody'",
+        ),
+        (("--impl", "our kernels/gates.py:late", "-n", "2"), "ERROR our kernels/gates.py:late No module named"),
+        (("--impl-dtype", "bf16"), "bf16 is not among the declared dtypes"),
+    ],
+)
+def test_what_could_not_be_judged_is_no_success(project, arguments, told):
+    """All of it is skipped, which pytest by itself calls a success; each ends before it has asked a thousand times."""
+    done = run(project, "tests/test_gate.py", "-q", "-k", "contract", *arguments)
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert told in " ".join(done.stdout.split()), done.stdout
+    assert "crashed" not in done.stdout
+
+
+def test_a_part_of_the_cases_that_passes_is_a_success(project):
+    done = run(project, "tests/test_gate.py", "-q", "-k", "test_gate and layouts")
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
         (("--impl-profile", "quik"), "quick"),
         (("--impl-config", "qwen3-30b"), "qwen3-30b-a3b"),
         (("--impl-dtype", "fp12"), "fp16"),
         (("--impl-device", "tpu"), "cpu"),
         (("--impl-json", "no/such/folder.json"), "folder"),
+        (("--impl-seed", "-1"), "at least 0"),
+        (("--impl-timeout", "0"), "at least 1"),
         (("--impl", "our kernels/gates.py:gat"), "gate"),
     ],
 )
