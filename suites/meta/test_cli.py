@@ -371,9 +371,8 @@ def test_what_this_machine_lacks_is_no_failure_of_the_kernel(tmp_path, monkeypat
 
 def test_what_every_case_needs_is_told_by_the_first(tmp_path):
     """What is imported inside a call is found missing by each of a thousand cases, but one of them says it all."""
-    (tmp_path / "kernel.py").write_text(
-        "def late(x, weight, group_sizes, *, bias=None):\n    open('calls', 'a').write('1')\n    import package_of_nobody\n"
-    )
+    body = "open('calls', 'a').write('1'); import package_of_nobody"
+    (tmp_path / "kernel.py").write_text(f"def late(x, weight, group_sizes, *, bias=None):\n    {body}\n")
     done = run(tmp_path, "check", "--stage", "grouped_linear", "--impl", "kernel.py:late", "--json", "out.json")
     result = json.loads((tmp_path / "out.json").read_text())
     assert done.returncode == 3 and result["verdict"] == "error" and not result["clusters"]
