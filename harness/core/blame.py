@@ -43,13 +43,18 @@ def pass_on(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> A
 
 def is_judges(error: BaseException) -> bool:
     """Whether the judge itself failed, alone or underneath code under judgement."""
-    if _crossing(error) == "pass_on":
+    if left_behind(error):
         return False
     beyond = _beyond(error)
     if beyond is None:
         return True
     told = [frame.filename for frame in beyond if not _is_library(frame.filename)]
     return bool(told) and _is_harness(told[-1]) and not any(FAULTS in name for name in told)
+
+
+def left_behind(error: BaseException) -> bool:
+    """Whether it was told only after code under judgement had returned: by the device, waited for or used again."""
+    return _crossing(error) == "pass_on"
 
 
 def machine_trouble(error: BaseException) -> str | None:

@@ -126,6 +126,11 @@ class Trial:
                 raise CannotJudge(blame.out_of(trouble)) from error
             if blame.is_judges(error):
                 raise
+            if blame.left_behind(error):
+                raise Broken(
+                    f"left a CUDA error behind, which whatever is launched next is told: {first_line(error)}\n"
+                    "  launch nothing where there is nothing to do, and ask cudaGetLastError after a launch"
+                ) from error
             if call.case.optional:
                 raise Rejected(f"{type(error).__name__}: {first_line(error)}") from error
             raise Broken(
@@ -145,7 +150,7 @@ class Trial:
 
     def synchronize(self) -> None:
         if self.device == "cuda":
-            blame.pass_on(torch.cuda.synchronize)  # what is told there happened in the code that was called
+            blame.pass_on(_settle)  # what is told there happened in the code that was called
 
     def judge(self, call: Call, result: Any) -> Record:
         """The result against what a right one may be, many rows in parts."""
@@ -188,6 +193,15 @@ class Trial:
         owner = call.arena.aliased_by(value)
         if owner is not None:
             raise Broken(f"{name} shares its memory with the input {owner}, but should be a new tensor")
+
+
+def _settle() -> None:
+    """Wait for the device, and launch once more: an error of a launch that nobody asked for waits for the next one.
+
+    A grid of no blocks is such a launch: the judge's own kernel behind it would be told "invalid argument".
+    """
+    torch.cuda.synchronize()
+    torch.zeros(1, device="cuda")
 
 
 def _check_entries(before: dict[str, dict], after: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Graph replay and side streams judge what is written in place too; a stand-in for CUDA runs them on a CPU."""
 
 import contextlib
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from moe_harness.harness.core.catalogue import get
 from moe_harness.harness.core.contracts import Declarations, Subject
 from moe_harness.harness.core.invocation import Trial
 from moe_harness.harness.core.plan import Request, plan
+from moe_harness.harness.process.worker import judge_id
 from moe_harness.harness.stages.rope_cache.cases import RopeCacheCase
 from moe_harness.harness.stages.rope_cache.faults import cuda as faults
 
@@ -101,3 +103,21 @@ def test_every_stage_with_a_capturable_kernel_has_cases(check: str) -> None:
     for stage in ("experts", "quantized_experts", "router", "grouped_linear", "shared_expert_gate", "moe_block",
                   "rms_norm", "rope_cache", "paged_attention", "sampler"):  # fmt: skip
         assert any(planned.check == check for planned in plan(stage, Request(device="cuda"))), stage
+
+
+def leaves_an_error(x: torch.Tensor, weight: torch.Tensor, *, eps: float, residual: torch.Tensor | None = None) -> Any:
+    """Right, but a call of CUDA's runtime fails at the end, and nobody asks for its error."""
+    whole = x.float() if residual is None else x.float() + residual.float()
+    out = (whole * (whole.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.float()).to(x.dtype)
+    result = out if residual is None else (out, whole.to(x.dtype))
+    ctypes.CDLL(f"libcudart.so.{(torch.version.cuda or '').partition('.')[0]}").cudaSetDevice(99)
+    return result
+
+
+@pytest.mark.gpu
+def test_an_error_that_a_launch_leaves_behind_is_the_implementations() -> None:
+    """vLLM launches a grid of no blocks where there are no tokens; the judge's own next kernel was told of it."""
+    trial = Trial(Subject("rms_norm", "k.py:k", leaves_an_error, Declarations(dtypes=("fp32",)), None), "cuda")
+    planned = next(p for p in plan("rms_norm", Request(device="cuda")) if p.check == "contract")
+    answer = judge_id(trial, planned.id)
+    assert answer.status == "failed" and "CUDA error" in answer.findings[0].message, answer
