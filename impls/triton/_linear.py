@@ -6,6 +6,8 @@ r"""A product per expert over rows sorted by expert: the second product of the e
 `_linear_hopper` does the same with a copying warp.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,39 +24,66 @@ from moe_harness.impls.triton._common import (
     product,
     tile_source,
 )
-from moe_harness.impls.triton._tiles import expert_runs, find_tile, row_tile, weight_tile
+from moe_harness.impls.triton._tiles import Run, To, Weights, expert_runs, find_tile, row_tile, weight_tile
 from moe_harness.impls.triton.configs import Tiling, grid_size
 
 
+class Rows(NamedTuple):
+    """a [S, K]: a pointer or a descriptor, K, and the strides of a pointer."""
+
+    at: Any
+    depth: Any
+    row: Any
+    col: Any
+
+
+class Bias(NamedTuple):
+    """bias [E, N] and its strides."""
+
+    at: Any
+    e: Any
+    n: Any
+
+
+class How(NamedTuple):
+    """The tile beside its height, and what is compiled in."""
+
+    BN: tl.constexpr
+    BK: tl.constexpr
+    EVEN_K: tl.constexpr
+    TMA: tl.constexpr
+    TMA_A: tl.constexpr
+    SWAP: tl.constexpr
+    WIDEN: tl.constexpr
+    BIAS: tl.constexpr
+    SCATTER: tl.constexpr
+
+
 @triton.jit
-def _linear_tile(
-    a, w, bias, y, slots, e, count, start, first, n0, K, N, a_row, a_col, w_e, w_n, w_k, b_e, b_n, y_row,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr,
-    TMA_A: tl.constexpr, SWAP: tl.constexpr, WIDEN: tl.constexpr, BIAS: tl.constexpr, SCATTER: tl.constexpr,
-):  # fmt: skip
-    """y of BM rows of expert e from its row `first` on, at BN columns from n0 on."""
+def _linear_tile(a, w, bias, y, run, first, n0, BM: tl.constexpr, how):
+    """y of BM rows of a run from its row `first` on, at BN columns from n0 on."""
     row = first + tl.arange(0, BM)
-    live = row < count
-    shape: tl.constexpr = (BN, BM) if SWAP else (BM, BN)
+    live = row < run.count
+    shape: tl.constexpr = (how.BN, BM) if how.SWAP else (BM, how.BN)
     acc = tl.zeros(shape, tl.float32)
-    for k0 in tl.range(0, K, BK):
-        if TMA_A:  # rows of the next expert may come along; their results are never stored
-            rows_a = a.load([start + first, k0])
+    for k0 in tl.range(0, a.depth, how.BK):
+        if how.TMA_A:  # rows of the next expert may come along; their results are never stored
+            rows_a = a.at.load([run.start + first, k0])
         else:
-            rows_a = row_tile(a, start + row, live, k0, K, a_row, a_col, BK, EVEN_K)
-        w_tile = weight_tile(w, e, n0, k0, N, K, w_e, w_n, w_k, BN, BK, EVEN_K, TMA)
-        acc = product(w_tile, rows_a.T, acc, WIDEN) if SWAP else product(rows_a, w_tile.T, acc, WIDEN)
-    if SWAP:
+            rows_a = row_tile(a.at, run.start + row, live, k0, a.depth, a.row, a.col, how.BK, how.EVEN_K)
+        w_tile = weight_tile(w.at, run.e, n0, k0, w.width, a.depth, w.e, w.n, w.k, how.BN, how.BK, how.EVEN_K, how.TMA)
+        acc = product(w_tile, rows_a.T, acc, how.WIDEN) if how.SWAP else product(rows_a, w_tile.T, acc, how.WIDEN)
+    if how.SWAP:
         acc = acc.T
-    col = n0 + tl.arange(0, BN)
-    if BIAS:
-        b = tl.load(bias + e.to(tl.int64) * b_e + col.to(tl.int64) * b_n, mask=col < N, other=0.0)
+    col = n0 + tl.arange(0, how.BN)
+    if how.BIAS:
+        b = tl.load(bias.at + run.e.to(tl.int64) * bias.e + col.to(tl.int64) * bias.n, mask=col < w.width, other=0.0)
         acc += b[None, :].to(tl.float32)
-    to = start + row
-    if SCATTER:
-        to = tl.load(slots + to, mask=live, other=0)
-    at = y + to[:, None].to(tl.int64) * y_row + col[None, :]
-    tl.store(at, narrow(acc, y.dtype.element_ty, WIDEN), mask=live[:, None] & (col < N)[None, :])
+    to = run.start + row
+    if how.SCATTER:
+        to = tl.load(run.slots + to, mask=live, other=0)
+    at = y.at + to[:, None].to(tl.int64) * y.row + col[None, :]
+    tl.store(at, narrow(acc, y.at.dtype.element_ty, how.WIDEN), mask=live[:, None] & (col < w.width)[None, :])
 
 
 @triton.jit
@@ -67,17 +96,19 @@ def _linear(
 ):  # fmt: skip
     """Tiles [BM rows, BN columns] of y; `a_half` is `a` with a descriptor for half the rows."""
     n_blocks = tl.cdiv(N, BN)
+    rows_a, half = Rows(a, K, a_row, a_col), Rows(a_half, K, a_row, a_col)
+    weights, offset, to = Weights(w, N, w_e, w_n, w_k), Bias(bias, b_e, b_n), To(y, y_row)
     if BY_EXPERT:
         # `counts` may be read before the previous kernel ends: that one has waited for the one that wrote them.
         e = tl.program_id(0) // n_blocks
         n0 = tl.program_id(0) % n_blocks * BN
-        count, start = tl.load(counts + e), tl.load(counts + E + e)
+        run = Run(slots, e, tl.load(counts + e), tl.load(counts + E + e))
         after_previous(PDL)
         let_next_start(PDL)
-        for m in range(tl.cdiv(count, BM)):
+        for m in range(tl.cdiv(run.count, BM)):
             _linear_tile(
-                a, w, bias, y, slots, e, count, start, m * BM, n0, K, N, a_row, a_col, w_e, w_n, w_k,
-                b_e, b_n, y_row, BM, BN, BK, EVEN_K, TMA, TMA_A, SWAP, WIDEN, BIAS, SCATTER,
+                rows_a, weights, offset, to, run, m * BM, n0, BM,
+                How(BN, BK, EVEN_K, TMA, TMA_A, SWAP, WIDEN, BIAS, SCATTER),
             )  # fmt: skip
     else:
         after_previous(PDL)
@@ -85,15 +116,16 @@ def _linear(
         rows, ends = expert_runs(counts, c_e, E, n_blocks, BLOCK_E, BM, 0)
         for tile in tl.range(tl.program_id(0), tl.max(ends, 0), tl.num_programs(0), flatten=FLAT):
             e, count, start, m, n = find_tile(tile, counts, c_e, rows, ends, n_blocks, BM, 0, GROUP)
+            run = Run(slots, e, count, start)
             if TAIL and count - m * BM <= BM // 2:
                 _linear_tile(
-                    a_half, w, bias, y, slots, e, count, start, m * BM, n * BN, K, N, a_row, a_col, w_e, w_n, w_k,
-                    b_e, b_n, y_row, BM // 2, BN, BK, EVEN_K, TMA, TMA_A, SWAP, WIDEN, BIAS, SCATTER,
+                    half, weights, offset, to, run, m * BM, n * BN, BM // 2,
+                    How(BN, BK, EVEN_K, TMA, TMA_A, SWAP, WIDEN, BIAS, SCATTER),
                 )  # fmt: skip
             else:
                 _linear_tile(
-                    a, w, bias, y, slots, e, count, start, m * BM, n * BN, K, N, a_row, a_col, w_e, w_n, w_k,
-                    b_e, b_n, y_row, BM, BN, BK, EVEN_K, TMA, TMA_A, SWAP, WIDEN, BIAS, SCATTER,
+                    rows_a, weights, offset, to, run, m * BM, n * BN, BM,
+                    How(BN, BK, EVEN_K, TMA, TMA_A, SWAP, WIDEN, BIAS, SCATTER),
                 )  # fmt: skip
 
 

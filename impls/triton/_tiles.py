@@ -7,8 +7,36 @@ every program works it out from `counts` (one load and one cumulative sum over t
 stops where they end: no table, no host synchronisation, and a grid smaller than the number of tiles is persistent.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+
+
+class Weights(NamedTuple):
+    """Weights [E, N, K] (of gate and up [E, 2 * N, K]): a pointer or a descriptor, N, and the strides of a pointer."""
+
+    at: Any
+    width: Any
+    e: Any
+    n: Any
+    k: Any
+
+
+class Run(NamedTuple):
+    """The rows of one expert: `count` of them from `start` on; slots[row] is where a row came from."""
+
+    slots: Any
+    e: Any
+    count: Any
+    start: Any
+
+
+class To(NamedTuple):
+    """An output and the stride of its rows."""
+
+    at: Any
+    row: Any
 
 
 @triton.jit

@@ -7,6 +7,8 @@ tiles of 64 and more take both in one product, from a weight tile in which 8 gat
 to the input dtype: act alone.  With many rows on a Hopper GPU `_gate_up_hopper` does the same with a copying warpgroup.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,108 +26,130 @@ from moe_harness.impls.triton._common import (
     product,
     tile_source,
 )
-from moe_harness.impls.triton._tiles import expert_runs, find_tile, pair_tile, row_tile, row_tiles, unpair, weight_tile
+from moe_harness.impls.triton._tiles import (
+    Run,
+    To,
+    Weights,
+    expert_runs,
+    find_tile,
+    pair_tile,
+    row_tile,
+    row_tiles,
+    unpair,
+    weight_tile,
+)
 from moe_harness.impls.triton.configs import Tiling, grid_size
 
 __all__ = ["gate_up"]
 
 
+class Tokens(NamedTuple):
+    """x [T, H]: where it is, slots of each row, H, and its strides."""
+
+    at: Any
+    per_token: Any
+    depth: Any
+    row: Any
+    col: Any
+
+
+class How(NamedTuple):
+    """The tile beside its height, and what is compiled in."""
+
+    BN: tl.constexpr
+    BK: tl.constexpr
+    EVEN_K: tl.constexpr
+    TMA: tl.constexpr
+    SWAP: tl.constexpr
+    PAIR: tl.constexpr
+    GELU: tl.constexpr
+    WIDEN: tl.constexpr
+
+
 @triton.jit
-def _rows(slots, start, first, count, top_k, BM: tl.constexpr):
+def _rows(run, top_k, first, BM: tl.constexpr):
     """Rows first..first+BM of a run: which ones are inside, and their tokens."""
     row = first + tl.arange(0, BM)
-    live = row < count
-    return row, live, tl.load(slots + start + row, mask=live, other=0) // top_k
+    live = row < run.count
+    return row, live, tl.load(run.slots + run.start + row, mask=live, other=0) // top_k
 
 
 @triton.jit
-def _sums(BM: tl.constexpr, BN: tl.constexpr, SWAP: tl.constexpr, PAIR: tl.constexpr):
+def _sums(BM: tl.constexpr, how):
     """Zeros for the sums of the gate and the up rows; with PAIR the first one serves both."""
-    shape: tl.constexpr = (BN, BM) if SWAP else (BM, 2 * BN if PAIR else BN)
+    shape: tl.constexpr = (how.BN, BM) if how.SWAP else (BM, 2 * how.BN if how.PAIR else how.BN)
     return tl.zeros(shape, tl.float32), tl.zeros(shape, tl.float32)
 
 
 @triton.jit
-def _add(rows_x, w_g, w_u, g, u, SWAP: tl.constexpr, PAIR: tl.constexpr, WIDEN: tl.constexpr):
+def _add(rows_x, w_g, w_u, g, u, how):
     """g and u after one step."""
-    if SWAP:
-        g = product(w_g, rows_x.T, g, WIDEN)
-        u = product(w_u, rows_x.T, u, WIDEN)
+    if how.SWAP:
+        g = product(w_g, rows_x.T, g, how.WIDEN)
+        u = product(w_u, rows_x.T, u, how.WIDEN)
     else:
-        g = product(rows_x, w_g.T, g, WIDEN)
-        if not PAIR:
-            u = product(rows_x, w_u.T, u, WIDEN)
+        g = product(rows_x, w_g.T, g, how.WIDEN)
+        if not how.PAIR:
+            u = product(rows_x, w_u.T, u, how.WIDEN)
     return g, u
 
 
 @triton.jit
-def _write(
-    act, g, u, start, row, live, n0, WIDTH, act_row,
-    BM: tl.constexpr, BN: tl.constexpr, SWAP: tl.constexpr, PAIR: tl.constexpr, GELU: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
+def _write(act, g, u, run, row, live, n0, WIDTH, BM: tl.constexpr, how):
     """The activation into its BM rows and BN columns of act."""
-    if PAIR:
-        g, u = unpair(g, BM, BN)
-    out = narrow(gated(g, u, GELU, act.dtype.element_ty), act.dtype.element_ty, WIDEN)
-    if SWAP:
+    if how.PAIR:
+        g, u = unpair(g, BM, how.BN)
+    dtype: tl.constexpr = act.at.dtype.element_ty
+    out = narrow(gated(g, u, how.GELU, dtype), dtype, how.WIDEN)
+    if how.SWAP:
         out = out.T
-    col = n0 + tl.arange(0, BN)
-    at = act + (start + row)[:, None].to(tl.int64) * act_row + col[None, :]
+    col = n0 + tl.arange(0, how.BN)
+    at = act.at + (run.start + row)[:, None].to(tl.int64) * act.row + col[None, :]
     tl.store(at, out, mask=live[:, None] & (col < WIDTH)[None, :])
 
 
 @triton.jit
-def _some_rows(
-    x, w, act, slots, e, count, start, first, n0, H, WIDTH, top_k, x_row, x_col, w_e, w_n, w_k, act_row,
-    BM: tl.constexpr, EXTRA: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr,
-    SWAP: tl.constexpr, PAIR: tl.constexpr, GELU: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
-    """act of BM + EXTRA rows of expert e from its row `first` on, at BN columns from n0 on."""
-    row, live, token = _rows(slots, start, first, count, top_k, BM)
-    g, u = _sums(BM, BN, SWAP, PAIR)
-    if EXTRA:
-        row_2, live_2, token_2 = _rows(slots, start, first + BM, count, top_k, EXTRA)
-        g_2, u_2 = _sums(EXTRA, BN, SWAP, PAIR)
-    for k0 in tl.range(0, H, BK):
-        rows_x = row_tile(x, token, live, k0, H, x_row, x_col, BK, EVEN_K)
-        if PAIR:
-            w_g = pair_tile(w, e, n0, k0, WIDTH, H, w_e, w_n, w_k, BN, BK, EVEN_K, TMA)
-            w_u = w_g
-        else:
-            w_g = weight_tile(w, e, n0, k0, WIDTH, H, w_e, w_n, w_k, BN, BK, EVEN_K, TMA)
-            w_u = weight_tile(w, e, n0 + WIDTH, k0, 2 * WIDTH, H, w_e, w_n, w_k, BN, BK, EVEN_K, TMA)
-        g, u = _add(rows_x, w_g, w_u, g, u, SWAP, PAIR, WIDEN)
-        if EXTRA:
-            rows_2 = row_tile(x, token_2, live_2, k0, H, x_row, x_col, BK, EVEN_K)
-            g_2, u_2 = _add(rows_2, w_g, w_u, g_2, u_2, SWAP, PAIR, WIDEN)
-    _write(act, g, u, start, row, live, n0, WIDTH, act_row, BM, BN, SWAP, PAIR, GELU, WIDEN)
-    if EXTRA:
-        _write(act, g_2, u_2, start, row_2, live_2, n0, WIDTH, act_row, EXTRA, BN, SWAP, PAIR, GELU, WIDEN)
+def _weights(w, e, n0, k0, H, how):
+    """The tiles of the gate and of the up rows; with PAIR one that holds both, twice."""
+    if how.PAIR:
+        w_g = pair_tile(w.at, e, n0, k0, w.width, H, w.e, w.n, w.k, how.BN, how.BK, how.EVEN_K, how.TMA)
+        w_u = w_g
+    else:
+        w_g = weight_tile(w.at, e, n0, k0, w.width, H, w.e, w.n, w.k, how.BN, how.BK, how.EVEN_K, how.TMA)
+        w_u = weight_tile(w.at, e, n0 + w.width, k0, 2 * w.width, H, w.e, w.n, w.k, how.BN, how.BK, how.EVEN_K, how.TMA)
+    return w_g, w_u
 
 
 @triton.jit
-def _one_tile(
-    x, w, act, slots, e, count, start, first, n0, H, WIDTH, top_k, x_row, x_col, w_e, w_n, w_k, act_row,
-    BM: tl.constexpr, EXTRA: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr,
-    SWAP: tl.constexpr, PAIR: tl.constexpr, GELU: tl.constexpr, WIDEN: tl.constexpr, TAIL: tl.constexpr,
-):  # fmt: skip
+def _some_rows(x, w, act, run, first, n0, BM: tl.constexpr, EXTRA: tl.constexpr, how):
+    """act of BM + EXTRA rows of a run from its row `first` on, at BN columns from n0 on."""
+    row, live, token = _rows(run, x.per_token, first, BM)
+    g, u = _sums(BM, how)
+    if EXTRA:
+        row_2, live_2, token_2 = _rows(run, x.per_token, first + BM, EXTRA)
+        g_2, u_2 = _sums(EXTRA, how)
+    for k0 in tl.range(0, x.depth, how.BK):
+        rows_x = row_tile(x.at, token, live, k0, x.depth, x.row, x.col, how.BK, how.EVEN_K)
+        w_g, w_u = _weights(w, run.e, n0, k0, x.depth, how)
+        g, u = _add(rows_x, w_g, w_u, g, u, how)
+        if EXTRA:
+            rows_2 = row_tile(x.at, token_2, live_2, k0, x.depth, x.row, x.col, how.BK, how.EVEN_K)
+            g_2, u_2 = _add(rows_2, w_g, w_u, g_2, u_2, how)
+    _write(act, g, u, run, row, live, n0, w.width, BM, how)
+    if EXTRA:
+        _write(act, g_2, u_2, run, row_2, live_2, n0, w.width, EXTRA, how)
+
+
+@triton.jit
+def _one_tile(x, w, act, run, first, n0, BM: tl.constexpr, EXTRA: tl.constexpr, TAIL: tl.constexpr, how):
     """The tile whose first row is `first`, in the height that its expert's rows ask for."""
-    left = count - first
+    left = run.count - first
     if EXTRA > 0 and (left > BM) & (left <= BM + EXTRA):
-        _some_rows(
-            x, w, act, slots, e, count, start, first, n0, H, WIDTH, top_k, x_row, x_col, w_e, w_n, w_k, act_row,
-            BM, EXTRA, BN, BK, EVEN_K, TMA, SWAP, PAIR, GELU, WIDEN,
-        )  # fmt: skip
+        _some_rows(x, w, act, run, first, n0, BM, EXTRA, how)
     elif TAIL and left <= BM // 2:
-        _some_rows(
-            x, w, act, slots, e, count, start, first, n0, H, WIDTH, top_k, x_row, x_col, w_e, w_n, w_k, act_row,
-            BM // 2, 0, BN, BK, EVEN_K, TMA, SWAP, PAIR, GELU, WIDEN,
-        )  # fmt: skip
+        _some_rows(x, w, act, run, first, n0, BM // 2, 0, how)
     else:
-        _some_rows(
-            x, w, act, slots, e, count, start, first, n0, H, WIDTH, top_k, x_row, x_col, w_e, w_n, w_k, act_row,
-            BM, 0, BN, BK, EVEN_K, TMA, SWAP, PAIR, GELU, WIDEN,
-        )  # fmt: skip
+        _some_rows(x, w, act, run, first, n0, BM, 0, how)
 
 
 @triton.jit
@@ -139,23 +163,25 @@ def _gate_up(
     """Tiles [BM slots, BN columns of act]; SWAP computes them transposed: few rows still fill a wide product."""
     after_previous(PDL)
     let_next_start(PDL)
+    rows_x, weights, to = Tokens(x, top_k, H, x_row, x_col), Weights(w, WIDTH, w_e, w_n, w_k), To(act, act_row)
     n_blocks = tl.cdiv(WIDTH, BN)
     if BY_EXPERT:
         e = tl.program_id(0) // n_blocks
         n0 = tl.program_id(0) % n_blocks * BN
-        count, start = tl.load(counts + e), tl.load(counts + E + e)
-        for m in range(row_tiles(count, BM, EXTRA)):
+        run = Run(slots, e, tl.load(counts + e), tl.load(counts + E + e))
+        for m in range(row_tiles(run.count, BM, EXTRA)):
             _one_tile(
-                x, w, act, slots, e, count, start, m * BM, n0, H, WIDTH, top_k, x_row, x_col, w_e, w_n, w_k, act_row,
-                BM, EXTRA, BN, BK, EVEN_K, TMA, SWAP, PAIR, GELU, WIDEN, TAIL,
+                rows_x, weights, to, run, m * BM, n0, BM, EXTRA, TAIL,
+                How(BN, BK, EVEN_K, TMA, SWAP, PAIR, GELU, WIDEN),
             )  # fmt: skip
     else:
         rows, ends = expert_runs(counts, 1, E, n_blocks, BLOCK_E, BM, EXTRA)
         for tile in tl.range(tl.program_id(0), tl.max(ends, 0), tl.num_programs(0), flatten=FLAT):
             e, count, start, m, n = find_tile(tile, counts, 1, rows, ends, n_blocks, BM, EXTRA, GROUP)
+            run = Run(slots, e, count, start)
             _one_tile(
-                x, w, act, slots, e, count, start, m * BM, n * BN, H, WIDTH, top_k, x_row, x_col, w_e, w_n, w_k,
-                act_row, BM, EXTRA, BN, BK, EVEN_K, TMA, SWAP, PAIR, GELU, WIDEN, TAIL,
+                rows_x, weights, to, run, m * BM, n * BN, BM, EXTRA, TAIL,
+                How(BN, BK, EVEN_K, TMA, SWAP, PAIR, GELU, WIDEN),
             )  # fmt: skip
 
 
