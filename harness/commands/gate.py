@@ -138,9 +138,16 @@ def answer(
     ledger: Folder = None,
     fresh: Fresh = False,
     timeout: Seconds = 1800.0,
+    lifeline: Annotated[int | None, typer.Option(hidden=True, help="End when this pipe does.")] = None,
     debug: options.Debug = False,
 ) -> None:
     """Step 2 of 3, where the engine is (no lm-eval needed): write the answers of one implementation."""
+    if lifeline is not None:
+        from multiprocessing.connection import Connection
+
+        from moe_harness.harness.process.parent_watch import end_with
+
+        end_with(Connection(lifeline, writable=False))
     options.writable(out)
     device, dtype = _where(device, dtype)
     _spread(ep, dispatcher)

@@ -79,6 +79,19 @@ def scored(requests: Path, answers: Iterable[Path]) -> "tuple[task.Asked, list[S
     return asked, sides
 
 
+def run_answer(
+    arguments: list[str], env: dict[str, str] | None = None, run: Callable[..., Any] = subprocess.run
+) -> Any:
+    """Run `gate answer` to its end, which is this process's own at the latest: killed, it would leave a GPU in use."""
+    theirs, ours = os.pipe()  # nothing is said: that this end closes is what is told
+    command = [sys.executable, "-m", "moe_harness", "gate", "answer", *arguments, "--lifeline", str(theirs)]
+    try:
+        return run(command, env=env, pass_fds=(theirs,))
+    finally:
+        os.close(theirs)
+        os.close(ours)
+
+
 def answer_in_a_process(arguments: list[str], out: Path, spec: str, run: Callable[..., Any] = subprocess.run) -> None:
     """Run `gate answer` by itself: a kernel that kills its process then ends a step, and not the judgement.
 
@@ -86,7 +99,7 @@ def answer_in_a_process(arguments: list[str], out: Path, spec: str, run: Callabl
         UsageError, CannotJudge: as that process ended.
     """
     try:
-        done = run([sys.executable, "-m", "moe_harness", "gate", "answer", *arguments, "--out", str(out)])
+        done = run_answer([*arguments, "--out", str(out)], run=run)
     except KeyboardInterrupt:
         print("interrupted; what was answered is kept, and the same command goes on from there", file=sys.stderr)
         raise

@@ -92,7 +92,11 @@ def write_html(result: dict[str, Any], path: Path) -> None:
         loader=PackageLoader("moe_harness.harness.gate", "."), autoescape=True, undefined=StrictUndefined
     )
     template = environment.get_template("page.html.j2")
-    differing = [row for row in result["rows"] if row["texts"] is not None]
+    # Lost answers first, then won ones: the page shows no more than the first hundred.
+    differing = sorted(
+        (row for row in result["rows"] if row["texts"] is not None),
+        key=lambda row: (row["baseline"]["right"] == row["candidate"]["right"], row["candidate"]["right"]),
+    )
     path.write_text(
         template.render(result=result, facts=facts(result), summary=summary(result), differing=differing),
         "utf-8",

@@ -108,7 +108,8 @@ def requests(folder: Path, limit: int | None) -> int:
     """Write the questions; all of them unless there is a limit."""
     folder.mkdir(parents=True, exist_ok=True)
     asked = ["--task", "arithmetic", *([] if limit is None else ["--limit", str(limit)])]
-    return _gate("requests", *asked, "--out", str(folder / "requests.jsonl"))
+    command = [sys.executable, "-m", "moe_harness", "gate", "requests"]
+    return subprocess.run([*command, *asked, "--out", str(folder / "requests.jsonl")]).returncode
 
 
 def answer(
@@ -130,7 +131,7 @@ def answer(
             return {"left_out": way.left_out}
         started, file = time.monotonic(), folder / f"{way.name}.jsonl"
         spec = ["--model", str(models[way.shared]), "--impl", way.spec, *way.options]
-        status = _gate("answer", *asked, *spec, "--out", str(file), gpu=gpu)
+        status = _answer(*asked, *spec, "--out", str(file), gpu=gpu)
         ended = {"status": status, "seconds": round(time.monotonic() - started, 1), "spec": way.spec,
                  "options": way.options, "wanted": way.wanted}  # fmt: skip
         print(f"{way.name}: status {status}, {ended['seconds']} s", flush=True)
@@ -251,10 +252,11 @@ def verdict_status(verdicts: list[str]) -> int:
     return EXIT_PASS if verdicts and set(verdicts) == {"pass"} else EXIT_CANNOT_JUDGE
 
 
-def _gate(*arguments: str, gpu: str | None = None) -> int:
+def _answer(*arguments: str, gpu: str | None) -> int:
+    from moe_harness.harness.gate.steps import run_answer
+
     seen_by_it = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
-    command = [sys.executable, "-m", "moe_harness", "gate", *arguments]
-    return subprocess.run(command, env=os.environ | seen_by_it).returncode
+    return int(run_answer(list(arguments), os.environ | seen_by_it).returncode)
 
 
 def _gpus(device: str) -> list[str]:

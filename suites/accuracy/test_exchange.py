@@ -139,7 +139,7 @@ def test_an_interrupted_run_goes_on_with_the_same_batches(tmp_path):
 
 
 def test_who_interrupts_is_told_that_nothing_is_lost(capsys):
-    def interrupted(command):
+    def interrupted(command, **given):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -152,11 +152,36 @@ def test_a_process_that_ends_without_answers_is_a_failure_of_the_run(tmp_path, c
     """Even with the status of success, which a kernel that calls os._exit(0) gives it."""
     out = tmp_path / "out.jsonl"
     with pytest.raises(CannotJudge, match=rf"gave no complete set of answers.*{told}"):
-        steps.answer_in_a_process([], out, "it", run=lambda command: subprocess.CompletedProcess(command, code))
+        steps.answer_in_a_process(
+            [], out, "it", run=lambda command, **given: subprocess.CompletedProcess(command, code)
+        )
     with pytest.raises(UsageError, match="was not asked"):
-        steps.answer_in_a_process([], out, "it", run=lambda command: subprocess.CompletedProcess(command, 2))
+        steps.answer_in_a_process([], out, "it", run=lambda command, **given: subprocess.CompletedProcess(command, 2))
     out.write_text("")
-    steps.answer_in_a_process([], out, "it", run=lambda command: subprocess.CompletedProcess(command, 0))
+    steps.answer_in_a_process([], out, "it", run=lambda command, **given: subprocess.CompletedProcess(command, 0))
+
+
+SERVED = """
+import sys, time
+from multiprocessing.connection import Connection
+from moe_harness.harness.process.parent_watch import end_with
+end_with(Connection(int(sys.argv[-1]), writable=False))
+print("answering", flush=True)
+time.sleep(600)
+"""
+ASKS = """
+import subprocess, sys
+from moe_harness.harness.gate.steps import run_answer
+run_answer([], run=lambda command, **given: subprocess.run([sys.executable, "-c", sys.argv[1], command[-1]], **given))
+"""
+
+
+def test_who_answers_ends_with_who_asked_for_it():
+    """Killed, `gate` would leave a process that answers on, beside that of the run that goes on."""
+    asks = subprocess.Popen([sys.executable, "-c", ASKS, SERVED], stdout=subprocess.PIPE, text=True)
+    assert asks.stdout.readline() == "answering\n"
+    asks.kill()
+    asks.communicate(timeout=60)  # the output of the two ends once both have ended
 
 
 def test_a_kernel_that_calls_exit_is_no_wrong_answer(tmp_path):

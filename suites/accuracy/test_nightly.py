@@ -44,7 +44,7 @@ def test_the_status_is_that_of_the_worst(verdicts, status):
 
 def test_a_way_without_answers_is_told_and_no_pass(tmp_path, monkeypatch, capsys):
     """answer goes on after a way that fails; judge tells of it."""
-    monkeypatch.setattr(nightly, "_gate", lambda *arguments, gpu: 3 if arguments[-1].endswith("tp-2.jsonl") else 0)
+    monkeypatch.setattr(nightly, "_answer", lambda *arguments, gpu: 3 if arguments[-1].endswith("tp-2.jsonl") else 0)
     assert nightly.answer(tmp_path, "cpu", list(nightly.ways("cpu", 0)), 60, jobs=2) == 3
     told = json.loads((tmp_path / "answered.json").read_text())
     assert [name for name, way in told.items() if way.get("status")] == ["tp-2"]
@@ -63,7 +63,7 @@ def test_a_way_without_answers_is_told_and_no_pass(tmp_path, monkeypatch, capsys
 
 def test_ways_of_one_process_are_spread_over_the_gpus_and_ranks_see_all(tmp_path, monkeypatch):
     given = {}
-    monkeypatch.setattr(nightly, "_gate", lambda *said, gpu: given.update({Path(said[-1]).stem: gpu}) or 0)
+    monkeypatch.setattr(nightly, "_answer", lambda *said, gpu: given.update({Path(said[-1]).stem: gpu}) or 0)
     nightly.answer(tmp_path, "cuda", list(nightly.ways("cuda", 2)), 60, jobs=3, gpus=["2", "5"])
     assert {given[name] for name in given if "tp-2" in name or name.startswith("ep-2")} == {None}
     alone = [given[name] for name in ("baseline", "batch-1", "batch-2", "batch-3")]
