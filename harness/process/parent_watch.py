@@ -14,8 +14,8 @@ def end_with(connection: Connection) -> None:
     poll = select.poll()
     poll.register(connection.fileno(), 0)  # of a connection without interest in its data only the end is told
 
-    def watch() -> None:
+    def watch(connection: Connection) -> None:  # which holds it: a connection is closed with its last name
         poll.poll()
         os._exit(1)
 
-    threading.Thread(target=watch, name="lifeline", daemon=True).start()
+    threading.Thread(target=watch, args=(connection,), name="lifeline", daemon=True).start()

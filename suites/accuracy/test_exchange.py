@@ -166,6 +166,7 @@ import sys, time
 from multiprocessing.connection import Connection
 from moe_harness.harness.process.parent_watch import end_with
 end_with(Connection(int(sys.argv[-1]), writable=False))
+time.sleep(0.5)
 print("answering", flush=True)
 time.sleep(600)
 """
