@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from moe_harness.impls.qwen3_moe.pages import ROOT, Pages
 from moe_harness.impls.qwen3_moe.sequence import Request, Sequence, Status
 
-# Tokens of prompts beside sequences that decode: their products hide behind the weights that decoding reads anyway, and
-# with fewer the host takes longer to launch a step than the device to run it (Qwen3-30B-A3B on an H200).
+# Tokens of a step in which prompts go beside sequences that decode: products hide behind weights that are read anyway,
+# and with fewer the host takes longer to launch a step than the device to run it (Qwen3-30B-A3B on an H200).  It is the
+# sum that stays the same from step to step: a number of rows that is new costs the host about as much again, because
+# each kernel is looked up anew (impls/triton/NOTES.md).
 BESIDE = 2048
 
 
@@ -55,7 +57,8 @@ class Scheduler:
 
     Args:
         max_sequences: sequences that run at once.
-        max_tokens: query tokens of one step, at least max_sequences; BESIDE at most of prompts where others decode.
+        max_tokens: query tokens of one step, at least max_sequences; BESIDE at most where prompts go beside others that
+            decode, but half as many of prompts in any case.
         max_length: positions of one sequence.
 
     Raises:
@@ -110,7 +113,7 @@ class Scheduler:
                 chosen[sequence] = 1
         budget = self.max_tokens - len(chosen)
         if chosen:
-            budget = min(budget, BESIDE)
+            budget = min(budget, max(BESIDE - len(chosen), BESIDE // 2))
         for sequence in self.running:
             if sequence.unread > 1 and budget:
                 chosen[sequence] = min(sequence.unread, budget)

@@ -8,9 +8,10 @@ from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from moe_harness.impls.qwen3_moe.engine import Engine
+from moe_harness.impls.qwen3_moe.pages import Pages
 from moe_harness.impls.qwen3_moe.runner import buckets
-from moe_harness.impls.qwen3_moe.scheduler import Refused
-from moe_harness.impls.qwen3_moe.sequence import Request
+from moe_harness.impls.qwen3_moe.scheduler import BESIDE, Refused, Scheduler
+from moe_harness.impls.qwen3_moe.sequence import Request, Sequence
 from moe_harness.suites.drawing import examples
 from moe_harness.suites.model import fake, machine
 
@@ -92,6 +93,23 @@ def test_an_interrupt_leaves_nothing_behind() -> None:
     engine.check()
     assert not engine.sequences
     assert engine.generate([Request((1, 2), 4)]) == [fake.continuation((1, 2), 4)]
+
+
+@pytest.mark.parametrize(
+    ("decoding", "rows"), [(1, BESIDE), (100, BESIDE), (BESIDE // 2, BESIDE), (BESIDE // 2 + 1, BESIDE + 1)]
+)
+def test_steps_with_prompts_beside_decoding_have_as_many_rows_each(decoding: int, rows: int) -> None:
+    """However many decode, and half of them of prompts even where more than that do."""
+    scheduler = Scheduler(
+        Pages(decoding + 500, 16, False), max_sequences=decoding + 1, max_tokens=8192, max_length=9000
+    )
+    for number in range(decoding):
+        scheduler.add(Sequence(number, Request((1,), 9)))
+    assert scheduler.plan() is not None
+    scheduler.add(Sequence(decoding, Request((1,) * 5000, 9)))
+    for _ in range(2):
+        step = scheduler.plan()
+        assert step is not None and (step.decoding, step.tokens) == (decoding, rows)
 
 
 @pytest.mark.parametrize("sequences", [*range(1, 40), 100, 200, 255, 256, 257, 300, 512, 1000])

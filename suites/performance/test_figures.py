@@ -21,5 +21,5 @@ def test_figures_come_from_the_command_with_nothing_left_out() -> None:
 
 def test_the_readme_tells_the_committed_speeds() -> None:
     told = (ROOT / "README.md").read_text()
-    for run in ("whole_model_h200.json", "whole_model_beside_vllm_h200.json", "whole_model_vllm_h200.json"):
+    for run in ("whole_model_h200.json", "whole_model_vllm_h200.json"):
         assert f" {model_figures.speeds(model_figures.read(run)).partition(' ')[0]} " in told, run

@@ -170,8 +170,8 @@ def trace(model: Any) -> dict[str, Any]:
         return call
 
     engine.runner.launch, engine.scheduler.plan = timed("launch", launch), timed("plan", plan)
-    for request in model.requests(prompts, counts, 0.6, 1, (), True):
-        engine.add(request)
+    for request in sorted(model.requests(prompts, counts, 0.6, 1, (), True), key=lambda r: -r.max_new_tokens):
+        engine.add(request)  # in the order of `generate`
     last = time.perf_counter()
     begin = last
     while engine.busy:
