@@ -5,13 +5,13 @@ r"""The routed experts for weights as they are shipped, as fused Triton kernels.
 
 `quantized_experts` keeps activations in their dtype and makes numbers of the codes in registers: bound by the bytes of
 the codes at few tokens.  `fp8_group128` makes codes of the activations too, 128 columns under one scale, and multiplies
-codes with codes in the fp8 tensor cores; sums of 128 columns are scaled and added up in fp32.  With few slots each
-program quantises the row it reads; with more, hidden states are quantised in a launch of their own, beside the
-alignment, and hidden values by the kernel that computes them.
+codes with codes in the fp8 tensor cores; sums of 128 columns are scaled and added up in fp32.  Hidden states are
+quantised by each program that reads them or in a launch of their own, beside the alignment; hidden values by the
+programs that read them or, behind an alignment, by the kernel that computes them.
 
-Few slots: three launches.  Otherwise alignment, two products, weighted sum (and that launch).  Results are bitwise the
-same in every run, and nothing waits for the device.  Rounded to the input dtype on the way: `activation` and
-`expert_output`; weights, scales and routing weights enter in fp32.
+Few slots: two products and the weighted sum.  Otherwise an alignment before them (and that launch).  Results are
+bitwise the same in every run, and nothing waits for the device.  Rounded to the input dtype on the way: `activation`
+and `expert_output`; weights, scales and routing weights enter in fp32.
 """
 
 import torch
@@ -109,7 +109,7 @@ def _experts(
     rows = quantise(x) if quantize and plan.ahead else Rows(x)
     act = quantized_product(
         rows, Matrix(up, up_scale, up_bias, format), routing, plan.gate_up, slots, x.dtype,
-        activation=activation, quantize=quantize, codes=quantize and plan.ahead,
+        activation=activation, quantize=quantize, codes=quantize and plan.ahead and not plan.few,
     )  # fmt: skip
     second = Matrix(down, down_scale, down_bias, format)
     y = quantized_product(act, second, routing, plan.down, slots, x.dtype, quantize=quantize)

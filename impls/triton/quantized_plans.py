@@ -2,7 +2,9 @@
 
 A table holds the shape, the format and whether activations become codes, and per number of tokens a plan.  Lookup: the
 same format and treatment of activations, a device of the same compute capability, the nearest shape within `NEAR`, of
-equally near ones that of the same card, then the plan whose rows per expert are nearest.  `tune_quantized` writes them.
+equally near ones that of the same card, then the plan whose rows per expert are nearest.  One that goes slot by slot is
+taken for no more rows than it was timed at: with them grows what it does, and what is aligned reads an expert once.
+`tune_quantized` writes them.
 """
 
 import functools
@@ -14,6 +16,7 @@ from typing import Any
 
 import torch
 
+from moe_harness.impls.triton._quantized_operands import PACKED
 from moe_harness.impls.triton.configs import NEAR, TUNED, WALKED, Shape, Tiling, device_name
 
 __all__ = ["Plan", "file_of", "plan_from", "plan_of", "rules", "tables"]
@@ -28,9 +31,10 @@ class Plan:
     Tiles are computed transposed, so n is the long side: 64 rows of weights and more are what a warpgroup multiplies.
     A step is the run of columns under one scale where the format has one, so k counts for the others alone.
 
-    `few`: each slot is a product of its own, without tensor cores: n columns a program, k pieces of 16 bytes of a row
-    in one turn.  `ahead`: activations that become codes do so before the products, and not in every program that reads
-    them; the tiles of the first product are then 128 columns wide.
+    `few`: each slot is a product of its own, in the tensor cores as a tile of m rows of which one counts, or, where m
+    is 1, without them: n columns a program, k pieces of 16 bytes of a row in one turn.  `ahead`: activations that
+    become codes do so before the products, and not in every program that reads them.  Where the slots are aligned the
+    tiles of the first product are then 128 columns wide, as it gives codes; otherwise its m is more than 1.
     """
 
     few: bool
@@ -84,12 +88,18 @@ def plan_of(shape: Shape, format: str, slots: int, quantize: bool, device: torch
         return rules(shape, format, slots, quantize)
     known = near[0][2].shape
     rows = slots / shape.experts
-    return min(near[0][2].plans, key=lambda p: abs(math.log2(p[0] * known.top_k / known.experts / rows)))[1]
+    timed = [(tokens * known.top_k / known.experts, plan) for tokens, plan in near[0][2].plans]
+    within = [(at, plan) for at, plan in timed if rows <= at or not plan.few]
+    return min(within or timed, key=lambda p: abs(math.log2(p[0] / rows)))[1]
 
 
 def rules(shape: Shape, format: str, slots: int, quantize: bool) -> Plan:
     """By rows per expert, for shapes and devices without a table."""
     rows = slots / shape.experts
+    large = 3 * shape.hidden * shape.width > 2**24  # codes of an expert: a program has time to fill its stages
+    if slots <= WALKED and shape.element_size == 2 and format != "plain" and (quantize or format in PACKED or large):
+        tile = Tiling(16, 64, 128, warps=4, stages=4)
+        return Plan(True, quantize, tile, tile)
     if slots <= WALKED:
         width = shape.element_size if format == "plain" else 1
         return Plan(True, False, _walk(4 // width), _walk(8 // width))
@@ -113,9 +123,11 @@ def _walk(n: int) -> Tiling:
 
 def _interpreted(shape: Shape, slots: int, quantize: bool) -> Plan:
     """Small tiles; under the interpreter every path is met on small data."""
-    if slots <= 4:
+    if slots <= 2:
         return Plan(True, False, _walk(64), _walk(64))
     tiling = Tiling(16, 64, 64, waves=1, tma=False)
+    if slots <= 4:
+        return Plan(True, quantize and slots == 4, tiling, tiling)
     rows = 64.0 if slots > 24 else slots / shape.experts
     ahead = quantize and rows > 24
     return Plan(False, ahead, replace(tiling, n=128) if ahead else tiling, tiling)

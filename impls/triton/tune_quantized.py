@@ -1,8 +1,9 @@
 """Find the tiles of the quantised experts for a shape: as `tune`, for one format of the weights.
 
 Timed apart, each as a CUDA graph over two sets of weights in turn, are the two products: slot by slot (`few`), and
-behind an alignment, where activations that become codes do so before the products (`ahead`; the launch that makes them
-counts with the first product).  Of the ways the fastest sum is kept.
+behind an alignment (`aligned`), where activations that become codes do so before the products (`ahead`; the launch that
+makes them counts with the first product), which they also may slot by slot (`few_ahead`).  Of the ways the fastest sum
+is kept.
 """
 
 import json
@@ -35,7 +36,7 @@ LARGEST_TILE = 128 * 128
 class Job:
     """One candidate of a product: "gate_up" or "down", in one of the ways."""
 
-    way: str  # few, aligned or ahead
+    way: str  # few, few_ahead, aligned or ahead
     product: str
     tiling: Tiling
 
@@ -51,9 +52,13 @@ class Layer:
 
 def candidates(layer: Layer, way: str, product: str, rows: float) -> Iterator[Tiling]:
     """Tilings worth timing at `rows` rows per expert; their steps are the format's."""
-    if way == "few":
-        for n, warps, pieces in ((4, 4, 128), (8, 4, 128), (16, 4, 128), (4, 2, 64), (8, 4, 64), (16, 8, 128)):
-            yield Tiling(1, n, pieces, warps=warps)
+    if way.startswith("few"):
+        if way == "few" or product == "down":
+            for n, warps, pieces in ((4, 4, 128), (8, 4, 128), (16, 4, 128), (4, 2, 64), (8, 4, 64), (16, 8, 128)):
+                yield Tiling(1, n, pieces, warps=warps)
+        if layer.format != "plain":
+            for stages in (3, 4, 6):
+                yield from _slots(layer, product, stages)
         return
     if way == "ahead":  # the fields of a tile are for where that kernel does not fit
         tile = Tiling(64 if rows > 24 else 16, 128, 128, warps=8, stages=3, waves=1)
@@ -76,6 +81,13 @@ def _tilings(layer: Layer, way: str, product: str, m: int, depths: list[int], wa
         for stages in depths:
             if _fits(layer, way, product, m, n, stages):
                 yield from (Tiling(m, n, 128, warps=warps, stages=stages, waves=wave) for wave in waves)
+
+
+def _slots(layer: Layer, product: str, stages: int) -> Iterator[Tiling]:
+    """Tiles of one slot."""
+    for n, warps in ((64, 4), (128, 8)):
+        if _fits(layer, "ahead" if layer.quantize else "few", product, 16, n, stages):
+            yield Tiling(16, n, 128, warps=warps, stages=stages)
 
 
 def _fits(layer: Layer, way: str, product: str, m: int, n: int, stages: int) -> bool:
@@ -120,11 +132,12 @@ def _calls(layer: Layer, job: Job, tokens: int, weights: list[tuple[Matrix, Matr
     shape = layer.shape
     torch.manual_seed(0)
     ids = torch.rand(tokens, shape.experts, device="cuda").topk(shape.top_k, dim=-1).indices
-    ints: tuple[Tensor | None, ...] = (None, None) if job.way == "few" else align(ids, shape.experts)
-    routing, total, ahead = Routing(ids, None, *ints), ids.numel(), job.way == "ahead"
+    few = job.way.startswith("few")
+    ints: tuple[Tensor | None, ...] = (None, None) if few else align(ids, shape.experts)
+    routing, total, ahead = Routing(ids, None, *ints), ids.numel(), job.way.endswith("ahead")
     if job.product == "down":
         act = Rows(torch.randn(total, shape.width, dtype=torch.bfloat16, device="cuda"))
-        act = quantise(act.values) if ahead else act
+        act = quantise(act.values) if ahead and not few else act
         return [
             partial(quantized_product, act, down, routing, job.tiling, total, torch.bfloat16, quantize=layer.quantize)
             for _, down in weights
@@ -141,7 +154,7 @@ def _calls(layer: Layer, job: Job, tokens: int, weights: list[tuple[Matrix, Matr
             total,
             torch.bfloat16,
             activation="silu",
-            codes=ahead,
+            codes=ahead and not few,
             quantize=layer.quantize,
         )
 
@@ -196,7 +209,8 @@ def _jobs(layer: Layer, tokens: int) -> dict[tuple[str, str], list[Job]]:
     """Candidates by way and product at a number of tokens."""
     slots = tokens * layer.shape.top_k
     rows = slots / layer.shape.experts
-    wanted = (["few"] if slots <= FEW else []) + ["ahead" if layer.quantize else "aligned"]
+    few = (["few"] + ["few_ahead"] * layer.quantize) if slots <= FEW else []
+    wanted = [*few, "ahead" if layer.quantize else "aligned"]
     return {
         (way, product): [Job(way, product, t) for t in candidates(layer, way, product, rows)]
         for way in wanted for product in ("gate_up", "down")
@@ -213,8 +227,8 @@ def _best(layer: Layer, tokens: int, jobs: dict[tuple[str, str], list[Job]], don
             halves.append(min(times, key=lambda t: t[0], default=None))
         if all(halves):
             (up_us, up), (down_us, down) = halves  # type: ignore[misc]
-            extra = 0.0 if way == "few" else ALIGNMENT_US
-            found.append((up_us + down_us + extra, Plan(way == "few", way == "ahead", up, down)))
+            few = way.startswith("few")
+            found.append((up_us + down_us + (0.0 if few else ALIGNMENT_US), Plan(few, way.endswith("ahead"), up, down)))
     if not found:
         return rules(layer.shape, layer.format, tokens * layer.shape.top_k, layer.quantize), 0.0
     us, plan = min(found, key=lambda f: f[0])

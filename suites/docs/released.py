@@ -65,11 +65,20 @@ def section(library: dict[str, Any]) -> str:
     if repeated:
         where = "with the library" if on_cpu else "on a machine with a GPU and the library"
         lines += ["", f"To repeat one, {where}:", "", "```", *repeated, "```"]
-    if any("reproducer" in found for found in library["findings"]):
-        lines += ["", "The reproducers have not been run since they were written down."]
+    lines += reproduced(library["findings"])
     for table in library["timed"]:
         lines += ["", *timed(table)]
     return "\n".join(lines)
+
+
+def reproduced(findings: list[dict[str, Any]]) -> list[str]:
+    """What running the reproducers as they are written down showed, and which nobody has run."""
+    files = {found["reproducer"]: found.get("reproduced", "") for found in findings if "reproducer" in found}
+    told = [f"[{file}](released/{file}) was run on {said}." for file, said in files.items() if said]
+    left = [f"[{file}](released/{file})" for file, said in files.items() if not said]
+    if left:
+        told.append(f"Not run since {'they were' if len(left) > 1 else 'it was'} written down: {', '.join(left)}.")
+    return ["", " ".join(told)] if told else []
 
 
 def beside() -> str:

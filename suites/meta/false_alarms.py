@@ -43,8 +43,8 @@ def judge_run(stage: str, spec: str, seed: int) -> dict[str, Any]:
     answers = [judge_id(trial, case_id) for case_id in ids]
     alarms = [{"id": a.id, "told": [f.message for f in a.findings] or a.reason} for a in answers
               if a.status in ("failed", "error")]  # fmt: skip
-    elements = sum(a["elements"] for a in answers)
-    return {"alarms": alarms, "cases": len(ids), "elements": elements, "worst": max(a["worst"] for a in answers)}
+    elements = sum(a.record.elements for a in answers)
+    return {"alarms": alarms, "cases": len(ids), "elements": elements, "worst": max(a.record.worst for a in answers)}
 
 
 def main() -> None:

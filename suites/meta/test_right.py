@@ -11,6 +11,7 @@ from moe_harness.harness.core.invocation import Trial
 from moe_harness.harness.core.plan import ON_CUDA_ONLY, Planned, Request, plan
 from moe_harness.harness.process.worker import judge_id
 from moe_harness.harness.run.session import RunOptions, judge
+from moe_harness.suites.meta.false_alarms import judge_run
 from moe_harness.suites.meta.judging import functions_of
 
 SAMPLED = "quantized_experts"  # six formats times three dtypes: the quick profile of one takes half a minute
@@ -88,3 +89,13 @@ def test_an_error_that_lifts_a_scale_over_a_power_of_two_is_no_fault():
     case = "seed=150057,T=33,H=384,I=256,bias=1"
     answer = judge_id(Trial(load(SAMPLED, spec), "cpu"), f"{SAMPLED}/numeric/{case}")
     assert answer.status == "passed", answer.findings
+
+
+def test_the_count_of_false_alarms_counts_what_was_judged(monkeypatch):
+    planned = [p for p in plan("shared_expert_gate", Request(seed=3)) if p.check == "numeric"][:4]
+    monkeypatch.setattr("moe_harness.harness.core.plan.plan", lambda stage, request: planned)
+    counted = judge_run("shared_expert_gate", "torch:loop", 3)
+    assert counted["cases"] == 4
+    assert counted["elements"] > 0
+    assert 0 < counted["worst"] < 1
+    assert counted["alarms"] == []

@@ -16,12 +16,19 @@ from moe_harness.harness.core.invocation import Trial
 from moe_harness.harness.stages.quantized_experts.cases import QuantizedCase
 from moe_harness.suites.triton import DEVICE, runnable
 
-ONE_SLOT_A_TILE = {"T": 2, "k": 2}
+# Under the interpreter: slot by slot without tensor cores, in tiles of one slot, and those of codes made before.
+WALKED: dict[str, Any] = {"T": 2, "k": 1}
+ONE_SLOT_A_TILE = {"T": 1, "k": 3}
+MADE_BEFORE = {"T": 2, "k": 2}
 TOGETHER = {"T": 21, "k": 2, "E": 4}  # under the interpreter such batches take the way of large ones
 CASES: dict[str, list[dict[str, Any]]] = {
     "triton": [
         *({"format": f, "T": 6, "bias": True, "activation": "swiglu_oai", "dtype": "bf16"} for f in ("plain", "mxfp4")),
         {"format": "int4_group", "data": "exact", "dtype": "fp16", **ONE_SLOT_A_TILE},
+        {"format": "int4_group", "data": "exact", "dtype": "bf16", "map": "alternate", **WALKED},
+        {"format": "mxfp4", "dtype": "bf16", "bias": True, "activation": "swiglu_oai", **WALKED},
+        {"format": "mxfp4", "dtype": "bf16", "bias": True, "activation": "swiglu_oai", **ONE_SLOT_A_TILE},
+        {"format": "int8_channel", "H": 200, "I": 72, "dtype": "bf16", "masked": "some", **MADE_BEFORE},
         {
             "format": "int8_channel",
             "data": "exact",
@@ -41,7 +48,12 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"format": "fp8_block", "layout": "down_scale:transposed", "bias": True, "data": "exact", "T": 7},
     ],
     "triton:fp8_group128": [
-        {"format": "fp8_block", "dtype": "bf16", "bias": True, **ONE_SLOT_A_TILE},
+        *(
+            {"format": "fp8_block", "dtype": "bf16", "bias": True, "H": 200, "I": 200, **size}
+            for size in (WALKED, ONE_SLOT_A_TILE, MADE_BEFORE)
+        ),
+        {"format": "fp8_block", "dtype": "bf16", "data": "outlier", "map": "alternate", **MADE_BEFORE},
+        {"format": "fp8_channel", "dtype": "fp16", "data": "token_nan", **ONE_SLOT_A_TILE},
         {"format": "fp8_block", "dtype": "bf16", "H": 200, "I": 200, "activation": "swiglu_oai", **TOGETHER},
         {"format": "fp8_block", "dtype": "bf16", "data": "token_nan", **TOGETHER},
         # Whole blocks: on a Hopper GPU the kernel with warps that copy.
@@ -65,18 +77,19 @@ class NoDevice:
 triton.runtime.driver.set_active(NoDevice())
 from triton.tools.tensor_descriptor import TensorDescriptor
 from moe_harness.impls.triton import _few_codes, _fp8_hopper, _quantized_operands, _quantized_product as q
-from moe_harness.impls.triton.configs import Shape
-from moe_harness.impls.triton.quantized_plans import rules
+from moe_harness.impls.triton import _quantized_tile, _slot_product
+from moe_harness.impls.triton.configs import Shape, Tiling
+from moe_harness.impls.triton.quantized_plans import Plan, rules
 
 E, H, I, k, bf16, fp8 = 128, 2048, 768, 8, torch.bfloat16, torch.float8_e4m3fn
 found = []
 strides = lambda t: [*(n * t.shape[-1] for n in ((t.shape[1],) if t.dim() == 3 else ())), t.shape[-1], 1]
-for module in (q, _few_codes, _fp8_hopper, _quantized_operands):
+for module in (q, _few_codes, _fp8_hopper, _quantized_operands, _slot_product):
     module.launch = lambda kernel, grid, *given, **constants: found.append(
         kernel.warmup(*given, grid=grid, **constants))
     module.early_start = module.on_hopper = lambda device: True
     module.descriptor_strides = strides
-q.tile_source = lambda t, block, wanted: (TensorDescriptor(t, list(t.shape), strides(t), block), True)
+_quantized_tile.tile_source = lambda t, block, wanted: (TensorDescriptor(t, list(t.shape), strides(t), block), True)
 
 def matrix(rows, columns, format, bias):
     codes = fp8 if format == "fp8_block" else torch.uint8
@@ -88,17 +101,20 @@ def matrix(rows, columns, format, bias):
     return q.Matrix(torch.empty(1, rows, width, dtype=codes).expand(E, -1, -1), scale, biases, format)
 
 for format, quantize, tokens, bias in (
-    ("fp8_block", True, 1, True), ("fp8_block", True, 4096, True), ("fp8_block", True, 4096, False),
-    ("int4_group", False, 64, True), ("mxfp4", False, 1024, True),
+    ("fp8_block", True, 0, True), ("fp8_block", True, 1, True), ("mxfp4", False, 1, True),
+    ("fp8_block", True, 4096, True), ("fp8_block", True, 4096, False), ("int4_group", False, 64, True),
+    ("mxfp4", False, 1024, True),
 ):
     plan = rules(Shape(E, H, I, k), format, tokens * k, quantize)
+    if not tokens:
+        tokens, plan = 1, Plan(True, False, Tiling(1, 4, 128), Tiling(1, 8, 128))
     ids = torch.empty(tokens, k, dtype=torch.int64)
     ints = None if plan.few else torch.empty(3 * E, dtype=torch.int32)
     routing = q.Routing(ids, None, ints, ints)
     x = torch.empty(tokens, H, dtype=bf16)
     rows = _quantized_operands.quantise(x) if plan.ahead else q.Rows(x)
     act = q.quantized_product(rows, matrix(2 * I, H, format, bias), routing, plan.gate_up, tokens * k, bf16,
-                              activation="silu", quantize=quantize, codes=plan.ahead)
+                              activation="silu", quantize=quantize, codes=plan.ahead and not plan.few)
     q.quantized_product(act, matrix(H, I, format, bias), routing, plan.down, tokens * k, bf16, quantize=quantize)
 for kernel in found:
     text = kernel.asm["ptx"]
@@ -148,9 +164,8 @@ def test_products_compile_for_hopper() -> None:
     wide = "wgmma.mma_async.sync.aligned.m64n{}k{}.f32.{}.{}"
     e4m3, bf16 = (lambda n: {wide.format(n, 32, "e4m3", "e4m3")}), (lambda n: {wide.format(n, 16, "bf16", "bf16")})
     quantise: set[str] = set()
-    slot_by_slot, in_tiles, by_copiers = (
-        [set(), set()],
-        [quantise, e4m3(64), e4m3(128)],
-        [quantise, e4m3(128), e4m3(128)],
-    )
-    assert kernels == [*slot_by_slot, *in_tiles, *by_copiers, bf16(16), bf16(16), bf16(64), bf16(64)]
+    walked: list[set[str]] = [set(), set()]
+    slot_by_slot = [quantise, e4m3(16), e4m3(16), bf16(16), bf16(16)]
+    in_tiles, by_copiers = [quantise, e4m3(64), e4m3(128)], [quantise, e4m3(128), e4m3(128)]
+    aligned = [*in_tiles, *by_copiers, bf16(16), bf16(16), bf16(64), bf16(64)]
+    assert kernels == [*walked, *slot_by_slot, *aligned]

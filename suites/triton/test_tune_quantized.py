@@ -45,7 +45,9 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
 
 
 def test_the_fastest_way_is_written_and_found_by_rows_per_expert(table: dict) -> None:
-    for tokens, slots, way in ((4, 8, "few"), (512, 1024, "ahead"), (512, 700, "ahead")):
+    # 9 slots are nearer to the 8 of the first plan, which goes slot by slot and was not timed with more.
+    asked = ((4, 8, "few"), (4, 5, "few"), (512, 9, "ahead"), (512, 1024, "ahead"), (512, 700, "ahead"))
+    for tokens, slots, way in asked:
         plan = quantized_plans.plan_of(SHAPE, "fp8_block", slots, True, CUDA)
         last = {product: tune_quantized._jobs(LAYER, tokens)[way, product][-1] for product in ("gate_up", "down")}
         assert (plan.few, plan.ahead) == (way == "few", way == "ahead")
@@ -71,7 +73,8 @@ def test_every_committed_table_holds_plans_that_its_kernels_take() -> None:
         data = json.loads(path.read_text())
         for entry in data["entries"].values():
             plan = quantized_plans.plan_from(entry)
-            assert not plan.ahead or (data["quantize"] and plan.gate_up.n == 128 and not plan.few), path
+            assert not plan.ahead or data["quantize"], path
+            assert not plan.ahead or (plan.gate_up.m > 1 if plan.few else plan.gate_up.n == 128), path
 
 
 def test_first_products_that_make_codes_are_128_columns_wide() -> None:
