@@ -12,14 +12,19 @@ Its docstring is the consequence.  `condition` says in words when it shows, `sho
 case on which it does, and `sign` what is seen there; each `hidden` entry of the form "name=value" changes that case
 into one where the fault gives the right answer.  What it is built from are the right steps of the stage
 (`faults/_steps.py`); called with `steps=`, it is built from others.
+
+A mistake that is the same with another number (tiles of 64 or of 128, a table of 2,048 positions or of 4,096) is one
+fault: `variants={"size": (16, 64, 128)}` names what its function takes beside the arguments of the stage, the first of
+each being what it does by itself.  It is judged as it is, and recognised in every form.
 """
 
 import difflib
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -61,6 +66,8 @@ class Fault:
     few: str | None = None  # why fewer than three cases of a quick run kill it
     stateful: bool = False  # keeps something between calls, so a verdict depends on the calls before
     part: "Fault | None" = field(default=None, repr=False)  # inside a block: the fault of its part
+    variants: Mapping[str, tuple[Any, ...]] = field(default_factory=dict, repr=False)
+    form: str = ""  # of one of the variants, "size=64"
 
     @property
     def spec(self) -> str:
@@ -71,6 +78,26 @@ class Fault:
     def home(self) -> str:
         """The module whose code is wrong, and which holds what a stateful fault keeps."""
         return (self.part or self).function.__module__
+
+    @property
+    def label(self) -> str:
+        """The name, with the form where it is not the one that the catalogue judges."""
+        return f"{self.name} ({self.form})" if self.form else self.name
+
+    def other_forms(self) -> "Iterator[Fault]":
+        """The same mistake with other numbers: every combination of `variants` but the first."""
+        for values in itertools.islice(itertools.product(*self.variants.values()), 1, None):
+            own = dict(zip(self.variants, values, strict=True))
+            form = ", ".join(f"{name}={value}" for name, value in own.items())
+            yield replace(self, function=_with(self.function, own), form=form, variants={})
+
+
+def _with(function: Callable[..., Any], own: Mapping[str, Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*args: Any, **keywords: Any) -> Any:
+        return function(*args, **own, **keywords)
+
+    return call
 
 
 _FAULTS: dict[str, Fault] = {}
@@ -87,12 +114,14 @@ def fault(
     devices: tuple[str, ...] = ("cpu", "cuda"),
     stateful: bool = False,
     few: str | None = None,
+    variants: Mapping[str, tuple[Any, ...]] = MappingProxyType({}),
     **declares: object,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Enter a function in the catalogue; `declares` become attributes of it (`deterministic=True`, ...).
 
     Args:
         source: where the bug was published, a URL or a path of GitHub.
+        variants: what the function takes beside the arguments of the stage, and the values to recognise.
 
     Raises:
         ValueError: unknown `sign`, a name that is taken, or no docstring.
@@ -107,8 +136,9 @@ def fault(
         @functools.wraps(function)
         def call(*args: Any, steps: Any = None, **keywords: Any) -> Any:
             # Tensors reach the fault by position however they were given, so that it may take them as `*call`.
+            others = {name: keywords.pop(name) for name in variants if name in keywords}
             bound = signature.bind(*args, **keywords)
-            others = {} if steps is None else {"steps": steps}
+            others |= {} if steps is None else {"steps": steps}
             return function(*bound.args, **bound.kwargs, **others)
 
         call.__signature__ = signature  # type: ignore[attr-defined]
@@ -117,7 +147,7 @@ def fault(
         example = None if shows is None else MappingProxyType(dict(shows))
         enter(Fault(
             function.__name__, stage, family, condition, consequence_of(function), call, url(source), hidden, example,
-            sign, devices, few, stateful,
+            sign, devices, few, stateful, None, dict(variants),
         ))  # fmt: skip
         return call
 

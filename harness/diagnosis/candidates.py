@@ -33,6 +33,11 @@ def suspects(stage: str, device: str, declared: Declarations | None = None) -> l
     return [f for f, own in zip(found, extras, strict=True) if own.items() <= declared.extra.items()]
 
 
+def in_every_form(faults: list[Fault]) -> list[Fault]:
+    """The faults, and behind them what else each may look like."""
+    return [*faults, *(form for fault in faults for form in fault.other_forms())]
+
+
 def likely_first(faults: list[Fault], case: Case) -> list[Fault]:
     """Faults that need a batch about as large as this one come first: with large ones the time may be over early."""
 

@@ -112,8 +112,13 @@ class Values:
         self.own, self.common, self.shared = self.own * part, self.common * part, self.shared * part
 
     def _relative(self) -> float:
-        """Typical variance of an element over its mean square, from rows that are not all zero."""
+        """Typical variance of an element over its mean square, from rows that are not all zero.
+
+        Of memory that is written in part, from what is written: where a fault writes, its values are rounded too.
+        """
         size = self.value.nan_to_num(0.0, 0.0, 0.0).square().mean(1)
+        written = self.variance.amax(1) > bounds.UNTOUCHED if self.variance.numel() else size > 0
+        size = torch.where(written, size, 0.0) if bool((written & (size > 0)).any()) else size
         if not bool((size > 0).any()):
             return len(bounds.ROUNDINGS) * torch.finfo(self.dtype).eps ** 2 / 12
         return float((self.variance.mean(1)[size > 0] / size[size > 0]).median())
@@ -148,6 +153,8 @@ class Several:
     def __init__(self, parts: Sequence[Values]):
         self.parts = parts
         self.right = tuple(part.right for part in parts)
+        for part in parts:  # where a fault writes one into the other, it has the roundings of either
+            part.relative = max(other.relative for other in parts)
 
     def focus(self, got: tuple[Tensor, ...]) -> None:
         """As `Values.focus`, of each."""

@@ -20,6 +20,7 @@ from moe_harness.harness.core.catalogue import Fault, all_faults
 from moe_harness.harness.core.contracts import load
 from moe_harness.harness.core.invocation import Broken, Rejected, Trial
 from moe_harness.harness.core.plan import Request, plan
+from moe_harness.harness.diagnosis.candidates import restored
 from moe_harness.harness.diagnosis.clusters import Cluster, Outcome, cluster, kind_of
 from moe_harness.harness.run.data_power import prove
 
@@ -27,13 +28,25 @@ APART = 0.02
 PROMISED = 0.9  # of the declared conditions are found
 MOST_ROWS = 600  # of a case; what is larger takes most of the time and adds little
 CHECKS = {"router": ("contract", "routing", "layouts"), "experts": ("contract", "exact", "numeric", "layouts"),
-          "grouped_linear": ("contract", "numeric"), "shared_expert_gate": ("contract", "numeric")}  # fmt: skip
+          "grouped_linear": ("contract", "numeric"), "shared_expert_gate": ("contract", "numeric"),
+          "rms_norm": ("contract", "exact", "numeric"), "rope_cache": ("contract", "exact", "numeric"),
+          "paged_attention": ("contract", "numeric")}  # fmt: skip
 Declared = Callable[[Any], bool]
 
 
 def sums_to_one(case: Any) -> bool:
     """Whether renormalisation changes nothing: a softmax of which every expert is chosen."""
     return case.scoring == "softmax" and case.k == case.E
+
+
+def turned(case: Any) -> bool:
+    """Whether some row has a position above 0."""
+    return case.positions in ("random", "far") or case.positions == "row" and case.T > 1
+
+
+def has_a_chunk(case: Any) -> bool:
+    """Whether some sequence has more queries than one."""
+    return any(count > 1 for count, _ in case.sequences())
 
 
 # What the catalogue says in words; only what the axes of a plan can say is here.
@@ -77,6 +90,45 @@ DECLARED: dict[str, Declared] = {
     "single_slot_unweighted": lambda c: c.k == 1,
     "experts_beyond_power_of_two_dropped": lambda c: bool(c.E & (c.E - 1)),
     "only_first_row_of_each_expert": lambda c: c.T > 1,
+    "mean_forgotten": lambda c: c.H > 1,
+    "weight_dropped": lambda c: True,
+    "one_added_to_the_weight": lambda c: True,
+    "residual_not_normalised": lambda c: c.residual,
+    "old_residual_returned": lambda c: c.residual,
+    "normalised_rows_returned_as_sum": lambda c: c.residual,
+    "residual_added_behind_the_norm": lambda c: c.residual,
+    "residual_added_twice": lambda c: c.residual,
+    "root_of_the_first_row": lambda c: c.rows() > 1,
+    "tail_of_the_sum_dropped": lambda c: c.H % 16 != 0 and c.H > 16,
+    "columns_beyond_one_block_not_scaled": lambda c: c.H > 1024,
+    "mean_over_the_padded_width": lambda c: bool(c.H & (c.H - 1)),
+    "neighbours_turned": lambda c: c.D > 2 and turned(c),
+    "turned_the_other_way": turned,
+    "theta_ignored": lambda c: c.theta != 1e4 and turned(c) and c.D > 2,
+    "position_one_ahead": lambda c: True,
+    "half_of_each_head_turned": lambda c: c.D > 2 and turned(c),
+    "keys_kept_as_values": lambda c: c.slots != "none",
+    "values_not_written": lambda c: c.slots != "none",
+    "caches_exchanged": lambda c: c.slots != "none",
+    "minus_one_wraps": lambda c: c.slots == "none" or c.slots == "some" and c.T > 1,
+    "minus_one_is_slot_0": lambda c: c.slots == "none" or c.slots == "some" and c.T > 1,
+    "slots_of_pages_of_16": lambda c: c.page != 16 and c.slots != "none",
+    "weight_of_queries_for_keys": lambda c: c.norms == "both" and c.slots != "none",
+    "norms_left_out": lambda c: c.norms in ("both", "q") or c.norms == "k" and c.slots != "none",
+    "first_key_head_written_alone": lambda c: c.Hk > 1 and c.slots != "none",
+    "chunk_sees_its_later_keys": has_a_chunk,
+    "heads_dealt_in_turn": lambda c: 1 < c.Hk < c.Hq,
+    "first_key_head_for_all": lambda c: c.Hk > 1,
+    "table_of_the_first_sequence": lambda c: c.S > 1,
+    "keys_for_values": lambda c: True,
+    "page_size_assumed": lambda c: c.page != 16 and c.length > min(c.page, 16),
+    "nan_without_keys": lambda c: c.empties and c.S > 2,
+    "scale_left_out": lambda c: c.scale != 1 and c.length > 1,
+    "window_of_128": lambda c: c.length > 128,
+    "base_two_without_log2e": lambda c: c.length > 1,
+    "weights_not_normalised": lambda c: c.length > 1,
+    "cache_strides_assumed": lambda c: c.order == "head" and c.Hk > 1 and c.page > 1,
+    "width_tail_of_scores_dropped": lambda c: c.D % 16 != 0 and c.D > 16 and c.length > 1,
 }
 
 
@@ -120,7 +172,8 @@ def judged(stage: str, faults: Iterable[Fault], seed: int) -> dict[str, list[Out
         for name, trial in trials.items():
             trial.hand_out(call)
             try:
-                findings = [finding.message for finding in checks.CHECKS[planned.check](trial, case).findings]
+                with restored(trial.stage, call):  # what one writes in place the next would find there
+                    findings = [finding.message for finding in checks.CHECKS[planned.check](trial, case).findings]
             except Rejected:
                 continue
             except Broken as error:

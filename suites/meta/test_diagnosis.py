@@ -32,10 +32,11 @@ from moe_harness.reference.router import router as reference
 RIGHT = Path(__file__).parent / "right"
 MEASURED = Path(__file__).resolve().parents[2] / "docs" / "diagnosis.json"
 # Causes that are not found: inside a block what a router rounds moves few tokens; the sums of the call before are
-# another call's; a result of NaN alone says no more than that; scales that are kept depend on what was given first.
+# another call's; a result of NaN alone says no more than that; scales that are kept depend on what was given first;
+# with a padded key cache its strides lead out of the value cache, which is told as memory that was written.
 UNNAMED = {
     "scores_in_logit_dtype_in_block", "sum_of_the_call_before_in_block", "overflow_instead_of_saturation",
-    "activation_scales_kept",
+    "activation_scales_kept", "value_cache_has_the_key_caches_strides",
 }  # fmt: skip
 GENEROUS = 600.0  # seconds; the verdict of a test must not depend on how busy the machine is
 

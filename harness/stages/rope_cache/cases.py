@@ -98,6 +98,9 @@ def _numeric(request: Request) -> Iterator[RopeCacheCase]:
         yield RopeCacheCase(Hq=query_heads, Hk=heads, **row)
     for tokens in (*at.TOKENS_FEW, 255, 257, 1025):
         yield RopeCacheCase(T=tokens, D=8, dtype=request.dtypes[tokens % len(request.dtypes)])
+    alone = {"norms": NORMS, "slots": SLOTS, "positions": POSITIONS, "D": (16, 64, 2, 128), "page": (16, 4, 1)}
+    for place, row in enumerate(pairwise(alone, request.seed + 2)):  # one sequence that decodes
+        yield RopeCacheCase(T=1, Hq=8, dtype=request.dtypes[place % len(request.dtypes)], **row)
 
 
 def _layouts(request: Request) -> Iterator[RopeCacheCase]:

@@ -94,6 +94,8 @@ def _draws(request: Request) -> Iterator[SamplerCase]:
     }  # fmt: skip
     for row in pairwise(axes, request.seed):
         yield SamplerCase(**row)
+    for cut, width in (("k", 40), ("p", 26), ("both", 56)):  # what is cut off weighs much
+        yield SamplerCase(B=many, V=width, data="draws", temperature=2.5, cut=cut, dtype=request.dtypes[0])
 
 
 def _greedy(request: Request) -> Iterator[SamplerCase]:

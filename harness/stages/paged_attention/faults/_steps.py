@@ -1,7 +1,7 @@
 """Paged attention in replaceable steps, sequence by sequence and in parts of a sequence's keys: `run` is right."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,12 +49,22 @@ def parts_of(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: fl
     return found
 
 
+class Steps(NamedTuple):
+    """The step that rounds: an implementation with other roundings has another."""
+
+    attend: Step = attend
+
+
+RIGHT = Steps()
+
+
 def run(
     q: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, query_start: Tensor, context_len: Tensor, *,
     scale: float, pages_of: Step = pages_of, gathered: Step = gathered, seen: Step = seen, shared_by: Step = shared_by,
-    attend: Step = attend, empty: float = 0.0,
+    attend: Step | None = None, empty: float = 0.0, steps: Steps = RIGHT,
 ) -> Tensor:  # fmt: skip
     """A right implementation; the last keywords replace its steps."""
+    attend = attend or steps.attend
     out = torch.zeros(q.shape, dtype=q.dtype)
     bounds, page = query_start.tolist(), key_cache.shape[1]
     for s, length in enumerate(context_len.tolist()):

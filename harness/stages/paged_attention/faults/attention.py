@@ -223,9 +223,9 @@ def query_strides_assumed_in_attention(q: Tensor, *call: Tensor, **options: Any)
 
 
 @fault("softmax", condition="a scale that is not 1 / sqrt(D)", shows={"scale": 0.125, "D": 16}, hidden=("scale=0.25",))
-def scale_assumed(q: Tensor, *call: Tensor, scale: float) -> Tensor:
+def scale_assumed(q: Tensor, *call: Tensor, scale: float, **options: Any) -> Tensor:
     """The scale is taken from the width of a head, whatever is asked for."""
-    return run(q, *call, scale=q.shape[-1] ** -0.5)
+    return run(q, *call, scale=q.shape[-1] ** -0.5, **options)
 
 
 @fault("softmax", condition="scores beyond 88", shows={"data": "far_scores"}, hidden=("data='normal'",))
@@ -251,33 +251,36 @@ def running_maximum_starts_at_0(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, attend=from_zero)
 
 
-def _joined(join: Step) -> Step:
+SPLIT = {"size": (16, 8, 32, 64, 128, 256)}  # keys of a part
+
+
+def _joined(join: Step, size: int = 16) -> Step:
     """`attend` in parts that `join` puts together."""
 
     def attend_in_parts(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float) -> Tensor:
-        return join(parts_of(q, keys, values, visible, scale))
+        return join(parts_of(q, keys, values, visible, scale, size))
 
     return attend_in_parts
 
 
-@fault("split", condition="more keys than a part has", hidden=("length=9",))
-def parts_averaged(*call: Tensor, **options: Any) -> Tensor:
+@fault("split", condition="more keys than a part has", hidden=("length=9",), variants=SPLIT)
+def parts_averaged(*call: Tensor, size: int = 16, **options: Any) -> Tensor:
     """The parts of a sequence are averaged, whatever weight each has."""
 
     def mean(parts: list[tuple]) -> Tensor:
         return torch.stack([acc / total.clamp(min=1e-38) for acc, _, total in parts]).mean(0)
 
-    return run(*call, **options, attend=_joined(mean))
+    return run(*call, **options, attend=_joined(mean, size))
 
 
-@fault("split", condition="more keys than a part has", hidden=("length=9",))
-def parts_not_rescaled(*call: Tensor, **options: Any) -> Tensor:
+@fault("split", condition="more keys than a part has", hidden=("length=9",), variants=SPLIT)
+def parts_not_rescaled(*call: Tensor, size: int = 16, **options: Any) -> Tensor:
     """Parts are added without bringing them to one maximum."""
 
     def added(parts: list[tuple]) -> Tensor:
         return sum(acc for acc, _, _ in parts) / sum(total for _, _, total in parts)
 
-    return run(*call, **options, attend=_joined(added))
+    return run(*call, **options, attend=_joined(added, size))
 
 
 @fault("split", condition="more keys than two parts have", shows={"length": 60}, hidden=("length=20",))

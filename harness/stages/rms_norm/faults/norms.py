@@ -1,9 +1,5 @@
-"""Faults of root mean square normalisation.
+"""Faults of root mean square normalisation: right steps, one replaced; `shows` and `hidden` name fields of a case."""
 
-`run` is a right implementation whose every step can be replaced; `shows` and `hidden` name fields of a case.
-"""
-
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,25 +7,9 @@ from torch import Tensor
 
 from moe_harness.harness.core.catalogue import fault
 from moe_harness.harness.core.emulation import matmul_rounding_sums, read_as_contiguous, read_past, round_down, round_up
+from moe_harness.harness.stages.rms_norm.faults._steps import root, run
 
 RESIDUAL = {"residual": True}
-
-
-def root(s: Tensor, eps: float) -> Tensor:
-    """1 / sqrt(mean(s^2) + eps), [..., 1]."""
-    return torch.rsqrt(s.square().mean(-1, keepdim=True) + eps)
-
-
-def run(
-    x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None = None,
-    root: Callable[[Tensor, float], Tensor] = root, scale: Callable[[Tensor, Tensor], Tensor] = torch.mul,
-    prepared: Callable[[Tensor], Tensor] = lambda s: s,
-) -> Any:  # fmt: skip
-    """A right implementation; `root`, `scale` and `prepared`, what becomes of a row first, replace its steps."""
-    total = x if residual is None else x + residual
-    wide = prepared(total.float())
-    out = scale(wide * root(wide, eps), weight.float()).to(x.dtype)
-    return out.contiguous() if residual is None else (out.contiguous(), total.contiguous())
 
 
 @fault("root", condition="eps matters beside the mean of squares", shows={"data": "tiny"}, hidden=("data='normal'",))
@@ -175,9 +155,10 @@ def weight_stride_assumed(x: Tensor, weight: Tensor, **options: Any) -> Any:
 
 
 @fault("residual", condition="a residual", shows=RESIDUAL, hidden=("residual=False",))
-def residual_not_normalised(x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None = None) -> Any:
+def residual_not_normalised(x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None = None,
+                            **options: Any) -> Any:  # fmt: skip
     """The residual is not added before the norm."""
-    out = run(x, weight, eps=eps)
+    out = run(x, weight, eps=eps, **options)
     return out if residual is None else (out, (x + residual).contiguous())
 
 
@@ -203,12 +184,13 @@ def normalised_rows_returned_as_sum(*call: Tensor, residual: Tensor | None = Non
     hidden=("residual=False",),
     sign="inputs",
 )
-def sum_written_into_x(x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None = None) -> Any:
+def sum_written_into_x(x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None = None,
+                       **options: Any) -> Any:  # fmt: skip
     """The sum is written into x."""
     if residual is None:
-        return run(x, weight, eps=eps)
+        return run(x, weight, eps=eps, **options)
     x.add_(residual)
-    return run(x, weight, eps=eps), x.clone().contiguous()
+    return run(x, weight, eps=eps, **options), x.clone().contiguous()
 
 
 @fault(
@@ -218,10 +200,11 @@ def sum_written_into_x(x: Tensor, weight: Tensor, *, eps: float, residual: Tenso
     hidden=("residual=True",),
     sign="inputs",
 )
-def fp32_rows_normalised_in_place(x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None = None) -> Any:
+def fp32_rows_normalised_in_place(x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None = None,
+                                  **options: Any) -> Any:  # fmt: skip
     """x.float() is x itself in fp32, and is normalised in place."""
     if residual is not None or x.dtype != torch.float32:
-        return run(x, weight, eps=eps, residual=residual)
+        return run(x, weight, eps=eps, residual=residual, **options)
     x.mul_(root(x, eps)).mul_(weight)
     return x.clone().contiguous()
 
@@ -234,11 +217,12 @@ def fp32_rows_normalised_in_place(x: Tensor, weight: Tensor, *, eps: float, resi
     hidden=("residual=False",),
     sign="earlier",
 )
-def sum_shares_the_residuals_memory(x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None = None) -> Any:
+def sum_shares_the_residuals_memory(x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None = None,
+                                    **options: Any) -> Any:  # fmt: skip
     """The sum that is returned is the residual's own memory."""
     if residual is None:
-        return run(x, weight, eps=eps)
-    out, total = run(x, weight, eps=eps, residual=residual)
+        return run(x, weight, eps=eps, **options)
+    out, total = run(x, weight, eps=eps, residual=residual, **options)
     return out, residual.copy_(total)
 
 
@@ -301,7 +285,8 @@ def tail_of_the_sum_dropped(*call: Tensor, **options: Any) -> Any:
     shows={"H": 33, "layout": "x:padded"},
     hidden=("H=48",),
 )
-def tail_of_the_sum_unmasked(x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None = None) -> Any:
+def tail_of_the_sum_unmasked(x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None = None,
+                             **options: Any) -> Any:  # fmt: skip
     """Whatever lies behind a row enters its sum of squares."""
     width = round_up(x.shape[-1])
     total = x if residual is None else x + residual
@@ -311,5 +296,5 @@ def tail_of_the_sum_unmasked(x: Tensor, weight: Tensor, *, eps: float, residual:
         squares = s.square().sum(-1, keepdim=True) + behind.square().sum(-1, keepdim=True)
         return torch.rsqrt(squares / s.shape[-1] + eps)
 
-    out = run(total, weight, eps=eps, root=unmasked)
+    out = run(total, weight, eps=eps, root=unmasked, **options)
     return out if residual is None else (out, total.contiguous())

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from moe_harness.harness.core.catalogue import fault
-from moe_harness.harness.stages.rope_cache.faults.rotations import run
+from moe_harness.harness.stages.rope_cache.faults._steps import run
 
 CUDA = ("cuda",)
 _kept: dict[tuple[object, ...], Tensor] = {}  # what the stateful fault keeps between calls

@@ -1,58 +1,15 @@
-"""Faults of norm, rotation and the write to the cache.
-
-`run` is a right implementation whose every step can be replaced; `shows` and `hidden` name fields of a case.
+"""Faults of norm, rotation and the write to the cache: right steps, one of them replaced; `shows` and `hidden` name
+fields of a case.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from moe_harness.harness.core.catalogue import fault
 from moe_harness.harness.core.emulation import read_as_contiguous
+from moe_harness.harness.stages.rope_cache.faults._steps import angle, norm, run, turn, write
 
 EVERY = {"slots": "all", "positions": "random"}
-Step = Callable[..., Tensor]
-
-
-def norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """Every head over its root mean square, where there is a weight."""
-    if weight is None:
-        return x
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
-
-
-def angle(positions: Tensor, width: int, theta: float) -> Tensor:
-    """[T, 1, D / 2], fp32 from fp64."""
-    exponents = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
-    return (positions.double()[:, None] * theta**-exponents)[:, None]
-
-
-def turn(x: Tensor, angles: Tensor) -> Tensor:
-    """Both halves of each head turned."""
-    cos, sin = angles.cos().float(), angles.sin().float()
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-
-
-def write(cache: Tensor, slots: Tensor, rows: Tensor) -> None:
-    """Rows [T, Hk, D] to their slots."""
-    for token, slot in enumerate(slots.tolist()):
-        if slot >= 0:
-            cache[slot // cache.shape[1], slot % cache.shape[1]] = rows[token].to(cache.dtype)
-
-
-def run(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, slots: Tensor, key_cache: Tensor, value_cache: Tensor, *,
-    q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 1e-6, theta: float, norm: Step = norm,
-    angle: Step = angle, turn: Step = turn, write: Callable[..., None] = write, k_turn: Step | None = None,
-) -> Tensor:  # fmt: skip
-    """A right implementation; the last keywords replace its steps."""
-    angles = angle(positions, q.shape[-1], theta)
-    keys = (k_turn or turn)(norm(k.float(), k_norm, eps), angles)
-    write(key_cache, slots, keys)
-    write(value_cache, slots, v)
-    return turn(norm(q.float(), q_norm, eps), angles).to(q.dtype).contiguous()
 
 
 @fault("rotation", condition="D above 2", shows=EVERY, hidden=("D=2",))
@@ -123,10 +80,15 @@ def angles_in_16_bits(q: Tensor, *call: Tensor, **options: object) -> Tensor:
     return run(q, *call, **options, angle=rounded)
 
 
-@fault("rotation", condition="a position above 2,047", shows=EVERY | {"positions": "far"}, hidden=("positions='row'",))
-def table_of_2048_positions(*call: Tensor, **options: object) -> Tensor:
+@fault("rotation", condition="a position above 2,047", shows=EVERY | {"positions": "far"}, hidden=("positions='row'",),
+       variants={"rows": (2048, 4096, 8192, 32768, 40960, 65536), "beyond": ("last", "wraps")})  # fmt: skip
+def table_of_2048_positions(*call: Tensor, rows: int = 2048, beyond: str = "last", **options: object) -> Tensor:
     """Cosines come from a table of 2,048 positions, whose last row serves all beyond."""
-    return run(*call, **options, angle=lambda p, width, theta: angle(p.clamp(max=2047), width, theta))
+
+    def looked_up(positions: Tensor, width: int, theta: float) -> Tensor:
+        return angle(positions.clamp(max=rows - 1) if beyond == "last" else positions % rows, width, theta)
+
+    return run(*call, **options, angle=looked_up)
 
 
 @fault("rotation", condition="positions that are not 0, 1, 2, ...", shows=EVERY, hidden=("positions='row'",))
@@ -150,10 +112,10 @@ def keys_not_turned(*call: Tensor, **options: object) -> Tensor:
 @fault("norm", condition="a norm", shows=EVERY, hidden=("norms='none'",))
 def normalised_after_the_rotation(
     q: Tensor, *call: Tensor, q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 1e-6,
-    theta: float,
+    **options: object,
 ) -> Tensor:  # fmt: skip
     """Heads are turned first and normalised then: the weight meets the wrong elements."""
-    out = run(q, *call, theta=theta, k_turn=lambda x, angles: norm(turn(x, angles), k_norm, eps))
+    out = run(q, *call, **options, k_turn=lambda x, angles: norm(turn(x, angles), k_norm, eps))
     return norm(out.float(), q_norm, eps).to(q.dtype).contiguous()
 
 
@@ -214,13 +176,18 @@ def minus_one_is_slot_0(*call: Tensor, **options: object) -> Tensor:
     return run(*call, **options, write=lambda cache, slots, rows: write(cache, slots.clamp(min=0), rows))
 
 
-@fault("cache", condition="pages of another size than 16", shows=EVERY, hidden=("page=16",))
-def slots_of_pages_of_16(*call: Tensor, **options: object) -> Tensor:
+@fault("cache", condition="pages of another size than 16", shows=EVERY, hidden=("page=16",),
+       variants={"beyond": ("wraps", "last", "lost"), "size": (16, 1, 32, 64, 128)})  # fmt: skip
+def slots_of_pages_of_16(*call: Tensor, size: int = 16, beyond: str = "wraps", **options: object) -> Tensor:
     """Slots are divided by 16, the page size the kernel was written for."""
 
     def assuming(cache: Tensor, slots: Tensor, rows: Tensor) -> None:
-        page, offset = slots // 16 % cache.shape[0], slots % 16 % cache.shape[1]
-        write(cache, torch.where(slots < 0, -1, page * cache.shape[1] + offset), rows)
+        pages, most = cache.shape[0], cache.shape[1]
+        page, offset = slots // size, slots % size
+        outside = (slots < 0) | ((page >= pages) | (offset >= most) if beyond == "lost" else slots < 0)
+        page, offset = (page % pages, offset % most) if beyond == "wraps" else (page, offset)
+        at = page.clamp(max=pages - 1) * most + offset.clamp(max=most - 1)
+        write(cache, torch.where(outside, -1, at), rows)
 
     return run(*call, **options, write=assuming)
 

@@ -1,9 +1,5 @@
-"""Faults of the choice of tokens.
+"""Faults of the choice of tokens: right steps, one of them replaced; `shows` and `hidden` name fields of a case."""
 
-`run` is a right implementation whose every step can be replaced; `shows` and `hidden` name fields of a case.
-"""
-
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,42 +7,11 @@ from torch import Tensor
 
 from moe_harness.harness.core.catalogue import fault
 from moe_harness.harness.core.emulation import read_as_contiguous
+from moe_harness.harness.stages.sampler.faults._steps import mixed, run
 from moe_harness.reference.sampler import probabilities
 
 DRAWS = {"data": "draws", "B": 4096, "V": 17}
 CUT = DRAWS | {"cut": "both"}
-Step = Callable[..., Any]
-
-
-def mixed(seeds: Tensor, positions: Tensor, count: int) -> Tensor:
-    """Uniform numbers of (seed, position, token), fp64 [B, count]: the finaliser of SplitMix64 over all three."""
-    token = torch.arange(count)
-    z = (
-        seeds.long()[:, None] * -7046029254386353131
-        + positions.long()[:, None] * 7046029288634856825
-        + token * 974711
-        + 1
-    )
-    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
-        z = (z ^ (z >> shift & (1 << 64 - shift) - 1)) * factor
-    z = z ^ (z >> 31 & (1 << 33) - 1)
-    return ((z >> 11 & (1 << 53) - 1).double() + 0.5) * 2.0**-53
-
-
-def choose(p: Tensor, u: Tensor) -> Tensor:
-    """The token with the smallest exponential variate over its probability."""
-    return (-u.log() / p.clamp(min=1e-300)).masked_fill(p <= 0, torch.inf).argmin(1)
-
-
-def run(
-    logits: Tensor, *, temperature: Tensor, top_k: Tensor | None = None, top_p: Tensor | None = None, seeds: Tensor,
-    positions: Tensor, distribution: Step = probabilities, uniform: Step = mixed, choose: Step = choose,
-) -> Tensor:  # fmt: skip
-    """A right implementation; the last keywords replace its steps."""
-    if not len(logits):
-        return torch.zeros(0, dtype=torch.int64)
-    p = distribution(logits.double(), temperature=temperature.double(), top_k=top_k, top_p=top_p)
-    return choose(p, uniform(seeds, positions, logits.shape[1]))
 
 
 @fault("temperature", source="GeeeekExplorer/nano-vllm/pull/249", condition="temperature 0", shows={"temperature": 0.0})
