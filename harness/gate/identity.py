@@ -1,4 +1,5 @@
-"""What an answer depends on besides the request: the implementation's source, the model's files, versions, the device.
+"""What an answer depends on besides the request: the implementation's source and switches, the model's files, versions,
+the device.
 
 Too much rather than too little: a change that would not have changed an answer costs a run, one that is overlooked
 serves a candidate the answers of its predecessor.
@@ -7,6 +8,7 @@ serves a candidate the answers of its predecessor.
 import hashlib
 import importlib.metadata
 import inspect
+import os
 import platform
 import sys
 import sysconfig
@@ -16,6 +18,8 @@ from typing import Any
 
 SOURCES = (".py", ".pyi", ".cu", ".cuh", ".cpp", ".cc", ".h", ".hpp", ".so", ".json", ".toml")
 PACKAGES = ("torch", "transformers", "triton", "tokenizers", "lm_eval", "liger-kernel", "vllm")
+SWITCHES = ("TRITON_", "TORCH", "PYTORCH_", "NVIDIA_", "CUBLAS", "VLLM_", "SGLANG_", "FLASHINFER_", "DG_")
+NO_SWITCH = ("DIR", "HOME", "PATH", "CACHE", "LOG", "VISIBLE")  # words of variables that say where, or how loud
 WHOLE_BELOW = 1 << 30  # bytes of weights that are read to the end; above, sizes and times have to do
 JUDGE = tuple(f"moe_harness.{room}" for room in ("harness", "fixtures", "reference", "suites"))
 
@@ -23,7 +27,8 @@ JUDGE = tuple(f"moe_harness.{room}" for room in ("harness", "fixtures", "referen
 def source_hash(function: Callable[..., Any] | type) -> str:
     """A hash over the file that holds `function`, what lies beside it, and every loaded module that is not installed.
 
-    Of a package everything counts, since some of it may be imported only when it is first called.
+    Of a package everything counts, since some of it may be imported only when it is first called; and so does the value
+    of every environment variable that one of these files names in quotes, which is how they are read.
     An installed package is named by its version instead: its files are not edited.
     """
     try:
@@ -33,7 +38,17 @@ def source_hash(function: Callable[..., Any] | type) -> str:
     if (package := _installed(file)) is not None:
         return f"{package} {version(package)}"
     beside = [path for path in _beside(file) if path.suffix in SOURCES and path.is_file()]
-    return files_hash(sorted({file, *beside, *_loaded()}))
+    files = sorted({file, *beside, *_loaded()})
+    if read := _read_by(files):
+        return hashlib.sha256(f"{files_hash(files)} {read}".encode()).hexdigest()[:32]
+    return files_hash(files)
+
+
+def _read_by(files: Iterable[Path]) -> list[tuple[str, str]]:
+    """Environment variables, with their values, that any of these files names in quotes."""
+    text = b"\n".join(path.read_bytes() for path in files)
+    quoted = ((name, value, name.encode()) for name, value in sorted(os.environ.items()))
+    return [(name, value) for name, value, n in quoted if b'"%b"' % n in text or b"'%b'" % n in text]
 
 
 def _installed(file: Path) -> str | None:
@@ -94,8 +109,14 @@ def version(package: str) -> str | None:
 
 
 def surroundings(device: str) -> dict[str, Any]:
-    """Versions and the device's name."""
+    """Versions, the device's name, and the variables by which installed libraries are switched."""
     import torch
 
     name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
-    return {"device": name, "versions": {package: found for package in PACKAGES if (found := version(package))}}
+    return {
+        "device": name, "versions": {package: found for package in PACKAGES if (found := version(package))},
+        "switches": {
+            name: value for name, value in sorted(os.environ.items())
+            if name.startswith(SWITCHES) and not any(word in name for word in NO_SWITCH)
+        },
+    }  # fmt: skip

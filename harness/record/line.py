@@ -125,18 +125,26 @@ def _faults(result: dict[str, Any]) -> Line:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, the commit of the tree, and what the driver says of the device; nothing is imported for it."""
+    """Versions, commits, and what the driver says of the device; nothing is imported for it.
+
+    `commit` and `dirty` are of the tree of moe-harness, `project` the same of the one in which the command was called:
+    whose kernels are judged.
+    """
     gpu = _output("nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.max.sm", "--format=csv,noheader")
     name, driver, clock, most = [*(gpu.splitlines() or [""])[0].split(", "), "", "", ""][:4]
-    here = Path(__file__).parent
-    commit = _output("git", "-C", str(here), "rev-parse", "HEAD")
     return {
         "versions": {"python": platform.python_version()}
         | {package: found for package in PACKAGES if (found := version(package))},
-        "commit": commit or None,
-        "dirty": bool(_output("git", "-C", str(here), "status", "--porcelain", "-uno")) if commit else None,
+        **_commit(Path(__file__).parent), "project": _commit(Path.cwd()),
         "device": name or platform.machine(), "driver": driver or None, "clocks": [clock, most] if clock else None,
     }  # fmt: skip
+
+
+def _commit(folder: Path) -> dict[str, Any]:
+    """The commit of the tree that holds a folder, and whether files of it were changed; None outside a repository."""
+    commit = _output("git", "-C", str(folder), "rev-parse", "HEAD")
+    changed = bool(_output("git", "-C", str(folder), "status", "--porcelain", "-uno")) if commit else None
+    return {"commit": commit or None, "dirty": changed}
 
 
 def _output(*command: str) -> str:

@@ -66,7 +66,8 @@ def digest(line: Line | None) -> list[tuple[str, str]]:
 
     where = line["environment"]
     rows = [("recorded", line["recorded"]), ("device", str(where.get("device")))]
-    rows += [("commit", f"{(where.get('commit') or '-')[:12]}{' (changed)' if where.get('dirty') else ''}")]
+    for told, tree in (("commit of the project", where.get("project") or {}), ("commit of moe-harness", where)):
+        rows += [(told, f"{(tree.get('commit') or '-')[:12]}{' (changed)' if tree.get('dirty') else ''}")]
     rows += [(package, number) for package, number in where.get("versions", {}).items()]
     rows += [(case, verdict["verdict"]) for case, verdict in line.get("verdicts", {}).items()]
     for case, time in line.get("times", {}).items():

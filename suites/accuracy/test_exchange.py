@@ -305,6 +305,25 @@ def test_an_edited_kernel_is_another_implementation(tmp_path):
     assert one != edited
 
 
+def test_a_switch_that_a_kernel_reads_makes_it_another(tmp_path, monkeypatch):
+    """Otherwise the kernel behind a switch would be served the answers of the one before it."""
+    text = "import os\nFAST = os.environ.get('MY_FAST_PATH')\n" + KERNEL.format(1)
+    seen = [source(tmp_path, text)]
+    unread = "MY_" + "OTHER"  # in one word it would be read: this file is loaded, too
+    for name, value in (("MY_FAST_PATH", "1"), ("MY_FAST_PATH", "2"), (unread, "3")):
+        monkeypatch.setenv(name, value)
+        seen.append(source(tmp_path, text))
+    assert len(set(seen[:3])) == 3 and seen[3] == seen[2]
+
+
+def test_switches_of_installed_libraries_count_and_their_folders_do_not(monkeypatch):
+    before = identity.surroundings("cpu")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
+    assert identity.surroundings("cpu") == before
+    monkeypatch.setenv("VLLM_USE_DEEP_GEMM", "1")
+    assert identity.surroundings("cpu")["switches"] == before["switches"] | {"VLLM_USE_DEEP_GEMM": "1"}
+
+
 def test_an_edited_neighbour_of_a_kernel_is_too(tmp_path):
     (tmp_path / "tiles.cu").write_text("// one")
     before = source(tmp_path, KERNEL.format(1))
