@@ -1,10 +1,14 @@
 """From the few named parameters of a fault's example to the arguments of a call of its stage."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from moe_harness.harness.core.case import case_types
+from moe_harness.harness.core.stage import find_stage
 
 
 class Call(NamedTuple):
@@ -138,23 +142,10 @@ def grouped_linear_call(
     return Call((x, weight, torch.tensor(sizes, dtype=getattr(torch, sizes_dtype))), {"bias": added})
 
 
-def shared_expert_gate_call(
-    *, lead: tuple[int, ...] = (5,), H: int = 32, D: int = 24, dtype: str = "float32", seed: int = 0,
-    gain: float = 1.0, layout: str = "contiguous", special: str | None = None,
-) -> Call:  # fmt: skip
-    random, kind = torch.Generator().manual_seed(seed), getattr(torch, dtype)
-    hidden = (gain * torch.randn(*lead, H, generator=random)).to(kind)
-    gate = (torch.randn(1, H, generator=random) / H**0.5).to(kind)
-    shared = torch.randn(*lead, D, generator=random).to(kind)
-    if special == "nan_token":
-        hidden[0, 0] = torch.nan
-    if layout == "padded_rows":
-        hidden = laid_out(hidden)
-    if layout == "padded_output":
-        shared = laid_out(shared)
-    if layout == "strided_gate":
-        gate = laid_out(gate.T).T
-    return Call((hidden, gate, shared), {})
+def call_of(stage: str, **fields: Any) -> Call:
+    """The call of a case of the stage."""
+    call = find_stage(stage).build(case_types()[stage](**fields), "cpu")
+    return Call(tuple(call.args.values()), call.keywords)
 
 
 def moe_block_call(
@@ -182,7 +173,7 @@ def moe_block_call(
 
 BUILDERS: dict[str, Callable[..., Call]] = {
     "experts": experts_call, "router": router_call, "grouped_linear": grouped_linear_call,
-    "shared_expert_gate": shared_expert_gate_call, "moe_block": moe_block_call,
+    "shared_expert_gate": partial(call_of, "shared_expert_gate"), "moe_block": moe_block_call,
 }  # fmt: skip
 
 # What another call before the judged one looks like.

@@ -102,7 +102,8 @@ def forget() -> None:
 def visible(fault: Fault, parameters: Mapping[str, Any], permitted: tuple[str, ...] | None) -> bool:
     """Does the fault show its sign on this case?"""
     parameters = dict(parameters)
-    poison, before = parameters.pop("poison", False), parameters.pop("before", None)
+    poison = parameters.pop("poison", False) or parameters.get("variant") == "poisoned"
+    before = parameters.pop("before", None)
     parameters.pop("calls", None)
     build = BUILDERS[fault.stage]
     forget()
@@ -263,7 +264,7 @@ BUILDING_BLOCKS += [("experts", "moe_harness.harness.stages.experts.faults.cuda"
 @pytest.mark.parametrize(("stage", "module", "name"), BUILDING_BLOCKS)
 def test_building_block_is_right(stage: str, module: str, name: str) -> None:
     run = getattr(importlib.import_module(module), name)
-    idle = {"grouped_linear": {"sizes": (0, 0)}, "shared_expert_gate": {"lead": (0,)}}.get(stage, {"T": 0})
+    idle = {"grouped_linear": {"sizes": (0, 0)}, "shared_expert_gate": {"lead": "0"}}.get(stage, {"T": 0})
     for parameters in (idle, *({"seed": seed} for seed in range(5))):
         call = BUILDERS[stage](**parameters)
         want = REFERENCES[stage](*in_fp64(call).args, **in_fp64(call).options)
