@@ -264,7 +264,7 @@ BUILDING_BLOCKS += [("experts", "moe_harness.harness.stages.experts.faults.cuda"
 @pytest.mark.parametrize(("stage", "module", "name"), BUILDING_BLOCKS)
 def test_building_block_is_right(stage: str, module: str, name: str) -> None:
     run = getattr(importlib.import_module(module), name)
-    idle = {"grouped_linear": {"sizes": (0, 0)}, "shared_expert_gate": {"lead": "0"}}.get(stage, {"T": 0})
+    idle = {"grouped_linear": {"S": 0}, "shared_expert_gate": {"lead": "0"}}.get(stage, {"T": 0})
     for parameters in (idle, *({"seed": seed} for seed in range(5))):
         call = BUILDERS[stage](**parameters)
         want = REFERENCES[stage](*in_fp64(call).args, **in_fp64(call).options)

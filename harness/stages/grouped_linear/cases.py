@@ -25,7 +25,7 @@ class GroupedLinearCase(Case):
     K: int = 64
     N: int = 48
     E: int = 8
-    sizes: str = "random"
+    sizes: str = "random"  # one of SIZES, or the rows of each expert, "5+7+3", E of them that sum to S
     bias: bool = False
     ints: str = "int64"
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moe_harness.harness.core import bounds
 from moe_harness.harness.core.call import INTS, Builder, Call
+from moe_harness.harness.core.ranked_cases import numbers
 from moe_harness.harness.core.stage import Declared, Output, Stage
 from moe_harness.harness.stages.grouped_linear.bound import grouped_linear_bound
 from moe_harness.harness.stages.grouped_linear.cases import GroupedLinearCase
@@ -76,6 +77,8 @@ def _sizes(case: GroupedLinearCase, draw: Builder) -> Tensor:
     everyone = case.E
     if case.layout == "group_sizes:expanded":
         return torch.full((everyone,), case.S // everyone)
+    if "+" in case.sizes:
+        return torch.tensor(numbers(case.sizes))
     if case.sizes in ("first", "last"):
         owners = torch.full((case.S,), 0 if case.sizes == "first" else everyone - 1)
     elif case.sizes == "even":
