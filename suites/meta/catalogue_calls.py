@@ -103,28 +103,6 @@ def laid_out(tensor: Tensor, layout: str = "padded_rows") -> Tensor:
     return wide[..., : tensor.shape[-1]]
 
 
-def router_call(
-    *, T: int = 7, E: int = 12, k: int = 2, dtype: str = "float32", seed: int = 0, scoring: str = "softmax",
-    renormalize: bool = True, bias: str | None = None, groups: tuple[int, int] | None = None, scale: float = 1.0,
-    shift: float = 0.0, spread: float = 2.0, nan_row: bool = False, ties: bool = False, layout: str = "contiguous",
-) -> Call:  # fmt: skip
-    random = torch.Generator().manual_seed(seed)
-    logits = torch.randn(T, E, generator=random) * spread + shift
-    if ties:
-        logits[:, ::2] = logits[:, :1] + 5  # more equal logits than slots, above all others
-    if nan_row:
-        logits[0] = torch.nan
-    biases = {
-        None: None, "zero": torch.zeros(E), "random": torch.randn(E, generator=random),
-        "around_seven": 6.9 + 0.2 * torch.rand(E, generator=random), "negative": torch.full((E,), -3.0),
-    }  # fmt: skip
-    logits = logits.to(getattr(torch, dtype))
-    options = {"top_k": k, "scoring": scoring, "renormalize": renormalize, "correction_bias": biases[bias]}
-    options |= {"routed_scaling_factor": scale}
-    options |= dict(zip(("num_expert_group", "topk_group"), groups or (None, None), strict=True))
-    return Call((laid_out(logits) if layout == "padded_rows" else logits,), options)
-
-
 def call_of(stage: str, **fields: Any) -> Call:
     """The call of a case of the stage."""
     call = find_stage(stage).build(case_types()[stage](**fields), "cpu")
@@ -155,7 +133,7 @@ def moe_block_call(
 
 
 BUILDERS: dict[str, Callable[..., Call]] = {
-    "experts": experts_call, "router": router_call, "grouped_linear": partial(call_of, "grouped_linear"),
+    "experts": experts_call, "router": partial(call_of, "router"), "grouped_linear": partial(call_of, "grouped_linear"),
     "shared_expert_gate": partial(call_of, "shared_expert_gate"), "moe_block": moe_block_call,
 }  # fmt: skip
 

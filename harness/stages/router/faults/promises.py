@@ -13,7 +13,7 @@ from moe_harness.harness.stages.router.faults._steps import RIGHT, Routed, Steps
 
 @fault(
     "precision", source="vllm-project/vllm/pull/14027", condition="16-bit logits",
-    shows={"dtype": "bfloat16", "E": 64, "k": 8, "spread": 0.05}, hidden=("dtype='float32'",),
+    shows={"dtype": "bf16", "E": 64, "k": 8}, hidden=("dtype='fp32'",),
 )  # fmt: skip
 def scores_in_logit_dtype(logits: Tensor, *, steps: Steps = RIGHT, **options: Any) -> Routed:
     """Scores are computed in the dtype of the logits: near scores become equal."""
@@ -26,7 +26,7 @@ def scores_in_logit_dtype(logits: Tensor, *, steps: Steps = RIGHT, **options: An
 
 @fault(
     "precision", source="ViperEkura/AstrAI/pull/57", condition="flat scores over many experts",
-    shows={"E": 256, "k": 8, "spread": 0.01},
+    shows={"E": 256, "k": 8},
 )  # fmt: skip
 def selected_on_bf16_scores(logits: Tensor, **options: Any) -> Routed:
     """Probabilities are cast to bf16 before the selection only: another set is chosen."""
@@ -35,7 +35,7 @@ def selected_on_bf16_scores(logits: Tensor, **options: Any) -> Routed:
 
 @fault(
     "precision", source="sgl-project/sglang/pull/38719", condition="fp32 logits", shows={"E": 64, "k": 8},
-    hidden=("dtype='bfloat16'",),
+    hidden=("dtype='bf16'",),
 )  # fmt: skip
 def logits_cast_to_bf16(logits: Tensor, **options: Any) -> Routed:
     """fp32 logits are cast to the model's bf16 before anything is done with them."""
@@ -65,8 +65,8 @@ def logits_overwritten(logits: Tensor, *, scoring: str = "softmax", steps: Steps
 
 
 @fault(
-    "inputs", condition="correction_bias given", shows={"bias": "random", "scoring": "sigmoid"}, sign="inputs",
-    hidden=("bias=None",),
+    "inputs", condition="correction_bias given", shows={"bias": "small", "scoring": "sigmoid"}, sign="inputs",
+    hidden=("bias='none'",),
 )  # fmt: skip
 def bias_centred_in_place(logits: Tensor, **options: Any) -> Routed:
     """The bias is centred in place at every call."""
