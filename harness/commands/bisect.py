@@ -31,7 +31,7 @@ def bisect(
     from moe_harness.harness.stages.model.bisect import bisect as locate
     from moe_harness.harness.stages.model.folder import reference_of
 
-    place, kind = options.one_of("device", device, ("cpu", "cuda")), options.one_dtype(dtype)
+    place, kind = options.device_here(device), options.one_dtype(dtype)
     reference = reference_of(model)
     asked = _prompts(ids, reference.config["vocab_size"], prompts, tokens, seed)
     torch_dtype, console = getattr(torch, TORCH_NAMES[kind]), Console(stderr=True)

@@ -42,10 +42,12 @@ def generate(
     options.writable(json_file)
     if not prompt and not ids:
         raise UsageError("nothing to continue: give --prompt TEXT or --ids 1,2,3")
-    place = options.one_of("device", device or ("cuda" if torch.cuda.is_available() else "cpu"), ("cpu", "cuda"))
+    place = options.device_here(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     ranks = spread(tp, ep, dispatcher)
     spec = impl or next(iter(registry.registered("model")))
     registry.find("model", spec)  # said at once where there is none
+    if not model.is_dir():
+        raise UsageError(f"there is no folder {model}, wanted a Hugging Face one: config.json, *.safetensors")
     kind = options.one_dtype(dtype or _own_dtype(model))
     tokenizer = _tokenizer(model) if prompt else _maybe_tokenizer(model)
     asked = [list(tokenizer(text)["input_ids"]) for text in prompt or ()] + [ids_of(text) for text in ids or ()]

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from moe_harness.harness.core import contracts, registry
-from moe_harness.harness.core.errors import HarnessError, UsageError, unknown
+from moe_harness.harness.core.errors import CannotJudge, HarnessError, UsageError, unknown
 from moe_harness.harness.core.names import CHECK_NAMES
 from moe_harness.harness.core.plan import PROFILES, Request
 
@@ -124,6 +124,16 @@ def one_dtype(value: str) -> str:
     if len(found) != 1:
         raise UsageError(f"--dtype is {value!r}, but should be one of {', '.join(contracts.DTYPES)}")
     return found[0]
+
+
+def device_here(value: str) -> str:
+    """As `one_of`, for a model that runs in this process (CannotJudge for cuda where there is none)."""
+    import torch
+
+    place = one_of("device", value, contracts.DEVICES)
+    if place == "cuda" and not torch.cuda.is_available():
+        raise CannotJudge("there is no CUDA device here, which --device cuda asks for; --device cpu does without")
+    return place
 
 
 def request(

@@ -139,6 +139,13 @@ def test_a_wrong_call_of_bisect_says_what_to_do(folders: tuple, tmp_path: Path) 
         assert code == 2 and message in out, (arguments, out)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("command", [("generate", "--ids", "1"), ("bisect", "--impl", "qwen3_moe")])
+def test_a_gpu_that_is_not_there_is_told(command: tuple[str, ...], folders: tuple) -> None:
+    code, out = call(*command, "--model", str(folders[0]), "--device", "cuda")
+    assert code == 3 and "there is no CUDA device here" in out and "failed" not in out, out
+
+
 def test_generate_continues_prompts(folders: tuple, tmp_path: Path) -> None:
     model, target = str(folders[0]), tmp_path / "out.json"
     common = ("generate", "--model", model, "--max-new-tokens", "6", "--ignore-eos", "--json", str(target))
@@ -164,6 +171,7 @@ def test_generate_says_what_is_wrong(folders: tuple, tmp_path: Path) -> None:
         (*model, "--ids", "1", "--max-new-tokens", "100000"): "wanted at most",
         (*model, "--ids", "1", "--impl", "qwen4"): "qwen3_moe",
         ("generate", "--model", str(tmp_path), "--ids", "1"): "got no config.json",
+        ("generate", "--model", str(tmp_path / "absent"), "--prompt", "hello"): "there is no folder",
     }.items():
         code, out = call(*arguments)
         assert code == 2 and message in out, (arguments, out)
