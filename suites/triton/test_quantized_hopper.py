@@ -1,4 +1,5 @@
-"""What only a Hopper GPU shows of the quantised experts: `_fp8_hopper`, and codes of four bits in pairs of 16 bits.
+"""What only a Hopper GPU shows of the quantised experts: `_fp8_hopper`, codes of four bits in pairs of 16 bits, and
+tiles of one slot with the copy engine.
 
 The interpreter runs neither Gluon nor assembly.  Each case says what of the kernels it is for; sizes are the smallest
 that have it, and most of the time is the compiler's.
@@ -68,9 +69,39 @@ HALF_BYTES: dict[str, dict[str, Any]] = {
     )
     for tokens in (70,)
 }  # fmt: skip
+# As many slots as the rules take one by one.
+SLOTS: dict[str, dict[str, Any]] = {
+    "one step, fewer than there are stages": {"T": 1, "H": 128},
+    "steps that are no multiple of the stages": {"T": 2, "H": 640, "I": 384},
+    "one expert in all slots": {"T": 8, "routing": "one"},
+    "slots without an expert": {"T": 6, "masked": "some"},
+    "no token has an expert": {"T": 3, "masked": "all"},
+    "experts that live elsewhere": {"T": 4, "map": "alternate"},
+    "no whole blocks, a tile past the end": {"T": 2, "H": 200, "I": 200},
+    "biases": {"T": 2, "bias": True},
+    "scales in columns": {"T": 2, "layout": "gate_up_scale:transposed"},
+    "fp16": {"T": 2, "dtype": "fp16"},
+    "clamped": {"T": 2, "activation": "swiglu_oai"},
+    "one large value in a run": {"T": 2, "data": "outlier"},
+    "scales of activations under the smallest normal": {"T": 2, "data": "tiny"},
+    "runs of zeros": {"T": 2, "data": "zero_rows"},
+    "NaN in one token": {"T": 4, "data": "token_nan"},
+}
+FEW_HALF_BYTES = [
+    {"format": format, "dtype": dtype, "data": data, "T": 3, "E": 4, "k": 2}
+    for format in ("int4_group", "mxfp4") for dtype in ("bf16", "fp16") for data in ("exact", "largest_code")
+]  # fmt: skip
 GIVEN = [
     *(pytest.param("triton:fp8_group128", {**BLOCKS, **changes}, id=words) for words, changes in CODES.items()),
     *(pytest.param("triton", {**BLOCKS, **changes}, id=words) for words, changes in HALF_BYTES.items()),
+    *(
+        pytest.param("triton:fp8_group128", {**BLOCKS, **changes}, id=f"few slots, {words}")
+        for words, changes in SLOTS.items()
+    ),
+    *(
+        pytest.param("triton", fields, id="few slots, " + ", ".join(map(str, list(fields.values())[:3])))
+        for fields in FEW_HALF_BYTES
+    ),
 ]
 
 
