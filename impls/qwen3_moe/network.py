@@ -292,10 +292,11 @@ class Network:
         weights, ids = self.kernels.router(logits, **c.routing())
         return weights, ids if pads is None else ids.masked_fill_((pads < 0)[:, None], -1)
 
-    def routed(self, name: str, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-        """The weighted sum over this rank's experts, by their local ids."""
+    def routed(self, name: str, x: Tensor, weights: Tensor, ids: Tensor, local: Tensor | None = None) -> Tensor:
+        """The weighted sum over this rank's experts, by their local ids, or by those that `local` [E] makes of ids."""
         up, down = self.p[f"{name}.experts.gate_up_proj"], self.p[f"{name}.experts.down_proj"]
-        return self.kernels.experts(x, up, down, weights, ids, activation=self.config.activation)
+        activation = self.config.activation
+        return self.kernels.experts(x, up, down, weights, ids, activation=activation, expert_map=local)
 
     def shared(self, name: str, x: Tensor) -> Tensor | None:
         """This rank's part of the shared expert, gated where it has a gate; None where there is none."""

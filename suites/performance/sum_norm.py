@@ -80,7 +80,8 @@ def capture(step: Step, given: tuple[Tensor, ...], times: int) -> tuple[torch.cu
     torch.cuda.synchronize()
     dist.barrier()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # NCCL's own threads look at events meanwhile, which only a capture of this thread alone allows.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         results = [step(*given) for _ in range(times)]
     torch.cuda.synchronize()
     return graph, results
@@ -133,9 +134,14 @@ def run_rank(rank: int, ranks: int, store: str, told: str) -> None:
     dist.all_gather_object(every, faults)
     table = [measured(symmetric, nccl, rows) for rows in ROWS] if not any(every) else []
     if rank == 0:
-        found = {"gpu": torch.cuda.get_device_name(), "ranks": ranks, "wrong": sum(every, []), "times": table}
+        versions = {"torch": torch.__version__, "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
+        found = {"device": torch.cuda.get_device_name(), "ranks": ranks, "versions": versions}
+        found |= {"wrong": sum(every, []), "times": table}
         Path(told).write_text(json.dumps(found, indent=1))
-    dist.destroy_process_group()
+    torch.cuda.synchronize()
+    dist.barrier()
+    torch.cuda.synchronize()
+    os._exit(0)  # captured collectives make an orderly end slow
 
 
 def main() -> None:
