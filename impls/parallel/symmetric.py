@@ -8,11 +8,13 @@ alike.  Nothing is read back to the host and the numbers of the calls are kept o
 calls and be replayed.  All calls of a group are made on one stream.  Parts of more than LARGEST bytes are summed by the
 group's own all_reduce (NCCL), which moves each of them 2 (R - 1) / R times and not R - 1 times.
 
-No GPU has run it: `suites/performance/sum_norm.py` is what checks and times it on two.
+A rank's part may be left half done by the kernel before: `of_slots` sums what its experts yield, `of_pieces` a product
+in parts over its depth.  `suites/performance/sum_norm.py` checks and times it.
 """
 
 import importlib.util
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,9 +23,31 @@ from torch import Tensor
 
 from moe_harness.impls.dispatchers.symmetric import Workspace, placed
 from moe_harness.impls.launching import Prepared
+from moe_harness.impls.triton._common import early_start
 
 LARGEST = 1 << 20  # bytes of one rank's part
 WIDEST = 16384  # columns that one program holds
+
+
+class Slots(NamedTuple):
+    """Whose a rank's rows of experts are: weights and ids [T, k], and which of the ids it has."""
+
+    weights: Tensor
+    ids: Tensor
+    num_experts: int
+    local: Tensor | None
+
+
+class Own(NamedTuple):
+    """This rank's part: `like` [T, H] itself, or the sum of `pieces`, of experts' rows by `slots`."""
+
+    like: Tensor
+    slots: Slots | None = None
+    pieces: Tensor | None = None
+
+    @property
+    def terms(self) -> int:
+        return 1 if self.pieces is None or self.slots is not None else len(self.pieces)
 
 
 class SumNorm:
@@ -46,11 +70,10 @@ class SumNorm:
         if dist.get_backend(group) != "nccl":
             raise NotImplementedError(f"symmetric memory joins GPUs, not ranks on {dist.get_backend(group)}")
 
-    def fits(self, part: Tensor) -> bool:
+    def fits(self, shape: Sequence[int], dtype: torch.dtype) -> bool:
         """Whether parts of this size go through symmetric memory; the same on every rank, as they are equally large."""
-        rows, width = part.shape
-        size = rows * width * part.element_size()
-        return 0 < width <= WIDEST and size <= LARGEST
+        rows, width = shape
+        return 0 < width <= WIDEST and rows * width * dtype.itemsize <= LARGEST
 
     def __call__(
         self, part: Tensor, weight: Tensor | None = None, *, eps: float = 0.0, residual: Tensor | None = None
@@ -68,27 +91,63 @@ class SumNorm:
         Raises:
             ValueError: operands that do not fit together, or do not fit.
         """
-        self._check(part, weight, residual)
-        total = torch.empty_like(part, memory_format=torch.contiguous_format)
+        return self._summed(Own(part), part.dtype, weight, eps, residual)
+
+    def of_pieces(self, pieces: Tensor, weight: Tensor, *, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """As a call, where this rank's part is the sum of fp32 pieces [n, T, H], rounded to the dtype of `weight`."""
+        if pieces.dtype != torch.float32:
+            raise ValueError(f"pieces are {pieces.dtype}, wanted fp32")
+        return self._summed(Own(pieces[0], pieces=pieces), weight.dtype, weight, eps, residual)
+
+    def of_slots(
+        self, rows: Tensor, topk_weights: Tensor, topk_ids: Tensor, weight: Tensor, *, eps: float, residual: Tensor,
+        num_experts: int, local: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """As a call, where this rank's part is the experts' weighted sum, rounded to the dtype of `weight`.
+
+        Args:
+            rows: [T * k, H], what each slot's expert yields; undefined where the slot is another rank's.
+            topk_weights, topk_ids: [T, k].
+            num_experts: those of this rank, ids of which are below it; `local` [E] makes such ids of what is given.
+        """
+        slots = Slots(topk_weights.contiguous(), topk_ids.contiguous(), num_experts, local)
+        if len(rows) != topk_ids.numel():
+            raise ValueError(f"rows are {tuple(rows.shape)}, wanted {topk_ids.numel()} of them")
+        return self._summed(Own(rows[: len(topk_ids)], slots=slots, pieces=rows), weight.dtype, weight, eps, residual)
+
+    def _summed(
+        self, own: "Own", dtype: torch.dtype, weight: Tensor | None, eps: float, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        like = own.like if own.like.dtype == dtype else torch.empty(own.like.shape, dtype=dtype, device="meta")
+        self._check(like, weight, residual)
+        rows, width = own.like.shape
+        total = torch.empty(rows, width, dtype=dtype, device=own.like.device)
         out = total if weight is None else torch.empty_like(total)
-        given = [placed(tensor) for tensor in (part, part if residual is None else residual)]
-        scale = given[0] if weight is None else placed(weight)
-        start = self._prepared(part, eps, residual is not None, weight is not None)
-        start(*given, scale, out, total, len(part))
+        part = placed(own.like if own.pieces is None else own.pieces)
+        slots = own.slots or Slots(part, part, 0, None)
+        added, scale = (part if tensor is None else placed(tensor) for tensor in (residual, weight))
+        start = self._prepared(own, dtype, eps, residual is not None, weight is not None)
+        local = slots.ids if slots.local is None else slots.local
+        start(part, placed(slots.weights), placed(slots.ids), placed(local), added, scale, out, total, rows)
         return out, total
 
-    def _prepared(self, part: Tensor, eps: float, add: bool, norm: bool) -> Prepared:
+    def _prepared(self, own: "Own", dtype: torch.dtype, eps: float, add: bool, norm: bool) -> Prepared:
         """The start of the kernel for rows of this kind; the first one is a collective, which maps the memory."""
-        width = part.shape[1]
-        key = (part.dtype, width, eps, add, norm)
+        width, slots = own.like.shape[1], own.slots
+        kind = None if slots is None else (slots.weights.dtype, slots.ids.dtype, slots.ids.shape[1], slots.num_experts)
+        known = 0 if slots is None or slots.local is None else len(slots.local)
+        key = (own.like.dtype, dtype, width, eps, add, norm, own.terms, kind, known)
         if key not in self._started:
             space = self._workspace()
-            bound = space.half // (self.ranks * width * part.element_size())
-            fixed = (space.peers, space.epochs, eps, bound, width, space.first, space.half)
-            block = triton.next_power_of_2(width)
+            bound = space.half // (self.ranks * width * dtype.itemsize)
+            experts = 0 if slots is None else slots.num_experts
+            fixed = (space.peers, space.epochs, eps, bound, width, space.first, space.half, experts, known)
+            early, block = early_start(self.device), triton.next_power_of_2(width)
             constants = {
                 "ADD": add, "NORM": norm, "RANK": self.rank, "RANKS": self.ranks, "PROGRAMS": self.kernels.PROGRAMS,
-                "BLOCK": block, "WIDEN": self.device.type != "cuda",
+                "BLOCK": block, "SLOTS": 0 if slots is None else slots.ids.shape[1], "PIECES": own.terms,
+                "HAS_MAP": known > 0, "WIDEN": self.device.type != "cuda", "PDL": early, "launch_pdl": early,
+                "num_warps": max(1, min(16, block // 256)),
             }  # fmt: skip
             self._started[key] = Prepared(self.kernels.sum_norm, self.kernels.PROGRAMS, fixed, constants)
         return self._started[key]
@@ -107,7 +166,7 @@ class SumNorm:
         fitting = weight is None or (tuple(weight.shape) == tuple(part.shape[1:]) and weight.dtype == part.dtype)
         if not fitting or (residual is not None and (residual.shape, residual.dtype) != (part.shape, part.dtype)):
             raise ValueError(f"shapes are {shapes}, wanted [T, H], [H] and [T, H] in one dtype")
-        if not self.fits(part):
+        if not self.fits(part.shape, part.dtype):
             raise ValueError(
                 f"the part is {tuple(part.shape)} of {part.dtype}, wanted at most {LARGEST} bytes in rows of up to "
                 f"{WIDEST} columns"

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_harness.impls.parallel.reduction import COMPLETE, PARTIAL, reduction
+from moe_harness.impls.qwen3_moe.outputs import Unsummed
 from moe_harness.impls.qwen3_moe.placement import Placement
-from moe_harness.impls.qwen3_moe.ranks import Ranks, Unsummed, share
+from moe_harness.impls.qwen3_moe.ranks import Ranks, share
 
 REGISTRY = "moe_harness.impls.dispatchers.dispatcher"
 
@@ -68,7 +69,8 @@ class Summed:
         d = self.dispatcher.dispatch(x, weights, ids)
         # Rows are the tokens themselves, so that the shared expert's part goes into the same sum.
         out = _sum(block.routed(name, d.hidden_states, d.topk_weights, d.topk_ids), block.shared(name, x))
-        return block.reduced(out) if self.ranks.sums_in_the_norm(out) else self.dispatcher.combine(out, d)
+        later = self.ranks.sums_in_the_norm(out.shape, out.dtype)
+        return block.reduced(out) if later else self.dispatcher.combine(out, d)
 
 
 class Exchanged:

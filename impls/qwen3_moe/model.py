@@ -17,7 +17,8 @@ from moe_harness.impls.qwen3_moe.expert_layouts import ExpertLayout, alone, expe
 from moe_harness.impls.qwen3_moe.kernels import Kernels
 from moe_harness.impls.qwen3_moe.loader import load
 from moe_harness.impls.qwen3_moe.lockstep import LockstepEngine
-from moe_harness.impls.qwen3_moe.network import Cache, Flat, Network, Output, cache_shape
+from moe_harness.impls.qwen3_moe.network import Cache, Flat, Network, cache_shape
+from moe_harness.impls.qwen3_moe.outputs import Output
 from moe_harness.impls.qwen3_moe.pages import Pages
 from moe_harness.impls.qwen3_moe.ranks import Ranks, SumNorm, share
 from moe_harness.impls.qwen3_moe.runner import Runner

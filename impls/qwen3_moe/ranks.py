@@ -13,7 +13,6 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,21 +37,21 @@ class RankLost(RuntimeError):
     """A rank has ended while others wait for it."""
 
 
-@dataclass(frozen=True)
-class Unsummed:
-    """This rank's part [T, H] of a sum over ranks that the norm behind it makes, in the same launch."""
-
-    part: Tensor
-
-
 class SumNorm(Protocol):
     """`impls.parallel.symmetric.SumNorm`."""
 
-    def fits(self, part: Tensor) -> bool: ...
+    def fits(self, shape: Sequence[int], dtype: torch.dtype) -> bool: ...
 
     def __call__(
         self, part: Tensor, weight: Tensor | None = None, *, eps: float = 0.0, residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor]: ...
+
+    def of_pieces(self, pieces: Tensor, weight: Tensor, *, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def of_slots(
+        self, rows: Tensor, topk_weights: Tensor, topk_ids: Tensor, weight: Tensor, *, eps: float, residual: Tensor,
+        num_experts: int, local: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 class Ranks:
@@ -78,9 +77,9 @@ class Ranks:
         """The sum over ranks, the same bits on each: every router after it chooses alike."""
         return reduction(partial, None, self.group, routed_state=PARTIAL)
 
-    def sums_in_the_norm(self, partial: Tensor) -> bool:
-        """Whether the norm behind a partial result sums it; the same on every rank."""
-        return self.sum_norm is not None and self.sum_norm.fits(partial)
+    def sums_in_the_norm(self, shape: Sequence[int], dtype: torch.dtype) -> bool:
+        """Whether the norm behind a partial result of this size sums it; the same on every rank."""
+        return self.sum_norm is not None and self.sum_norm.fits(shape, dtype)
 
     def columns(self, own: Tensor, widths: Sequence[int]) -> Tensor:
         """All columns of a matrix of which each rank has the next ones: own [T, widths[rank]] -> [T, sum]."""

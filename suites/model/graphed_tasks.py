@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from moe_harness.harness.core.ranked_task import Rank
+from moe_harness.impls.qwen3_moe import model as engine
 from moe_harness.impls.qwen3_moe.model import Model
-from moe_harness.suites.model.ranked_tasks import IDS, digest, load
+from moe_harness.suites.model.ranked_tasks import IDS, digest, load, padded_step
 
 SEQUENCES = 11
 PROMPTS = [[(7 * n + 5 * p) % 128 for p in range(1 + n)] for n in range(SEQUENCES)]
@@ -73,3 +75,31 @@ def _last_logits(model: Model, size: int) -> Tensor:
             whole = type(filled)(bucket, bucket, bucket, bucket, cut=False)
             logits, _ = runner.run(whole, padded=True)
         return logits[:size].clone().cpu()
+
+
+def joined_step(me: Rank, spec: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Task: the logits of a padded decoding step on Triton's kernels, interpreted, with what they join over ranks.
+
+    Returns:
+        The ids of the sequence so far, the logits behind them, and how the sums over ranks were asked for.
+    """
+    asked: list[str] = []
+
+    from moe_harness.suites.reduction.interpreted import SumNorm  # which has all kernels of the process interpreted
+
+    class Watched(SumNorm):
+        def of_slots(self, *given: Any, **options: Any) -> tuple[Tensor, Tensor]:
+            asked.append("slots")
+            return super().of_slots(*given, **options)
+
+        def of_pieces(self, *given: Any, **options: Any) -> tuple[Tensor, Tensor]:
+            asked.append("pieces")
+            return super().of_pieces(*given, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "symmetric_sums", lambda group, device: Watched(group))
+        model = load(spec, me.group, kernels="triton", symmetric=True)
+    first = model.generate([[5, 6, 7]], max_new_tokens=1, ignore_eos=True)[0]
+    asked.clear()
+    _, logits = padded_step(model)
+    return {"ids": [5, 6, 7, *first], "logits": logits.double().tolist(), "asked": asked}

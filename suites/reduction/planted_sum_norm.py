@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-PUTS = "    real = column < width\n"
+PUTS = "    base = first + half * half_size\n"
 FLAGS = "    _raise_flags(peers, half, epoch, rows, RANK, RANKS, PROGRAMS)\n"
 LOADED = 'tl.load(at, mask=real, other=0.0, cache_modifier=".cg").to(tl.float32)'
 
@@ -31,8 +31,9 @@ FAULTS = {
     "sum_in_the_dtype_of_the_parts": Planted(
         ((f"s += {LOADED}", f"s = narrow(s + {LOADED}, part.dtype.element_ty, WIDEN).to(tl.float32)"),)
     ),
-    "residual_on_every_rank": Planted((("s += tl.load(residual", "s += RANKS * tl.load(residual"),)),
-    "residual_on_the_first_rank": Planted((("        if ADD:", "        if ADD and RANK == 0:"),)),
+    "residual_on_every_rank": Planted((("s += added", "s += RANKS * added"),)),
+    "residual_of_the_first_row_for_all": Planted((("more = row + PROGRAMS", "more = program"),)),
+    "residual_on_the_first_rank": Planted((("s += added", "s += added if RANK == 0 else 0.0 * added"),)),
     "parts_of_other_rows_taken": Planted(
         (('agreed = tl.where(seen == rows, agreed, float("nan"))', "agreed = 0.0"),), "NaN"
     ),

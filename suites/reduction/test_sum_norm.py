@@ -75,11 +75,17 @@ triton.runtime.driver.set_active(NoDevice())
 from moe_harness.impls.parallel import _sum_norm
 
 x, numbers = torch.empty(64, 2048, dtype=torch.bfloat16), torch.empty(128, dtype=torch.int64)
-constants = dict(ADD=True, NORM=True, RANK=0, RANKS=2, PROGRAMS=128, BLOCK=2048, WIDEN=False)
-kernel = _sum_norm.sum_norm.warmup(
-    x, x, x[0], x, x, 64, numbers, numbers, 1e-6, 256, 2048, 4096, 1 << 21, grid=(128,), **constants
-)
-print(kernel.asm["ptx"])
+constants = dict(ADD=True, NORM=True, RANK=0, RANKS=2, PROGRAMS=128, BLOCK=2048, WIDEN=False, PDL=True)
+for part, kind in (
+    (x, dict(SLOTS=0, PIECES=1, HAS_MAP=False)), (x, dict(SLOTS=8, PIECES=1, HAS_MAP=True)),
+    (x.float(), dict(SLOTS=0, PIECES=4, HAS_MAP=False)),
+):
+    kernel = _sum_norm.sum_norm.warmup(
+        part, x, numbers, numbers, x, x[0], x, x, 64, numbers, numbers, 1e-6, 256, 2048, 4096, 1 << 21, 64, 128,
+        grid=(128,), launch_pdl=True, num_warps=8, **constants, **kind
+    )
+    print(kernel.asm["ptx"])
+    print("end of a kernel")
 """
 
 
@@ -91,5 +97,8 @@ def test_it_compiles_for_hopper_with_flags_that_the_whole_system_sees() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     raised, seen = r"atom\.global\.(sys\.release|release\.sys)\.exch", r"global\.(sys\.acquire|acquire\.sys)"
-    for wanted in (raised, seen, r"ld\.global\.cg\.v4", r"st\.global\.v4"):
-        assert re.search(wanted, done.stdout), f"the kernel should use {wanted}"
+    kernels = done.stdout.split("end of a kernel")[:-1]
+    assert len(kernels) == 3
+    for text in kernels:
+        for wanted in (raised, seen, r"ld\.global\.cg\.v4", r"st\.global\.v4", r"griddepcontrol\.wait"):
+            assert re.search(wanted, text), f"the kernel should use {wanted}"
