@@ -29,6 +29,7 @@ from moe_harness.harness.core.call import Call
 from moe_harness.harness.stages.rms_norm.cases import RmsNormCase
 from moe_harness.harness.stages.rms_norm.stage import STAGE
 from moe_harness.impls.parallel.symmetric import SumNorm
+from moe_harness.impls.triton._combine import combine
 from moe_harness.impls.triton.rms_norm import rms_norm
 
 H, EPS, DTYPE = 2048, 1e-6, torch.bfloat16
@@ -71,6 +72,32 @@ def wrong(symmetric: Step, rows: int) -> list[str]:
             if not torch.equal(result[1], total):
                 told.append(f"{how}, seed {seed}: {int((result[1] != total).sum())} of {total.numel()} sums differ")
             told += [f"{how}, seed {seed}: {found.message}" for found in STAGE.judge(norm, result[0], ()).findings]
+    return told
+
+
+def half_done(through: SumNorm, rows: int) -> list[str]:
+    """Where a part left half done by the kernel before gives other bits than the finished part."""
+    told = []
+    _, weight, residual = drawn(rows, 0)
+    options: dict[str, Any] = {"eps": EPS, "residual": residual}
+    random = torch.Generator("cuda").manual_seed(dist.get_rank())
+    experts, slots = 64, 8
+    y = torch.randn(rows * slots, H, device="cuda", generator=random).to(DTYPE)
+    weights = torch.rand(rows, slots, device="cuda", generator=random)
+    ids = torch.randint(-1, 2 * experts, (rows, slots), device="cuda", generator=random)
+    local = (torch.arange(2 * experts, device="cuda") - experts * (dist.get_rank() % 2)).clamp(min=-1)
+    local[local >= experts] = -1
+    pieces = torch.randn(4, rows, H, device="cuda", generator=random)
+    whole = pieces[0] + pieces[1] + pieces[2] + pieces[3]
+    for name, part, found in (
+        ("slots", combine(y, weights, ids, experts, local),
+         through.of_slots(y, weights, ids, weight, num_experts=experts, local=local, **options)),
+        ("pieces", whole.to(DTYPE), through.of_pieces(pieces, weight, **options)),
+    ):  # fmt: skip
+        wanted = through(part, weight, **options)
+        for what, got, right in zip(("norm", "sum"), found, wanted, strict=True):
+            if not torch.equal(got, right):
+                told.append(f"{name}, {what}: {int((got != right).sum())} of {got.numel()} differ")
     return told
 
 
@@ -130,6 +157,7 @@ def run_rank(rank: int, ranks: int, store: str, told: str) -> None:
         return rms_norm(total, weight, eps=EPS, residual=residual)
 
     faults = [f"rank {rank}, {rows} rows, {line}" for rows in ROWS for line in wrong(symmetric, rows)]
+    faults += [f"rank {rank}, {rows} rows, {line}" for rows in ROWS for line in half_done(through, rows)]
     every: list[Any] = [None] * ranks
     dist.all_gather_object(every, faults)
     table = [measured(symmetric, nccl, rows) for rows in ROWS] if not any(every) else []
