@@ -98,7 +98,7 @@ def answers(model: Model) -> dict[str, Any]:
 
 
 def padded_step(model: Model) -> tuple[int, Tensor]:
-    """A decoding step of one sequence, padded to six, as a graph holds it.
+    """A decoding step of one sequence, padded to five, which ranks do not divide, as a graph holds it.
 
     Returns:
         how many slots the experts of this rank are given, and the logits [V] of the one sequence.
@@ -118,8 +118,8 @@ def padded_step(model: Model) -> tuple[int, Tensor]:
     assert step is not None and step.decoding == len(step.work) == 1
     object.__setattr__(model.network.kernels, "experts", watch)
     with torch.inference_mode():
-        filled = device.builder.carry(step, 6)
-        logits, _ = device.run(Filled(6, 6, 6, 6, filled.cut), padded=True)
+        filled = device.builder.carry(step, 5)
+        logits, _ = device.run(Filled(5, 5, 5, 5, filled.cut), padded=True)
     object.__setattr__(model.network.kernels, "experts", kernel)
     return seen, model.network.whole(logits)[0].clone()
 

@@ -22,13 +22,14 @@ TASK = "moe_harness.suites.model.graphed_tasks:joined_step"
 @pytest.mark.parametrize("layout", [{}, ep("local_allreduce")], ids=["columns", "whole experts"])
 @torch.no_grad()
 def test_a_step_over_ranks_sums_slots_and_pieces_behind_them(layout: dict[str, Any], tmp_path: Path) -> None:
-    cell = Cell("qwen3_moe", 2, layout, dtype="fp32")
-    folder = checkpoints.make(tmp_path, cell.family, dtype=torch.float32)
+    changes = {"head_dim": 64}  # the projection behind attention is deep enough for two pieces
+    cell = Cell("qwen3_moe", 2, layout, changes, dtype="fp32")
+    folder = checkpoints.make(tmp_path, cell.family, dtype=torch.float32, **changes)
     outcome = pool.run(TASK, cell.spec(folder), ranks=2, budget=240)
     assert outcome.ok, outcome.failure
     first, second = outcome.results
     assert first == second, "ranks have different logits"
-    keys = checkpoints.config(cell.family)
+    keys = checkpoints.config(cell.family, **changes)
     layers = keys["num_hidden_layers"]
     assert first["asked"].count("slots") == layers and first["asked"].count("pieces") == layers
     reference = Reference(keys, checkpoints.tensors(keys, dtype=torch.float32))

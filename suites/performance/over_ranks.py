@@ -49,7 +49,7 @@ def options_of(way: str) -> dict[str, Any]:
     """Arguments of load_model."""
     layout, _, sums = way.partition("+")
     _, _, dispatcher = layout.partition(":")
-    found: dict[str, Any] = {"symmetric": sums != "nccl"}
+    found: dict[str, Any] = {"symmetric": False} if sums == "nccl" else {}
     return found | ({"expert_parallel": True, "dispatcher": dispatcher} if dispatcher else {})
 
 
@@ -117,7 +117,8 @@ def engine_us(model: Any, batch: int, slowest: Slowest) -> tuple[float, float]:
     prompts = torch.randint(0, vocabulary, (batch, length), generator=draw).tolist()
     slowest.together()
     began = time.perf_counter()
-    numbers = [engine.add(r) for r in model.requests(prompts, STEPS + 40, 0.6, 1, (), True)]
+    most = model.options.max_length - length  # tokens: none of the sequences ends while steps are timed
+    numbers = [engine.add(request) for request in model.requests(prompts, most, 0.6, 1, (), True)]
     while engine.scheduler.waiting or any(s.computed < length for s in engine.sequences.values()):
         engine.step()
     slowest.together()
@@ -129,6 +130,7 @@ def engine_us(model: Any, batch: int, slowest: Slowest) -> tuple[float, float]:
     for _ in range(STEPS):
         engine.step()
     torch.cuda.synchronize()
+    assert len(engine.sequences) == batch, "a sequence has ended"
     taken = slowest((time.perf_counter() - began) / STEPS * 1e6)
     for number in numbers:
         engine.abort(number)

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -141,30 +142,51 @@ def measured(symmetric: Step, nccl: Step, rows: int) -> dict[str, Any]:
     return found
 
 
-def run_rank(rank: int, ranks: int, store: str, told: str) -> None:
-    torch.cuda.set_device(rank)
-    place = dist.FileStore(store, ranks)
-    dist.init_process_group("nccl", store=place, rank=rank, world_size=ranks, device_id=torch.device("cuda", rank))
-    group: Any = dist.group.WORLD
-    through = SumNorm(group, torch.device("cuda", rank))
+def variant(told: str, group: Any) -> SumNorm:
+    """The sum with another number of programs and another size up to which parts are put in words."""
+    programs, in_words = map(int, told.split(":"))
+    through = SumNorm(group, torch.device("cuda", torch.cuda.current_device()), in_words=in_words)
+    kernels = through.kernels
+    through.kernels = SimpleNamespace(
+        PROGRAMS=programs, sum_norm=kernels.sum_norm, sum_norm_in_words=kernels.sum_norm_in_words
+    )
+    return through
+
+
+def nccl(part: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    total = part.clone()
+    dist.all_reduce(total)
+    return rms_norm(total, weight, eps=EPS, residual=residual)
+
+
+def run_variant(through: SumNorm) -> dict[str, Any]:
+    """What is wrong on any rank, and, where nothing is, the times."""
 
     def symmetric(part: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         return through(part, weight, eps=EPS, residual=residual)
 
-    def nccl(part: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        total = part.clone()
-        dist.all_reduce(total)
-        return rms_norm(total, weight, eps=EPS, residual=residual)
-
+    rank = dist.get_rank()
     faults = [f"rank {rank}, {rows} rows, {line}" for rows in ROWS for line in wrong(symmetric, rows)]
     faults += [f"rank {rank}, {rows} rows, {line}" for rows in ROWS for line in half_done(through, rows)]
-    every: list[Any] = [None] * ranks
+    every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, faults)
     table = [measured(symmetric, nccl, rows) for rows in ROWS] if not any(every) else []
+    return {"wrong": sum(every, []), "times": table}
+
+
+def run_rank(rank: int, ranks: int, store: str, told: str, variants: list[str]) -> None:
+    torch.cuda.set_device(rank)
+    place = dist.FileStore(store, ranks)
+    dist.init_process_group("nccl", store=place, rank=rank, world_size=ranks, device_id=torch.device("cuda", rank))
+    group: Any = dist.group.WORLD
+    versions = {"torch": torch.__version__, "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
+    found: dict[str, Any] = {"device": torch.cuda.get_device_name(), "ranks": ranks, "versions": versions}
+    found |= run_variant(SumNorm(group, torch.device("cuda", rank)))
+    for name in variants:
+        if rank == 0:
+            Path(told).write_text(json.dumps(found, indent=1))
+        found.setdefault("variants", {})[name] = run_variant(variant(name, group))
     if rank == 0:
-        versions = {"torch": torch.__version__, "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
-        found = {"device": torch.cuda.get_device_name(), "ranks": ranks, "versions": versions}
-        found |= {"wrong": sum(every, []), "times": table}
         Path(told).write_text(json.dumps(found, indent=1))
     torch.cuda.synchronize()
     dist.barrier()
@@ -176,19 +198,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--variants", nargs="*", default=[], help="PROGRAMS:BYTES in words, to compare with")
     chosen = parser.parse_args()
     if torch.cuda.device_count() < chosen.ranks:
         parser.error(f"--ranks is {chosen.ranks}, but there are {torch.cuda.device_count()} GPUs")
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder, "told.json")
-        mp.spawn(run_rank, (chosen.ranks, f"{folder}/store", str(told)), nprocs=chosen.ranks)
-        found = json.loads(told.read_text())
+        given = (chosen.ranks, f"{folder}/store", str(told), chosen.variants)
+        mp.spawn(run_rank, given, nprocs=chosen.ranks)
+        found = {"command": " ".join(sys.argv), **json.loads(told.read_text())}
     if chosen.json:
         chosen.json.write_text(json.dumps(found, indent=1))
     print("\n".join(found["wrong"][:20]) or "every bit is right on every rank, called and replayed")
-    for row in found["times"]:
-        print("  ".join(f"{name} {value}" for name, value in row.items()))
+    for name, run in {"as it is": found, **found.get("variants", {})}.items():
+        print(name, *run["wrong"][:3])
+        for row in run["times"]:
+            print("  ".join(f"{name} {value}" for name, value in row.items()))
     at_64 = next((row for row in found["times"] if row["rows"] == 64), None)
     if at_64:
         times = at_64["nccl_us"] / at_64["symmetric_us"]
