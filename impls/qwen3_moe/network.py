@@ -19,7 +19,7 @@ from moe_harness.impls.qwen3_moe.kernels import Joined, Kernels
 from moe_harness.impls.qwen3_moe.latent import LatentAttention
 from moe_harness.impls.qwen3_moe.linear_attention import DeltaNet, Memory, gated
 from moe_harness.impls.qwen3_moe.outputs import BySlot, Output, Parts, Unsummed
-from moe_harness.impls.qwen3_moe.ranks import Ranks
+from moe_harness.impls.qwen3_moe.ranks import DISAGREE, Ranks
 from moe_harness.impls.qwen3_moe.weights import Layout
 from moe_harness.impls.torch.cut import kept
 from moe_harness.impls.torch.sampler import inverse_of
@@ -172,7 +172,11 @@ class Network:
             return self.kernels.sampler(logits, **given, **cuts)
         if cuts:
             logits = logits.masked_fill(~self._kept(logits, given["temperature"], **cuts), -torch.inf)
-        candidates = self.kernels.best_in_shard(logits, **given, first=self.layout.vocabulary.start)
+        first, joined = self.layout.vocabulary.start, self.kernels.joined
+        if joined is not None and len(logits):
+            words = joined.shard_words(logits, **given, first=first, plan=plan)
+            return joined.pick(self.ranks.gathered(words), given["temperature"], self.ranks.size, DISAGREE)
+        candidates = self.kernels.best_in_shard(logits, **given, first=first)
         return self.ranks.winner(*candidates, inverse_of(given["temperature"], torch.float64), plan)
 
     def _kept(self, logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:

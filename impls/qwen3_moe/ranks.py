@@ -108,6 +108,12 @@ class Ranks:
         dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group)
         return found
 
+    def gathered(self, own: Tensor) -> Tensor:
+        """[R * n], equally many numbers of every rank, in their order."""
+        found = own.new_empty(self.size * len(own))
+        all_gather(found, own, self.group)
+        return found
+
     def winner(self, tops: Tensor, scores: Tensor, tokens: Tensor, inverse: Tensor, plan: Tensor) -> Tensor:
         """The token [B] with the best score over all shards.
 
@@ -121,9 +127,7 @@ class Ranks:
             int64 [B]; all DISAGREE - r where rank r is the first that has planned another step than rank 0.
         """
         words = [tops.double().view(torch.int64), scores.double().view(torch.int64), tokens.long()]
-        own = torch.cat((plan, torch.stack(words).flatten()))
-        gathered = own.new_empty(self.size * len(own))
-        all_gather(gathered, own, self.group)
+        gathered = self.gathered(torch.cat((plan, torch.stack(words).flatten())))
         plans, candidates = gathered.view(self.size, -1).split((1, 3 * len(tokens)), dim=1)
         top, score, token = candidates.reshape(self.size, 3, -1).unbind(1)
         top, score = top.contiguous().view(torch.float64), score.contiguous().view(torch.float64)
