@@ -35,7 +35,6 @@ OF_BOTH: dict[str, tuple[tuple[Change, ...], str]] = {
     # Of the protocol: they show only where one rank is late, or far ahead.
     "number_of_the_call_not_kept": ((("    tl.store(epochs + program, epoch)\n", ""),), "total"),
     "one_half_for_all_calls": (((BASE, "    base = first\n"),), "total"),
-    "parts_of_other_rows_taken": ((('agreed = tl.where(seen == rows, agreed, float("nan"))', "agreed = 0.0"),), "NaN"),
     # Of the sum: where its order and its precision are other ones, ranks may hold other bits and choose other experts.
     "own_part_first": ((("at = own + (q * bound + row)", "at = own + ((q + RANK) % RANKS * bound + row)"),), "total"),
     "last_rank_first": ((("at = own + (q * bound + row)", "at = own + ((RANKS - 1 - q) * bound + row)"),), "total"),
@@ -70,6 +69,9 @@ FAULTS = {
     **{f"{kernel}:{name}": Planted(kernel, *given) for name, given in OF_BOTH.items() for kernel in (ROWS, WORDS)},
     **{f"{ROWS}:{name}": Planted(ROWS, changes) for name, changes in OF_ROWS.items()},
     **{f"{WORDS}:{name}": Planted(WORDS, changes) for name, changes in OF_WORDS.items()},
+    f"{ROWS}:parts_of_other_rows_taken": Planted(  # of words, some never come
+        ROWS, (('agreed = tl.where(seen == rows, agreed, float("nan"))', "agreed = 0.0"),), "NaN"
+    ),
     f"{ROWS}:sum_in_the_dtype_of_the_parts": Planted(
         ROWS, ((f"s += {LOADED}", f"s = narrow(s + {LOADED}, kind, WIDEN).to(tl.float32)"),), dtype="bf16"
     ),

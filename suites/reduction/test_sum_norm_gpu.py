@@ -12,10 +12,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from moe_harness.harness.core.call import Call
+from moe_harness.harness.stages.rms_norm.cases import RmsNormCase
+from moe_harness.harness.stages.rms_norm.stage import STAGE
 from moe_harness.impls.dispatchers.symmetric import Workspace
 from moe_harness.impls.parallel import symmetric
 from moe_harness.impls.triton._combine import combine
-from moe_harness.impls.triton.rms_norm import rms_norm
 
 RANKS, EPS, FAR = 2, 1e-6, 1 << 62
 EXPERTS, SLOTS, PIECES = 6, 4, 3
@@ -140,7 +142,11 @@ def test_both_ranks_hold_the_sum_and_its_norm(in_words: int, dtype: torch.dtype,
         assert torch.equal(total, other_total) and torch.equal(out, other_out), f"call {seed}: the ranks differ"
         wanted = case.total(how)
         assert torch.equal(total, wanted), f"call {seed}, {rows} rows: {int((total != wanted).sum())} sums are others"
-        assert torch.equal(out, rms_norm(total, case.weight, eps=EPS)), f"call {seed}: another norm"
+        given = {"x": total, "weight": case.weight}
+        norm = Call(
+            RmsNormCase(dtype="bf16" if dtype == torch.bfloat16 else "fp32"), given, {"eps": EPS, "residual": None}
+        )
+        assert not (told := STAGE.judge(norm, out, ()).findings), f"call {seed}: {told[0].message}"
 
 
 @pytest.mark.gpu
