@@ -1,6 +1,5 @@
 """The contract's `model`: a folder on disk becomes an object that gives logits, single layers and generated tokens."""
 
-import importlib.util
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from moe_harness.impls.qwen3_moe.batch import Limits
@@ -46,8 +44,8 @@ class Options:
         prefixes: whether computed prefixes are kept for later requests.
         graphs: whether decoding steps run as CUDA graphs, on a GPU and with kernels that can be captured.
         kernels: "triton", "torch"; None: Triton's on a GPU.
-        symmetric: whether ranks sum through symmetric memory, with the norm behind each sum in the same launch; None:
-            where they are GPUs of one host that reach each other's memory.  Otherwise by the group's all_reduce.
+        symmetric: whether GPUs of one host sum over ranks through symmetric memory, with what a decoding step joins to
+            each sum in the same launch; otherwise by NCCL.
     """
 
     max_sequences: int = 256
@@ -59,7 +57,7 @@ class Options:
     prefixes: bool = True
     graphs: bool = True
     kernels: str | None = None
-    symmetric: bool | None = None
+    symmetric: bool = False  # no GPU has run what is joined to the sums
 
 
 DISABLED = "disabled"
@@ -319,7 +317,7 @@ def assembled(
         placed = {}  # a dense model has no experts to place
     layout = Layout(config, *((group.rank(), group.size()) if spread else (0, 1)), **placed)
     ranks = Ranks(group, place) if spread else None
-    if ranks is not None and (chosen.symmetric or (chosen.symmetric is None and joined_by_memory(ranks, found))):
+    if ranks is not None and chosen.symmetric:
         ranks.sum_norm = symmetric_sums(group, place)
     experts = expert_layout(layout.placement, config.num_experts, dispatcher, ranks)
     parameters = layout.empty(found, place)
@@ -329,15 +327,6 @@ def assembled(
         dispatcher.removeprefix("dispatchers:") if layout.placement.expert_parallel else DISABLED
     )
     return model
-
-
-def joined_by_memory(ranks: Ranks, dtype: torch.dtype) -> bool:
-    """Whether ranks sum through symmetric memory unasked; the same on every rank.  A collective."""
-    if dtype.itemsize > 4 or dist.get_backend(ranks.group) != "nccl" or len({host for host, _ in ranks.processes}) > 1:
-        return False
-    own, seen = torch.cuda.current_device(), range(torch.cuda.device_count())
-    reached = all(torch.cuda.can_device_access_peer(own, other) for other in seen if other != own)
-    return bool(ranks.smallest(int(reached and importlib.util.find_spec("triton") is not None)))
 
 
 def symmetric_sums(group: Any, device: torch.device) -> SumNorm:

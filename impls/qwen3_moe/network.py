@@ -173,7 +173,7 @@ class Network:
         if cuts:
             logits = logits.masked_fill(~self._kept(logits, given["temperature"], **cuts), -torch.inf)
         first, joined = self.layout.vocabulary.start, self.kernels.joined
-        if joined is not None and len(logits):
+        if joined is not None and self.ranks.sum_norm is not None and len(logits):
             words = joined.shard_words(logits, **given, first=first, plan=plan)
             return joined.pick(self.ranks.gathered(words), given["temperature"], self.ranks.size, DISAGREE)
         candidates = self.kernels.best_in_shard(logits, **given, first=first)

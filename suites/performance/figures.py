@@ -136,7 +136,6 @@ SECTIONS = {
     "expert_parallel": ranked_figures.expert_parallel,
     "over_ranks": spread_figures.over_ranks,
     "reduction": spread_figures.reduction,
-    "loading": spread_figures.loading,
 }
 
 

@@ -49,7 +49,7 @@ def options_of(way: str) -> dict[str, Any]:
     """Arguments of load_model."""
     layout, _, sums = way.partition("+")
     _, _, dispatcher = layout.partition(":")
-    found: dict[str, Any] = {"symmetric": False} if sums == "nccl" else {}
+    found: dict[str, Any] = {"symmetric": sums != "nccl"}
     return found | ({"expert_parallel": True, "dispatcher": dispatcher} if dispatcher else {})
 
 

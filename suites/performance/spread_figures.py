@@ -1,4 +1,4 @@
-"""The page's figures of a whole model over GPUs, from the files of over_ranks.py, sum_norm.py and loading.py.
+"""The page's figures of a whole model over GPUs, from the files of over_ranks.py and sum_norm.py.
 
 A file's name says how many GPUs it is of; every number of them that was run has tables of its own.
 """
@@ -9,9 +9,7 @@ from typing import Any
 
 from moe_harness.suites.performance import DATA, header, row
 
-NAMES = {
-    "one": "one GPU", "tp": "columns of all experts", "ep": "whole experts",
-}  # fmt: skip
+NAMES = {"one": "one GPU", "tp": "columns of all experts", "ep": "whole experts"}
 
 
 def files(name: str) -> list[tuple[str, dict[str, Any]]]:
@@ -37,8 +35,9 @@ def over_ranks() -> list[str]:
     """Milliseconds of a decoding step by layout and dispatcher, and how many times one GPU's speed that is."""
     lines: list[str] = []
     for file, run in files("over_ranks"):
-        one, batches = run["ways"]["one"]["batches"], list(run["contexts"])
-        contexts = ", ".join(map(str, run["contexts"].values()))
+        one = run["ways"]["one"]["batches"]
+        batches = list(one)
+        contexts = ", ".join(str(run["contexts"][batch]) for batch in batches)
         lines += [f"{about(file, run)}, {run['layers']} layers; sequences with {contexts} keys each:", ""]
         lines += header("sequences", *batches)
         for way, told in run["ways"].items():
@@ -63,22 +62,5 @@ def reduction() -> list[str]:
         for name, key in (("ours", "symmetric"), ("NCCL and the norm behind it", "nccl")):
             lines.append(row(f"{name}, in a graph", *(f"{t[f'{key}_graph_us']:.1f}" for t in times.values())))
             lines.append(row(f"{name}, called", *(f"{t[f'{key}_us']:.0f}" for t in times.values())))
-        lines.append("")
-    return lines[:-1]
-
-
-def loading() -> list[str]:
-    """How fast each rank reads its share of a checkpoint, and what the host holds meanwhile."""
-    lines: list[str] = []
-    for file, run in files("loading"):
-        size = f"{run['checkpoint_bytes'] / 1e9:.0f} GB, {run['layers']} layers"
-        lines += [f"{about(file, run)}; {size}; a file from end to end {run['file_GB_per_s']} GB/s:", ""]
-        lines += header("layout", "share of a rank, GB", "seconds", "GB/s a rank", "host's peak over the share")
-        for layout, told in run["layouts"].items():
-            slowest = max(told["ranks"], key=lambda entry: entry["seconds"])
-            peak = max(entry["peak_over_share"] for entry in told["ranks"])
-            share = f"{slowest['share_bytes'] / 1e9:.1f}"
-            cold = "" if told["cold"] else ", from the cache of the host"
-            lines.append(row(NAMES[layout] + cold, share, slowest["seconds"], slowest["GB_per_s"], peak))
         lines.append("")
     return lines[:-1]

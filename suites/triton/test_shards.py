@@ -1,5 +1,9 @@
 """A token over shards of the vocabulary is the token of the whole row, and ranks with another plan are told."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -11,6 +15,35 @@ from moe_harness.suites.triton import DEVICE, runnable
 pytestmark = runnable
 WIDTH, SHARDS = 213, ((0, 72), (72, 144), (144, 213))
 DISAGREE = -2
+
+
+COMPILE = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+
+class NoDevice:
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+
+triton.runtime.driver.set_active(NoDevice())
+from moe_harness.impls.triton import shards
+
+x, tokens, words = torch.empty(8), torch.empty(8, dtype=torch.int32), torch.empty(8, dtype=torch.int64)
+for dtype in (torch.float32, torch.bfloat16):
+    given = (x.to(dtype), x, x, tokens, words, words, 64, 75968, 1)
+    assert shards._pack.warmup(*given, PARTS=17, BP=32, num_warps=1, grid=(64,)).asm["ptx"]
+    given = (words, x.to(dtype), words, 64, 1, -2)
+    assert shards._pick.warmup(*given, RANKS=2, BR=2, num_warps=1, grid=(64,)).asm["ptx"]
+"""
+
+
+def test_they_compile_for_hopper() -> None:
+    """In a process of its own: Triton keeps one driver, and reads TRITON_INTERPRET when it is imported."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", COMPILE]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def drawn(batch: int, seed: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -4,6 +4,7 @@ What runs is what runs over NVLink, but for how far a put has to go: bits of eve
 and in graphs, with other values and other numbers of rows than before.
 """
 
+import time
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ from moe_harness.impls.parallel import symmetric
 from moe_harness.impls.triton._combine import combine
 
 RANKS, EPS, FAR = 2, 1e-6, 1 << 62
+WORDS = 1 << 19  # bytes that are put in words
+PATIENCE = 20.0  # seconds
 EXPERTS, SLOTS, PIECES = 6, 4, 3
 ROWS = (1, 3, 64, 130, 128, 2, 256, 1)
 
@@ -108,8 +111,18 @@ def together(ranks: list[OnOneGpu], case: Case, how: str) -> list[tuple[Tensor, 
     for rank in ranks:
         with torch.cuda.stream(rank.stream):
             found.append(case.run(rank, how))
-    torch.cuda.synchronize()
+    ended(ranks)
     return found
+
+
+def ended(ranks: list[OnOneGpu]) -> None:
+    """Wait for both; where they wait for each other, nothing but the end of the process ends them."""
+    deadline = time.monotonic() + PATIENCE
+    while not all(rank.stream.query() for rank in ranks):
+        if time.monotonic() > deadline:
+            pytest.exit(f"two ranks on one GPU wait for each other since {PATIENCE} s", returncode=1)
+        time.sleep(0.001)
+    torch.cuda.synchronize()
 
 
 def compiled(ranks: list[OnOneGpu], case: Case, how: str) -> None:
@@ -127,7 +140,7 @@ def compiled(ranks: list[OnOneGpu], case: Case, how: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("how", ["part", "slots", "pieces"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("in_words", [0, symmetric.IN_WORDS], ids=["rows", "words"])
+@pytest.mark.parametrize("in_words", [0, WORDS], ids=["rows", "words"])
 def test_both_ranks_hold_the_sum_and_its_norm(in_words: int, dtype: torch.dtype, how: str) -> None:
     width = 2048 if dtype == torch.bfloat16 else 515
     ranks = joined(in_words)
@@ -150,7 +163,7 @@ def test_both_ranks_hold_the_sum_and_its_norm(in_words: int, dtype: torch.dtype,
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("in_words", [0, symmetric.IN_WORDS], ids=["rows", "words"])
+@pytest.mark.parametrize("in_words", [0, WORDS], ids=["rows", "words"])
 def test_graphs_replayed_with_other_values(in_words: int) -> None:
     """Each rank's graph holds three calls; what they say is compared after every replay."""
     ranks, case = joined(in_words), Case(64, 2048, torch.bfloat16, 0)
@@ -170,7 +183,7 @@ def test_graphs_replayed_with_other_values(in_words: int) -> None:
         for rank, graph in zip(ranks, graphs, strict=True):
             with torch.cuda.stream(rank.stream):
                 graph.replay()
-        torch.cuda.synchronize()
+        ended(ranks)
         wanted = case.total("part")
         for found in results:
             assert all(torch.equal(total, wanted) for _, total in found), f"replay {seed}"
