@@ -78,7 +78,7 @@ def judge(
         seen = [replace(finding, about=check) for finding in across([report.observed for report in reports])]
         findings = [*seen, *findings]
     explained = bool(findings) and findings[0].about == "inputs"
-    if findings and (plain := _plain_everywhere(reports)):
+    if findings and outcome.ok and not refused and (plain := _plain_everywhere(reports)):  # all have their result
         findings[0].diagnosis, explained = plain, True
     if findings and not explained and outcome.ok and stage == "dispatcher" and injection is None:
         again = pool.run(name, {**task, "explain": True}, ranks=ranks, backend=backend, budget=budget)

@@ -327,7 +327,7 @@ class ResultBuilder:
                 told.append({"name": name, "text": f"bits equal in {counts['all equal']} of {counts.total()} cases"})
             else:
                 told += [{"name": name, "text": text} for text in counts]
-        if missing := self._unjudged_worlds():
+        if (missing := self._unjudged_worlds()) and self._verdict() == "unsupported":
             told.append(
                 {"name": "worlds", "text": f"no case was judged over {', '.join(missing)} ranks, all were refused"}
             )

@@ -75,6 +75,20 @@ def test_wrong_is_told_as_what_it_is(name: str) -> None:
     assert finding.about == check and all(word in finding.message for word in words), finding
 
 
+def test_a_deadlock_is_not_explained_by_what_the_other_ranks_returned() -> None:
+    """Here rank 1 returns zeros, since the one expert is rank 0's: that is no cause of rank 0 waiting for it."""
+    finding = _verdict("FunctionalSkipped", "dispatcher/dense/R=2,E=1,k=1,T=4+4").findings[0]
+    assert finding.message.startswith("deadlock: rank 1") and not finding.diagnosis, finding
+
+
+def test_worlds_that_were_not_reached_were_not_refused() -> None:
+    account = ResultBuilder("dispatcher", "somebody:Dispatcher", Request(), Listener(), worlds=(1, 2, 4))
+    for planned in cases.plan([1, 2]):
+        account.take(Answer(planned.id, "passed" if planned.case.R == 1 else "died", "deadlock"))
+    result = account.result()
+    assert verdict_of(result) == "fail" and not any("refused" in said["text"] for said in result["observations"])
+
+
 def test_modified_inputs_are_the_cause() -> None:
     """Not the rows that changed with them, which look lost."""
     finding = _verdict("WritesHidden", "dispatcher/dense/R=2,E=4,k=1,T=3+2").findings[0]
