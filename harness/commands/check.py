@@ -46,6 +46,7 @@ def check(
     request = options.request(stage, device, dtype, profile, config, seed)
     stage = options.one_of("stage", stage, options.ALL_STAGES)
     worlds, specs = options.worlds_of(stage, None if ranks is None else [ranks]), options.specs(impl)
+    options.config_has_cases(stage, request, bool(worlds))
     chosen = options.chosen_checks(stage, request, checks, bool(worlds))
     asked = session.RunOptions(request.dtypes if dtype else None, timeout, chosen, None, fail_fast)
     options.writable(json)

@@ -7,6 +7,7 @@ usual spelling.
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -148,6 +149,18 @@ def request(
         one_of("profile", profile, PROFILES), one_of("device", device, contracts.DEVICES),
         dtypes(dtype) or contracts.DTYPES, shapes, seed,
     )  # fmt: skip
+
+
+def config_has_cases(stage: str, asked: Request, over_ranks: bool) -> None:
+    """Raises UsageError where --config adds no case to the plan of the stage: what is ignored seems to be judged."""
+    from moe_harness.harness.core.plan import plan
+
+    def adds(to: str) -> bool:
+        return set(plan(to, asked)) != set(plan(to, replace(asked, configs=())))
+
+    if asked.configs and (over_ranks or not adds(stage)):
+        where = "over ranks" if over_ranks else f"to the stage {stage}"
+        raise UsageError(f"--config adds no cases {where}; it does to {', '.join(filter(adds, contracts.STAGES))}")
 
 
 def at_least(option: str, value: float, least: float) -> None:

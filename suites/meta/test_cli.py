@@ -200,6 +200,8 @@ def test_missing_keywords_are_unsupported_where_they_matter(kernels):
         (("--stage", "experts", "--impl", "torch:loop", "--dtype", "fp8"), 2, "fp8"),
         (("--stage", "experts", "--impl", "torch:loop", "--profile", "quik"), 2, "quick"),
         (("--stage", "experts", "--impl", "torch:loop", "--config", "qwen3-30b"), 2, "qwen3-30b-a3b"),
+        (("--stage", "sampler", "--impl", "torch", "--config", "deepseek-v3"), 2, "no cases to the stage sampler"),
+        (("--stage", "dispatcher", "--impl", "dispatchers:ring", "--config", "deepseek-v3"), 2, "no cases over ranks"),
         (("--stage", "experts", "--impl", "torch:loop", "--device", "tpu"), 2, "did you mean 'cpu'"),
         (("--stage", "experts", "--impl", "torch:loop", "--check", "exakt"), 2, "exact"),
         (("--stage", "experts", "--impl", "torch:loop", "--json", "no/such/folder.json"), 2, "folder"),
