@@ -17,10 +17,12 @@ from moe_harness.harness.core.compare import against_bound
 from moe_harness.harness.core.contracts import permissive
 from moe_harness.harness.core.invocation import Broken, Rejected, Trial
 from moe_harness.reference.experts import expert_steps, local_ids, routed_rows
+from moe_harness.reference.router import router
 
 BLOCKS = (128, 64, 32, 16, 8, 4)
 MOST_TOKENS = 256
 MOST_TIMES = 1e6  # beyond, the right rows are all but zero, and a factor says nothing
+REARRANGED = 0.01  # of the largest value: 16 bits round by 2^-9
 SAME_WEIGHT = 0.01  # relative: weights are drawn further apart, and a fit in bf16 tells them to about 2^-8
 
 
@@ -31,9 +33,14 @@ def looks(trial: Trial, case: Case) -> list[str]:
         out = trial.invoke(call)
     except (Rejected, Broken):
         return []
+    if call.case.stage == "router" and isinstance(out, tuple):
+        return related_weights(call, *out)
     if not isinstance(out, Tensor) or not out.is_floating_point() or not out.numel():
         return []
-    return undeclared(trial, call, out) or read(call, trial.stage.expect(call, None), out)
+    bound = trial.stage.expect(call, None)
+    if not isinstance(bound, bounds.Bound):
+        return []
+    return undeclared(trial, call, out) or read(call, bound, out) + rearranged(bound.value, out)
 
 
 def undeclared(trial: Trial, call: Call, out: Tensor) -> list[str]:
@@ -72,6 +79,48 @@ def read(call: Call, bound: bounds.Bound, out: Tensor) -> list[str]:
     of_experts = tiles_of_experts(_experts_of_rows(call), wrong.any(1))
     told = [*of_slots, *([] if of_slots else ratios(value, got, sigma)), *of_experts]
     return [*told, *(sentence for sentence in tiles(wrong) if not (of_experts and "the wrong rows" in sentence))]
+
+
+def rearranged(value: Tensor, got: Tensor) -> list[str]:
+    """Whether every token [heads, width] of a result holds the right values in another order."""
+    value, got = value.double(), got.double()
+    if value.dim() < 3 or value.shape != got.shape or not value.numel() or not bool(got.isfinite().all()):
+        return []
+    near = REARRANGED * float(value.abs().max())
+    right, mine = (t.flatten(1).sort(1).values for t in (value, got))
+    if not torch.allclose(right, mine, rtol=0, atol=near):
+        return []
+    exchanged = value.transpose(-1, -2).reshape(value.shape)
+    if torch.allclose(got, exchanged, rtol=0, atol=near):
+        return ["every token holds the right values as if its last two axes were exchanged when it was stored"]
+    return ["every token holds the right values, in another order of its heads or elements"]
+
+
+def related_weights(call: Call, weights: Tensor, ids: Tensor) -> list[str]:
+    """How the weights of a router that chose the right experts follow from the right ones: by a power and a factor."""
+    if not ids.numel() or ids.shape[-1] < 3 or not weights.is_floating_point():
+        return []
+    wide: dict[str, Any] = {k: v.double() if isinstance(v, Tensor) else v for k, v in call.keywords.items()}
+    right, order = router(call.args["router_logits"].double(), **wide)
+    same = order.sort(-1)
+    mine = ids.long().sort(-1)
+    if not torch.equal(same.values, mine.values.to(same.values.dtype)):
+        return []
+    want, got = (w.double().gather(-1, s.indices).log() for w, s in ((right, same), (weights, mine)))
+    if not bool(want.isfinite().all() and got.isfinite().all()):
+        return []
+    off, spread = (w - w.mean(-1, keepdim=True) for w in (got, want))
+    power = float((off * spread).sum() / spread.square().sum().clamp(min=1e-30))
+    factor = (got - power * want).mean(-1)
+    if float((off - power * spread).abs().max()) > SAME_WEIGHT or float((got - want).abs().max()) < SAME_WEIGHT:
+        return []
+    if abs(power - 1) > SAME_WEIGHT:
+        return [f"the weights are the right ones to the power {power:.3g}, times a factor: logits are scaled"]
+    low, high = float(factor.exp().min()), float(factor.exp().max())
+    if high - low < SAME_WEIGHT * high:
+        return [f"all weights are the right ones times {_power(high)}"]
+    own = f"times a factor of its own, {low:.3g} to {high:.3g}"
+    return [f"the weights of each row are the right ones {own}: they are divided by another sum"]
 
 
 # ----------------------------------------------------------------------------------------------------------- slots
@@ -136,10 +185,16 @@ def _as_weights_of_others(counted: dict[int, dict[int, float]], weights: Tensor)
         "the slots in reverse": weights.flip(1), "the token before": weights.roll(1, 0),
         "the token after": weights.roll(-1, 0), "token 0": weights[:1].expand_as(weights),
     }  # fmt: skip
-    for name, other in others.items():
+    made = {
+        "softmaxed once more": weights.softmax(-1), "squared": weights.square(),
+        "divided by their sum": weights / weights.sum(-1, keepdim=True), "rooted": weights.clamp(min=0).sqrt(),
+        "sorted": weights.sort(-1, descending=True).values,
+    }  # fmt: skip
+    sentences = {f"of {name}": other for name, other in others.items()} | {f", {n}": other for n, other in made.items()}
+    for name, other in sentences.items():
         near = (found - other).abs() <= SAME_WEIGHT * other.abs()
         if bool((near | found.isnan())[wrong].all()):
-            return [f"wrong tokens count their slots with the weights of {name}"]
+            return [f"wrong tokens count their slots with the weights {name}".replace(" ,", ",")]
     return []
 
 

@@ -39,16 +39,6 @@ def sums_to_one(case: Any) -> bool:
     return case.scoring == "softmax" and case.k == case.E
 
 
-def turned(case: Any) -> bool:
-    """Whether some row has a position above 0."""
-    return case.positions in ("random", "far") or case.positions == "row" and case.T > 1
-
-
-def has_a_chunk(case: Any) -> bool:
-    """Whether some sequence has more queries than one."""
-    return any(count > 1 for count, _ in case.sequences())
-
-
 # What the catalogue says in words; only what the axes of a plan can say is here.
 DECLARED: dict[str, Declared] = {
     "softmax_after_topk": lambda c: c.scoring == "softmax" and not c.renorm and c.k < c.E,
@@ -102,11 +92,11 @@ DECLARED: dict[str, Declared] = {
     "tail_of_the_sum_dropped": lambda c: c.H % 16 != 0 and c.H > 16,
     "columns_beyond_one_block_not_scaled": lambda c: c.H > 1024,
     "mean_over_the_padded_width": lambda c: bool(c.H & (c.H - 1)),
-    "neighbours_turned": lambda c: c.D > 2 and turned(c),
-    "turned_the_other_way": turned,
-    "theta_ignored": lambda c: c.theta != 1e4 and turned(c) and c.D > 2,
+    "neighbours_turned": lambda c: c.D > 2 and c.positions != "zero",
+    "turned_the_other_way": lambda c: c.positions != "zero",
+    "theta_ignored": lambda c: c.theta != 1e4 and c.positions != "zero" and c.D > 2,
     "position_one_ahead": lambda c: True,
-    "half_of_each_head_turned": lambda c: c.D > 2 and turned(c),
+    "half_of_each_head_turned": lambda c: c.D > 2 and c.positions != "zero",
     "keys_kept_as_values": lambda c: c.slots != "none",
     "values_not_written": lambda c: c.slots != "none",
     "caches_exchanged": lambda c: c.slots != "none",
@@ -116,7 +106,6 @@ DECLARED: dict[str, Declared] = {
     "weight_of_queries_for_keys": lambda c: c.norms == "both" and c.slots != "none",
     "norms_left_out": lambda c: c.norms in ("both", "q") or c.norms == "k" and c.slots != "none",
     "first_key_head_written_alone": lambda c: c.Hk > 1 and c.slots != "none",
-    "chunk_sees_its_later_keys": has_a_chunk,
     "heads_dealt_in_turn": lambda c: 1 < c.Hk < c.Hq,
     "first_key_head_for_all": lambda c: c.Hk > 1,
     "table_of_the_first_sequence": lambda c: c.S > 1,
@@ -128,6 +117,32 @@ DECLARED: dict[str, Declared] = {
     "base_two_without_log2e": lambda c: c.length > 1,
     "weights_not_normalised": lambda c: c.length > 1,
     "cache_strides_assumed": lambda c: c.order == "head" and c.Hk > 1 and c.page > 1,
+    "residual_normalised_alone": lambda c: c.residual,
+    "x_returned_as_sum": lambda c: c.residual,
+    "root_of_the_row_before": lambda c: c.rows() > 1,
+    "mean_over_the_batch": lambda c: c.rows() > 1,
+    "columns_beyond_one_block_not_counted": lambda c: c.H > 1024,
+    "first_weight_for_all": lambda c: c.H > 1,
+    "weight_one_column_off": lambda c: c.H > 1,
+    "keys_not_turned": lambda c: c.positions != "zero" and c.slots != "none",
+    "queries_not_turned": lambda c: c.positions != "zero",
+    "keys_turned_twice": lambda c: c.positions != "zero" and c.slots != "none",
+    "both_halves_added": lambda c: c.positions != "zero",
+    "sine_and_cosine_exchanged": lambda c: True,
+    "row_for_position": lambda c: c.positions in ("random", "far") or c.positions == "zero" and c.T > 1,
+    "position_one_behind": lambda c: c.positions != "zero",
+    "rows_added_to_the_cache": lambda c: c.slots != "none",
+    "slots_one_ahead": lambda c: c.slots != "none",
+    "first_row_written_alone": lambda c: c.T > 1 and c.slots != "none",
+    "values_normalised": lambda c: c.norms in ("both", "k") and c.slots != "none",
+    "table_of_the_sequence_before": lambda c: c.S > 1,
+    "scaled_twice_in_attention": lambda c: c.scale != 1 and c.length > 1,
+    "log2e_and_exp": lambda c: c.length > 1,
+    "one_added_to_the_sum": lambda c: True,
+    "linear_bias_ignored": lambda c: c.bias,
+    "groups_beyond_256_dropped": lambda c: c.E > 256,
+    "gate_inverted": lambda c: True,
+    "gate_dropped": lambda c: True,
     "width_tail_of_scores_dropped": lambda c: c.D % 16 != 0 and c.D > 16 and c.length > 1,
 }
 

@@ -15,6 +15,7 @@ from moe_harness.harness.core.invocation import Trial
 from moe_harness.harness.process.worker import explain_id, judge_id
 from moe_harness.harness.stages.experts.cases import ExpertsCase
 from moe_harness.harness.stages.grouped_linear.cases import GroupedLinearCase
+from moe_harness.harness.stages.paged_attention.cases import PagedAttentionCase
 from moe_harness.harness.stages.router.cases import RouterCase
 from moe_harness.harness.stages.shared_expert_gate.cases import GateCase
 
@@ -144,6 +145,49 @@ def test_arguments_in_another_order_are_told_from_their_names(name: str) -> None
 @pytest.mark.parametrize("name", ["_right", "_one_is_unclear"])
 def test_other_names_in_the_right_order_are_fine(name: str) -> None:
     assert load("experts", f"{__name__}:{name}")
+
+
+# What follows from the right result in one way ---------------------------------------------------------------------
+
+
+def softmaxed_once_more(x, gate_up, down, weights, ids, *, activation="silu", expert_map=None):
+    """The router's weights are taken for logits."""
+    right = load("experts", "torch:loop").function
+    return right(x, gate_up, down, weights.float().softmax(-1), ids, activation=activation, expert_map=expert_map)
+
+
+def divided_by_the_sum_of_twice_as_many(logits, *, top_k, scoring="softmax", **options):
+    """`scores.topk(2 * k)` where it should be `topk(k)`: the candidates' sum, not that of the chosen."""
+    scores = logits.float().softmax(-1)
+    weights, ids = scores.topk(top_k, -1)
+    return weights / scores.topk(2 * top_k, -1).values.sum(-1, keepdim=True), ids
+
+
+def scaled_logits(logits, *, top_k, scoring="softmax", **options):
+    """Logits over the root of their number, as scores of attention are."""
+    weights, ids = (logits.float() / logits.shape[-1] ** 0.5).softmax(-1).topk(top_k, -1)
+    return weights / weights.sum(-1, keepdim=True), ids
+
+
+def heads_and_width_exchanged(*call, scale):
+    """Stored with the strides of [T, D, H]."""
+    out = load("paged_attention", "torch").function(*call, scale=scale)
+    return out.transpose(1, 2).reshape(out.shape).contiguous()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "case", "words"),
+    [
+        (softmaxed_once_more, ExpertsCase(k=3), "the weights, softmaxed once more"),
+        (divided_by_the_sum_of_twice_as_many, RouterCase(E=16, k=3), "they are divided by another sum"),
+        (scaled_logits, RouterCase(E=16, k=4), "to the power 0.25"),
+        (heads_and_width_exchanged, PagedAttentionCase(), "its last two axes were exchanged"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_what_follows_from_the_right_result_is_told(kernel, case: Case, words: str) -> None:
+    causes, said = told(kernel, case)
+    assert not causes and words in said, f"{causes}\n{said}"
 
 
 # Five mistakes that are in no catalogue --------------------------------------------------------------------------

@@ -95,12 +95,17 @@ def _numeric(request: Request) -> Iterator[RopeCacheCase]:
     }  # fmt: skip
     for row in pairwise(axes, request.seed + 1):
         query_heads, heads = row.pop("heads")
-        yield RopeCacheCase(Hq=query_heads, Hk=heads, **row)
+        yield _named(RopeCacheCase(Hq=query_heads, Hk=heads, **row))
     for tokens in (*at.TOKENS_FEW, 255, 257, 1025):
         yield RopeCacheCase(T=tokens, D=8, dtype=request.dtypes[tokens % len(request.dtypes)])
     alone = {"norms": NORMS, "slots": SLOTS, "positions": POSITIONS, "D": (16, 64, 2, 128), "page": (16, 4, 1)}
     for place, row in enumerate(pairwise(alone, request.seed + 2)):  # one sequence that decodes
-        yield RopeCacheCase(T=1, Hq=8, dtype=request.dtypes[place % len(request.dtypes)], **row)
+        yield _named(RopeCacheCase(T=1, Hq=8, dtype=request.dtypes[place % len(request.dtypes)], **row))
+
+
+def _named(case: RopeCacheCase) -> RopeCacheCase:
+    """Positions 0, 1, 2, ... of one row are position 0, and called so: conditions are read off the axes."""
+    return case.but(positions="zero") if case.T == 1 and case.positions == "row" else case
 
 
 def _layouts(request: Request) -> Iterator[RopeCacheCase]:

@@ -93,7 +93,7 @@ def queries_not_turned(q: Tensor, *call: Tensor, q_norm: Tensor | None = None, e
                        **options: object) -> Tensor:  # fmt: skip
     """Keys are turned and queries are not."""
     run(q, *call, q_norm=q_norm, eps=eps, **options)
-    return norm(q.float(), q_norm, eps).to(q.dtype).contiguous()
+    return norm(q.float(), q_norm, eps).to(q.dtype, copy=True).contiguous()
 
 
 @fault("rotation", condition="a position above 0", shows=EVERY, hidden=("positions='zero'",))
