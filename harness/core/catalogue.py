@@ -13,6 +13,10 @@ of the stage on which it does, and `sign` what is seen there; each `hidden` entr
 case into one where the fault gives the right answer.  (Of experts and moe_block both are still parameters of
 suites/meta/catalogue_calls.py; "before", "calls" and "poison" say what else a test does.)  What it is built from are
 the right steps of the stage (`faults/_steps.py`); called with `steps=`, it is built from others.
+
+A mistake that is the same with another number (tiles of 64 or of 128, a table of 2,048 positions or of 4,096) is one
+fault: `variants={"size": (16, 64, 128)}` names what its function takes beside the arguments of the stage, the first of
+each being what it does by itself.  It is judged as it is, and recognised in every form.
 """
 
 import difflib
