@@ -14,13 +14,15 @@ def summary(result: dict[str, Any]) -> str:
     """The verdict in a sentence."""
     drop, (low, high), margin = result["drop"], result["interval"], result["margin"]
     measured = f"accuracy fell by {drop:.2%} [{low:.2%}, {high:.2%}]"
+    fell = f"{measured}, significantly (p = {result['p']:.2g}), and a fall of {margin:.1%} is not excluded"
     if result["reasons"]:
-        return f"the answers changed: {'; '.join(result['reasons'])}"
+        changed = f"the answers changed: {'; '.join(result['reasons'])}"
+        return f"{fell}; {changed}" if result["p"] < 0.05 and high >= margin else changed
     if result["verdict"] == "pass":
         worse = "; a fall is significant, and smaller than the margin" if result["p"] < 0.05 else ""
         return f"{measured}, less than the margin of {margin:.1%}{worse}"
     if result["verdict"] == "fail":
-        return f"{measured}, significantly (p = {result['p']:.2g}), and a fall of {margin:.1%} is not excluded"
+        return fell
     right = result["accuracy"]["baseline"]
     if right <= margin:
         return (

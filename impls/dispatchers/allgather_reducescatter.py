@@ -3,6 +3,8 @@
 Routing is done once, at the source.  Bytes per rank: (R-1) T (H s + k (s_w + s_i)) out, (R-1) T H s back.
 """
 
+from typing import Any
+
 import torch.distributed as dist
 from torch import Tensor
 
@@ -19,6 +21,10 @@ class AllgatherReducescatter(Dispatcher):
     """
 
     scheme = "allgather_reducescatter"
+
+    @classmethod
+    def for_equal(cls, tokens: int) -> dict[str, Any] | None:
+        return {"equal_tokens": True}
 
     def __init__(
         self, group: dist.ProcessGroup, *, num_experts: int, owner: Tensor, logical: Tensor | None = None,

@@ -37,6 +37,12 @@ class Dispatcher:
     scheme: str
     supports_copies = True
 
+    @classmethod
+    def for_equal(cls, tokens: int) -> dict[str, Any] | None:
+        """Arguments with which calls of `tokens` tokens on every rank read nothing back to the host, as CUDA graphs
+        need it; None where there are none."""
+        return None
+
     def __init__(self, group: dist.ProcessGroup, *, num_experts: int, owner: Tensor, logical: Tensor | None = None):
         self.group = group
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)

@@ -6,6 +6,7 @@ bytes: it is for small batches, where the time of a call counts and not its size
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,10 @@ class Masked(Dispatcher):
     """
 
     scheme = "masked"
+
+    @classmethod
+    def for_equal(cls, tokens: int) -> dict[str, Any] | None:
+        return {"max_tokens": tokens}
 
     def __init__(
         self, group: dist.ProcessGroup, *, num_experts: int, owner: Tensor, logical: Tensor | None = None,

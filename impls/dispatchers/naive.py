@@ -5,6 +5,7 @@ the router's logits and routes again on every rank; it is right only where ties 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -14,13 +15,34 @@ from moe_harness.impls.dispatchers.common import Dispatched, Dispatcher
 
 
 class Naive(Dispatcher):
-    """Broadcast and all_reduce; any T_r."""
+    """Broadcast and all_reduce; any T_r.
+
+    Args:
+        equal_tokens: every rank holds as many tokens as this one, which the caller answers for: nothing is read back
+            to the host then, and the layer can be captured in a CUDA graph.
+    """
 
     scheme = "naive"
 
+    @classmethod
+    def for_equal(cls, tokens: int) -> dict[str, Any] | None:
+        return {"equal_tokens": True}
+
+    def __init__(
+        self, group: dist.ProcessGroup, *, num_experts: int, owner: Tensor, logical: Tensor | None = None,
+        equal_tokens: bool = False,
+    ):  # fmt: skip
+        super().__init__(group, num_experts=num_experts, owner=owner, logical=logical)
+        self.equal_tokens = equal_tokens
+
+    def _counts(self, own: Tensor) -> list[int]:
+        if self.equal_tokens:
+            return [len(own)] * self.world_size
+        return gather_counts(len(own), self.group, own.device)
+
     def dispatch(self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Dispatched:
         """hidden_states [T_r, H], topk_weights and topk_ids [T_r, k] -> all rows of all ranks."""
-        counts = gather_counts(len(hidden_states), self.group, hidden_states.device)
+        counts = self._counts(hidden_states)
         rows = self._broadcast(hidden_states, counts)
         weights = self._broadcast(topk_weights, counts)
         ids = self._broadcast(self.physical(topk_ids), counts)
@@ -30,7 +52,7 @@ class Naive(Dispatcher):
         self, hidden_states: Tensor, router_logits: Tensor, route: Callable[[Tensor], tuple[Tensor, Tensor]]
     ) -> Dispatched:
         """As `dispatch`, from logits [T_r, E]; `route` maps logits to (weights, global ids) on every rank."""
-        counts = gather_counts(len(hidden_states), self.group, hidden_states.device)
+        counts = self._counts(hidden_states)
         rows = self._broadcast(hidden_states, counts)
         weights, ids = route(self._broadcast(router_logits, counts))
         return Dispatched(rows, weights, self.own_ids(self.physical(ids)), counts)

@@ -99,6 +99,10 @@ class Symmetric(Dispatcher):
     devices = ("cuda",)
     dtypes = ("fp32", "bf16", "fp16")
 
+    @classmethod
+    def for_equal(cls, tokens: int) -> dict[str, Any] | None:
+        return {"max_tokens": tokens}
+
     def __init__(self, group: dist.ProcessGroup, *, num_experts: int, owner: Tensor, max_tokens: int | None = None):
         super().__init__(group, num_experts=num_experts, owner=owner)
         self._require()

@@ -90,8 +90,8 @@ def symmetric(
         ValueError: as `reduction`.
     """
     through = _through(group, routed.device)
-    fits = routed_state == PARTIAL and rows is None and shared_state != COMPLETE and through.fits(routed)
-    if not fits:
+    through_memory = routed_state == PARTIAL and rows is None and shared_state != COMPLETE
+    if not through_memory or not through.fits(routed.shape, routed.dtype):
         return reduction(routed, shared, group, routed_state=routed_state, shared_state=shared_state, rows=rows)
     if shared is not None and shared_state == PARTIAL:
         routed, shared = routed + shared, None

@@ -9,19 +9,21 @@ A dispatcher's combine is the reduction of its scheme; where experts are cut in 
 """
 
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from moe_harness.impls.parallel.reduction import COMPLETE, PARTIAL, reduction
+from moe_harness.impls.qwen3_moe.outputs import Unsummed
 from moe_harness.impls.qwen3_moe.placement import Placement
-from moe_harness.impls.qwen3_moe.ranks import Ranks, Unsummed, share
+from moe_harness.impls.qwen3_moe.ranks import Ranks, share
 
 REGISTRY = "moe_harness.impls.dispatchers.dispatcher"
-REPLICATED = "local_allreduce"  # the scheme that needs the same tokens on all ranks
 
 
 class Block(Protocol):
@@ -29,7 +31,7 @@ class Block(Protocol):
 
     def route(self, name: str, x: Tensor, pads: Tensor | None) -> tuple[Tensor, Tensor]: ...
 
-    def routed(self, name: str, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor: ...
+    def routed(self, name: str, x: Tensor, weights: Tensor, ids: Tensor, local: Tensor | None = None) -> Tensor: ...
 
     def shared(self, name: str, x: Tensor) -> Tensor | None: ...
 
@@ -44,13 +46,18 @@ def alone(block: Block, name: str, x: Tensor, pads: Tensor | None) -> Tensor:
     return _sum(block.routed(name, x, *block.route(name, x, pads)), block.shared(name, x))
 
 
+alone.capturable = True
+
+
 class Summed:
     """The same tokens everywhere.
 
     Args:
-        dispatcher: of whole experts over all ranks; None where experts are cut in columns, over all ranks or beside.
-        local: int64 [E + 1], this rank's number of each expert, -1 elsewhere; None where all are here.
+        dispatcher: of redundant experts over all ranks; None where every expert has one place.
+        local: int64 [E], this rank's number of each expert, -1 elsewhere; None where all are here.
     """
+
+    capturable = True
 
     def __init__(self, ranks: Ranks, dispatcher: Any = None, local: Tensor | None = None):
         self.ranks, self.dispatcher, self.local = ranks, dispatcher, local
@@ -58,12 +65,12 @@ class Summed:
     def __call__(self, block: Block, name: str, x: Tensor, pads: Tensor | None) -> Tensor | Unsummed:
         weights, ids = block.route(name, x, pads)
         if self.dispatcher is None:
-            ids = ids if self.local is None else self.local[ids.long()].to(ids.dtype)
-            return block.reduced(_sum(block.routed(name, x, weights, ids), block.shared(name, x)))
+            return block.reduced(_sum(block.routed(name, x, weights, ids, self.local), block.shared(name, x)))
         d = self.dispatcher.dispatch(x, weights, ids)
         # Rows are the tokens themselves, so that the shared expert's part goes into the same sum.
         out = _sum(block.routed(name, d.hidden_states, d.topk_weights, d.topk_ids), block.shared(name, x))
-        return block.reduced(out) if self.ranks.sums_in_the_norm(out) else self.dispatcher.combine(out, d)
+        later = self.ranks.sums_in_the_norm(out.shape, out.dtype)
+        return block.reduced(out) if later else self.dispatcher.combine(out, d)
 
 
 class Exchanged:
@@ -74,23 +81,48 @@ class Exchanged:
             it they are the rank's own already.
         columns: the group over which experts are cut in columns; None: they are not.
         over: the ranks of the dispatcher.
+        equal: gives the dispatcher for steps in which every rank has so many tokens, which reads nothing back to the
+            host; None where the scheme has none, or ranks have tokens of their own.
     """
 
-    def __init__(self, place: Placement, dispatcher: Any, over: Ranks, columns: dist.ProcessGroup | None = None):
+    def __init__(
+        self, place: Placement, dispatcher: Any, over: Ranks, columns: dist.ProcessGroup | None = None,
+        equal: Callable[[int], Any] | None = None,
+    ):  # fmt: skip
         self.place, self.dispatcher, self.over, self.columns = place, dispatcher, over, columns
+        self.equal = None if place.data_parallel else equal
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a step with pad rows can be part of a CUDA graph."""
+        return self.equal is not None
 
     def __call__(self, block: Block, name: str, x: Tensor, pads: Tensor | None) -> Tensor:
         if self.place.data_parallel:
-            return self._own(block, name, x, pads)
+            return self._own(block, name, x, pads, self.dispatcher)
+        if pads is not None and self.equal is not None:
+            return self._shared_out(block, name, x, pads, self.equal)
         counts = share(len(x), self.over.size)
         first = sum(counts[: self.over.rank])
         here = slice(first, first + counts[self.over.rank])
-        own = self._own(block, name, x[here], None if pads is None else pads[here])
+        own = self._own(block, name, x[here], None if pads is None else pads[here], self.dispatcher)
         return self.over.rows(own, counts)
 
-    def _own(self, block: Block, name: str, x: Tensor, pads: Tensor | None) -> Tensor:
-        d = self.dispatcher.dispatch(x, *block.route(name, x, pads))
-        routed = self.dispatcher.combine(block.routed(name, d.hidden_states, d.topk_weights, d.topk_ids), d)
+    def _shared_out(
+        self, block: Block, name: str, x: Tensor, pads: Tensor, equal: Callable[[int], Any]
+    ) -> Tensor:  # fmt: skip
+        """Equal shares of the tokens, with pad rows behind the last where they do not divide."""
+        each = -(-len(x) // self.over.size)
+        missing = each * self.over.size - len(x)
+        if missing:
+            x, pads = F.pad(x, (0, 0, 0, missing)), F.pad(pads, (0, missing), value=-1)
+        here = slice(each * self.over.rank, each * (self.over.rank + 1))
+        own = self._own(block, name, x[here], pads[here], equal(each))
+        return self.over.rows(own, [each] * self.over.size)[: len(x) - missing]
+
+    def _own(self, block: Block, name: str, x: Tensor, pads: Tensor | None, dispatcher: Any) -> Tensor:
+        d = dispatcher.dispatch(x, *block.route(name, x, pads))
+        routed = dispatcher.combine(block.routed(name, d.hidden_states, d.topk_weights, d.topk_ids), d)
         state = COMPLETE if self.columns is None else PARTIAL
         return reduction(routed, block.shared(name, x), self.columns, routed_state=state, shared_state=COMPLETE)
 
@@ -137,19 +169,24 @@ def expert_layout(place: Placement, num_experts: int, dispatcher: str, ranks: Ra
         if not getattr(kind, "supports_copies", False):
             raise ValueError(f"{dispatcher} has no redundant experts, wanted copies=0 or another dispatcher")
         given["logical"] = torch.tensor(place.logical(num_experts))
-    replicated = getattr(kind, "requires_replicated_tokens", False)
-    if replicated and place.expert_shards > 1:
-        return Summed(ranks, local=_local_numbers(place, num_experts).to(ranks.device))
-    if replicated:  # the engine answers for equal tokens: they come out of the reduction before
+    if getattr(kind, "requires_replicated_tokens", False):
+        # The engine answers for equal tokens, they come out of the reduction before: nothing has to be dispatched.
+        if not place.copies:
+            return Summed(ranks, local=_local_numbers(place, num_experts).to(ranks.device))
+        if place.expert_shards > 1:
+            raise ValueError("copies with expert_shards and local_allreduce would only repeat work, wanted copies=0")
         return Summed(ranks, kind(ranks.group, **given, verify=False))
     over, columns = _grid(place, ranks)
-    return Exchanged(place, kind(over.group, **given), over, columns)
+
+    def make(**options: Any) -> Any:
+        return kind(over.group, **given, **options)
+
+    equal = None if kind.for_equal(1) is None else cache(lambda tokens: make(**kind.for_equal(tokens)))
+    return Exchanged(place, make(), over, columns, equal)
 
 
 def _local_numbers(place: Placement, num_experts: int) -> Tensor:
-    if place.copies:
-        raise ValueError("copies with expert_shards and local_allreduce would only repeat work, wanted copies=0")
-    table = torch.full((num_experts + 1,), -1)  # the last entry is what the id -1 reads
+    table = torch.full((num_experts,), -1)
     held = place.held(num_experts)
     table[held] = torch.arange(len(held))
     return table

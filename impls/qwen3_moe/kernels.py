@@ -24,6 +24,8 @@ class Joined:
     norm_of_parts: Callable[..., tuple[Tensor, Tensor]]
     rope_cache: Callable[..., Tensor]  # these two of positions and lengths that the step began with
     paged_attention: Callable[..., Tensor]
+    shard_words: Callable[..., Tensor]  # candidates of a shard of the vocabulary, and the best of all shards'
+    pick: Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def _joined() -> Joined:
     from moe_harness.impls.triton.rms_norm import norm_of_parts
     from moe_harness.impls.triton.rope_cache import rope_cache_of_step
     from moe_harness.impls.triton.router import router_from_hidden
+    from moe_harness.impls.triton.shards import pick, shard_words
     from moe_harness.impls.triton.sum_norm import sum_norm
 
     return Joined(
@@ -80,4 +83,6 @@ def _joined() -> Joined:
         rope_cache=rope_cache_of_step,
         norm_of_parts=norm_of_parts,
         paged_attention=paged_attention_of_step,
+        shard_words=shard_words,
+        pick=pick,
     )

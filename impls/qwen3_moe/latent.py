@@ -22,7 +22,7 @@ from moe_harness.impls.qwen3_moe.pieces import Cut, Piece
 
 if TYPE_CHECKING:
     from moe_harness.impls.qwen3_moe.network import Flat, Network
-    from moe_harness.impls.qwen3_moe.ranks import Unsummed
+    from moe_harness.impls.qwen3_moe.outputs import Unsummed
     from moe_harness.impls.qwen3_moe.weights import Layout
 
 EPS = 1e-6  # of the norms in here, whatever rms_norm_eps says

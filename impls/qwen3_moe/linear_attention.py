@@ -29,7 +29,7 @@ from moe_harness.impls.torch.rms_norm import normalised
 
 if TYPE_CHECKING:
     from moe_harness.impls.qwen3_moe.network import Flat, Network
-    from moe_harness.impls.qwen3_moe.ranks import Unsummed
+    from moe_harness.impls.qwen3_moe.outputs import Unsummed
     from moe_harness.impls.qwen3_moe.weights import Layout
 
 LENGTH_EPS = 1e-6  # below the square of a query's or key's length

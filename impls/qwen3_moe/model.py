@@ -13,11 +13,12 @@ from torch import Tensor
 from moe_harness.impls.qwen3_moe.batch import Limits
 from moe_harness.impls.qwen3_moe.config import Config
 from moe_harness.impls.qwen3_moe.engine import Engine
-from moe_harness.impls.qwen3_moe.expert_layouts import REPLICATED, ExpertLayout, alone, expert_layout, splits_tokens
+from moe_harness.impls.qwen3_moe.expert_layouts import ExpertLayout, alone, expert_layout, splits_tokens
 from moe_harness.impls.qwen3_moe.kernels import Kernels
 from moe_harness.impls.qwen3_moe.loader import load
 from moe_harness.impls.qwen3_moe.lockstep import LockstepEngine
-from moe_harness.impls.qwen3_moe.network import Cache, Flat, Network, Output, cache_shape
+from moe_harness.impls.qwen3_moe.network import Cache, Flat, Network, cache_shape
+from moe_harness.impls.qwen3_moe.outputs import Output
 from moe_harness.impls.qwen3_moe.pages import Pages
 from moe_harness.impls.qwen3_moe.ranks import Ranks, SumNorm, share
 from moe_harness.impls.qwen3_moe.runner import Runner
@@ -43,8 +44,8 @@ class Options:
         prefixes: whether computed prefixes are kept for later requests.
         graphs: whether decoding steps run as CUDA graphs, on a GPU and with kernels that can be captured.
         kernels: "triton", "torch"; None: Triton's on a GPU.
-        symmetric: whether GPUs of one host sum over ranks through symmetric memory, with the norm behind each sum in
-            the same launch; otherwise by NCCL.
+        symmetric: whether GPUs of one host sum over ranks through symmetric memory, with what a decoding step joins to
+            each sum in the same launch; otherwise by NCCL.
     """
 
     max_sequences: int = 256
@@ -56,7 +57,7 @@ class Options:
     prefixes: bool = True
     graphs: bool = True
     kernels: str | None = None
-    symmetric: bool = False  # its kernel has run under the interpreter only
+    symmetric: bool = False  # no GPU has run what is joined to the sums
 
 
 DISABLED = "disabled"
@@ -230,15 +231,19 @@ class Model:
         length = min(length, pages * o.page_size)
         columns = max(1, -(-(length - 1) // o.page_size))  # the last token is never an input
         limits = Limits(o.max_tokens, o.max_sequences, columns, o.page_size)
-        moved = self.expert_parallel_backend not in (DISABLED, REPLICATED)  # by counts that the host reads
-        capturable = self.network.kernels.capturable and (self.ranks is None or self.ranks.capturable)
-        graphs = o.graphs and capturable and not moved and c.linear is None
+        graphs = o.graphs and self.capturable
         runner = Runner(self.network, self._cache(pages), limits, self.device, graphs)
         pool = Pages(pages, o.page_size, o.prefixes and c.linear is None)  # states of a prefix are not kept
         limits_of = {"max_sequences": o.max_sequences, "max_tokens": o.max_tokens, "max_length": length}
         if self.apart and self.ranks is not None:
             return LockstepEngine(self.ranks, runner.idle, runner, pool, **limits_of)
         return Engine(runner, pool, **limits_of)
+
+    @property
+    def capturable(self) -> bool:
+        """Whether decoding steps can run as CUDA graphs: nothing in them waits for the host, here or over ranks."""
+        over_ranks = self.ranks is None or (self.ranks.capturable and self.network.experts.capturable)
+        return self.network.kernels.capturable and over_ranks and self.config.linear is None
 
     def _cache(self, pages: int) -> Cache:
         o = self.options
@@ -284,12 +289,27 @@ def load_model(
         CheckpointError (a ValueError): a folder that cannot be loaded; file, key, got and wanted are in the message.
         ValueError: unknown dtype or dispatcher; sizes that the ranks cannot share.  TypeError: unknown options.
     """
+    folder = Path(model_dir)
+
+    def fill(layout: Layout, parameters: dict[str, Tensor]) -> None:
+        load(folder, layout, parameters, progress)
+
+    given = {"device": device, "dtype": dtype, "group": group, "dispatcher": dispatcher}
+    return assembled(Config.read(folder), fill, **given, expert_parallel=expert_parallel, **options)
+
+
+def assembled(
+    config: Config, fill: Callable[[Layout, dict[str, Tensor]], None], *, device: str | torch.device,
+    dtype: str | torch.dtype, group: Any = None, expert_parallel: bool = False, dispatcher: str = "local_allreduce",
+    **options: Any,
+) -> Model:  # fmt: skip
+    """As `load_model`, with the parameters of this rank that `fill` writes."""
     found = DTYPES.get(str(dtype), dtype)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f"dtype is {dtype!r}, wanted one of {', '.join(DTYPES)}")
-    folder, place = Path(model_dir), torch.device(device)
+    place = torch.device(device)
     placed = {key: options.pop(key) for key in PLACED if key in options}
-    chosen, config = Options(**options), Config.read(folder)
+    chosen = Options(**options)
     spread = group is not None and group.size() > 1
     if expert_parallel and config.num_experts:
         placed |= {"expert_parallel": True, "split_tokens": spread and splits_tokens(dispatcher, placed)}
@@ -301,7 +321,7 @@ def load_model(
         ranks.sum_norm = symmetric_sums(group, place)
     experts = expert_layout(layout.placement, config.num_experts, dispatcher, ranks)
     parameters = layout.empty(found, place)
-    load(folder, layout, parameters, progress)
+    fill(layout, parameters)
     model = Model(layout, parameters, place, found, chosen, ranks, experts)
     model.expert_parallel_backend = (
         dispatcher.removeprefix("dispatchers:") if layout.placement.expert_parallel else DISABLED

@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_harness.impls.qwen3_moe.expert_layouts import ExpertLayout, alone
+from moe_harness.impls.qwen3_moe.expert_layouts import ExpertLayout, Summed, alone
 from moe_harness.impls.qwen3_moe.kernels import Joined, Kernels
 from moe_harness.impls.qwen3_moe.latent import LatentAttention
 from moe_harness.impls.qwen3_moe.linear_attention import DeltaNet, Memory, gated
-from moe_harness.impls.qwen3_moe.ranks import Ranks, Unsummed
+from moe_harness.impls.qwen3_moe.outputs import BySlot, Output, Parts, Unsummed
+from moe_harness.impls.qwen3_moe.ranks import DISAGREE, Ranks
 from moe_harness.impls.qwen3_moe.weights import Layout
 from moe_harness.impls.torch.cut import kept
 from moe_harness.impls.torch.sampler import inverse_of
@@ -91,25 +92,6 @@ class Flat:
         return self.slots if self.padded else None
 
 
-@dataclass(frozen=True)
-class BySlot:
-    """What the experts of a sparse layer yield, [T * k, H] with weights and ids [T, k]: the next norm sums it."""
-
-    rows: Tensor
-    weights: Tensor
-    ids: Tensor
-
-
-@dataclass(frozen=True)
-class Parts:
-    """A projection in parts over its depth, fp32 [n, T, H]: the next norm adds them up."""
-
-    parts: Tensor
-
-
-Output = Tensor | BySlot | Parts | Unsummed  # of half a layer, [T, H]
-
-
 class Network:
     """The layers of one rank.
 
@@ -135,13 +117,15 @@ class Network:
         """The sum of all ranks' partial results, or what the next norm makes it of; one rank's is whole."""
         if self.ranks is None:
             return partial
-        return Unsummed(partial) if self.ranks.sums_in_the_norm(partial) else self.ranks.reduced(partial)
+        later = self.ranks.sums_in_the_norm(partial.shape, partial.dtype)
+        return Unsummed(partial) if later else self.ranks.reduced(partial)
 
     def finished(self, output: Output) -> Tensor:
         """`output` where no norm is behind it."""
         if isinstance(output, Tensor):
             return output
-        assert isinstance(output, Unsummed) and self.ranks is not None  # a whole sequence is no decoding step
+        # A whole sequence is no decoding step.
+        assert isinstance(output, Unsummed) and isinstance(output.part, Tensor) and self.ranks is not None
         return self.ranks.reduced(output.part)
 
     def embed(self, ids: Tensor) -> Tensor | Unsummed:
@@ -163,8 +147,9 @@ class Network:
 
     def logits(self, output: Output, stream: Tensor | None, rows: Tensor | None = None) -> Tensor:
         """The last norm and the head of the sum of both, [T, H] -> [T or R, V]."""
-        if rows is not None and isinstance(output, Tensor | Unsummed):  # all rows of what is still by slot
-            output = output[rows] if isinstance(output, Tensor) else Unsummed(output.part[rows])
+        part = output.part if isinstance(output, Unsummed) else output
+        if rows is not None and isinstance(part, Tensor):  # all rows of what is still by slot
+            output = part[rows] if part is output else Unsummed(part[rows])
             stream = None if stream is None else stream[rows]
         x, _ = self.norm("model.norm.weight", output, stream)
         return F.linear(x, self.head)
@@ -187,7 +172,11 @@ class Network:
             return self.kernels.sampler(logits, **given, **cuts)
         if cuts:
             logits = logits.masked_fill(~self._kept(logits, given["temperature"], **cuts), -torch.inf)
-        candidates = self.kernels.best_in_shard(logits, **given, first=self.layout.vocabulary.start)
+        first, joined = self.layout.vocabulary.start, self.kernels.joined
+        if joined is not None and self.ranks.sum_norm is not None and len(logits):
+            words = joined.shard_words(logits, **given, first=first, plan=plan)
+            return joined.pick(self.ranks.gathered(words), given["temperature"], self.ranks.size, DISAGREE)
+        candidates = self.kernels.best_in_shard(logits, **given, first=first)
         return self.ranks.winner(*candidates, inverse_of(given["temperature"], torch.float64), plan)
 
     def _kept(self, logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
@@ -234,7 +223,7 @@ class Network:
         mixed = self.attend(q, flat, keys, values).flatten(1)
         parts = self._in_parts(f"{name}.o_proj", mixed, flat)
         if parts is not None:
-            return Parts(parts)
+            return Parts(parts) if self.ranks is None else Unsummed(Parts(parts))
         return self.reduced(F.linear(mixed, self.p[f"{name}.o_proj.weight"], self.p.get(f"{name}.o_proj.bias")))
 
     def _of_step(self, flat: Flat) -> Kernels | Joined:
@@ -243,7 +232,8 @@ class Network:
 
     def _in_parts(self, name: str, x: Tensor, flat: Flat) -> Tensor | None:
         """x times a weight in parts that the next kernel adds up, fp32 [n, T, N]; None where that gains nothing."""
-        if not flat.padded or self.kernels.joined is None or self.ranks is not None or f"{name}.bias" in self.p:
+        summed = self.ranks is None or self.ranks.sums_in_the_norm((len(x), self.config.hidden_size), x.dtype)
+        if not flat.padded or self.kernels.joined is None or not summed or f"{name}.bias" in self.p:
             return None
         return self.kernels.joined.projection(x, self.p[f"{name}.weight"])
 
@@ -265,21 +255,21 @@ class Network:
 
     def sparse(self, name: str, x: Tensor, flat: Flat) -> Output:
         """Router, experts, and the shared expert where there is one: [T, H] -> [T, H]."""
-        if (
-            flat.padded
-            and self.kernels.joined is not None
-            and self.experts is alone
-            and not self.config.shared_expert_size
-        ):
-            return self._by_slot(name, x, flat)
+        if flat.padded and self.kernels.joined is not None and not self.config.shared_expert_size:
+            if self.experts is alone:
+                return self._by_slot(name, x, flat)
+            over = self.experts
+            if isinstance(over, Summed) and over.dispatcher is None and over.ranks.sums_in_the_norm(x.shape, x.dtype):
+                return Unsummed(self._by_slot(name, x, flat, over.local))
         return self.experts(self, name, x, flat.pads)
 
-    def _by_slot(self, name: str, x: Tensor, flat: Flat) -> BySlot:
+    def _by_slot(self, name: str, x: Tensor, flat: Flat, local: Tensor | None = None) -> BySlot:
         weights, ids = self.route(name, x, flat.pads)
         up, down = self.p[f"{name}.experts.gate_up_proj"], self.p[f"{name}.experts.down_proj"]
         assert self.kernels.joined is not None
-        rows = self.kernels.joined.experts_by_slot(x, up, down, ids, activation=self.config.activation)
-        return BySlot(rows, weights, ids)
+        activation = self.config.activation
+        rows = self.kernels.joined.experts_by_slot(x, up, down, ids, activation=activation, expert_map=local)
+        return BySlot(rows, weights, ids, local)
 
     def route(self, name: str, x: Tensor, pads: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weights and ids [T, k]; -1 in pad rows, which read no expert's weights."""
@@ -292,10 +282,11 @@ class Network:
         weights, ids = self.kernels.router(logits, **c.routing())
         return weights, ids if pads is None else ids.masked_fill_((pads < 0)[:, None], -1)
 
-    def routed(self, name: str, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-        """The weighted sum over this rank's experts, by their local ids."""
+    def routed(self, name: str, x: Tensor, weights: Tensor, ids: Tensor, local: Tensor | None = None) -> Tensor:
+        """The weighted sum over this rank's experts, by their local ids, or by those that `local` [E] makes of ids."""
         up, down = self.p[f"{name}.experts.gate_up_proj"], self.p[f"{name}.experts.down_proj"]
-        return self.kernels.experts(x, up, down, weights, ids, activation=self.config.activation)
+        activation = self.config.activation
+        return self.kernels.experts(x, up, down, weights, ids, activation=activation, expert_map=local)
 
     def shared(self, name: str, x: Tensor) -> Tensor | None:
         """This rank's part of the shared expert, gated where it has a gate; None where there is none."""
@@ -327,11 +318,24 @@ class Network:
             assert stream is not None and self.kernels.joined is not None
             return self.kernels.joined.norm_of_parts(x.parts, self.p[name], stream, eps=self.config.eps)
         if isinstance(x, Unsummed):
-            assert self.ranks is not None and self.ranks.sum_norm is not None
-            return self.ranks.sum_norm(x.part, self.p[name], eps=self.config.eps, residual=stream)
+            return self._summed(x.part, self.p[name], stream)
         if stream is None:
             return self.kernels.rms_norm(x, self.p[name], eps=self.config.eps), x
         return self.kernels.rms_norm(x, self.p[name], eps=self.config.eps, residual=stream)
+
+    def _summed(self, part: Tensor | BySlot | Parts, weight: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The norm of the sum over ranks of `part` + stream, and that sum."""
+        assert self.ranks is not None and self.ranks.sum_norm is not None
+        through, eps = self.ranks.sum_norm, self.config.eps
+        if isinstance(part, Tensor):
+            return through(part, weight, eps=eps, residual=stream)
+        assert stream is not None
+        if isinstance(part, Parts):
+            return through.of_pieces(part.parts, weight, eps=eps, residual=stream)
+        return through.of_slots(
+            part.rows, part.weights, part.ids, weight, eps=eps, residual=stream, num_experts=len(self.layout.held),
+            local=part.local,
+        )  # fmt: skip
 
 
 def _of_excess(parameters: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,21 +37,21 @@ class RankLost(RuntimeError):
     """A rank has ended while others wait for it."""
 
 
-@dataclass(frozen=True)
-class Unsummed:
-    """This rank's part [T, H] of a sum over ranks that the norm behind it makes, in the same launch."""
-
-    part: Tensor
-
-
 class SumNorm(Protocol):
     """`impls.parallel.symmetric.SumNorm`."""
 
-    def fits(self, part: Tensor) -> bool: ...
+    def fits(self, shape: Sequence[int], dtype: torch.dtype) -> bool: ...
 
     def __call__(
         self, part: Tensor, weight: Tensor | None = None, *, eps: float = 0.0, residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor]: ...
+
+    def of_pieces(self, pieces: Tensor, weight: Tensor, *, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def of_slots(
+        self, rows: Tensor, topk_weights: Tensor, topk_ids: Tensor, weight: Tensor, *, eps: float, residual: Tensor,
+        num_experts: int, local: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 class Ranks:
@@ -78,9 +77,9 @@ class Ranks:
         """The sum over ranks, the same bits on each: every router after it chooses alike."""
         return reduction(partial, None, self.group, routed_state=PARTIAL)
 
-    def sums_in_the_norm(self, partial: Tensor) -> bool:
-        """Whether the norm behind a partial result sums it; the same on every rank."""
-        return self.sum_norm is not None and self.sum_norm.fits(partial)
+    def sums_in_the_norm(self, shape: Sequence[int], dtype: torch.dtype) -> bool:
+        """Whether the norm behind a partial result of this size sums it; the same on every rank."""
+        return self.sum_norm is not None and self.sum_norm.fits(shape, dtype)
 
     def columns(self, own: Tensor, widths: Sequence[int]) -> Tensor:
         """All columns of a matrix of which each rank has the next ones: own [T, widths[rank]] -> [T, sum]."""
@@ -109,6 +108,12 @@ class Ranks:
         dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group)
         return found
 
+    def gathered(self, own: Tensor) -> Tensor:
+        """[R * n], equally many numbers of every rank, in their order."""
+        found = own.new_empty(self.size * len(own))
+        all_gather(found, own, self.group)
+        return found
+
     def winner(self, tops: Tensor, scores: Tensor, tokens: Tensor, inverse: Tensor, plan: Tensor) -> Tensor:
         """The token [B] with the best score over all shards.
 
@@ -122,9 +127,7 @@ class Ranks:
             int64 [B]; all DISAGREE - r where rank r is the first that has planned another step than rank 0.
         """
         words = [tops.double().view(torch.int64), scores.double().view(torch.int64), tokens.long()]
-        own = torch.cat((plan, torch.stack(words).flatten()))
-        gathered = own.new_empty(self.size * len(own))
-        all_gather(gathered, own, self.group)
+        gathered = self.gathered(torch.cat((plan, torch.stack(words).flatten())))
         plans, candidates = gathered.view(self.size, -1).split((1, 3 * len(tokens)), dim=1)
         top, score, token = candidates.reshape(self.size, 3, -1).unbind(1)
         top, score = top.contiguous().view(torch.float64), score.contiguous().view(torch.float64)

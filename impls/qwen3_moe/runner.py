@@ -126,8 +126,10 @@ class Runner:
         torch.cuda.synchronize(self.device_of)  # the blocks of steps under way have arrived
         self._blank(size)
         self.run(filled, padded=True)  # whatever is compiled or allocated once, is now
+        torch.cuda.synchronize(self.device_of)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # NCCL's own threads look at events meanwhile, which only a capture of this thread alone allows.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             logits, tokens = self.run(filled, padded=True)
         self.pool = graph.pool()
         self.graphs[size] = (graph, logits, tokens)

@@ -111,16 +111,16 @@ def _experts(
         return torch.zeros(hidden_states.shape, dtype=hidden_states.dtype, device=hidden_states.device)
     num_experts, hidden, width = down_proj.shape
     shape = configs.Shape(num_experts, hidden, width, topk_ids.shape[1], hidden_states.element_size())
-    # On one rank of many only a share of the slots is expected to be local; more are handled, only slower.
-    spread = num_experts if expert_map is None else max(num_experts, expert_map.numel())
-    slots = max(1, topk_ids.numel() * num_experts // spread)
+    slots = _expected(topk_ids, num_experts, expert_map)
     entry = configs.choose(shape, slots, hidden_states.device)
     return run_entry(
         entry, hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, activation, expert_map, slots
     )
 
 
-def experts_by_slot(x: Tensor, up: Tensor, down: Tensor, ids: Tensor, *, activation: str) -> Tensor:
+def experts_by_slot(
+    x: Tensor, up: Tensor, down: Tensor, ids: Tensor, *, activation: str, expert_map: Tensor | None = None
+) -> Tensor:
     """What `experts` sums, with a row for each slot: [T * k, H], undefined where the id is masked.
 
     Raises:
@@ -131,8 +131,15 @@ def experts_by_slot(x: Tensor, up: Tensor, down: Tensor, ids: Tensor, *, activat
         raise ValueError(f"topk_ids are {tuple(ids.shape)} of {up.shape[0]} experts, but should hold a slot")
     num_experts, hidden, width = down.shape
     shape = configs.Shape(num_experts, hidden, width, ids.shape[1], x.element_size())
-    entry = configs.choose(shape, ids.numel(), x.device)
-    return _by_slot(entry, x, up, down, ids, activation, None, ids.numel())
+    slots = _expected(ids, num_experts, expert_map)
+    entry = configs.choose(shape, slots, x.device)
+    return _by_slot(entry, x, up, down, ids, activation, expert_map, slots)
+
+
+def _expected(ids: Tensor, num_experts: int, expert_map: Tensor | None) -> int:
+    """Slots with a local expert: on one rank of many only a share of all; more are handled, only slower."""
+    spread = num_experts if expert_map is None else max(num_experts, expert_map.numel())
+    return max(1, ids.numel() * num_experts // spread)
 
 
 experts.deterministic = True

@@ -99,6 +99,13 @@ def test_answers_of_another_nature_fail_though_they_are_right(change, told):
     assert re.search(told, result["reasons"][0])
 
 
+def test_a_fall_is_told_before_what_else_changed():
+    """A model that answers nothing right is not one with a few more invalid answers."""
+    both = view.summary(judged(rows(200), rows(200, wrong=range(190), valid=False)))
+    assert re.search(r"^accuracy fell by 95\.00%.*significantly.*; the answers changed: invalid", both)
+    assert view.summary(judged(rows(200), rows(200, valid=False))).startswith("the answers changed: invalid")
+
+
 def test_a_length_within_a_tenth_is_no_trouble():
     assert judged(rows(200), rows(200, length=21))["verdict"] == "pass"
 

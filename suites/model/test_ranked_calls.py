@@ -67,10 +67,13 @@ def test_a_wrong_call_over_ranks_says_what_to_do(options: tuple[str, ...], messa
     [("dies", r"rank 1 of 2 was killed by signal 9 \(SIGKILL\); the other ranks were ended"),
      ("complains", r"rank 1 of 2 raised KeyError: 'nothing of the kind'; the other ranks were ended")],
 )  # fmt: skip
-def test_the_rank_that_fails_is_named_and_nothing_is_left(task: str, message: str, folder: Path) -> None:
+def test_the_rank_that_fails_is_named_and_nothing_is_left(
+    task: str, message: str, folder: Path, tmp_path: Path
+) -> None:  # fmt: skip
+    spec = Cell("qwen2_moe", 2).spec(folder) | {"died": str(tmp_path / "died")}
     with (
         pytest.raises(CannotJudge, match=message),
-        Launched(f"{TASKS}:{task}", Cell("qwen2_moe", 2).spec(folder), ranks=2, cuda=False) as started,
+        Launched(f"{TASKS}:{task}", spec, ranks=2, cuda=False) as started,
     ):
         for _ in started.words():
             pass

@@ -7,7 +7,7 @@ import re
 
 from moe_harness.harness.bench.pictures import remarks
 from moe_harness.harness.bench.timing import BenchReport, Timing
-from moe_harness.suites.performance import DATA, ROOT, header, model_figures, ranked_figures, row
+from moe_harness.suites.performance import DATA, ROOT, header, model_figures, ranked_figures, row, spread_figures
 
 PAGE, PICTURE = ROOT / "docs/benches.md", ROOT / "docs/performance.svg"
 MARKED = re.compile(
@@ -134,6 +134,8 @@ SECTIONS = {
     "dispatch": ranked_figures.dispatch,
     "symmetric": ranked_figures.symmetric,
     "expert_parallel": ranked_figures.expert_parallel,
+    "over_ranks": spread_figures.over_ranks,
+    "reduction": spread_figures.reduction,
 }
 
 

@@ -100,7 +100,8 @@ def components(model: Any, batch: int, context: int) -> dict[str, dict[str, floa
     """Microseconds of each part of a decoding step, over all layers, and its floor."""
     import torch.nn.functional as F
 
-    from moe_harness.impls.qwen3_moe.network import BySlot, Flat, Parts
+    from moe_harness.impls.qwen3_moe.network import Flat
+    from moe_harness.impls.qwen3_moe.outputs import BySlot, Parts
 
     runner, network, c, p = model.engine.runner, model.network, model.config, model.network.p
     k, layers, b = network.kernels, range(c.layers), runner.block

@@ -82,26 +82,28 @@ class Results:
         print(f"[{name}: {time.perf_counter() - start:.1f} s]", flush=True)
 
 
-def random_model(layers: int, **options: Any) -> Any:
-    """The model with random weights on the device, without files."""
+def random_model(layers: int, keys: dict[str, Any] = CONFIG, **options: Any) -> Any:
+    """The model with random weights on the device, without files; of one rank where a group is among the options.
+
+    What every rank holds whole is the same on all of them.
+    """
     from moe_harness.impls.qwen3_moe.config import Config
-    from moe_harness.impls.qwen3_moe.model import Model, Options
-    from moe_harness.impls.qwen3_moe.weights import Layout
+    from moe_harness.impls.qwen3_moe.model import assembled
+
+    def fill(layout: Any, parameters: dict[str, torch.Tensor]) -> None:
+        everywhere = torch.Generator("cuda").manual_seed(0)
+        own = torch.Generator("cuda").manual_seed(1 + layout.placement.rank)
+        for name, parameter in parameters.items():
+            if "norm" in name:
+                parameter.fill_(1)
+                continue
+            draw = everywhere if name.endswith("mlp.gate.weight") else own
+            parameter.normal_(0, 1.0 if "embed" in name else parameter.shape[-1] ** -0.5, generator=draw)
 
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": layers}))
-        layout = Layout(Config.read(Path(folder)), rank=0, world_size=1)
-    device = torch.device("cuda")
-    draw = torch.Generator("cuda").manual_seed(0)
-    parameters = {}
-    for name, shape in layout.shapes.items():
-        parameter = torch.empty(shape, dtype=torch.bfloat16, device=device)
-        if "norm" in name:
-            parameter.fill_(1)
-        else:
-            parameter.normal_(0, 1.0 if "embed" in name else shape[-1] ** -0.5, generator=draw)
-        parameters[name] = parameter
-    return Model(layout, parameters, device, torch.bfloat16, Options(**options))
+        Path(folder, "config.json").write_text(json.dumps(keys | {"num_hidden_layers": layers}))
+        config = Config.read(Path(folder))
+    return assembled(config, fill, device=f"cuda:{torch.cuda.current_device()}", dtype=torch.bfloat16, **options)
 
 
 def check(results: Results) -> None:

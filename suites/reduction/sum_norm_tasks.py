@@ -4,6 +4,7 @@ total = ((part_0 + part_1) + ... + part_{R-1}) + residual     fp32, rounded once
 out   = rms_norm(total)                                       within the bound of the stage rms_norm
 """
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from moe_harness.suites.reduction.interpreted import RETURNED, Script, SumNorm, 
 from moe_harness.suites.reduction.planted_sum_norm import FAULTS
 
 EPS = 0.5  # beside mean squares of about 1, so that no place of eps is like another
+QUIET = 0.2  # seconds
 SHAPES = ((3, 24), (1, 24), (2, 33), (3, 24), (0, 24), (2, 24))
 
 
@@ -57,14 +59,46 @@ def late_second_rank(me: Rank) -> Script:
     return Script(me.group, {c: waits_for_me(c) for c in calls}, {(c, raised): is_ahead(c) for c in calls})
 
 
-def run(me: Rank, spec: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Task: complaints about one rank's results, and a digest of all of them."""
+def announced_early(me: Rank) -> Script:
+    """In every call rank 1 tells how many rows it has, and puts them only when rank 0 has long heard of it.
+
+    For a kernel that announces before it puts, which is as right.  Rank 0 has heard when it has looked at nothing that
+    is announced for QUIET: it waits for words then, or has taken those that were there.
+    """
+    if me.rank != 1:
+        return Script(me.group, {}, {})
+
+    def waits_for_me(call: int) -> Until:
+        return lambda seen: bool(seen[0, call] >= me.world_size + 6)
+
+    def is_quiet(call: int) -> Until:
+        last = [-1, 0.0]  # how often rank 0 has looked, and since when no more
+
+        def quiet(seen: Tensor) -> bool:
+            count, now = int(seen[0, call]), time.monotonic()
+            if count != last[0]:
+                last[:] = [count, now]
+            return now - last[1] > QUIET
+
+        return quiet
+
+    calls = range(len(SHAPES))
+    return Script(me.group, {c: waits_for_me(c) for c in calls}, {(c, me.world_size): is_quiet(c) for c in calls})
+
+
+def summing(me: Rank, spec: dict[str, Any]) -> SumNorm:
+    """The sum with the fault of a spec, in the protocol that it names."""
     changes = FAULTS[spec["fault"]].changes if "fault" in spec else ()
     kernels = [changed(changes)] if changes else []
-    through = SumNorm(me.group, *kernels, programs=1)
+    return SumNorm(me.group, *kernels, programs=1, words=spec.get("words", True))
+
+
+def run(me: Rank, spec: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Task: complaints about one rank's results, and a digest of all of them."""
+    through = summing(me, spec)
     through._workspace()  # a collective, before anybody is late
     told, results = [], []
-    with late_second_rank(me) as script:
+    with (announced_early if spec.get("early") else late_second_rank)(me) as script:
         for number, (rows, width) in enumerate(SHAPES):
             parts, residual, weight = drawn(me.world_size, rows, width, DTYPES[spec["dtype"]], seed + number)
             added = residual if number % 3 < 2 else None
@@ -88,8 +122,7 @@ def _complaints(out: Tensor, total: Tensor, wanted: Tensor, weight: Tensor) -> I
 
 def other_rows(me: Rank, spec: dict[str, Any], seed: int) -> list[str]:
     """Rank 1 has one row less than the others: nobody may take the sum for one."""
-    changes = FAULTS[spec["fault"]].changes if "fault" in spec else ()
-    through = SumNorm(me.group, *([changed(changes)] if changes else []), programs=1)
+    through = summing(me, spec)
     rows = 3 - (me.rank == 1)
     _, total = through(torch.ones(rows, 16))
     return [] if bool(total.isnan().all()) else ["the ranks' rows differ, wanted NaN"]

@@ -11,7 +11,7 @@ from moe_harness.harness.core import bounds
 from moe_harness.harness.stages.model.noise import logit_bound
 from moe_harness.harness.stages.rms_norm.bound import rms_norm_bound
 from moe_harness.impls.qwen3_moe.model import load_model
-from moe_harness.impls.qwen3_moe.network import BySlot
+from moe_harness.impls.qwen3_moe.outputs import BySlot
 from moe_harness.impls.qwen3_moe.runner import Filled
 from moe_harness.impls.triton._combine import combine
 from moe_harness.impls.triton.experts import experts, experts_by_slot
