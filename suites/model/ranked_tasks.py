@@ -249,7 +249,7 @@ def complains(me: Member, spec: dict[str, Any]) -> None:
 def faulty(me: Rank, spec: dict[str, Any], seed: int) -> dict[str, Any]:
     """A cell with a fault put in on every rank, and taken out again."""
     if me.rank == 0:
-        alone(spec["folder"])
+        alone(spec["folder"], spec.get("device", "cpu"))  # as `cell` asks for it, before the fault is there
     with pytest.MonkeyPatch.context() as patch:
         planted_ranks.FAULTS[spec["fault"]].plant(patch, me.rank)
         return cell(me, spec, seed)
