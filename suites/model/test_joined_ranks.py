@@ -35,5 +35,6 @@ def test_a_step_over_ranks_sums_slots_and_pieces_behind_them(layout: dict[str, A
     reference = Reference(keys, checkpoints.tensors(keys, dtype=torch.float32))
     bound = logit_bound(reference, torch.tensor([first["ids"]]), torch.float32)
     logits = torch.tensor(first["logits"])[None, None].expand_as(bound.value)
+    assert bool(bound.decided()[0, 2]) and first["ids"][3] == int(bound.value[0, 2].argmax()), "another token is chosen"
     assert bool(bound.routed[0, -1])
     assert bound.z(logits)[0, -1].abs().max() <= bounds.max_limit()
