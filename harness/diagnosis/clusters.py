@@ -359,10 +359,20 @@ VALUE = "wrong values"
 
 def kind_of(message: str) -> str:
     """How a case failed, in the words of its message without its numbers; all wrong elements are one kind."""
-    text = LIST.sub("[#]", NUMBER.sub("#", PLACE.sub("", message.splitlines()[0])))
+    text = LIST.sub("[#]", NUMBER.sub("#", _head(message)))
     if text.startswith(("element ", "topk_weights[#]", "the rms of ")) or " sigma" in text:
         return VALUE
     return text.split("; ")[0].split(" (")[0][:100]
+
+
+def _head(message: str) -> str:
+    return PLACE.sub("", message.splitlines()[0])
+
+
+def words_of(kind: str, messages: Iterable[str]) -> str:
+    """A kind for people: with its numbers where all of `messages` that are of it have the same, otherwise without."""
+    heads = {_head(message).split("; ")[0].split(" (")[0] for message in messages if kind_of(message) == kind}
+    return heads.pop() if len(heads) == 1 and kind != VALUE else kind.replace("#", "…")
 
 
 def most_common(names: Iterable[str]) -> str | None:

@@ -13,7 +13,7 @@ from moe_harness.harness.core.contracts import RANK_STAGES
 from moe_harness.harness.core.findings import HISTOGRAM_EDGES, MAX_Z, Answer, Explanation, Finding, Loaded
 from moe_harness.harness.core.plan import NEEDS_CUDA, Request
 from moe_harness.harness.core.ranked_stage import find_ranked
-from moe_harness.harness.diagnosis.clusters import Cluster, Outcome, cluster, kind_of, most_common
+from moe_harness.harness.diagnosis.clusters import Cluster, Outcome, cluster, kind_of, most_common, words_of
 from moe_harness.harness.report import Result
 from moe_harness.harness.report.results import Check, Coverage, Diagnosis, Failure, FailureCluster, Heatmap, Power
 
@@ -264,8 +264,9 @@ class ResultBuilder:
         told: list[FailureCluster] = []
         for each in self.clustered():
             failures = [by_case[outcome.id] for outcome in each.failing if outcome.id in by_case]
+            messages = [failure["message"] for failure in failures]
             told.append({
-                "cause": cause_of(failures), "kinds": list(each.kinds),
+                "cause": cause_of(failures), "kinds": [words_of(kind, messages) for kind in each.kinds],
                 "condition": None if each.condition is None else str(each.condition),
                 "failed": len(each.failing), "passed": each.passing, "passed_without": each.others,
                 "case": each.smallest.id, "replay": self.replay_line([each.smallest.id]),

@@ -8,7 +8,7 @@ import pytest
 
 from moe_harness.harness.core.findings import Answer, Finding, Record
 from moe_harness.harness.core.plan import Request, plan
-from moe_harness.harness.diagnosis.clusters import VALUE, Outcome, cluster, kind_of
+from moe_harness.harness.diagnosis.clusters import VALUE, Outcome, cluster, kind_of, words_of
 from moe_harness.harness.report.words import cluster_lines
 from moe_harness.harness.run.result_builder import Listener, ResultBuilder, cause_of
 from moe_harness.suites.meta.conditions import DECLARED
@@ -90,6 +90,15 @@ def test_what_a_check_cannot_see_does_not_hide_the_condition():
 )
 def test_kinds_are_messages_without_their_numbers(message, kind):
     assert kind_of(message) == kind
+
+
+def test_numbers_that_all_failures_share_are_told():
+    """A hang was "no answer within its budget of # s"."""
+    late = "no answer within its budget of {} s: it hangs"
+    kind = kind_of(late.format(20))
+    assert words_of(kind, [late.format(20), late.format(20), "raised RuntimeError: 7"]) == late.format(20)
+    assert words_of(kind, [late.format(20), late.format(5)]) == late.format("…")
+    assert words_of(VALUE, ["element [3, 45] is 1.877, but should be 2"]) == VALUE
 
 
 def test_the_result_tells_clusters_with_counts_and_a_replay_line():
