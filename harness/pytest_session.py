@@ -31,6 +31,7 @@ class PluginSession:
             options.at_least("--impl-timeout", chosen.impl_timeout, 1)
         except UsageError as error:
             raise pytest.UsageError(str(error)) from None
+        self.accepted: set[str] = set()  # stages for which --impl-config has cases, or is not given
         self.pools: dict[tuple[str, str], Pool] = {}
         self.lacking: dict[tuple[str, str], HarnessError] = {}  # implementations that cannot be judged, and why
         self.answers: dict[str, dict[str, Any]] = {}  # of each test, until its report takes it along
@@ -46,6 +47,7 @@ class PluginSession:
             raise pytest.UsageError(f"{metafunc.definition.nodeid} has the marker stage{marker.args!r}, "
                                     f"but should name one of {', '.join(STAGES)}")  # fmt: skip
         stage, check = marker.args[0], metafunc.function.__name__.removeprefix("test_")
+        self.accept_config(stage)
         specs = self.specs or marker.args[1:] or tuple(getattr(metafunc.module, "IMPLEMENTATIONS", ()))
         if searching:
             return {spec: (stage, spec, None) for spec in specs}
@@ -53,6 +55,16 @@ class PluginSession:
         if check in {p.check for p in planned} | {"property"}:
             return {f"{spec}-{p.case.id()}": (stage, spec, p) for spec in specs for p in planned if p.check == check}
         return {f"{spec}-{p.check}-{p.case.id()}": (stage, spec, p) for spec in specs for p in planned}
+
+    def accept_config(self, stage: str) -> None:
+        """Raises UsageError where --impl-config adds no case to a stage, as the command does; once for each stage."""
+        if stage in self.accepted:
+            return
+        try:
+            options.config_has_cases(stage, self.request, False, "--impl-config")
+        except UsageError as error:
+            raise pytest.UsageError(str(error)) from None
+        self.accepted.add(stage)
 
     def judge(self, item: pytest.Item, stage: str, spec: str, planned: Planned) -> None:
         """Judge one case; ends as the test does."""

@@ -151,8 +151,8 @@ def request(
     )  # fmt: skip
 
 
-def config_has_cases(stage: str, asked: Request, over_ranks: bool) -> None:
-    """Raises UsageError where --config adds no case to the plan of the stage: what is ignored seems to be judged."""
+def config_has_cases(stage: str, asked: Request, over_ranks: bool, option: str = "--config") -> None:
+    """Raises UsageError where `option` adds no case to the plan of the stage: what is ignored seems to be judged."""
     from moe_harness.harness.core.plan import plan
 
     def adds(to: str) -> bool:
@@ -160,7 +160,7 @@ def config_has_cases(stage: str, asked: Request, over_ranks: bool) -> None:
 
     if asked.configs and (over_ranks or not adds(stage)):
         where = "over ranks" if over_ranks else f"to the stage {stage}"
-        raise UsageError(f"--config adds no cases {where}; it does to {', '.join(filter(adds, contracts.STAGES))}")
+        raise UsageError(f"{option} adds no cases {where}; it does to {', '.join(filter(adds, contracts.STAGES))}")
 
 
 def at_least(option: str, value: float, least: float) -> None:

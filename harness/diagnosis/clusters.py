@@ -105,7 +105,7 @@ def cluster(outcomes: Sequence[Outcome]) -> list[Cluster]:
 
 def _of_kind(kind: str, failing: list[Outcome], outcomes: Sequence[Outcome]) -> Iterator[Cluster]:
     whole = _whole(failing, outcomes)
-    if whole is not None:
+    if whole is not None or len(failing) == 1:
         yield _made((kind,), whole, failing, outcomes)
         return
     parts = list(_parts(kind, failing, outcomes))
@@ -173,7 +173,7 @@ def _passing(failing: Iterable[Outcome], outcomes: Sequence[Outcome], *, seeing_
 def _whole(failing: list[Outcome], outcomes: Sequence[Outcome], *, loose: bool = False) -> Condition | None:
     """The cheapest condition that all failing cases meet and (nearly) no passing one; `loose` lets more of these in."""
     passing = _passing(failing, outcomes)
-    failed = [axes_of(outcome.case) for outcome in failing]
+    failed, passed = ([axes_of(outcome.case) for outcome in group] for group in (failing, passing))
     terms = [term for term in _terms(failing, passing) if all(map(term.holds, failed))]
     little = [axes_of(outcome.case) for outcome in _passing(failing, outcomes, seeing_little=True)]
     masks = [(term, mask, _bits(term, little)) for term, mask in _cheapest(terms, passing, little)]
@@ -193,9 +193,22 @@ def _whole(failing: list[Outcome], outcomes: Sequence[Outcome], *, loose: bool =
             key = (left.bit_count(), unsure.bit_count(), sum(term.cost for term, _, _ in chosen))
             if key < best[0]:
                 best = key, tuple(term for term, _, _ in chosen)
-    if best[0][0] > allowed:
+    if best[0][0] > allowed or not _has_evidence(best[1], terms, len(masks), len(failing), passed):
         return None
     return Condition(best[1]) if loose else _sharpened(best[1], terms, failing, little)
+
+
+def _has_evidence(
+    found: Sequence[AxisValue], terms: Iterable[AxisValue], tried: int, failing: int, passing: list[dict[str, Any]]
+) -> bool:
+    """Whether so few cases as there are after --fail-fast tell of a condition: at random they meet one of `tried`.
+
+    Where that is likely, one term holds if no other axis tells as much: of a hundred cases the only one with K=2049.
+    """
+    if not found or comb(tried, len(found)) <= CHANCE * comb(failing + len(passing), failing):
+        return bool(found) or failing > 1
+    alike = [t for t in terms if t.cost <= found[0].cost and _bits(t, passing) == _bits(found[0], passing)]
+    return len(found) == 1 and len({re.split("[ =]", term.text)[0] for term in alike} - {"rows"}) == 1
 
 
 def _sharpened(

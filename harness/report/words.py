@@ -59,6 +59,8 @@ def cluster_lines(cluster: dict[str, Any]) -> tuple[str, str]:
     """(what fails, where it fails) of a cluster, with the counts that tell how sure the condition is."""
     failed, inside, outside = (cluster[key] for key in ("failed", "passed", "passed_without"))
     what = cluster["cause"] or "; ".join(cluster["kinds"])
+    if cluster["condition"] is None and failed == 1:
+        return what, f"1 case; one beside the {inside + outside} that pass does not tell where it fails"
     if cluster["condition"] is None:
         return what, f"{failed} cases; no values of up to three axes tell them from the {inside + outside} that pass"
     if cluster["condition"] == "always":

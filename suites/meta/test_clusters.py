@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,21 @@ def test_failures_at_random_have_no_condition_and_none_is_made_up():
     without = [each for each in found if each.condition is None]
     assert without and sum(len(each.failing) for each in without) >= 0.3 * sum(len(each.failing) for each in found)
     assert all(each.passing <= 0.05 * len(each.failing) for each in found)
+
+
+@pytest.mark.parametrize("judged", [1, 4, 12])
+def test_one_failing_case_beside_few_has_no_condition(judged):
+    """What --fail-fast ends with: every axis of the one case tells it from a handful of others."""
+    ran = [o for o in outcomes("experts", (VALUE, lambda c: False)) if o.check == "numeric"][:judged]
+    (found,) = cluster([*ran[:-1], replace(ran[-1], kind=VALUE)])
+    assert found.condition is None and found.passing + found.others == judged - 1
+
+
+def test_one_failing_case_with_the_only_value_of_an_axis_beside_many_has_a_condition():
+    planned = [outcome for outcome in outcomes("experts", (VALUE, lambda c: False)) if outcome.check == "numeric"]
+    case = planned[0].case.but(T=7919)
+    (found,) = cluster([*planned, Outcome("numeric", case, case.id(), VALUE)])
+    assert str(found.condition) in ("T=7919", "T >= 7919")
 
 
 def test_no_failure_is_no_cluster():

@@ -185,6 +185,18 @@ def test_a_wrong_option_is_told_in_a_line(project, arguments, told):
     assert told in done.stdout + done.stderr and "Traceback" not in done.stdout + done.stderr
 
 
+def test_a_config_without_cases_for_the_stage_is_refused_as_the_command_does(project):
+    """The sampler's plan has none: all its tests ran, and nothing of the model was among them."""
+    suite = SUITE.replace("shared_expert_gate", "sampler").replace("our kernels/gates.py:gate", "torch")
+    (project / "tests" / "test_draws.py").write_text(suite)
+    try:
+        done = run(project, "tests/test_draws.py", "-q", "--collect-only", "--impl-config", "deepseek-v3")
+    finally:
+        (project / "tests" / "test_draws.py").unlink()
+    assert done.returncode in (2, 4), done.stdout
+    assert "--impl-config adds no cases to the stage sampler; it does to experts" in done.stdout + done.stderr
+
+
 def test_every_option_starts_with_impl_and_the_profiler_of_another_plugin_is_free(project):
     (project / "conftest.py").write_text(
         "def pytest_addoption(parser): parser.addoption('--profile', action='store_true')\n"
