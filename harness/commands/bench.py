@@ -17,8 +17,18 @@ DTYPES = ("bf16", "fp16", "fp32")
 
 
 def bench(
-    stage: Annotated[str, typer.Option("--stage", "-s", help=", ".join(STAGES))],
-    impl: Annotated[list[str], typer.Option("--impl", "-i", help="What is timed; ratios are to the first.")],
+    stage: Annotated[
+        str, typer.Option("--stage", "-s", help=", ".join(STAGES), autocompletion=options.starting_with(lambda: STAGES))
+    ],
+    impl: Annotated[
+        list[str],
+        typer.Option(
+            "--impl",
+            "-i",
+            help="What is timed; ratios are to the first.",
+            autocompletion=options.starting_with(options.implementations),
+        ),
+    ],
     config: Annotated[str, typer.Option(help="The released model whose shapes are used.")] = "qwen3-30b-a3b",
     tokens: Annotated[str, typer.Option(help="Numbers of tokens.")] = TOKENS,
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "bf16",

@@ -21,8 +21,23 @@ SOURCE_LINES = 12  # of a fault's code
 Lines = Iterator[tuple[str, str]]  # (label, text)
 
 
+def _names() -> Iterator[str]:
+    """All that can be explained, for completion."""
+    told = _explanations()
+    yield from [*options.ALL_STAGES, *told["roundings"], *told["checks"], *options.fault_names()]
+
+
+def _explanations() -> dict[str, dict[str, dict[str, str]]]:
+    return tomllib.loads(Path(__file__).with_name("explanations.toml").read_text(encoding="utf-8"))
+
+
 def explain(
-    name: Annotated[str, typer.Argument(help="A check, a fault or cause, a rounding, or a stage.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A check, a fault or cause, a rounding, or a stage.", autocompletion=options.starting_with(_names)
+        ),
+    ],
 ) -> None:
     """Explain a check, a fault of the catalogue, a rounding or a stage: equation, bound, source, example."""
     from rich.console import Console
@@ -30,7 +45,7 @@ def explain(
 
     from moe_harness.harness.report.terminal import labelled
 
-    explanations = tomllib.loads(Path(__file__).with_name("explanations.toml").read_text(encoding="utf-8"))
+    explanations = _explanations()
     described: dict[str, Callable[[], Lines]] = {
         **{stage: partial(_stage, stage) for stage in options.ALL_STAGES},
         **{name: partial(_rounding, name, told) for name, told in explanations["roundings"].items()},

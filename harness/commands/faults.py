@@ -11,8 +11,19 @@ from moe_harness.harness.core.errors import EXIT_FAIL, unknown
 
 
 def faults(
-    stage: Annotated[str | None, typer.Option("--stage", "-s", help="Only the faults of this stage.")] = None,
-    fault: Annotated[list[str] | None, typer.Option("--fault", help="Only these faults.")] = None,
+    stage: Annotated[
+        str | None,
+        typer.Option(
+            "--stage",
+            "-s",
+            help="Only the faults of this stage.",
+            autocompletion=options.starting_with(lambda: options.ALL_STAGES),
+        ),
+    ] = None,
+    fault: Annotated[
+        list[str] | None,
+        typer.Option("--fault", help="Only these faults.", autocompletion=options.starting_with(options.fault_names)),
+    ] = None,
     device: options.Device = "cpu",
     json: Annotated[Path | None, typer.Option("--json", help="Write the matrix here.")] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write a self-contained page here.")] = None,

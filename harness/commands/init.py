@@ -26,7 +26,15 @@ def stages() -> list[str]:
 
 def init(
     stage: Annotated[str, typer.Argument(help="What to write.", autocompletion=options.starting_with(stages))],
-    library: Annotated[str, typer.Option("--library", "-l", help="torch or triton.")] = "torch",
+    library: Annotated[
+        str,
+        typer.Option(
+            "--library",
+            "-l",
+            help="torch or triton.",
+            autocompletion=options.starting_with(lambda: ("torch", "triton")),
+        ),
+    ] = "torch",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The file; otherwise my_STAGE.py.")] = None,
 ) -> None:
     """Write a kernel file that passes, to be replaced piece by piece with a kernel of your own."""

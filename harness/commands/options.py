@@ -32,8 +32,23 @@ def starting_with(names: Callable[[], Iterable[str]]) -> Callable[[str], list[st
     return complete
 
 
-def _implementations() -> list[str]:
+def fault_names() -> list[str]:
+    """Of the whole catalogue, whose modules import torch."""
+    from moe_harness.harness.core.catalogue import all_faults
+
+    return [fault.name for fault in all_faults()]
+
+
+def implementations() -> list[str]:
     return sorted({name for stage in ALL_STAGES for name in registry.registered(stage)})
+
+
+def _check_names() -> Iterable[str]:
+    """On one device and over ranks."""
+    from moe_harness.harness.core.ranked_stage import find_ranked
+
+    ranked = (check for stage in contracts.OVER_RANKS for check in find_ranked(stage).checks)
+    return dict.fromkeys([*CHECK_NAMES, *ranked])
 
 
 def _configs() -> list[str]:
@@ -52,7 +67,7 @@ Impl = Annotated[
     list[str],
     typer.Option(
         "--impl", "-i", help="A registered name, module:function or file.py:function; several are shown side by side.",
-        autocompletion=starting_with(_implementations),
+        autocompletion=starting_with(implementations),
     ),
 ]  # fmt: skip
 Device = Annotated[
@@ -77,7 +92,7 @@ Configs = Annotated[
 ]
 Checks = Annotated[
     list[str] | None,
-    typer.Option("--check", help="Only these checks.", autocompletion=starting_with(lambda: CHECK_NAMES)),
+    typer.Option("--check", help="Only these checks.", autocompletion=starting_with(_check_names)),
 ]
 Baseline = Annotated[
     Path | None,

@@ -17,7 +17,12 @@ Judged = Iterator[tuple[Answer, Explanation | None]]  # an answer, and why its f
 
 def replay(
     cases: Annotated[list[str], typer.Argument(help="Case ids as a failure prints them; judged in this order.")],
-    impl: Annotated[str, typer.Option("--impl", "-i", help="The implementation.")],
+    impl: Annotated[
+        str,
+        typer.Option(
+            "--impl", "-i", help="The implementation.", autocompletion=options.starting_with(options.implementations)
+        ),
+    ],
     device: options.Device = "cpu",
     timeout: options.Timeout = 60.0,
     debug: options.Debug = False,

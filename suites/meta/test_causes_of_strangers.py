@@ -19,7 +19,9 @@ from moe_harness.harness.diagnosis.search import explain
 from moe_harness.harness.stages.paged_attention.cases import PagedAttentionCase
 from moe_harness.harness.stages.rms_norm.cases import RmsNormCase
 from moe_harness.harness.stages.rope_cache.cases import RopeCacheCase
+from moe_harness.harness.stages.router.cases import RouterCase
 from moe_harness.harness.stages.sampler.cases import SamplerCase
+from moe_harness.reference import router as reference
 
 GENEROUS = 600.0  # seconds; the verdict of a test must not depend on how busy the machine is
 
@@ -86,6 +88,21 @@ PAGED = PagedAttentionCase(S=2, length=130, page=16, D=32)
 def test_attention(one: Callable[..., Tensor], case: Case, cause: str, form: str) -> None:
     told = causes(attention(one), case)
     assert told and told[0]["fault"] == cause and form in told[0]["evidence"], told
+
+
+# Router -------------------------------------------------------------------------------------------------------------
+
+
+def first_again_beyond_16(router_logits: Tensor, *, top_k: int, **options: Any) -> tuple[Tensor, Tensor]:
+    """Registers for 16 experts: those beyond are read from the first again."""
+    weights, ids = reference.router(router_logits.float(), top_k=top_k, **options)
+    return weights.float(), torch.cat([ids[:, :16], ids[:, : top_k - 16]], 1)
+
+
+@pytest.mark.parametrize("case", [RouterCase(seed=641, T=3, E=64, k=17), RouterCase(seed=647, T=3, E=128, k=22)])
+def test_a_choice_that_wavers_explains_no_choice_that_it_never_makes(case: RouterCase) -> None:
+    """bf16 logits tie: on other roundings faults of ties chose otherwise, and so were equal to whatever was got."""
+    assert causes(first_again_beyond_16, case.but(dtype="bf16")) == []
 
 
 # Rotation and norm --------------------------------------------------------------------------------------------------

@@ -268,14 +268,34 @@ def test_a_replay_line_names_the_device_where_it_is_not_the_default():
     assert lines == [line := "moe-harness replay a/b/T=3 --impl 'my kernel.py:f'", f"{line} --device cuda"]
 
 
-def test_the_version_and_the_completion_cost_no_run(kernels):
+def test_the_version_costs_no_run(kernels):
     done = run_apart(kernels, "--version")
     assert done.returncode == 0 and done.stdout.startswith("moe-harness 0.") and "\ntorch 2." in done.stdout
-    asked = {"_MOE_HARNESS_COMPLETE": "complete_bash", "COMP_WORDS": "moe-harness check --stage ex", "COMP_CWORD": "3"}
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ("check --stage ex", ["experts"]),
+        ("check --impl torch:lo", ["torch:loop"]),
+        ("check --check numeric,dens", ["numeric,dense"]),
+        ("bench --stage ex", ["experts"]),
+        ("bench --impl torch:lo", ["torch:loop"]),
+        ("replay id --impl torch:lo", ["torch:loop"]),
+        ("init experts --library tri", ["triton"]),
+        ("explain partial_s", ["partial_sum"]),
+        ("explain gate_up_swa", ["gate_up_swapped", "gate_up_swapped_in_block"]),
+        ("faults --stage ex", ["experts"]),
+        ("faults --fault gate_up_swa", ["gate_up_swapped", "gate_up_swapped_in_block"]),
+    ],
+)
+def test_the_shell_completes_what_the_command_knows(words, wanted):
+    line = f"moe-harness {words}"
+    asked = {"_MOE_HARNESS_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
     code = "import sys; sys.argv[0] = 'moe-harness'; from moe_harness.harness.commands.app import main; main()"
     env = os.environ | {"PYTHONPATH": os.getcwd(), **asked}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
-    assert done.stdout.split() == ["experts"], done.stderr
+    assert done.stdout.split() == wanted, done.stderr
 
 
 def test_lists_take_commas_and_names_any_usual_spelling(kernels):

@@ -32,12 +32,14 @@ class Likelihood:
             return Fit()
         one, two = self._laid_out(candidate), self._laid_out(got)
         sigma, unsettled = self._sigma(one, two, candidate, got), self._unsettled(one, others)
+        silent = unsettled & ~self._same(two, (candidate, *others)).any(0)  # of no choice of its own: says nothing
         for other in others:
             sigma = sigma + (self._laid_out(other)[0] - one[0]).abs().nan_to_num(0.0, 0.0, 0.0)
         z, mismatch = self._distance(one, two, sigma)
         z, mismatch = z.masked_fill(unsettled, 0.0), mismatch & ~unsettled
         truth, count = self._laid_out(self.right), got[1].numel()
-        right_off, difference = self._distance(truth, two, sigma), self._distance(truth, one, sigma)
+        difference, (off, sets) = self._distance(truth, one, sigma), self._distance(truth, two, sigma)
+        right_off = off.masked_fill(silent, 0.0), sets & ~silent
         return fit_of((z, mismatch), right_off, difference, elements=count, own=count, common=1.0)
 
     def _laid_out(self, result: Any) -> tuple[Tensor, Tensor]:
@@ -84,10 +86,12 @@ class Likelihood:
 
     def _unsettled(self, one: tuple, others: tuple[Any, ...]) -> Tensor:
         """Rows in which the candidate itself chooses other experts after a few roundings."""
-        changed = torch.zeros(len(one[1]), 1, dtype=torch.bool, device=one[1].device)
-        for other in others:
-            changed |= (self._laid_out(other)[1] != one[1]).any(1, keepdim=True)
-        return changed
+        return ~self._same(one, others).all(0)
+
+    def _same(self, one: tuple, others: tuple[Any, ...]) -> Tensor:
+        """For each of `others` the rows whose experts are those of `one`, [others, T, 1]."""
+        rows = [(self._laid_out(other)[1] == one[1]).all(1, keepdim=True) for other in others]
+        return torch.stack(rows) if rows else torch.ones(1, len(one[1]), 1, dtype=torch.bool, device=one[1].device)
 
 
 def _in_fp64(keywords: dict[str, Any]) -> dict[str, Any]:
