@@ -21,6 +21,7 @@ from moe_harness.harness.commands.options import tell
 from moe_harness.harness.commands.record import OPTIONS_OF_OTHERS, record
 from moe_harness.harness.commands.replay import replay
 from moe_harness.harness.commands.tune import tune
+from moe_harness.harness.core.blame import machine_trouble, out_of
 from moe_harness.harness.core.errors import EXIT_CANNOT_JUDGE, HarnessError
 
 app = typer.Typer(
@@ -69,7 +70,9 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        print(f"moe-harness failed: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
+        lacking = machine_trouble(error)
+        told = f": {out_of(lacking)}" if lacking else f" failed: {type(error).__name__}: {error} (--debug shows where)"
+        print(f"moe-harness{told}", file=sys.stderr)
         sys.exit(EXIT_CANNOT_JUDGE)
 
 

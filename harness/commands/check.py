@@ -1,5 +1,6 @@
 """`moe-harness check`: judge one or more implementations of a stage."""
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -92,7 +93,10 @@ def _failed_last(stage: str, spec: str, over_ranks: bool, progress: Any) -> tupl
 
 
 def _keeper(json: Path | None, before: list) -> Any:
-    """Writes an unfinished result behind those `before`, whole at any time; None where no file was asked for."""
+    """Writes an unfinished result behind those `before`, whole at any time; None where no file was asked for.
+
+    Where that fails the run goes on: the finished result is told, and that its file cannot be written.
+    """
     from moe_harness.harness import report
 
     if json is None:
@@ -100,8 +104,9 @@ def _keeper(json: Path | None, before: list) -> Any:
 
     def keep(result: Any) -> None:
         unfinished = json.with_name(json.name + ".part")
-        unfinished.write_text(report.dumps([*before, result]))
-        unfinished.replace(json)
+        with suppress(OSError):
+            unfinished.write_text(report.dumps([*before, result]))
+            unfinished.replace(json)
 
     return keep
 

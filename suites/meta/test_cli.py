@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe_harness.harness.commands.check import _keeper
 from moe_harness.harness.core.plan import Request
 from moe_harness.harness.run.result_builder import Listener, ResultBuilder
 from moe_harness.suites.command import run, run_apart
@@ -271,6 +272,23 @@ def test_a_replay_line_names_the_device_where_it_is_not_the_default():
 def test_the_version_costs_no_run(kernels):
     done = run_apart(kernels, "--version")
     assert done.returncode == 0 and done.stdout.startswith("moe-harness 0.") and "\ntorch 2." in done.stdout
+
+
+def test_a_full_disk_under_the_report_is_the_machines_trouble(kernels):
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no device that is always full")
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "moe_harness", "explain", "exact"]
+        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.getcwd()}, stdout=full,
+                              stderr=subprocess.PIPE, text=True, timeout=60)  # fmt: skip
+    assert done.returncode == 3 and "this machine failed" in done.stderr and "No space left" in done.stderr
+
+
+def test_an_unfinished_result_that_cannot_be_kept_does_not_end_the_run(tmp_path):
+    """Its folder is gone, or its disk is full: what was judged is told all the same."""
+    keep = _keeper(tmp_path / "gone" / "out.json", [])
+    keep({"verdict": "error", "failures": []})
+    assert not (tmp_path / "gone").exists()
 
 
 @pytest.mark.parametrize(
