@@ -10,7 +10,7 @@ from moe_harness.harness.core.contracts import RANK_STAGES
 from moe_harness.harness.core.errors import UsageError
 
 TEMPLATES = Path(__file__).with_name("templates")
-CLASSES = {"dispatcher": "Dispatcher", "parallel_linear": "ColumnParallel"}
+CLASSES = {"dispatcher": "Dispatcher", "parallel_linear": "ColumnParallel", "model": "load_model"}
 
 
 def templates() -> list[tuple[str, str]]:

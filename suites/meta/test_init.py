@@ -12,7 +12,7 @@ from moe_harness.harness.core.contracts import DECLARED_ROUNDINGS, RANK_STAGES, 
 from moe_harness.harness.core.registry import needed_part
 from moe_harness.suites.command import run
 
-SOME = {"router": "contract,special", "experts": "contract", "moe_block": "contract"}
+SOME = {"router": "contract,special", "experts": "contract", "moe_block": "contract", "model": "contract"}
 INTERPRETED = {"grouped_linear": "contract,layouts", "shared_expert_gate": "contract,layouts"}  # others: one check
 
 
