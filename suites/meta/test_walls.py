@@ -12,6 +12,7 @@ FINDER = "moe_harness.harness.core.registry"  # the one module that names the pa
 OF_IMPLEMENTATIONS = {"triton", "model", "performance", "accuracy"}
 # lm-eval's words, which the gate exchanges with whoever answers; the judge's request and answer are others.
 LM_EVAL = {"Request", "Answer"}
+LONGEST = 400  # lines from which on a file is to be two
 # These put an implementation's kernels under the interpreter, in the ranks.
 ALLOWED = {"suites/dispatcher/interpreted.py", "suites/reduction/interpreted.py"}
 
@@ -84,3 +85,8 @@ def test_no_two_classes_of_the_judge_have_one_name() -> None:
                     places.setdefault(node.name, []).append(name.removeprefix("moe_harness.harness."))
     twice = {name for name, found in places.items() if len(found) > 1}
     assert twice == LM_EVAL, {name: places[name] for name in twice - LM_EVAL}
+
+
+def test_no_file_is_longer_than_a_reader_takes_in_at_once() -> None:
+    long = {str(path.relative_to(ROOT)): n for path in FILES.values() if (n := path.read_text().count("\n")) >= LONGEST}
+    assert not long, f"should hold fewer than {LONGEST} lines: {long}"
