@@ -1,7 +1,9 @@
 """The command `moe-harness`.  It imports no torch: implementations are loaded and judged in worker processes."""
 
+import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -61,7 +63,10 @@ def main() -> None:
     """Entry point: exit status 0, 1, 2 or 3 as the contract says, and no traceback without --debug."""
     debug = "--debug" in sys.argv
     try:
-        app()
+        try:
+            app()
+        finally:
+            _flush()
     except HarnessError as error:
         tell(error, debug)
         sys.exit(error.exit_status)
@@ -73,7 +78,28 @@ def main() -> None:
         lacking = machine_trouble(error)
         told = f": {out_of(lacking)}" if lacking else f" failed: {type(error).__name__}: {error} (--debug shows where)"
         print(f"moe-harness{told}", file=sys.stderr)
+        _give_up_output()
         sys.exit(EXIT_CANNOT_JUDGE)
+
+
+def _flush() -> None:
+    """Write what is left: a full disk under it is told then, where at Python's end it would be status 120.
+
+    Whoever reads no further, as `| head`, leaves the status as it is.
+    """
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _give_up_output()
+
+
+def _give_up_output() -> None:
+    """Let go of what standard output holds and can't take, which Python would try to write once more at its end."""
+    with suppress(OSError, ValueError):  # it may be no file, or closed
+        try:
+            sys.stdout.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -274,13 +274,15 @@ def test_the_version_costs_no_run(kernels):
     assert done.returncode == 0 and done.stdout.startswith("moe-harness 0.") and "\ntorch 2." in done.stdout
 
 
-def test_a_full_disk_under_the_report_is_the_machines_trouble(kernels):
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_under_the_report_is_the_machines_trouble(kernels, unbuffered):
     if not Path("/dev/full").exists():
         pytest.skip("this system has no device that is always full")
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "moe_harness", "explain", "exact"]
-        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.getcwd()}, stdout=full,
-                              stderr=subprocess.PIPE, text=True, timeout=60)  # fmt: skip
+        environment = os.environ | {"PYTHONPATH": os.getcwd(), "PYTHONUNBUFFERED": unbuffered}
+        done = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert "ignored" not in done.stderr
     assert done.returncode == 3 and "this machine failed" in done.stderr and "No space left" in done.stderr
 
 
