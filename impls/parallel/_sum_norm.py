@@ -72,7 +72,7 @@ def sum_norm(
     base = first + half * half_size
     for row in range(program, rows, PROGRAMS):
         x = _own(part, weights, ids, local, row, column, real, rows, width, experts, known, SLOTS, PIECES, HAS_MAP)
-        if SLOTS or PIECES > 1:
+        if SLOTS or part.dtype.element_ty != kind:  # a sum in fp32, of one piece too
             x = narrow(x, kind, WIDEN)
         for q in tl.static_range(RANKS):
             to = _address(peers, q, base, kind)
@@ -167,7 +167,7 @@ def sum_norm_in_words(
     base = first + half * half_size
     for row in range(program, rows, PROGRAMS):
         x = _own(part, weights, ids, local, row, column, real, rows, width, experts, known, SLOTS, PIECES, HAS_MAP)
-        if SLOTS or PIECES > 1:
+        if SLOTS or part.dtype.element_ty != kind:  # a sum in fp32, of one piece too
             x = narrow(x, kind, WIDEN)
         words = _words(x, epoch, shift, BITS)
         for q in tl.static_range(RANKS):

@@ -26,7 +26,7 @@ from moe_harness.impls.launching import Prepared
 from moe_harness.impls.triton._common import early_start
 
 LARGEST = 1 << 20  # bytes of one rank's part
-IN_WORDS = 0  # bytes of one rank's part up to which it is put in words; 512 KiB is to be tried, on GPUs
+IN_WORDS = 1 << 16  # bytes of one rank's part up to which it is put in words: docs/benches.md has the times
 WIDEST = 16384  # columns that one program holds
 
 

@@ -45,7 +45,7 @@ class Options:
         graphs: whether decoding steps run as CUDA graphs, on a GPU and with kernels that can be captured.
         kernels: "triton", "torch"; None: Triton's on a GPU.
         symmetric: whether GPUs of one host sum over ranks through symmetric memory, with what a decoding step joins to
-            each sum in the same launch; otherwise by NCCL.
+            each sum in the same launch; otherwise by NCCL.  None: where every rank's GPU reaches those of all others.
     """
 
     max_sequences: int = 256
@@ -57,7 +57,7 @@ class Options:
     prefixes: bool = True
     graphs: bool = True
     kernels: str | None = None
-    symmetric: bool = False  # no GPU has run what is joined to the sums
+    symmetric: bool | None = None
 
 
 DISABLED = "disabled"
@@ -317,8 +317,8 @@ def assembled(
         placed = {}  # a dense model has no experts to place
     layout = Layout(config, *((group.rank(), group.size()) if spread else (0, 1)), **placed)
     ranks = Ranks(group, place) if spread else None
-    if ranks is not None and chosen.symmetric:
-        ranks.sum_norm = symmetric_sums(group, place)
+    if ranks is not None and chosen.symmetric is not False:
+        ranks.sum_norm = symmetric_sums(ranks, demanded=chosen.symmetric is True)
     experts = expert_layout(layout.placement, config.num_experts, dispatcher, ranks)
     parameters = layout.empty(found, place)
     fill(layout, parameters)
@@ -329,19 +329,21 @@ def assembled(
     return model
 
 
-def symmetric_sums(group: Any, device: torch.device) -> SumNorm:
-    """What sums over the ranks of a group through symmetric memory.
+def symmetric_sums(ranks: Ranks, demanded: bool) -> SumNorm | None:
+    """What sums over ranks through symmetric memory; None where that is not demanded and they do not reach each other.
 
     Raises:
-        NotImplementedError: on every rank, where the group is not on GPUs or Triton is missing.
+        NotImplementedError: on every rank, where it is demanded, and the group is not on GPUs or Triton is missing.
     """
     from moe_harness.impls.parallel import symmetric
 
-    if not symmetric.available(group):
+    if symmetric.available(ranks.group) and (demanded or ranks.reach_each_other()):
+        return symmetric.SumNorm(ranks.group, ranks.device)
+    if demanded:
         raise NotImplementedError(
             "symmetric=True joins GPUs over nccl by kernels of Triton, wanted symmetric=False here"
         )
-    return symmetric.SumNorm(group, device)
+    return None
 
 
 PLACED = ("expert_shards", "copies", "data_parallel")

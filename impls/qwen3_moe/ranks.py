@@ -73,6 +73,19 @@ class Ranks:
         all_gather(found, own, group)
         self.processes: list[list[int]] = found.view(-1, 2).tolist()  # host and process of each rank
 
+    def reach_each_other(self) -> bool:
+        """Whether all ranks are on GPUs of one host that read and write each other's memory.  A collective.
+
+        A process to which other ranks' GPUs are not visible cannot tell, and says no.
+        """
+        own = self.device.index if self.device.index is not None else torch.cuda.current_device()
+        visible = range(torch.cuda.device_count())
+        reached = len(visible) >= self.size and all(
+            torch.cuda.can_device_access_peer(own, other) for other in visible if other != own
+        )
+        told = torch.tensor([reached], dtype=torch.int64, device=self.device)
+        return len({host for host, _ in self.processes}) == 1 and bool(self.gathered(told).all())
+
     def reduced(self, partial: Tensor) -> Tensor:
         """The sum over ranks, the same bits on each: every router after it chooses alike."""
         return reduction(partial, None, self.group, routed_state=PARTIAL)

@@ -10,7 +10,7 @@ from moe_harness.suites.reduction.interpreted import SumNorm
 
 def load_model(model_dir: str, *, device: str, dtype: Any, group: Any = None, expert_parallel: bool = False) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "symmetric_sums", lambda group, device: SumNorm(group))
+        patch.setattr(engine, "symmetric_sums", lambda ranks, demanded: SumNorm(ranks.group))
         return engine.load_model(
             model_dir, device=device, dtype=dtype, group=group, expert_parallel=expert_parallel, symmetric=True
         )

@@ -94,6 +94,7 @@ def half_done(through: SumNorm, rows: int) -> list[str]:
         ("slots", combine(y, weights, ids, experts, local),
          through.of_slots(y, weights, ids, weight, num_experts=experts, local=local, **options)),
         ("pieces", whole.to(DTYPE), through.of_pieces(pieces, weight, **options)),
+        ("one piece", pieces[0].to(DTYPE), through.of_pieces(pieces[:1], weight, **options)),
     ):  # fmt: skip
         wanted = through(part, weight, **options)
         for what, got, right in zip(("norm", "sum"), found, wanted, strict=True):

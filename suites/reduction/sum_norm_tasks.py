@@ -22,6 +22,7 @@ from moe_harness.suites.reduction.planted_sum_norm import FAULTS
 EPS = 0.5  # beside mean squares of about 1, so that no place of eps is like another
 QUIET = 0.2  # seconds
 SHAPES = ((3, 24), (1, 24), (2, 33), (3, 24), (0, 24), (2, 24))
+PIECES = (0, 1, 0, 2, 0, 0)  # fp32 pieces as which the part of each call is handed in; those calls have a residual
 
 
 def drawn(ranks: int, rows: int, width: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,6 +32,14 @@ def drawn(ranks: int, rows: int, width: int, dtype: torch.dtype, seed: int) -> t
         torch.randn(*shape, generator=random).to(dtype) for shape in ((ranks, rows, width), (rows, width), (width,))
     )
     return parts * 0.4, residual, weight
+
+
+def in_pieces(parts: Tensor, count: int) -> Tensor | None:
+    """fp32 [R, count, T, H], sums of which no fp16 or bf16 holds; None where the parts are handed in as they are."""
+    if not count:
+        return None
+    first = parts.float() * (1 + 2.0**-11)
+    return torch.stack([first / count] * count, 1)
 
 
 def expected(parts: Tensor, residual: Tensor | None) -> Tensor:
@@ -102,11 +111,18 @@ def run(me: Rank, spec: dict[str, Any], seed: int) -> dict[str, Any]:
         for number, (rows, width) in enumerate(SHAPES):
             parts, residual, weight = drawn(me.world_size, rows, width, DTYPES[spec["dtype"]], seed + number)
             added = residual if number % 3 < 2 else None
-            given = parts[me.rank].clone()
+            pieces = in_pieces(parts, PIECES[number])
+            given = parts[me.rank].clone() if pieces is None else pieces[me.rank].clone()
+            if pieces is not None:
+                parts = pieces.sum(1).to(parts.dtype)
+            before = given.clone()
             with script.calling():
-                out, total = through(given, weight, eps=EPS, residual=added)
+                if pieces is None:
+                    out, total = through(given, weight, eps=EPS, residual=added)
+                else:
+                    out, total = through.of_pieces(given, weight, eps=EPS, residual=residual)
             results.append((number, out, total, expected(parts, added), weight))
-            told += ["the part was written"] if not torch.equal(given, parts[me.rank]) else []
+            told += ["the part was written"] if not torch.equal(given, before) else []
     for number, out, total, wanted, weight in results:  # at the end, so that no later call may change them
         told += [f"call {number}: {line}" for line in _complaints(out, total, wanted, weight)]
     return {"told": told, "digest": digest(torch.cat([part.flatten() for r in results for part in r[1:3]]))}
