@@ -32,8 +32,8 @@ import torch.multiprocessing as mp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from moe_harness.suites.performance.step_parts import decoding
-from moe_harness.suites.performance.whole_model import BATCHES, CONFIG, random_model
+from moe_harness.suites.performance.step_parts import decoding, kernels
+from moe_harness.suites.performance.whole_model import BATCHES, CONFIG, random_model, workload
 
 DISPATCHERS = (
     "local_allreduce", "symmetric", "allgather_reducescatter", "masked", "naive", "all_to_all", "all_to_all_dedup",
@@ -53,9 +53,9 @@ def options_of(way: str) -> dict[str, Any]:
     return found | ({"expert_parallel": True, "dispatcher": dispatcher} if dispatcher else {})
 
 
-def build(way: str, layers: int, batches: list[int]) -> Any:
-    """The model of this rank with a cache for the largest batch."""
-    columns = -(-(max(BATCHES.values()) + STEPS + 64) // PAGE)
+def build(way: str, layers: int, batches: list[int], longest: int) -> Any:
+    """The model of this rank with a cache for the largest batch, in sequences of up to `longest` tokens."""
+    columns = -(-longest // PAGE)
     limits = {
         "max_sequences": max(batches), "max_tokens": 8192, "max_length": columns * PAGE, "page_size": PAGE,
         "prefixes": False, "pages": max(batches) * columns,
@@ -139,11 +139,25 @@ def engine_us(model: Any, batch: int, slowest: Slowest) -> tuple[float, float]:
     return taken, slowest(prefill)
 
 
-def measure(way: str, layers: int, batches: list[int], tell: Callable[[dict[str, Any]], None]) -> None:
+def throughput(model: Any, slowest: Slowest, runs: int) -> list[float]:
+    """Output tokens/s of the workload of whole_model.py, after a warm-up."""
+    prompts, counts = workload()
+    found = []
+    for _ in range(1 + runs):
+        slowest.together()
+        began = time.perf_counter()
+        tokens = sum(map(len, model.engine.generate(model.requests(prompts, counts, 0.6, 1, (), True))))
+        torch.cuda.synchronize()
+        found.append(round(tokens / slowest(time.perf_counter() - began), 1))
+    return found[1:]
+
+
+def measure(way: str, given: argparse.Namespace, tell: Callable[[dict[str, Any]], None]) -> None:
     """All batches of one way; what was measured is told after each."""
-    slowest = Slowest(alone=way == ONE)
+    slowest, batches = Slowest(alone=way == ONE), given.batches
     began = time.perf_counter()
-    model = build(way, layers, batches)
+    longest = 2048 if given.runs else max(BATCHES.values()) + STEPS + 64
+    model = build(way, given.layers, batches, longest)
     found: dict[str, Any] = {"way": way, "graphs": model.capturable, "batches": {}}
     found["build_seconds"] = round(time.perf_counter() - began, 1)
     for batch in batches:
@@ -152,14 +166,20 @@ def measure(way: str, layers: int, batches: list[int], tell: Callable[[dict[str,
         entry |= {"engine_us": round(told, 1), "prefill_seconds": round(prefill, 3)}
         found["batches"][str(batch)] = entry | {"tokens_per_second": round(batch / told * 1e6, 1)}
         tell(found)
+    if given.runs:
+        found["workload_tokens_per_second"] = throughput(model, slowest, given.runs)
+        tell(found)
+    if given.kernels:
+        found["kernels"] = {str(b): kernels(model, decoding(model, b, BATCHES[b]), padded=True) for b in batches}
+        tell(found)
 
 
-def run_rank(rank: int, ranks: int, store: str, folder: str, ways: list[str], layers: int, batches: list[int]) -> None:
+def run_rank(rank: int, given: argparse.Namespace, store: str, folder: str, ways: list[str]) -> None:
     """All `ways` one after the other; rank 0 writes what is found, any rank what went wrong."""
     torch.cuda.set_device(rank)
     device = torch.device("cuda", rank)
-    place, limit = dist.FileStore(store, ranks), timedelta(seconds=4 * LIMIT)
-    dist.init_process_group("nccl", store=place, rank=rank, world_size=ranks, timeout=limit, device_id=device)
+    place, limit = dist.FileStore(store, given.ranks), timedelta(seconds=4 * LIMIT)
+    dist.init_process_group("nccl", store=place, rank=rank, world_size=given.ranks, timeout=limit, device_id=device)
     for way in ways:
         Path(folder, f"{way}.started.{rank}").touch()
 
@@ -170,7 +190,7 @@ def run_rank(rank: int, ranks: int, store: str, folder: str, ways: list[str], la
 
         try:
             if way != ONE or rank == 0:
-                measure(way, layers, batches, tell)
+                measure(way, given, tell)
         except BaseException:
             Path(folder, f"{way}.failed.{rank}").write_text(traceback.format_exc()[-3000:])
             os._exit(1)
@@ -185,8 +205,7 @@ def run_rank(rank: int, ranks: int, store: str, folder: str, ways: list[str], la
 def watched(given: argparse.Namespace, ways: list[str], folder: str) -> None:
     """Ranks that measure `ways`, ended where one way takes too long or one of them fails."""
     store = tempfile.mktemp(dir=folder)
-    arguments = (given.ranks, store, folder, ways, given.layers, given.batches)
-    context = mp.spawn(run_rank, arguments, nprocs=given.ranks, join=False)
+    context = mp.spawn(run_rank, (given, store, folder, ways), nprocs=given.ranks, join=False)
     began, done = time.monotonic(), 0
     while any(process.is_alive() for process in context.processes):
         time.sleep(0.2)
@@ -225,6 +244,10 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(WAYS), help=", ".join(WAYS))
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES), choices=list(BATCHES))
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds of one way")
+    parser.add_argument("--runs", type=int, default=0, help="of the workload of whole_model.py, beside the steps")
+    parser.add_argument(
+        "--kernels", action="store_true", help="time each kernel of a step called without a graph"
+    )
     given = parser.parse_args()
     if torch.cuda.device_count() < given.ranks:
         parser.error(f"--ranks is {given.ranks}, but there are {torch.cuda.device_count()} GPUs")

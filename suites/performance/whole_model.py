@@ -258,7 +258,7 @@ def vllm(arguments: argparse.Namespace, results: Results) -> None:
     for name, value in VLLM_SETTINGS.items():
         os.environ.setdefault(name, value)
     with results.part("fa3"):
-        for batch, context in BATCHES.items():
+        for batch, context in BATCHES.items() if arguments.tp == 1 else ():
             results.write(**{f"fa3_{batch}": {"us": flash_attention_3(batch, context, arguments.page_size)}})
     from vllm import LLM, SamplingParams, __version__
 
@@ -267,7 +267,7 @@ def vllm(arguments: argparse.Namespace, results: Results) -> None:
         Path(folder, "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": arguments.layers}))
         llm = LLM(
             folder, load_format="dummy", skip_tokenizer_init=True, enable_prefix_caching=False, max_model_len=2048,
-            dtype="bfloat16", gpu_memory_utilization=0.92,
+            dtype="bfloat16", gpu_memory_utilization=0.92, tensor_parallel_size=arguments.tp,
         )  # fmt: skip
         prompts, counts = workload()
         asked = [{"prompt_token_ids": prompt} for prompt in prompts]
@@ -321,6 +321,7 @@ if __name__ == "__main__":
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--runs", type=int, default=5, help="of the workload; 0 leaves it out")
+    parser.add_argument("--tp", type=int, default=1, help="GPUs of vLLM; over_ranks.py measures ours")
     parser.add_argument("--max-tokens", type=int, default=8192, help="of one step of ours")
     parser.add_argument("--page-size", type=int, default=32)
     parser.add_argument("--pages", type=int, default=None)
