@@ -1,6 +1,8 @@
 """CUDA graphs of code that may not be captured."""
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,11 +15,23 @@ def captured(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     """
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with collector_at_rest(), torch.cuda.graph(graph):
             return graph, run()
     except Exception:
         restore_generator()
         raise
+
+
+@contextmanager
+def collector_at_rest() -> Iterator[None]:
+    """Python's collector does not run: what it gives back may be of CUDA, and spoil a capture that is right."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def restore_generator() -> None:

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_harness.impls.capturing import capturing
+
 
 def capture(layer: Callable[[], Any], group: dist.ProcessGroup | None = None) -> tuple[torch.cuda.CUDAGraph, Any]:
     """The graph of `layer` on the current GPU, and the result that its replays write.  Collective over `group`.
@@ -29,7 +31,7 @@ def capture(layer: Callable[[], Any], group: dist.ProcessGroup | None = None) ->
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     # NCCL's own threads look at events meanwhile, which only a capture of this thread alone allows.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with capturing(graph, capture_error_mode="thread_local"):
         result = layer()
     return graph, result
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_harness.impls.capturing import capturing
 from moe_harness.impls.qwen3_moe.batch import ON_DEVICE, Builder, Filled, Limits
 from moe_harness.impls.qwen3_moe.network import Cache, Flat, Network
 from moe_harness.impls.qwen3_moe.ranks import DISAGREE, RanksDiffer
@@ -129,7 +130,7 @@ class Runner:
         torch.cuda.synchronize(self.device_of)
         graph = torch.cuda.CUDAGraph()
         # NCCL's own threads look at events meanwhile, which only a capture of this thread alone allows.
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        with capturing(graph, pool=self.pool, capture_error_mode="thread_local"):
             logits, tokens = self.run(filled, padded=True)
         self.pool = graph.pool()
         self.graphs[size] = (graph, logits, tokens)

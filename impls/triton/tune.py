@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_harness.impls.capturing import capturing
 from moe_harness.impls.triton import configs
 from moe_harness.impls.triton._few_tokens import few_tokens
 from moe_harness.impls.triton._linear import linear
@@ -153,7 +154,7 @@ def time_in_graph(calls: Sequence[Callable[[], object]], rounds: int = 7, at_lea
     torch.cuda.synchronize()
     repeats = max(1, min(40, int(at_least_us / len(calls) / max(1.0, 1e3 * start.elapsed_time(end)))))
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capturing(graph):
         for _ in range(repeats):
             for call in calls:
                 call()
