@@ -90,7 +90,7 @@ class SumNorm:
 
         Args:
             part: [T, H], fp32, fp16 or bf16, for which `fits` holds.
-            weight: [H], the norm's; None: there is no norm, and out is total.
+            weight: [H], the norm's, in the dtype of part or fp32; None: there is no norm, and out is total.
             residual: [T, H], the same on every rank, counted once.
 
         Returns:
@@ -102,16 +102,16 @@ class SumNorm:
         return self._summed(Own(part), part.dtype, weight, eps, residual)
 
     def of_pieces(self, pieces: Tensor, weight: Tensor, *, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """As a call, where this rank's part is the sum of fp32 pieces [n, T, H], rounded to the dtype of `weight`."""
+        """As a call, where this rank's part is the sum of fp32 pieces [n, T, H], rounded to the dtype of `residual`."""
         if pieces.dtype != torch.float32:
             raise ValueError(f"pieces are {pieces.dtype}, wanted fp32")
-        return self._summed(Own(pieces[0], pieces=pieces), weight.dtype, weight, eps, residual)
+        return self._summed(Own(pieces[0], pieces=pieces), residual.dtype, weight, eps, residual)
 
     def of_slots(
         self, rows: Tensor, topk_weights: Tensor, topk_ids: Tensor, weight: Tensor, *, eps: float, residual: Tensor,
         num_experts: int, local: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """As a call, where this rank's part is the experts' weighted sum, rounded to the dtype of `weight`.
+        """As a call, where this rank's part is the experts' weighted sum, rounded to the dtype of `residual`.
 
         Args:
             rows: [T * k, H], what each slot's expert yields; undefined where the slot is another rank's.
@@ -121,7 +121,7 @@ class SumNorm:
         slots = Slots(topk_weights.contiguous(), topk_ids.contiguous(), num_experts, local)
         if len(rows) != topk_ids.numel():
             raise ValueError(f"rows are {tuple(rows.shape)}, wanted {topk_ids.numel()} of them")
-        return self._summed(Own(rows[: len(topk_ids)], slots=slots, pieces=rows), weight.dtype, weight, eps, residual)
+        return self._summed(Own(rows[: len(topk_ids)], slots=slots, pieces=rows), residual.dtype, weight, eps, residual)
 
     def _summed(
         self, own: "Own", dtype: torch.dtype, weight: Tensor | None, eps: float, residual: Tensor | None
@@ -136,11 +136,13 @@ class SumNorm:
             weights, ids, _, local = own.slots
             choice = (placed(weights), placed(ids), placed(ids if local is None else local))
         added, scale = (part if tensor is None else placed(tensor) for tensor in (residual, weight))
-        start = self._prepared(own, dtype, eps, residual is not None, weight is not None)
+        start = self._prepared(own, dtype, eps, residual is not None, None if weight is None else weight.dtype)
         start(part, *choice, added, scale, out, total, rows)
         return out, total
 
-    def _prepared(self, own: "Own", dtype: torch.dtype, eps: float, add: bool, norm: bool) -> Prepared:
+    def _prepared(
+        self, own: "Own", dtype: torch.dtype, eps: float, add: bool, norm: torch.dtype | None
+    ) -> Prepared:  # fmt: skip
         """The start of the kernel for rows of this kind; the first one is a collective, which maps the memory."""
         (rows, width), slots = own.like.shape, own.slots
         words = rows * 8 * words_of(width, dtype) <= 2 * self.in_words
@@ -150,8 +152,9 @@ class SumNorm:
         if key not in self._started:
             early, block = early_start(self.device), max(16, triton.next_power_of_2(width))
             constants = {
-                "ADD": add, "NORM": norm, "RANK": self.rank, "RANKS": self.ranks, "PROGRAMS": self.kernels.PROGRAMS,
-                "BLOCK": block, "SLOTS": 0 if slots is None else slots.ids.shape[1], "PIECES": own.terms,
+                "ADD": add, "NORM": norm is not None, "RANK": self.rank, "RANKS": self.ranks,
+                "PROGRAMS": self.kernels.PROGRAMS, "BLOCK": block, "PIECES": own.terms,
+                "SLOTS": 0 if slots is None else slots.ids.shape[1],
                 "HAS_MAP": known > 0, "WIDEN": self.device.type != "cuda", "PDL": early, "launch_pdl": early,
                 "num_warps": max(1, min(16, block // 256)),
             }  # fmt: skip
@@ -183,10 +186,10 @@ class SumNorm:
 
     def _check(self, part: Tensor, dtype: torch.dtype, weight: Tensor | None, residual: Tensor | None) -> None:
         shape, width = part.shape, part.shape[1:]
-        fitting = weight is None or (weight.shape == width and weight.dtype == dtype)
+        fitting = weight is None or (weight.shape == width and weight.dtype in (dtype, torch.float32))
         if not fitting or (residual is not None and (residual.shape != shape or residual.dtype != dtype)):
             shapes = [tuple(tensor.shape) for tensor in (part, weight, residual) if tensor is not None]
-            raise ValueError(f"shapes are {shapes}, wanted [T, H], [H] and [T, H] in one dtype")
+            raise ValueError(f"shapes are {shapes}, wanted [T, H], [H] and [T, H] in one dtype, or [H] in fp32")
         if not self.fits(shape, dtype):
             raise ValueError(
                 f"the part is {tuple(shape)} of {dtype}, wanted at most {self.largest} bytes in rows of up to {WIDEST} "

@@ -111,6 +111,11 @@ class Config:
         """The layers that keep keys and values."""
         return [i for i in range(self.layers) if self.linear is None or i not in self.linear.layers]
 
+    @property
+    def turned(self) -> int | None:
+        """Dimensions of a head that are rotated; None: all."""
+        return None if self.linear is None else self.linear.turned
+
     def routing(self) -> dict[str, Any]:
         """Keywords of the stage `router`."""
         return {

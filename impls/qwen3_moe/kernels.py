@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NAMES = ("rms_norm", "rope_cache", "paged_attention", "sampler", "router", "experts", "latent_attention")
+NAMES = (
+    "rms_norm", "rope_cache", "paged_attention", "sampler", "router", "experts", "shared_expert_gate",
+    "latent_attention", "sigmoid_gate", "delta_walk",
+)  # fmt: skip
 # Functions of impls.torch that do not have their stage's name.
-VARIANTS = {("torch", "router"): "loop", ("torch", "experts"): "loop"}
+VARIANTS = {("torch", name): "loop" for name in ("router", "experts", "shared_expert_gate")}
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Joined:
     norm_of_parts: Callable[..., tuple[Tensor, Tensor]]
     rope_cache: Callable[..., Tensor]  # these two of positions and lengths that the step began with
     paged_attention: Callable[..., Tensor]
+    delta_step: Callable[..., Tensor]  # a whole gated delta net between its projections
     shard_words: Callable[..., Tensor]  # candidates of a shard of the vocabulary, and the best of all shards'
     pick: Callable[..., Tensor]
 
@@ -38,7 +42,10 @@ class Kernels:
     sampler: Callable[..., Tensor]
     router: Callable[..., tuple[Tensor, Tensor]]
     experts: Callable[..., Tensor]
-    latent_attention: Callable[..., Tensor]  # of no stage: `impls.torch.latent_attention` says what it takes
+    shared_expert_gate: Callable[..., Tensor]
+    latent_attention: Callable[..., Tensor]  # of no stage, as the two below: modules in impls.torch say what they take
+    sigmoid_gate: Callable[..., Tensor]
+    delta_walk: Callable[..., Tensor]
     best_in_shard: Callable[..., tuple[Tensor, Tensor, Tensor]]  # the sampler's, of a part of the vocabulary
     joined: Joined | None = None
 
@@ -66,6 +73,7 @@ class Kernels:
 
 
 def _joined() -> Joined:
+    from moe_harness.impls.triton.delta_step import delta_step
     from moe_harness.impls.triton.experts import experts_by_slot
     from moe_harness.impls.triton.paged_attention import paged_attention_of_step
     from moe_harness.impls.triton.projection import projection
@@ -83,6 +91,7 @@ def _joined() -> Joined:
         rope_cache=rope_cache_of_step,
         norm_of_parts=norm_of_parts,
         paged_attention=paged_attention_of_step,
+        delta_step=delta_step,
         shard_words=shard_words,
         pick=pick,
     )

@@ -1,7 +1,4 @@
-r"""The two kinds of attention of Qwen3-Next, in plain torch: no kernel of ours runs them yet.
-
-Gated attention: q_proj gives a gate beside each head's query, the first `turned` dimensions of a head are rotated, and
-the heads' output is multiplied by sigmoid(gate).
+r"""Linear attention of Qwen3-Next.
 
 The gated delta net (Yang et al., https://arxiv.org/abs/2412.06464) keeps for every sequence a matrix S of each value
 head and the last inputs of a convolution, whatever the length of the text:
@@ -9,8 +6,9 @@ head and the last inputs of a convolution, whatever the length of the text:
     S_t   = exp(g_t) S_{t-1} + k_t (beta_t (v_t - (exp(g_t) S_{t-1})^T k_t))^T           [Dk, Dv]
     out_t = norm(S_t^T q_t) * silu(z_t)
 
-All sequences of a step go through it side by side, one position after the other.  A sequence that begins (position 0)
-begins with nothing, so that a row which another one has left need not be cleared.
+A step in which every sequence decodes is one launch where the library has one (`delta_step`); in any other the
+convolution is plain torch and the walk along the sequences a kernel (`delta_walk`).  A sequence that begins (position
+0) begins with nothing, so that a row which another one has left need not be cleared.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_harness.impls.qwen3_moe.config import Config, Linear
+from moe_harness.impls.qwen3_moe.config import Linear
 from moe_harness.impls.qwen3_moe.pieces import Cut, Piece
 from moe_harness.impls.torch.rms_norm import normalised
 
@@ -39,14 +37,14 @@ LENGTH_EPS = 1e-6  # below the square of a query's or key's length
 class Memory:
     """What one layer keeps of each sequence, by its row; one row more than there are, for pad rows."""
 
-    inputs: Tensor  # [rows + 1, K - 1, C], of the convolution
+    inputs: Tensor  # [rows + 1, K, C], of the convolution: that of position p in place p mod K
     matrices: Tensor  # [rows + 1, Hv, Dk, Dv], at least fp32
 
     @classmethod
     def empty(cls, sizes: Linear, rows: int, dtype: torch.dtype, device: torch.device) -> Memory:
         wide = torch.promote_types(dtype, torch.float32)
         matrices = (rows + 1, sizes.value_heads, sizes.key, sizes.value)
-        inputs = (rows + 1, sizes.kernel - 1, sizes.channels)
+        inputs = (rows + 1, sizes.kernel, sizes.channels)
         return cls(torch.zeros(inputs, dtype=dtype, device=device), torch.zeros(matrices, dtype=wide, device=device))
 
 
@@ -84,40 +82,6 @@ def pieces(layout: Layout, i: int) -> Iterator[tuple[str, Piece]]:
     yield cut("out_proj.weight", (hidden, whole.value_heads * whole.value), 1, group * whole.value)
 
 
-def gated(network: Network, name: str, x: Tensor, flat: Flat, keys: Tensor, values: Tensor) -> Tensor | Unsummed:
-    """Gated attention, [T, H] -> [T, H]."""
-    c, d = network.config, network.config.head_dim
-    heads, kv_heads = network.layout.heads, network.layout.kv_heads
-    qkv = F.linear(x, network.p[f"{name}.qkv_proj.weight"], network.p.get(f"{name}.qkv_proj.bias"))
-    q, k, v = qkv.split((2 * heads * d, kv_heads * d, kv_heads * d), dim=-1)
-    q, gate = q.unflatten(-1, (heads, 2 * d)).chunk(2, dim=-1)
-    k, v = (part.unflatten(-1, (kv_heads, d)) for part in (k, v))
-    wide = torch.promote_types(x.dtype, torch.float32)
-    q, k = (
-        _turned(normalised(part.to(wide), network.p[f"{name}.{which}_norm.weight"], c.eps), flat.positions, c)
-        for part, which in ((q, "q"), (k, "k"))
-    )
-    kept = flat.slots >= 0
-    at = flat.slots[kept].long()
-    page, offset = at // keys.shape[1], at % keys.shape[1]
-    keys[page, offset] = k[kept].to(keys.dtype)
-    values[page, offset] = v[kept]
-    mixed = network.attend(q.to(x.dtype), flat, keys, values) * torch.sigmoid(gate)
-    out = F.linear(mixed.flatten(1), network.p[f"{name}.o_proj.weight"], network.p.get(f"{name}.o_proj.bias"))
-    return network.reduced(out)
-
-
-def _turned(x: Tensor, positions: Tensor, config: Config) -> Tensor:
-    """x [T, heads, D] with the halves of its first `turned` dimensions rotated."""
-    assert config.linear is not None
-    width = config.linear.turned
-    exponents = torch.arange(0, width, 2, dtype=torch.float64, device=x.device) / width
-    angles = (positions.double()[:, None] * config.theta**-exponents)[:, None]
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    first, second = x[..., :width].chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, x[..., width:]), dim=-1)
-
-
 class DeltaNet:
     """The gated delta nets of one network."""
 
@@ -125,55 +89,76 @@ class DeltaNet:
         assert network.config.linear is not None and network.layout.linear is not None
         self.network, self.sizes, self.eps = network, network.layout.linear, network.config.eps
         self.whole, self.rank = network.config.linear, network.layout.rank
+        names = [f"model.layers.{i}.linear_attn" for i in self.whole.layers]
+        self.taps = {name: self._own_channels(network.p[f"{name}.conv1d.weight"][:, 0]) for name in names}
 
     def __call__(self, name: str, x: Tensor, flat: Flat, memory: Memory) -> Tensor | Unsummed:
         """[T, H] -> [T, H]; goes on from `memory` and leaves there what the next step goes on from."""
         if not len(x):
             return self.network.reduced(torch.zeros_like(x))
-        assert flat.rows is not None
-        side = _SideBySide(flat.query_start)
-        q, k, v, z = self._projected(name, x)
-        decay, beta = self._gates(name, x)
-        inputs, matrices = memory.inputs[flat.rows], memory.matrices[flat.rows]
-        fresh = flat.positions[flat.query_start[:-1].long()] == 0
-        inputs = inputs.masked_fill(fresh[:, None, None], 0)
-        matrices = matrices.masked_fill(fresh[:, None, None, None], 0)
-        q, k, v, inputs = self._convolved(name, side, torch.cat((q, k, v), dim=-1), inputs)
-        out, matrices = self._walked(side, q, k, v, side.spread(decay), side.spread(beta), matrices)
-        memory.inputs[flat.rows] = inputs
-        memory.matrices[flat.rows] = matrices
-        rows = normalised(side.flat(out), self.network.p[f"{name}.norm.weight"], self.eps)
-        gated = (rows * F.silu(z.to(rows.dtype))).to(x.dtype)
-        return self.network.reduced(F.linear(gated.flatten(1), self.network.p[f"{name}.out_proj.weight"]))
+        p, joined = self.network.p, self.network.kernels.joined
+        qkvz, ba = (F.linear(x, p[f"{name}.in_proj_{part}.weight"]) for part in ("qkvz", "ba"))
+        if joined is not None and flat.decoding == len(flat.context):
+            held = (p[f"{name}.{part}"] for part in ("A_log", "dt_bias", "norm.weight"))
+            kept = (memory.inputs, memory.matrices, flat.rows, flat.positions)
+            out = joined.delta_step(qkvz, ba, self.taps[name], *held, *kept, eps=self.eps)
+        else:
+            out = self._walked(name, qkvz, ba, flat, memory)
+        return self.network.reduced(F.linear(out, p[f"{name}.out_proj.weight"]))
 
-    def _projected(self, name: str, x: Tensor) -> tuple[Tensor, ...]:
+    def _walked(self, name: str, qkvz: Tensor, ba: Tensor, flat: Flat, memory: Memory) -> Tensor:
+        """What goes into the last projection, [T, Hv * Dv]."""
+        *new, z = self._parted(qkvz)
+        q, k, v = self._convolved(name, torch.cat(new, dim=-1), flat, memory.inputs)
+        where = (memory.matrices, flat.rows, flat.query_start, flat.positions)
+        out = self.network.kernels.delta_walk(q, k, v, *self._gates(name, ba), *where)
+        rows = normalised(out, self.network.p[f"{name}.norm.weight"], self.eps)
+        return (rows * F.silu(z.to(rows.dtype))).to(qkvz.dtype).flatten(1)
+
+    def _parted(self, qkvz: Tensor) -> tuple[Tensor, ...]:
         """q, k, v [T, heads * width] and z [T, Hv, Dv]; the checkpoint has them key head by key head."""
         s = self.sizes
         values = s.value_heads // s.key_heads * s.value
-        rows = F.linear(x, self.network.p[f"{name}.in_proj_qkvz.weight"]).unflatten(-1, (s.key_heads, -1))
-        q, k, v, z = rows.split((s.key, s.key, values, values), dim=-1)
+        q, k, v, z = qkvz.unflatten(-1, (s.key_heads, -1)).split((s.key, s.key, values, values), dim=-1)
         return q.flatten(1), k.flatten(1), v.flatten(1), z.flatten(1).unflatten(-1, (s.value_heads, s.value))
 
-    def _gates(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _gates(self, name: str, ba: Tensor) -> tuple[Tensor, Tensor]:
         """exp(g) and beta, [T, Hv]."""
-        wide, p = torch.promote_types(x.dtype, torch.float32), self.network.p
-        rows = F.linear(x, p[f"{name}.in_proj_ba.weight"]).unflatten(-1, (self.sizes.key_heads, -1))
+        wide, p = torch.promote_types(ba.dtype, torch.float32), self.network.p
+        rows = ba.unflatten(-1, (self.sizes.key_heads, -1))
         b, a = (part.flatten(1).to(wide) for part in rows.chunk(2, dim=-1))
         rate, shift = (p[f"{name}.{part}"].to(wide) for part in ("A_log", "dt_bias"))
         return (-rate.exp() * F.softplus(a + shift)).exp(), torch.sigmoid(b)
 
-    def _convolved(self, name: str, side: _SideBySide, new: Tensor, before: Tensor) -> tuple[Tensor, ...]:
-        """q, k [S, L, Hv, Dk], v [S, L, Hv, Dv] and the inputs [S, K - 1, C] that the next step goes on from."""
-        s, wide = self.sizes, torch.promote_types(new.dtype, torch.float32)
-        inputs = torch.cat((before, side.spread(new)), dim=1)  # [S, K - 1 + L, C]
-        last = side.lengths[:, None] + torch.arange(s.kernel - 1, device=new.device)
-        left = inputs.gather(1, last[..., None].expand(-1, -1, inputs.shape[-1]))
-        weight = self._own_channels(self.network.p[f"{name}.conv1d.weight"][:, 0]).to(wide)
-        rows = F.silu(torch.einsum("slck,ck->slc", inputs.to(wide).unfold(1, s.kernel, 1), weight))
+    def _convolved(self, name: str, new: Tensor, flat: Flat, ring: Tensor) -> tuple[Tensor, ...]:
+        """q, k [T, Hk, Dk] and v [T, Hv, Dv] of new inputs [T, C], whose last ones go into the ring."""
+        s, kernel, wide = self.sizes, self.sizes.kernel, torch.promote_types(new.dtype, torch.float32)
+        assert flat.rows is not None
+        start = flat.query_start.long()
+        token = torch.arange(len(new), device=new.device)
+        place = torch.repeat_interleave(start[1:] - start[:-1], output_size=len(new))  # the sequence of each token
+        row, within, position = flat.rows[place], (token - start[place])[:, None], flat.positions.long()
+        taps = self.taps[name].to(wide)
+        total = new.to(wide) * taps[:, -1]
+        for back in range(1, kernel):
+            held = ring[row, (position - back) % kernel].masked_fill((position < back)[:, None], 0)
+            before = torch.where(within >= back, new.roll(back, 0), held)
+            total += before.to(wide) * taps[:, -1 - back]
+        self._keep(new, flat, ring)
         keys = s.key_heads * s.key
-        q, k, v = rows.split((keys, keys, s.value_heads * s.value), dim=-1)
+        q, k, v = F.silu(total).split((keys, keys, s.value_heads * s.value), dim=-1)
         q, k = (self._of_length_one(part) for part in (q, k))
-        return q * s.key**-0.5, k, v.unflatten(-1, (s.value_heads, s.value)), left
+        return q * s.key**-0.5, k, v.unflatten(-1, (s.value_heads, s.value))
+
+    def _keep(self, new: Tensor, flat: Flat, ring: Tensor) -> None:
+        """The last K inputs of each sequence go into its row of the ring; of shorter ones the rest into the pad row."""
+        assert flat.rows is not None
+        start = flat.query_start.long()
+        last = start[1:, None] - 1 - torch.arange(self.sizes.kernel, device=new.device)
+        real = last >= start[:-1, None]
+        last = last.clamp(min=0)
+        to = torch.where(real, flat.rows[:, None], len(ring) - 1)
+        ring[to, flat.positions.long()[last] % self.sizes.kernel] = new[last]
 
     def _own_channels(self, weight: Tensor) -> Tensor:
         """The rows of this rank's queries, keys and values, of [C, K] of all heads."""
@@ -183,38 +168,4 @@ class DeltaNet:
 
     def _of_length_one(self, x: Tensor) -> Tensor:
         x = x.unflatten(-1, (self.sizes.key_heads, self.sizes.key))
-        x = x * torch.rsqrt(x.square().sum(-1, keepdim=True) + LENGTH_EPS)
-        return x.repeat_interleave(self.sizes.value_heads // self.sizes.key_heads, dim=2)
-
-    @staticmethod
-    def _walked(
-        side: _SideBySide, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, matrices: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """What is read at every position [S, L, Hv, Dv], and the matrices behind each sequence's last."""
-        found = []
-        for t in range(side.longest):
-            faded = decay[:, t, :, None, None] * matrices
-            told = torch.einsum("shkv,shk->shv", faded, k[:, t])
-            written = beta[:, t, :, None] * (v[:, t] - told)
-            new = faded + k[:, t, :, :, None] * written[:, :, None]
-            matrices = torch.where((t < side.lengths)[:, None, None, None], new, matrices)
-            found.append(torch.einsum("shkv,shk->shv", matrices, q[:, t]))
-        return torch.stack(found, dim=1), matrices
-
-
-class _SideBySide:
-    """The tokens of S sequences, [T, ...], as [S, L, ...] with L the longest one's."""
-
-    def __init__(self, query_start: Tensor):
-        start = query_start.long()
-        self.lengths = start[1:] - start[:-1]
-        self.longest = int(self.lengths.max())
-        place = torch.arange(self.longest, device=start.device)
-        self.live = place < self.lengths[:, None]  # [S, L]
-        self.at = (start[:-1, None] + place).masked_fill(~self.live, 0)
-
-    def spread(self, rows: Tensor) -> Tensor:
-        return rows[self.at]
-
-    def flat(self, rows: Tensor) -> Tensor:
-        return rows[self.live]
+        return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + LENGTH_EPS)

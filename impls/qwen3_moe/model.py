@@ -84,9 +84,6 @@ class Model:
         self.config, self.layout, self.device, self.dtype = layout.config, layout, device, dtype
         self.options = options or Options()
         chosen = self.options.kernels
-        if self.config.linear is not None and chosen == "triton":
-            raise NotImplementedError(f"{self.config.model_type} runs in plain torch, wanted kernels='torch' or None")
-        chosen = "torch" if self.config.linear is not None else chosen
         kernels = Kernels.for_device(device) if chosen is None else Kernels.of(chosen)
         self.ranks, self.expert_parallel_backend = ranks, DISABLED
         self.apart = layout.placement.data_parallel
@@ -243,7 +240,7 @@ class Model:
     def capturable(self) -> bool:
         """Whether decoding steps can run as CUDA graphs: nothing in them waits for the host, here or over ranks."""
         over_ranks = self.ranks is None or (self.ranks.capturable and self.network.experts.capturable)
-        return self.network.kernels.capturable and over_ranks and self.config.linear is None
+        return self.network.kernels.capturable and over_ranks
 
     def _cache(self, pages: int) -> Cache:
         o = self.options

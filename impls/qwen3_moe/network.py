@@ -17,7 +17,7 @@ from torch import Tensor
 from moe_harness.impls.qwen3_moe.expert_layouts import ExpertLayout, Summed, alone
 from moe_harness.impls.qwen3_moe.kernels import Joined, Kernels
 from moe_harness.impls.qwen3_moe.latent import LatentAttention
-from moe_harness.impls.qwen3_moe.linear_attention import DeltaNet, Memory, gated
+from moe_harness.impls.qwen3_moe.linear_attention import DeltaNet, Memory
 from moe_harness.impls.qwen3_moe.outputs import BySlot, Output, Parts, Unsummed
 from moe_harness.impls.qwen3_moe.ranks import DISAGREE, Ranks
 from moe_harness.impls.qwen3_moe.weights import Layout
@@ -201,30 +201,38 @@ class Network:
     def mix(self, i: int, x: Tensor, flat: Flat, keys: Any, values: Any) -> Output:
         """Attention of layer i, of whatever kind: [T, H] -> [T, H], without the residual."""
         layer, linear = f"model.layers.{i}", self.config.linear
-        if linear is None:
+        if linear is None or i not in linear.layers:
             return self.attention(f"{layer}.self_attn", x, flat, keys, values)
-        if i in linear.layers:
-            assert self.delta is not None
-            return self.delta(f"{layer}.linear_attn", x, flat, keys)
-        return gated(self, f"{layer}.self_attn", x, flat, keys, values)
+        assert self.delta is not None
+        return self.delta(f"{layer}.linear_attn", x, flat, keys)
 
     def attention(self, name: str, x: Tensor, flat: Flat, keys: Tensor, values: Tensor) -> Output:
         """[T, H] -> [T, H], without the residual."""
         if self.latent is not None:
             return self.latent(name, x, flat, keys)
-        c, heads, kv_heads = self.config, self.layout.heads, self.layout.kv_heads
-        qkv = F.linear(x, self.p[f"{name}.qkv_proj.weight"], self.p.get(f"{name}.qkv_proj.bias"))
-        q, k, v = qkv.unflatten(-1, (-1, c.head_dim)).split((heads, kv_heads, kv_heads), dim=1)
+        c = self.config
+        q, gate, k, v = self._projected(name, x)
         q = self._of_step(flat).rope_cache(
             q, k, v, flat.positions, flat.slots, keys, values,
             q_norm=self.p.get(f"{name}.q_norm.weight"), k_norm=self.p.get(f"{name}.k_norm.weight"),
-            eps=c.eps, theta=c.theta,
+            eps=c.eps, theta=c.theta, turned=c.turned,
         )  # fmt: skip
-        mixed = self.attend(q, flat, keys, values).flatten(1)
+        mixed = self.attend(q, flat, keys, values)
+        mixed = (mixed if gate is None else self.kernels.sigmoid_gate(mixed, gate)).flatten(1)
         parts = self._in_parts(f"{name}.o_proj", mixed, flat)
         if parts is not None:
             return Parts(parts) if self.ranks is None else Unsummed(Parts(parts))
         return self.reduced(F.linear(mixed, self.p[f"{name}.o_proj.weight"], self.p.get(f"{name}.o_proj.bias")))
+
+    def _projected(self, name: str, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """q [T, Hq, D], what gates the output of each of its heads, k and v [T, Hk, D]; views of one projection."""
+        d, heads, kv_heads = self.config.head_dim, self.layout.heads, self.layout.kv_heads
+        qkv = F.linear(x, self.p[f"{name}.qkv_proj.weight"], self.p.get(f"{name}.qkv_proj.bias"))
+        if self.config.linear is None:
+            q, k, v = qkv.unflatten(-1, (-1, d)).split((heads, kv_heads, kv_heads), dim=1)
+            return q, None, k, v
+        q, k, v = qkv.unflatten(-1, (-1, d)).split((2 * heads, kv_heads, kv_heads), dim=1)
+        return q[:, 0::2], q[:, 1::2], k, v
 
     def _of_step(self, flat: Flat) -> Kernels | Joined:
         """Kernels that may read what describes a batch before the kernel before has ended, if a whole step runs."""
@@ -295,7 +303,7 @@ class Network:
             return None
         out = self._gated(f"{name}.{c.shared_expert}", x)
         if c.shared_gate:
-            out = torch.sigmoid(F.linear(x, self.p[f"{name}.shared_expert_gate.weight"])) * out
+            out = self.kernels.shared_expert_gate(x, self.p[f"{name}.shared_expert_gate.weight"], out)
         return out
 
     def dense(self, name: str, x: Tensor, flat: Flat) -> Output:

@@ -11,18 +11,23 @@ __all__ = ["rope_cache"]
 def rope_cache(
     q: Tensor, k: Tensor, v: Tensor, positions: Tensor, slots: Tensor, key_cache: Tensor, value_cache: Tensor, *,
     q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 1e-6, theta: float,
+    turned: int | None = None,
 ) -> Tensor:  # fmt: skip
     """The stage `rope_cache`: q [T, Hq, D], k, v [T, Hk, D], caches [P, page, Hk, D], any strides -> q' [T, Hq, D].
 
     Norm and rotation are done in fp32 and rounded once; angles are taken in fp64, because fp32 leaves a position of
     100,000 with an angle good to 0.004 only.
 
+    Args:
+        turned: how many of a head's elements are rotated, the first ones; None: all.
+
     Raises:
         ValueError: shapes that do not fit together.
     """
     check(q, k, v, positions, slots, key_cache, value_cache)
     wide = torch.promote_types(q.dtype, torch.float32)
-    exponents = torch.arange(0, q.shape[2], 2, dtype=torch.float64, device=q.device) / q.shape[2]
+    turned = q.shape[2] if turned is None else turned
+    exponents = torch.arange(0, turned, 2, dtype=torch.float64, device=q.device) / turned
     angles = (positions.double()[:, None] * theta**-exponents)[:, None]
     cos, sin = angles.cos().to(wide), angles.sin().to(wide)
     queries, keys = (_rotated(x.to(wide), w, eps, cos, sin) for x, w in ((q, q_norm), (k, k_norm)))
@@ -40,11 +45,12 @@ rope_cache.batch_invariant = True
 
 
 def _rotated(x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [T, heads, D] normalised, where there is a weight, and turned; in its own dtype."""
+    """x [T, heads, D] normalised, where there is a weight, and turned by the angles [T, 1, R]; in its own dtype."""
     if weight is not None:
         x = normalised(x, weight, eps)
-    first, second = x.chunk(2, dim=2)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=2)
+    half = cos.shape[-1]
+    first, second, kept = x.tensor_split((half, 2 * half), dim=2)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, kept], dim=2)
 
 
 def check(

@@ -34,6 +34,12 @@ def require(*tensors: Tensor) -> None:
         raise NotImplementedError(f"device is {device}, but Triton kernels need CUDA (or TRITON_INTERPRET=1)")
 
 
+def require_scale(x: Tensor, *scales: Tensor) -> None:
+    """TypeError where the weight of a norm is neither in the dtype of x nor fp32, as sums with 1 are kept."""
+    if any(scale.dtype not in (x.dtype, torch.float32) for scale in scales):
+        raise TypeError(f"weights of norms are {[s.dtype for s in scales]}, but should be {x.dtype} or fp32")
+
+
 def on(device: torch.device) -> contextlib.AbstractContextManager:
     """Make `device` current while a kernel is launched: Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

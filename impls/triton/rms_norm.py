@@ -20,6 +20,7 @@ from moe_harness.impls.triton._common import (
     narrow,
     on,
     require,
+    require_scale,
 )
 
 __all__ = ["rms_norm"]  # what is registered
@@ -68,7 +69,7 @@ def rms_norm(
 
     Args:
         x: [..., H], fp32, fp16 or bf16, any strides (leading dimensions that cannot be folded are copied).
-        weight: [H], same dtype.
+        weight: [H], same dtype or fp32.
         residual: [..., H], same dtype.
 
     Returns:
@@ -77,7 +78,8 @@ def rms_norm(
     Raises:
         ValueError, TypeError, NotImplementedError: shapes, dtypes, devices that do not fit.
     """
-    require(x, weight, *(() if residual is None else (residual,)))
+    require(x, *(() if residual is None else (residual,)))
+    require_scale(x, weight)
     hidden = x.shape[-1]
     if tuple(weight.shape) != (hidden,):
         raise ValueError(f"weight is {tuple(weight.shape)}, but should be {(hidden,)}")
@@ -99,12 +101,14 @@ def norm_of_parts(parts: Tensor, weight: Tensor, residual: Tensor, *, eps: float
 
     Args:
         parts: fp32 [n, T, H].
-        weight: [H], residual: [T, H], one dtype.
+        weight: [H], in the dtype of residual or fp32.
+        residual: [T, H].
 
     Raises:
         ValueError, TypeError, NotImplementedError: shapes, dtypes, devices that do not fit.
     """
-    require(weight, residual)
+    require(residual)
+    require_scale(residual, weight)
     if parts.ndim != 3 or parts.dtype != torch.float32 or not 0 < parts.shape[2] <= LONGEST:
         raise ValueError(f"parts are {parts.dtype} {tuple(parts.shape)}, but should be fp32 [n, T, H], H to {LONGEST}")
     if residual.shape != parts.shape[1:] or weight.shape != parts.shape[2:]:
@@ -119,8 +123,9 @@ def norm_of_parts(parts: Tensor, weight: Tensor, residual: Tensor, *, eps: float
 def _normed(parts: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> Tensor | tuple[Tensor, Tensor]:
     """The norm of the sum of parts [n, T, H] and residual [T, H]; with a residual, that sum too."""
     _, rows, hidden = parts.shape
-    out = empty(weight, rows, hidden)
-    total = out if residual is None else empty(weight, rows, hidden)
+    kept = parts if residual is None else residual
+    out = empty(kept, rows, hidden)
+    total = out if residual is None else empty(kept, rows, hidden)
     if rows:
         width = triton.next_power_of_2(hidden)
         tall = 8 if interpreting() else max(1, 512 // width)

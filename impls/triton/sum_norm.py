@@ -20,6 +20,7 @@ from moe_harness.impls.triton._common import (
     narrow,
     on,
     require,
+    require_scale,
 )
 from moe_harness.impls.triton.alignment import local_expert
 
@@ -60,7 +61,8 @@ def sum_norm(
     """The norm of residual + the experts' weighted sum, and that sum.
 
     Args:
-        y: contiguous [T * k, H], what each slot's expert yields; fp32, fp16 or bf16, as residual [T, H] and weight [H].
+        y: contiguous [T * k, H], what each slot's expert yields; fp32, fp16 or bf16, as residual [T, H].
+        weight: [H], same dtype or fp32.
         topk_weights, topk_ids: [T, k]; slots with an id outside [0, num_experts) are not looked at.
 
     Returns:
@@ -69,7 +71,8 @@ def sum_norm(
     Raises:
         ValueError, TypeError, NotImplementedError: shapes, dtypes, devices that do not fit.
     """
-    require(y, residual, weight)
+    require(y, residual)
+    require_scale(residual, weight)
     (tokens, top_k), hidden = topk_ids.shape, y.shape[1]
     wanted = {"y": (y, (tokens * top_k, hidden)), "topk_weights": (topk_weights, (tokens, top_k)),
               "residual": (residual, (tokens, hidden)), "weight": (weight, (hidden,))}  # fmt: skip

@@ -1,5 +1,6 @@
 """The engine on Triton's kernels: under the interpreter on a CPU, as they are and with CUDA graphs on a GPU."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,20 @@ from moe_harness.suites.triton import CUDA, DEVICE, runnable
 pytestmark = runnable
 TOKENS = 40 if CUDA else 3
 SMALL: dict[str, Any] = {"page_size": 4, "max_sequences": 6, "max_tokens": 16, "pages": 60, "max_length": 80}
+# Of Qwen3-Next, layers of both kinds, and layers that all attend.
+NEXT: dict[str, dict[str, Any]] = {"hybrid": {}, "attending": {"full_attention_interval": 1}}
 PROMPTS = [[(5 * n + 3 * p) % 128 for p in range(n)] for n in ((1, 4, 7, 33, 12, 29, 2) if CUDA else (1, 4, 7))]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.make(tmp_path_factory.mktemp("model"), "qwen3_moe", dtype=torch.float32, num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module", params=NEXT)
+def folder_of_next(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, changes = tmp_path_factory.mktemp(request.param), NEXT[request.param]
+    return checkpoints.make(folder, "qwen3_next", dtype=torch.float32, **changes)
 
 
 def model_of(folder: Path, kernels: str = "triton", **options: Any) -> Model:
@@ -37,7 +46,7 @@ def test_tokens_are_those_of_the_plain_kernels(folder: Path) -> None:
     assert found["triton"] == found["torch"]
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "deepseek_v2"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "deepseek_v2", "qwen3_next"])
 @torch.no_grad()
 def test_logits_are_within_the_bound(family: str, tmp_path: Path) -> None:
     checkpoints.make(tmp_path, family)
@@ -47,6 +56,43 @@ def test_logits_are_within_the_bound(family: str, tmp_path: Path) -> None:
     logits = load_model(tmp_path, device=DEVICE, dtype="fp32", kernels="triton")(ids).cpu()
     assert bound.routed.double().mean() >= 0.5
     assert bound.z(logits)[bound.routed].abs().max() <= bounds.max_limit()
+
+
+def test_a_padded_step_of_linear_attention_gives_the_right_logits(folder_of_next: Path) -> None:
+    """As in a graph, behind a prompt in two chunks: one sequence, and pad rows, which write to no sequence."""
+    keys = checkpoints.config("qwen3_next") | json.loads((folder_of_next / "config.json").read_text())
+    model = model_of(folder_of_next, max_tokens=6, graphs=False)
+    assert model.capturable
+    engine, runner = model.engine, model.engine.runner
+    engine.add(Request((5, 6, 7, 8, 9, 3, 1), 4))
+    engine.step()
+    engine.step()
+    step = engine.scheduler.plan()
+    assert step is not None
+    last = int(runner.last_tokens[step.work[0].sequence.row])
+    ids = torch.tensor([[5, 6, 7, 8, 9, 3, 1, last]])
+    bound = logit_bound(Reference(keys, checkpoints.tensors(keys, dtype=torch.float32)), ids, torch.float32)
+    with torch.inference_mode():
+        runner.builder.carry(step, 3)
+        padded = runner.run(Filled(3, 3, 3, 3, cut=False), padded=True)[0]
+    logits = bound.value.clone()
+    logits[0, -1] = padded[0].cpu().double()
+    assert bound.routed[0, -1]
+    assert bound.z(logits).abs().max() <= bounds.max_limit()
+    assert padded.isfinite().all()
+
+
+@pytest.mark.gpu
+def test_graphs_of_linear_attention_give_the_tokens_of_plain_torch(folder_of_next: Path) -> None:
+    """Every bucket up to 9, prompts in chunks beside sequences that decode, preemptions, and rows used again."""
+    prompts = [[(7 * n + p) % 128 for p in range(2 + 3 * (n % 5))] for n in range(9)]
+    counts, found = list(range(9, 18)), {}
+    for kernels, graphs in (("triton", True), ("triton", False), ("torch", False)):
+        model = model_of(folder_of_next, kernels, graphs=graphs, pages=26, max_sequences=6, max_length=40)
+        found[kernels, graphs] = model.generate(prompts, max_new_tokens=counts, ignore_eos=True)
+        assert model.engine.scheduler.preemptions > 0
+        assert bool(model.engine.runner.graphs) == graphs
+    assert found["triton", True] == found["triton", False] == found["torch", False]
 
 
 @pytest.mark.gpu

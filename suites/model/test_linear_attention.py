@@ -15,6 +15,7 @@ from moe_harness.impls.qwen3_moe import linear_attention, model, network
 from moe_harness.impls.qwen3_moe.config import CheckpointError, Config
 from moe_harness.impls.qwen3_moe.linear_attention import DeltaNet
 from moe_harness.impls.qwen3_moe.weights import Layout
+from moe_harness.impls.torch import delta_walk
 from moe_harness.reference.model import Model as Reference
 
 FAMILY = "qwen3_next"
@@ -68,23 +69,30 @@ def never_forgets(patch: pytest.MonkeyPatch) -> None:
 
 
 def loses_the_inputs_between_chunks(patch: pytest.MonkeyPatch) -> None:
-    original = DeltaNet._convolved
-
-    def convolved(self: DeltaNet, name: str, side: Any, new: Tensor, before: Tensor) -> tuple[Tensor, ...]:
-        return original(self, name, side, new, torch.zeros_like(before))
-
-    patch.setattr(DeltaNet, "_convolved", convolved)
+    patch.setattr(DeltaNet, "_keep", lambda *given: None)
 
 
-def goes_on_behind_the_end(patch: pytest.MonkeyPatch) -> None:
-    """The matrices of short sequences fade on while longer ones of the step are walked."""
-    original = DeltaNet._walked
+def keeps_inputs_of_other_sequences(patch: pytest.MonkeyPatch) -> None:
+    """Of a sequence shorter than the convolution, what stands before it in the step is kept too."""
+    original = torch.where
 
-    def walked(side: Any, *parts: Tensor) -> tuple[Tensor, Tensor]:
-        side.lengths = torch.full_like(side.lengths, side.longest)
-        return original(side, *parts)
+    def where(condition: Tensor, one: Any, other: Any) -> Tensor:
+        return original(condition | isinstance(other, int), one, other)
 
-    patch.setattr(DeltaNet, "_walked", staticmethod(walked))
+    patch.setattr(linear_attention.torch, "where", where)
+
+
+def fades_behind_the_end(patch: pytest.MonkeyPatch) -> None:
+    """The matrices of a sequence fade once more behind its last token."""
+    original = delta_walk.delta_walk
+
+    def walk(*given: Tensor) -> Tensor:
+        *_, decay, _, matrices, rows, query_start, _ = given
+        out = original(*given)
+        matrices[rows] *= decay[query_start[1:].long() - 1, :, None, None]
+        return out
+
+    patch.setattr(delta_walk, "delta_walk", walk)
 
 
 def finds_prefixes(patch: pytest.MonkeyPatch) -> None:
@@ -104,13 +112,7 @@ def rows_in_the_order_of_the_step(patch: pytest.MonkeyPatch) -> None:
 
 
 def whole_heads_turned(patch: pytest.MonkeyPatch) -> None:
-    original = linear_attention._turned
-
-    def turned(x: Tensor, positions: Tensor, config: Config) -> Tensor:
-        assert config.linear is not None
-        return original(x, positions, replace(config, linear=replace(config.linear, turned=config.head_dim)))
-
-    patch.setattr(linear_attention, "_turned", turned)
+    patch.setattr(Config, "turned", None)
 
 
 def norms_of_their_weight_alone(patch: pytest.MonkeyPatch) -> None:
@@ -118,8 +120,8 @@ def norms_of_their_weight_alone(patch: pytest.MonkeyPatch) -> None:
 
 
 FAULTS = (
-    never_forgets, loses_the_inputs_between_chunks, goes_on_behind_the_end, finds_prefixes,
-    rows_in_the_order_of_the_step, whole_heads_turned, norms_of_their_weight_alone,
+    never_forgets, loses_the_inputs_between_chunks, keeps_inputs_of_other_sequences, fades_behind_the_end,
+    finds_prefixes, rows_in_the_order_of_the_step, whole_heads_turned, norms_of_their_weight_alone,
 )  # fmt: skip
 
 
@@ -140,8 +142,6 @@ def test_two_ranks_share_its_heads(case: str) -> None:
 def test_what_it_cannot_do_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="linear_num_key_heads is 2, wanted a multiple of the 4 ranks"):
         Layout(Config.read(folder), 1, 4)
-    with pytest.raises(NotImplementedError, match="plain torch"):
-        model.load_model(folder, device="cpu", dtype=torch.float32, kernels="triton")
     wrong = checkpoints.make(tmp_path, FAMILY, layer_types=["full_attention"])
     with pytest.raises(CheckpointError, match="layer_types"):
         Config.read(wrong)
