@@ -21,7 +21,6 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = ("BF16", "F16", "F32")
 LISTED = 6  # complaints of one message
 MAPPED = 1 / 32  # of this rank's bytes that may stay mapped before the file is opened anew, which lets go of them
-CHUNK = 1 << 18  # elements that are looked at together
 REASONS = "was the download complete, and is config.json this checkpoint's own?"
 
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
@@ -158,9 +157,13 @@ def _all_written(folder: Path, parameters: dict[str, Tensor], written: dict[str,
     for name, parameter in parameters.items():
         if written[name] != parameter.numel():
             raise CheckpointError(f"{folder}: {name} got {written[name]} elements, wanted {parameter.numel()}")
-        parts = parameter.flatten().split(CHUNK)  # what is looked at takes memory of its own
-        if bool(torch.stack([part.isnan().any() for part in parts]).any()):
+        if _holds_nan(parameter):
             raise CheckpointError(f"{folder}: {name} holds NaN after loading, wanted numbers")
+
+
+def _holds_nan(parameter: Tensor) -> bool:
+    """The largest element is NaN where any is; on a CPU this takes a tenth of the time of looking at each."""
+    return parameter.numel() > 0 and bool(parameter.max().isnan())
 
 
 def _copies_equal(owners: dict[str, Path], layout: Layout) -> None:
