@@ -98,6 +98,15 @@ def parse(stage: str, text: str) -> Case:
     if stage not in (known := stages_with("cases")):
         raise unknown("stage", stage, list(known))
     kind: type[Case] = needed_part(stage, "cases").CaseType
+    return kind(**_spelled(kind, text))
+
+
+def changed(case: Case, text: str) -> Case:
+    """The case with the fields that `text` (k=v,k=v) spells; UsageError as for `parse`."""
+    return case.but(**_spelled(type(case), text))
+
+
+def _spelled(kind: type[Case], text: str) -> dict[str, Any]:
     types = {f.name: f.type for f in fields(kind)}
     values: dict[str, Any] = {}
     for item in filter(None, text.split(",")):
@@ -105,7 +114,7 @@ def parse(stage: str, text: str) -> Case:
         if name not in types or not equals:
             raise UsageError(f"in the case {text!r}: {unknown('field', name, list(types))}")
         values[name] = _value(name, value, types[name])
-    return kind(**values)
+    return values
 
 
 def _value(name: str, text: str, annotation: object) -> object:

@@ -9,10 +9,10 @@ judged like any implementation.  Adding one is
         return run(*call, **options, split=lambda rows: rows.chunk(2, -1)[::-1])
 
 Its docstring is the consequence.  `condition` says in words when it shows, `shows` holds the fields of one small case
-of the stage on which it does, and `sign` what is seen there; each `hidden` entry of the form "name=value" changes that
-case into one where the fault gives the right answer.  (Of experts and moe_block both are still parameters of
-suites/meta/catalogue_calls.py; "before", "calls" and "poison" say what else a test does.)  What it is built from are
-the right steps of the stage (`faults/_steps.py`); called with `steps=`, it is built from others.
+of the stage on which it does, and `sign` what is seen there; each `hidden` entry of the form "k=v,k=v" changes that
+case into one where the fault gives the right answer.  A fault that remembers shows behind another call alone: `before`
+holds the fields in which the case of that call is another.  What it is built from are the right steps of the stage
+(`faults/_steps.py`); called with `steps=`, it is built from others.
 
 A mistake that is the same with another number (tiles of 64 or of 128, a table of 2,048 positions or of 4,096) is one
 fault: `variants={"size": (16, 64, 128)}` names what its function takes beside the arguments of the stage, the first of
@@ -29,6 +29,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
+from moe_harness.harness.core.case import Case, case_types, changed
 from moe_harness.harness.core.contracts import RANK_STAGES, SIGNATURES, STAGES
 from moe_harness.harness.core.registry import PACKAGE, modules_of
 
@@ -60,12 +61,13 @@ class Fault:
     consequence: str  # one sentence
     function: Callable[..., Any] = field(repr=False)
     source: str | None = None  # URL of the published bug
-    hidden: tuple[str, ...] = ()  # where it equals the right answer; "name=value" is data, anything else prose
-    shows: Mapping[str, Any] | None = None  # parameters of a small case; None where none is feasible on a CPU
+    hidden: tuple[str, ...] = ()  # where it equals the right answer; "k=v,k=v" is data, anything without "=" prose
+    shows: Mapping[str, Any] | None = None  # fields of a small case; None where none is feasible on a CPU
     sign: str = "value"  # a key of SIGNS: what is seen in that case
     devices: tuple[str, ...] = ("cpu", "cuda")
     few: str | None = None  # why fewer than three cases of a quick run kill it
     stateful: bool = False  # keeps something between calls, so a verdict depends on the calls before
+    before: Mapping[str, Any] | None = None  # fields in which the case of a call before differs; without it none shows
     part: "Fault | None" = field(default=None, repr=False)  # inside a block: the fault of its part
     variants: Mapping[str, tuple[Any, ...]] = field(default_factory=dict, repr=False)
     form: str = ""  # of one of the variants, "size=64"
@@ -84,6 +86,18 @@ class Fault:
     def label(self) -> str:
         """The name, with the form where it is not the one that the catalogue judges."""
         return f"{self.name} ({self.form})" if self.form else self.name
+
+    def example(self) -> Case:
+        """The small case on which it shows; ValueError where none is feasible on a CPU."""
+        if self.shows is None:
+            raise ValueError(f"the fault {self.name} has no case on which it shows on a CPU")
+        return case_types()[self.stage](**self.shows)
+
+    def hiding(self) -> "Iterator[tuple[str, Case]]":
+        """The entries of `hidden` that are data, each with the case where it gives the right answer."""
+        for entry in self.hidden:
+            if "=" in entry:
+                yield entry, changed(self.example(), entry)
 
     def other_forms(self) -> "Iterator[Fault]":
         """The same mistake with other numbers: every combination of `variants` but the first."""
@@ -110,6 +124,7 @@ def fault(
     source: str | None = None,
     condition: str = "always",
     shows: Mapping[str, Any] | None = MappingProxyType({}),
+    before: Mapping[str, Any] | None = None,
     hidden: tuple[str, ...] = (),
     sign: str = "value",
     devices: tuple[str, ...] = ("cpu", "cuda"),
@@ -148,7 +163,7 @@ def fault(
         example = None if shows is None else MappingProxyType(dict(shows))
         enter(Fault(
             function.__name__, stage, family, condition, consequence_of(function), call, url(source), hidden, example,
-            sign, devices, few, stateful, None, dict(variants),
+            sign, devices, few, stateful, before, None, dict(variants),
         ))  # fmt: skip
         return call
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-from moe_harness.harness.core.case import Case
+from moe_harness.harness.core.case import Case, changed
 from moe_harness.harness.core.registry import stage_part
 
 NORMAL: dict[str, Any] = {"data": "normal", "layout": "", "variant": "", "optional": False}
@@ -37,9 +37,8 @@ def probes(case: Case) -> Iterator[Dataset]:
     """Small cases of every kind the stage has, in the dtype of `case` where nothing else is asked for."""
     kind = type(case)
     module = stage_part(case.stage, "datasets")
-    for number, changes in enumerate(() if module is None else module.probes()):
-        fields_: dict[str, Any] = {"dtype": case.dtype, "seed": case.seed + 600 + number} | changes
-        yield Dataset((kind(**fields_),))
+    for number, spelled in enumerate(() if module is None else module.probes()):
+        yield Dataset((changed(kind(dtype=case.dtype, seed=case.seed + 600 + number), spelled),))
 
 
 def sequences(case: Case, count: int = 3) -> Iterator[Dataset]:
@@ -48,29 +47,14 @@ def sequences(case: Case, count: int = 3) -> Iterator[Dataset]:
     for number in range(count):
         turn = case.seed * count + number
         rows, wide, inner = 9 + turn % 31, 24 + 8 * (turn // 13 % 29), 16 + 8 * (turn % 13)
-        shape: dict[str, Any] = {
-            "T": rows,
-            "S": rows,
-            "H": wide,
-            "K": wide,
-            "I": inner,
-            "N": inner,
-            "D": inner,
-            "lead": str(rows),
-        }
+        shape: dict[str, Any] = dict.fromkeys(("T", "S"), rows) | dict.fromkeys(("H", "K"), wide)
+        shape |= dict.fromkeys(("I", "N", "D"), inner) | {"lead": str(rows)}
         if case.stage == "router":
             shape["T"] = 9 + turn % 301
-        base = type(case)(
-            dtype=case.dtype, seed=case.seed + 701 + 10 * number, **{k: v for k, v in shape.items() if k in known}
-        )
-        more = {name: 2 * shape[name] + 1 for name in ("T", "S") if name in known}
+        own = {name: size for name, size in shape.items() if name in known}
+        base = type(case)(dtype=case.dtype, seed=case.seed + 701 + 10 * number, **own)
+        more: dict[str, Any] = {name: 2 * shape[name] + 1 for name in ("T", "S") if name in known}
         masked: dict[str, Any] = {"masked": "some"} if "masked" in known else {}
-        yield Dataset(
-            (
-                base,
-                base.but(seed=base.seed + 1),
-                base.but(seed=base.seed + 2, **masked),
-                base.but(seed=base.seed + 3, **more),
-                base,
-            )
-        )
+        unlike: tuple[dict[str, Any], ...] = ({}, {}, masked, more)
+        calls = (base.but(seed=base.seed + at, **changes) for at, changes in enumerate(unlike))
+        yield Dataset((*calls, base))

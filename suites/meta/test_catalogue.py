@@ -1,95 +1,59 @@
 """The catalogue of faults is well-formed, and each fault does what its entry says.
 
 Every entry carries a small case on which it shows (`shows`) and changes of that case under which it does not
-(`hidden`); both are run here, against the references in fp64.
+(`hidden`); both are judged here.
 """
 
-import ast
 import contextlib
 import faulthandler
 import importlib
 import inspect
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from moe_harness.harness.checks.memory import results_of, tensors
 from moe_harness.harness.core import catalogue as entries
-from moe_harness.harness.core.bounds import accumulation, max_limit
-from moe_harness.harness.core.call import Call as Judged
-from moe_harness.harness.core.case import case_types
+from moe_harness.harness.core.call import Call
+from moe_harness.harness.core.case import Case, case_types
 from moe_harness.harness.core.catalogue import Fault, all_faults, get
-from moe_harness.harness.core.compare import against_bound
 from moe_harness.harness.core.contracts import REJECTIONS, SIGNATURES
 from moe_harness.harness.core.memory import poisoned_allocations
 from moe_harness.harness.core.stage import find_stage
-from moe_harness.reference.experts import experts
-from moe_harness.reference.grouped_linear import grouped_linear
-from moe_harness.reference.moe_block import moe_block
-from moe_harness.reference.router import router
-from moe_harness.reference.shared_expert_gate import shared_expert_gate
-from moe_harness.suites.meta.catalogue_calls import BEFORE, BUILDERS, Call, experts_call
 
 # Those of one device; what is one of them inside a block has a suite of its own.
 FAULTS = tuple(fault for fault in all_faults() if fault.stage in SIGNATURES and fault.part is None)
-REFERENCES = {f.__name__: f for f in (experts, router, grouped_linear, shared_expert_gate, moe_block)}
-# Those of the other stages name fields of a case: suites/meta/test_examples.py, suites/quantized_experts.
+# The examples of the other stages: suites/meta/test_examples.py, suites/quantized_experts.
+STAGES = ("experts", "router", "grouped_linear", "shared_expert_gate", "moe_block")
 EXAMPLES = [
     fault for fault in FAULTS
-    if fault.stage in REFERENCES and fault.shows is not None and fault.sign != "process" and "cpu" in fault.devices
+    if fault.stage in STAGES and fault.shows is not None and fault.sign != "process" and "cpu" in fault.devices
 ]  # fmt: skip
+REMEMBERING = [fault for fault in EXAMPLES if fault.before is not None]
 
 
 # Judging one example ------------------------------------------------------------------------------------------------
 
 
-def tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor in a structure of tuples and dicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict | tuple):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from tensors(part)
+def build(case: Case) -> Call:
+    return find_stage(case.stage).build(case, "cpu")
 
 
-def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same structure with every tensor changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {name: map_tensors(part, change) for name, part in value.items()}
-    if isinstance(value, tuple):
-        parts = [map_tensors(part, change) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    return value
-
-
-def in_fp64(call: Call) -> Call:
-    return map_tensors(call, lambda t: t.double() if t.is_floating_point() else t.clone())
-
-
-def storages(call: Call) -> list[bytes]:
-    """All bytes behind the arguments, what lies between and around the rows included."""
-    return [bytes(t.untyped_storage().tolist()) for t in tensors(call)]
+def run(function: Callable[..., Any], call: Call) -> Any:
+    return function(*call.args.values(), **call.keywords)
 
 
 NOTHING: tuple[str, ...] = ()  # rounds nothing but its result; None allows every rounding of the contract
 
 
-def differs(stage: str, out: Any, call: Call, permitted: tuple[str, ...] | None) -> bool:
+def differs(out: Any, call: Call, permitted: tuple[str, ...] | None) -> bool:
     """Would the judge reject `out` of an implementation that may round what is permitted?"""
-    module, names = find_stage(stage), SIGNATURES[stage].parameters
-    judged = Judged(case_types()[stage](), dict(zip(names, call.args, strict=False)), dict(call.options))
-    if stage == "router":
-        return bool(module.judge(judged, out, permitted).findings)
-    bound = module.expect(judged, permitted)
-    if not torch.equal(out.isnan(), bound.value.isnan()) or not torch.equal(out.isinf(), bound.value.isinf()):
-        return True
-    return bool(against_bound(module, judged, bound, out).findings)
+    return bool(find_stage(call.case.stage).judge(call, out, permitted).findings)
 
 
 def forget() -> None:
@@ -99,27 +63,21 @@ def forget() -> None:
             getattr(importlib.import_module(module), name, {}).clear()
 
 
-def visible(fault: Fault, parameters: Mapping[str, Any], permitted: tuple[str, ...] | None) -> bool:
-    """Does the fault show its sign on this case?"""
-    parameters = dict(parameters)
-    poison = parameters.pop("poison", False) or parameters.get("variant") == "poisoned"
-    before = parameters.pop("before", None)
-    parameters.pop("calls", None)
-    build = BUILDERS[fault.stage]
+def visible(fault: Fault, case: Case, permitted: tuple[str, ...] | None, *, alone: bool = False) -> bool:
+    """Does the fault show its sign on this case, behind the call that it needs before unless it is to be `alone`?"""
     forget()
-    with poisoned_allocations("cpu") if poison else contextlib.nullcontext():
-        if before is not None:
-            earlier = build(**{**parameters, **BEFORE[before]})
-            fault.function(*earlier.args, **earlier.options)
-        call = build(**parameters)
+    with poisoned_allocations("cpu") if case.variant == "poisoned" else contextlib.nullcontext():
+        if fault.before is not None and not alone:
+            run(fault.function, build(case.but(**fault.before)))
+        call = build(case)
         if fault.sign == "value":
-            return differs(fault.stage, fault.function(*call.args, **call.options), call, permitted)
+            return differs(run(fault.function, call), call, permitted)
         return SEEN[fault.sign](fault, call)
 
 
 def seen_raising(fault: Fault, call: Call) -> bool:
     try:
-        fault.function(*call.args, **call.options)
+        run(fault.function, call)
     except REJECTIONS:
         return False
     except Exception:
@@ -128,53 +86,55 @@ def seen_raising(fault: Fault, call: Call) -> bool:
 
 
 def seen_dtype(fault: Fault, call: Call) -> bool:
-    out = fault.function(*call.args, **call.options)
+    out = run(fault.function, call)
     if fault.stage == "router":
         return not out[0].is_floating_point() or out[1].dtype not in (torch.int32, torch.int64)
-    return out.dtype != call.args[0].dtype
+    return out.dtype != next(iter(call.args.values())).dtype
 
 
 def seen_shape(fault: Fault, call: Call) -> bool:
-    want = REFERENCES[fault.stage](*in_fp64(call).args, **in_fp64(call).options)
-    out = fault.function(*call.args, **call.options)
-    shapes = [[t.shape for t in tensors(value)] for value in (out, want)]
-    return type(out) is not type(want) or shapes[0] != shapes[1]
+    wanted, out = find_stage(fault.stage).outputs(call), run(fault.function, call)
+    return isinstance(out, tuple) != (len(wanted) > 1) or [o.shape for o in wanted] != [
+        tuple(t.shape) for t in results_of(out)
+    ]
+
+
+def kept_values(fault: Fault, call: Call) -> bool:
+    """Whether a call leaves every operand as it was."""
+    before = {name: operand.clone() for name, operand in tensors(call).items()}
+    run(fault.function, call)
+    after = tensors(call)
+    return before.keys() == after.keys() and all(
+        torch.equal(before[name].nan_to_num(), after[name].nan_to_num()) for name in before
+    )
 
 
 def seen_inputs(fault: Fault, call: Call) -> bool:
-    before = map_tensors(call, Tensor.clone)
-    fault.function(*call.args, **call.options)
-    pairs = list(zip(tensors(before), tensors(call), strict=False))
-    same = len(list(tensors(before))) == len(list(tensors(call)))
-    return not same or any(not torch.equal(was.nan_to_num(), now.nan_to_num()) for was, now in pairs)
+    return not kept_values(fault, call)
 
 
 def seen_guards(fault: Fault, call: Call) -> bool:
     """Memory around the arguments changed while the arguments did not."""
-    before, values = storages(call), map_tensors(call, Tensor.clone)
-    fault.function(*call.args, **call.options)
-    same = all(torch.equal(was, now) for was, now in zip(tensors(values), tensors(call), strict=True))
-    return same and storages(call) != before
+    return kept_values(fault, call) and bool(call.arena.violations())
 
 
 def seen_earlier(fault: Fault, call: Call) -> bool:
-    out = fault.function(*call.args, **call.options)
-    owned = {t.untyped_storage().data_ptr() for t in tensors(call)}
-    kept, other = out.clone(), Call((call.args[0] * 2 + 1, *call.args[1:]), call.options)
-    fault.function(*other.args, **other.options)
-    return out.untyped_storage().data_ptr() in owned or not torch.equal(out, kept)
+    out = run(fault.function, call)
+    kept = out.clone()
+    run(fault.function, build(call.case.but(seed=call.case.seed + 1)))
+    return call.arena.aliased_by(out) is not None or not torch.equal(out, kept)
 
 
 def seen_repeat(fault: Fault, call: Call) -> bool:
-    first, *others = (tuple(tensors(fault.function(*call.args, **call.options))) for _ in range(4))
+    first, *others = (results_of(run(fault.function, call)) for _ in range(4))
     return any(not torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
 def seen_batch(fault: Fault, call: Call) -> bool:
-    whole = fault.function(*call.args, **call.options)
-    hidden, gate_up, down, weights, ids = call.args
+    whole = run(fault.function, call)
+    hidden, gate_up, down, weights, ids = call.args.values()
     alone = [
-        fault.function(hidden[t : t + 1], gate_up, down, weights[t : t + 1], ids[t : t + 1], **call.options)
+        fault.function(hidden[t : t + 1], gate_up, down, weights[t : t + 1], ids[t : t + 1], **call.keywords)
         for t in range(len(hidden))
     ]
     # fp32 products of other heights may differ in the last bit on a CPU; a fault has to differ in many rows.
@@ -188,15 +148,9 @@ SEEN: dict[str, Callable[[Fault, Call], bool]] = {
 
 
 def hidden_examples() -> Iterator[Any]:
-    """One parameter per `hidden` entry that is data; "a=1, b=2" changes two parameters at once."""
     for fault in EXAMPLES:
-        for change in fault.hidden:
-            try:
-                keywords = ast.parse(f"dict({change})", mode="eval").body.keywords  # type: ignore[attr-defined]
-            except SyntaxError:  # words, for people only
-                continue
-            changes = {keyword.arg: ast.literal_eval(keyword.value) for keyword in keywords}
-            yield pytest.param(fault, {**fault.shows, **changes}, id=f"{fault.name}[{change}]")
+        for entry, case in fault.hiding():
+            yield pytest.param(fault, case, id=f"{fault.name}[{entry}]")
 
 
 # Tests --------------------------------------------------------------------------------------------------------------
@@ -223,12 +177,17 @@ def test_entry_is_well_formed(fault: Fault) -> None:
 
 @pytest.mark.parametrize("fault", EXAMPLES, ids=lambda fault: fault.name)
 def test_fault_shows_in_its_example(fault: Fault) -> None:
-    assert visible(fault, fault.shows, NOTHING)
+    assert visible(fault, fault.example(), NOTHING)
 
 
-@pytest.mark.parametrize(("fault", "parameters"), list(hidden_examples()))
-def test_fault_is_hidden_where_it_says_so(fault: Fault, parameters: dict[str, Any]) -> None:
-    assert not visible(fault, parameters, None)
+@pytest.mark.parametrize(("fault", "case"), list(hidden_examples()))
+def test_fault_is_hidden_where_it_says_so(fault: Fault, case: Case) -> None:
+    assert not visible(fault, case, None)
+
+
+@pytest.mark.parametrize("fault", REMEMBERING, ids=lambda fault: fault.name)
+def test_fault_that_needs_a_call_before_is_hidden_without(fault: Fault) -> None:
+    assert not visible(fault, fault.example(), None, alone=True)
 
 
 RETURNED = 77
@@ -237,7 +196,7 @@ RETURNED = 77
 def call_and_leave(fault: Fault, call: Call) -> None:
     """In the child: leave with a status that no fault uses, so that a return is told from every other end."""
     faulthandler.disable()  # the crash is wanted, its trace is not
-    fault.function(*call.args, **call.options)
+    run(fault.function, call)
     os._exit(RETURNED)
 
 
@@ -245,7 +204,7 @@ def call_and_leave(fault: Fault, call: Call) -> None:
 def test_process_fault_does_not_return(fault: Fault) -> None:
     if fault.name in ("leaks_memory", "results_kept_for_ever"):
         pytest.skip("returns; its memory is seen over many calls only")
-    call = experts_call(**fault.shows)
+    call = build(fault.example())
     child = multiprocessing.get_context("fork").Process(target=call_and_leave, args=(fault, call))
     child.start()
     child.join(timeout=1)
@@ -256,22 +215,17 @@ def test_process_fault_does_not_return(fault: Fault) -> None:
     assert child.exitcode != RETURNED
 
 
-BUILDING_BLOCKS = [(stage, f"moe_harness.harness.stages.{stage}.faults._steps", "run") for stage in REFERENCES]
+BUILDING_BLOCKS = [(stage, f"moe_harness.harness.stages.{stage}.faults._steps", "run") for stage in STAGES]
 BUILDING_BLOCKS += [("experts", "moe_harness.harness.stages.experts.faults.alignment", "run_aligned")]
 BUILDING_BLOCKS += [("experts", "moe_harness.harness.stages.experts.faults.cuda", "run_captured")]
 
 
 @pytest.mark.parametrize(("stage", "module", "name"), BUILDING_BLOCKS)
 def test_building_block_is_right(stage: str, module: str, name: str) -> None:
-    run = getattr(importlib.import_module(module), name)
     idle = {"grouped_linear": {"S": 0}, "shared_expert_gate": {"lead": "0"}}.get(stage, {"T": 0})
-    for parameters in (idle, *({"seed": seed} for seed in range(5))):
-        call = BUILDERS[stage](**parameters)
-        want = REFERENCES[stage](*in_fp64(call).args, **in_fp64(call).options)
-        for got, wanted in zip(tensors(run(*call.args, **call.options)), tensors(want), strict=True):
-            scale = 1 + wanted.double().abs().max() if wanted.numel() else 1.0
-            limit = max_limit() * accumulation(64) ** 0.5 * scale
-            assert got.shape == wanted.shape and bool(((got.double() - wanted.double()).abs() <= limit).all())
+    for fields in (idle, *({"seed": seed} for seed in range(5))):
+        call = build(case_types()[stage](**fields))
+        assert not differs(run(getattr(importlib.import_module(module), name), call), call, NOTHING)
 
 
 def test_unknown_name_tells_the_nearest() -> None:
@@ -295,15 +249,13 @@ def filled_with(value: int) -> Callable[[Callable[..., Tensor]], Callable[..., T
 @pytest.mark.parametrize("fault", [f for f in EXAMPLES if f.sign == "value"], ids=lambda fault: fault.name)
 def test_what_a_fault_does_does_not_hang_on_what_memory_holds(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else it is killed today and survives tomorrow, as one did in two of six runs."""
-    parameters = {k: v for k, v in (fault.shows or {}).items() if k not in ("poison", "before", "calls")}
     found = []
     for held in (0, 100):
         forget()
         with monkeypatch.context() as patch:
             for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
                 patch.setattr(owner, name, filled_with(held)(getattr(owner, name)))
-            call = BUILDERS[fault.stage](**parameters)
-            found.append(list(tensors(fault.function(*call.args, **call.options))))
+            found.append(results_of(run(fault.function, build(fault.example()))))
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(*found, strict=True))
 
 

@@ -12,14 +12,6 @@ from moe_harness.harness.diagnosis.candidates import forget
 from moe_harness.harness.stages.quantized_experts.cases import QuantizedCase
 
 FAULTS = all_faults("quantized_experts")
-TYPES: dict[str, Any] = {"int": int, "bool": lambda text: bool(int(text)), "str": str}
-
-
-def changes(text: str) -> dict[str, Any]:
-    """The fields of "name=value,name=value"."""
-    fields = QuantizedCase.__dataclass_fields__
-    pairs = [item.partition("=") for item in text.split(",")]
-    return {name: TYPES[getattr(fields[name].type, "__name__", fields[name].type)](value) for name, _, value in pairs}
 
 
 def killed(fault: Fault, case: QuantizedCase) -> bool:
@@ -33,14 +25,10 @@ def killed(fault: Fault, case: QuantizedCase) -> bool:
     return False
 
 
-def example(fault: Fault) -> QuantizedCase:
-    return QuantizedCase(dtype="bf16").but(**dict(fault.shows or {}))
-
-
 def hidden() -> Iterator[Any]:
     for fault in FAULTS:
-        for text in fault.hidden:
-            yield pytest.param(fault, changes(text), id=f"{fault.name}[{text}]")
+        for entry, case in fault.hiding():
+            yield pytest.param(fault, case, id=f"{fault.name}[{entry}]")
 
 
 def test_there_are_enough_and_many_are_published() -> None:
@@ -50,9 +38,9 @@ def test_there_are_enough_and_many_are_published() -> None:
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_fault_shows_in_its_example(fault: Fault) -> None:
-    assert killed(fault, example(fault))
+    assert killed(fault, fault.example())
 
 
-@pytest.mark.parametrize(("fault", "fields"), list(hidden()))
-def test_fault_is_hidden_where_it_says_so(fault: Fault, fields: dict[str, Any]) -> None:
-    assert not killed(fault, example(fault).but(**fields))
+@pytest.mark.parametrize(("fault", "case"), list(hidden()))
+def test_fault_is_hidden_where_it_says_so(fault: Fault, case: QuantizedCase) -> None:
+    assert not killed(fault, case)

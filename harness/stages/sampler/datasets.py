@@ -1,34 +1,24 @@
-"""Small cases of every kind that the stage `sampler` has, on which its faults are told apart."""
+"""Small cases of every kind of the stage `sampler`, spelled as in ids: its faults are told apart on them."""
 
 from collections.abc import Iterator
-from typing import Any
+
+DRAWS = "dtype=fp32,data=draws,B=2048,V=17"  # many
+OF_DRAWS = """
+    cut=k cut=p cut=both cut=rows vary=positions vary=grid,B=4096 vary=grid,temperature=-1,cut=rows,B=4096
+    cut=p,temperature=2.5 cut=both,temperature=1 temperature=0.3 V=300,temperature=1,B=4096 V=16
+"""
+ROWS = "dtype=fp32,B=60,V=33"  # of which each has logits of its own
 
 
-def probes() -> Iterator[dict[str, Any]]:
-    """Fields of the cases that are not at their default: many draws, and rows of which each has logits of its own."""
-    draws = {"data": "draws", "B": 2048, "V": 17, "dtype": "fp32"}
-    yield draws
-    for cut in ("k", "p", "both", "rows"):
-        yield draws | {"cut": cut}
-    yield draws | {"vary": "positions"}
-    yield draws | {"vary": "grid", "B": 4096}
-    yield draws | {"vary": "grid", "temperature": -1.0, "cut": "rows", "B": 4096}
-    yield draws | {"cut": "p", "temperature": 2.5}
-    yield draws | {"cut": "both", "temperature": 1.0}
-    yield draws | {"temperature": 0.3}
-    yield draws | {"V": 300, "temperature": 1.0, "B": 4096}
-    yield draws | {"V": 16}
-    rows = {"B": 60, "V": 33, "dtype": "fp32"}
+def probes() -> Iterator[str]:
+    """Fields of the cases that are not at their default."""
+    yield DRAWS
+    yield from (f"{DRAWS},{change}" for change in OF_DRAWS.split())
     for temperature in (0.0, -1.0, 0.8):
-        for cut in ("none", "both", "k", "p"):
-            yield rows | {"temperature": temperature, "cut": cut}
+        yield from (f"{ROWS},temperature={temperature},cut={cut}" for cut in ("none", "both", "k", "p"))
     for data in ("masked", "far_down", "edge_values", "peaked", "large"):
-        yield rows | {"temperature": 0.0, "data": data}
-        yield rows | {"data": data, "cut": "both"}
-    for cut in ("k", "p"):  # one row alone: what serves the whole batch is its own
-        yield {"B": 1, "V": 300, "dtype": "fp32", "cut": cut, "data": "hot"}
-    for data in ("masked_hot", "hot", "cold"):
-        yield rows | {"data": data}
-    yield rows | {"temperature": 0.0, "layout": "logits:padded"}
-    yield rows | {"temperature": 0.0, "V": 300}
-    yield rows | {"temperature": 0.0, "V": 2049, "B": 9}
+        yield f"{ROWS},temperature=0,data={data}"
+        yield f"{ROWS},data={data},cut=both"
+    yield from (f"dtype=fp32,B=1,V=300,cut={cut},data=hot" for cut in ("k", "p"))  # what serves a batch is its own
+    yield from (f"{ROWS},data={data}" for data in ("masked_hot", "hot", "cold"))
+    yield from (f"{ROWS},temperature=0,{change}" for change in ("layout=logits:padded", "V=300", "V=2049,B=9"))

@@ -116,7 +116,7 @@ def experts_beyond_power_of_two_dropped(*call: Tensor, **options: Any) -> Tensor
     return run_aligned(*call, **options, align=floored)
 
 
-@fault("alignment", source="sgl-project/sglang/issues/3339", condition="dirty memory", shows={"poison": True})
+@fault("alignment", source="sgl-project/sglang/issues/3339", condition="dirty memory", shows={"variant": "poisoned"})
 def counts_in_uninitialised_memory(*call: Tensor, **options: Any) -> Tensor:
     """Counts are accumulated into uninitialised memory: rows land anywhere or out of bounds."""
 
@@ -130,7 +130,7 @@ def counts_in_uninitialised_memory(*call: Tensor, **options: Any) -> Tensor:
 
 @fault(
     "alignment", source="ROCm/aiter/pull/5339", condition="any padding; slot 0 of the batch", shows={"T": 9},
-    hidden=("E=1",),
+    hidden=("E=1,k=1",),
 )  # fmt: skip
 def padding_is_row_zero(*call: Tensor, **options: Any) -> Tensor:
     """Padding holds 0, a valid row: every expert writes its output into the first slot."""
@@ -139,8 +139,8 @@ def padding_is_row_zero(*call: Tensor, **options: Any) -> Tensor:
 
 @fault(
     "alignment", source="vllm-project/vllm/pull/35161",
-    condition="unused blocks at the end of the plan; slot 0 not routed to expert 0", shows={"only": "odd"},
-    hidden=("E=1, only=None",),
+    condition="unused blocks at the end of the plan; slot 0 not routed to expert 0", shows={"routing": "last"},
+    hidden=("E=1,k=1,routing=uniform",),
 )  # fmt: skip
 def unused_blocks_belong_to_expert_zero(*call: Tensor, **options: Any) -> Tensor:
     """Blocks beyond the used ones belong to expert 0 and overwrite the first slot."""
@@ -160,7 +160,7 @@ def unused_blocks_belong_to_expert_zero(*call: Tensor, **options: Any) -> Tensor
 
 @fault(
     "alignment", source="sgl-project/sglang/pull/12701", condition="-1 ids and at most 64 rows",
-    shows={"ids": "masked", "T": 9}, hidden=("ids='distinct'", "T=65"),
+    shows={"masked": "some", "T": 9}, hidden=("masked=none", "T=65"),
 )  # fmt: skip
 def small_batches_keep_sentinels(*call: Tensor, **options: Any) -> Tensor:
     """The small-batch path counts -1 as expert 0, the large-batch path skips it."""
@@ -174,7 +174,7 @@ def small_batches_keep_sentinels(*call: Tensor, **options: Any) -> Tensor:
 
 @fault(
     "alignment", source="sgl-project/sglang/pull/32395", condition="some -1 ids, E > 1",
-    shows={"ids": "masked", "T": 9}, hidden=("ids='distinct'",),
+    shows={"masked": "some", "T": 9}, hidden=("masked=none",),
 )  # fmt: skip
 def filtered_rows_shift_experts(*call: Tensor, **options: Any) -> Tensor:
     """Bucket 0 of the filtered rows is not skipped: every expert id is off by one."""
@@ -204,7 +204,7 @@ def only_first_row_of_each_expert(*call: Tensor, **options: Any) -> Tensor:
 
 @fault(
     "alignment", source="deepseek-ai/DeepGEMM/issues/15", condition="an expert's rows not a multiple of 16",
-    shows={"T": 9}, hidden=("E=1",),
+    shows={"T": 9}, hidden=("E=1,k=1",),
 )  # fmt: skip
 def block_takes_expert_of_first_row(*call: Tensor, **options: Any) -> Tensor:
     """Runs are not padded and a block takes the expert of its first row."""
@@ -221,7 +221,7 @@ def block_takes_expert_of_first_row(*call: Tensor, **options: Any) -> Tensor:
 
 @fault(
     "alignment", source="vllm-project/vllm/pull/51632", condition="rows of the last expert, without expert_map",
-    shows={"T": 9}, hidden=("expert_map='half'",),
+    shows={"T": 9}, hidden=("map=rank2",),
 )  # fmt: skip
 def last_expert_taken_for_invalid(*call: Tensor, **options: Any) -> Tensor:
     """The plan is sized for one expert less: the appended shared expert counts as invalid."""
@@ -247,7 +247,7 @@ def second_partial_block_lost(*call: Tensor, **options: Any) -> Tensor:
 
 @fault(
     "alignment", source="vllm-project/vllm/pull/44167", condition="E >= 256 and T <= 16, dirty memory",
-    shows={"E": 256, "I": 8, "poison": True}, hidden=("E=255", "T=17"),
+    shows={"E": 256, "I": 8, "variant": "poisoned"}, hidden=("E=255", "T=17"),
 )  # fmt: skip
 def unchecked_launch_failure(hidden_states: Tensor, gate_up: Tensor, *call: Tensor, **options: Any) -> Tensor:
     """The small-batch kernel fails to launch, nobody looks, and the output is never written."""
@@ -258,7 +258,7 @@ def unchecked_launch_failure(hidden_states: Tensor, gate_up: Tensor, *call: Tens
 
 @fault(
     "alignment", condition="one expert with more than 32767 rows",
-    shows={"T": 4097, "H": 16, "I": 8, "E": 8, "k": 8, "ids": "one_expert"}, hidden=("T=4",),
+    shows={"T": 33_000, "H": 4, "I": 8, "E": 2, "k": 1, "routing": "one"}, hidden=("T=4",),
 )  # fmt: skip
 def counts_in_sixteen_bits(*call: Tensor, **options: Any) -> Tensor:
     """Counts are held in 16 bits and turn negative: the busiest expert is skipped."""
@@ -271,7 +271,7 @@ def counts_in_sixteen_bits(*call: Tensor, **options: Any) -> Tensor:
 
 @fault(
     "alignment", source="ROCm/aiter/pull/2447", condition="several experts with partial blocks", shows={"T": 9},
-    hidden=("E=1",),
+    hidden=("E=1,k=1",),
 )  # fmt: skip
 def plan_without_room_for_padding(*call: Tensor, **options: Any) -> Tensor:
     """The plan is sized for T * k rows without the padding: the last experts have no room."""

@@ -23,7 +23,7 @@ def result_over_input(hidden_states: Tensor, *call: Tensor, **options: Any) -> T
     return hidden_states.copy_(run(hidden_states, *call, **options))
 
 
-@fault("inputs", condition="an id of -1", shows={"ids": "masked"}, sign="inputs", hidden=("ids='distinct'",))
+@fault("inputs", condition="an id of -1", shows={"masked": "some"}, sign="inputs", hidden=("masked=none",))
 def ids_masked_in_place(*call: Tensor, **options: Any) -> Tensor:
     """The caller's ids are localised in place: the next layer or the statistics read other ids."""
     out = run(*call, **options)
@@ -48,8 +48,8 @@ def weights_shuffled_in_place(hidden_states: Tensor, gate_up: Tensor, *call: Ten
 
 
 @fault(
-    "guards", source="ROCm/aiter/pull/2547", condition="rows of hidden_states padded", shows={"layout": "padded_rows"},
-    sign="guards", hidden=("layout='contiguous'",),
+    "guards", source="ROCm/aiter/pull/2547", condition="rows of hidden_states padded",
+    shows={"layout": "hidden_states:padded"}, sign="guards", hidden=("layout=",),
 )  # fmt: skip
 def padding_behind_rows_zeroed(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
     """Padding behind the rows is zeroed: memory that belongs to somebody else."""
@@ -62,14 +62,14 @@ def padding_behind_rows_zeroed(hidden_states: Tensor, *call: Tensor, **options: 
     return out
 
 
-@fault("state", condition="a second call with the same shapes", shows={"calls": 2}, sign="earlier", stateful=True)
+@fault("state", condition="a second call with the same shapes", sign="earlier", stateful=True)
 def output_buffer_reused(*call: Tensor, **options: Any) -> Tensor:
     """One output buffer per shape is handed out again and again: earlier results change."""
     right = run(*call, **options)
     return _kept.setdefault(_key("output", right), unwritten_like(right)).copy_(right)
 
 
-@fault("state", condition="every slot masked", shows={"ids": "all_masked"}, sign="earlier", hidden=("ids='distinct'",))
+@fault("state", condition="every slot masked", shows={"masked": "all"}, sign="earlier", hidden=("masked=none",))
 def input_returned_if_idle(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
     """With nothing to do the input itself is handed back: wrong, and a view of the input."""
     if bool((call[3] < 0).all()):
@@ -79,7 +79,7 @@ def input_returned_if_idle(hidden_states: Tensor, *call: Tensor, **options: Any)
 
 @fault(
     "state", condition="an earlier call of the same shape, then masked slots",
-    shows={"ids": "masked", "before": "unmasked"}, stateful=True, hidden=("before=None",),
+    shows={"masked": "some"}, before={"masked": "none"}, stateful=True,
 )  # fmt: skip
 def workspace_not_cleared(hidden: Tensor, gate_up: Tensor, down: Tensor, *call: Tensor, **options: Any) -> Tensor:
     """The workspace is not cleared: masked slots add what the last call left there."""
@@ -94,7 +94,7 @@ def workspace_not_cleared(hidden: Tensor, gate_up: Tensor, down: Tensor, *call: 
 
 @fault(
     "state", source="flashinfer-ai/flashinfer/issues/1856", condition="a second call with more tokens",
-    shows={"before": "fewer_tokens", "poison": True}, stateful=True, hidden=("before=None",),
+    shows={"variant": "poisoned"}, before={"T": 3}, stateful=True,
 )  # fmt: skip
 def descriptor_of_first_shape(hidden_states: Tensor, gate_up: Tensor, *call: Tensor, **options: Any) -> Tensor:
     """The descriptor of the first problem is reused: rows beyond its size are not written."""
@@ -106,8 +106,8 @@ def descriptor_of_first_shape(hidden_states: Tensor, gate_up: Tensor, *call: Ten
 
 
 @fault(
-    "state", condition="a second call with the same shapes and other ids", shows={"before": "other_ids"},
-    stateful=True, hidden=("before=None",),
+    "state", condition="a second call with the same shapes and other ids", before={"seed": 1},
+    stateful=True,
 )  # fmt: skip
 def plan_cached_by_shape(*call: Tensor, **options: Any) -> Tensor:
     """The sorting plan is cached by shape: the second batch goes to the first one's experts."""
@@ -117,7 +117,7 @@ def plan_cached_by_shape(*call: Tensor, **options: Any) -> Tensor:
 
 @fault(
     "state", source="NVIDIA-NeMo/Automodel/pull/2722", condition="other weights, same shape",
-    shows={"before": "other_weights"}, stateful=True, hidden=("before=None",),
+    before={"seed": 1}, stateful=True,
 )  # fmt: skip
 def weights_of_first_load(hidden: Tensor, gate_up: Tensor, down: Tensor, *call: Tensor, **options: Any) -> Tensor:
     """Weights are copied at first use and the copy is never updated by a load."""
@@ -127,7 +127,7 @@ def weights_of_first_load(hidden: Tensor, gate_up: Tensor, down: Tensor, *call: 
 
 @fault(
     "state", source="NovaSky-AI/SkyRL/issues/1680", condition="other weights, same shape",
-    shows={"before": "other_weights"}, stateful=True, hidden=("before=None",),
+    before={"seed": 1}, stateful=True,
 )  # fmt: skip
 def second_load_in_kernel_layout(hidden_states: Tensor, gate_up: Tensor, *call: Tensor, **options: Any) -> Tensor:
     """A second load writes [gate; up] into memory that the kernel reads as [up; gate]."""
@@ -150,7 +150,7 @@ def tuning_accumulates(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> T
 
 @fault(
     "tuning", source="triton-lang/triton/issues/7181", condition="the second call of a shape",
-    shows={"before": "other_ids"}, stateful=True, hidden=("before=None",),
+    before={"seed": 1}, stateful=True,
 )  # fmt: skip
 def accumulator_never_reset(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """The split-K accumulator is zeroed while tuning and never again: calls add up."""
@@ -163,7 +163,7 @@ def accumulator_never_reset(*call: Tensor, steps: Steps = RIGHT, **options: Any)
     return run(*call, **options, steps=steps, combine=added)
 
 
-@fault("contract", condition="16-bit inputs", shows={"dtype": "bfloat16"}, sign="dtype", hidden=("dtype='float32'",))
+@fault("contract", condition="16-bit inputs", shows={"dtype": "bf16"}, sign="dtype", hidden=("dtype=fp32",))
 def returns_fp32(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
     """The fp32 sums are returned without the cast to the input dtype."""
     return run(hidden_states.to(wide(hidden_states)), *call, **options)
@@ -200,8 +200,8 @@ def raises_without_tokens(hidden_states: Tensor, *call: Tensor, **options: Any) 
 
 
 @fault(
-    "contract", condition="fp16 inputs, which it declares", shows={"dtype": "float16"}, sign="raises",
-    hidden=("dtype='float32'",), dtypes=("fp32", "fp16", "bf16"),
+    "contract", condition="fp16 inputs, which it declares", shows={"dtype": "fp16"}, sign="raises",
+    hidden=("dtype=fp32",), dtypes=("fp32", "fp16", "bf16"),
 )  # fmt: skip
 def declares_a_dtype_it_lacks(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
     """A dtype that is declared dies inside the kernel."""
@@ -211,8 +211,8 @@ def declares_a_dtype_it_lacks(hidden_states: Tensor, *call: Tensor, **options: A
 
 
 @fault(
-    "guards", condition="hidden_states is a slice at the start of a wider buffer", shows={"layout": "padded_rows"},
-    sign="guards", hidden=("layout='contiguous'",),
+    "guards", condition="hidden_states is a slice at the start of a wider buffer",
+    shows={"layout": "hidden_states:padded"}, sign="guards",
 )  # fmt: skip
 def one_element_behind_the_last_row(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
     """The kernel stores one element behind its last row."""

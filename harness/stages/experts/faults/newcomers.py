@@ -17,7 +17,7 @@ from moe_harness.harness.stages.experts.faults._steps import RIGHT, Steps, locat
 # Activation -----------------------------------------------------------------------------------------------------
 
 
-@fault("activation", condition="activation='silu'", hidden=("activation='gelu_tanh'",))
+@fault("activation", condition="activation='silu'", hidden=("activation=gelu_tanh",))
 def gelu_erf_for_silu(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """SiLU is computed as the exact GELU (erf): the default of a library's `gelu`."""
 
@@ -88,21 +88,21 @@ def _moved(by: int, num_experts: int) -> Callable[[Tensor, Tensor | None], Tenso
     return moved
 
 
-@fault("ids", condition="E > 1", hidden=("E=1, k=1",))
+@fault("ids", condition="E > 1", hidden=("E=1,k=1",))
 def expert_id_one_too_high(hidden: Tensor, gate_up: Tensor, *call: Tensor, **options: Any) -> Tensor:
     """Every id runs the next expert, the last one the first: offsets of the experts are read one place late."""
     return run(hidden, gate_up, *call, **options, locate=_moved(1, len(gate_up)))
 
 
-@fault("ids", condition="E > 2", hidden=("E=1, k=1",))
+@fault("ids", condition="E > 2", hidden=("E=1,k=1",))
 def expert_id_one_too_low(hidden: Tensor, gate_up: Tensor, *call: Tensor, **options: Any) -> Tensor:
     """Every id runs the expert before, the first one the last: ids are taken to count from 1."""
     return run(hidden, gate_up, *call, **options, locate=_moved(-1, len(gate_up)))
 
 
 @fault(
-    "sentinels", condition="expert_map that is not the identity on local ids", shows={"expert_map": "half"},
-    hidden=("expert_map=None", "expert_map='identity'"),
+    "sentinels", condition="expert_map that is not the identity on local ids", shows={"map": "rank2"},
+    hidden=("map=none", "map=rank1"),
 )  # fmt: skip
 def expert_map_taken_as_mask(hidden: Tensor, gate_up: Tensor, *call: Tensor, **options: Any) -> Tensor:
     """expert_map only says which ids are local: the global id, not its entry, indexes the local weights."""
@@ -145,7 +145,7 @@ def _whole_tiles(tile: int, options: dict[str, Any]) -> dict[str, Any]:
 
 
 @fault(
-    "tiles", condition="an expert with more than 64 rows", shows={"T": 100, "ids": "one_expert", "k": 1},
+    "tiles", condition="an expert with more than 64 rows", shows={"T": 100, "routing": "one", "k": 1},
     hidden=("T=64",),
 )  # fmt: skip
 def last_tile_of_64_rows_lost(*call: Tensor, **options: Any) -> Tensor:
@@ -154,7 +154,7 @@ def last_tile_of_64_rows_lost(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault(
-    "tiles", condition="an expert with more than 128 rows", shows={"T": 200, "ids": "one_expert", "k": 1},
+    "tiles", condition="an expert with more than 128 rows", shows={"T": 200, "routing": "one", "k": 1},
     hidden=("T=128",),
 )  # fmt: skip
 def last_tile_of_128_rows_lost(*call: Tensor, **options: Any) -> Tensor:
@@ -165,9 +165,7 @@ def last_tile_of_128_rows_lost(*call: Tensor, **options: Any) -> Tensor:
 # Special values -------------------------------------------------------------------------------------------------
 
 
-@fault(
-    "special values", condition="NaN or infinity in a token", shows={"special": "nan_token"}, hidden=("special=None",)
-)
+@fault("special values", condition="NaN or infinity in a token", shows={"data": "token_nan"}, hidden=("data=normal",))
 def nan_of_inputs_replaced(hidden: Tensor, *call: Tensor, **options: Any) -> Tensor:
     """A guard replaces NaN and infinity in hidden_states on the way in: a broken token gets an ordinary row."""
     return run(hidden.nan_to_num(), *call, **options)

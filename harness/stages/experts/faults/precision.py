@@ -10,9 +10,7 @@ from moe_harness.harness.core.emulation import BLOCK, matmul_rounding_sums, to_t
 from moe_harness.harness.stages.experts.faults._steps import RIGHT, Steps, live, locate, run
 
 
-@fault(
-    "precision", condition="bf16 inputs, long sums", shows={"dtype": "bfloat16", "H": 512}, hidden=("dtype='float32'",)
-)
+@fault("precision", condition="bf16 inputs, long sums", shows={"dtype": "bf16", "H": 512}, hidden=("dtype=fp32",))
 def bf16_accumulator(hidden_states: Tensor, *call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """The first projection keeps its running sum in bf16: three digits are left after a long K."""
 
@@ -25,8 +23,8 @@ def bf16_accumulator(hidden_states: Tensor, *call: Tensor, steps: Steps = RIGHT,
 
 
 @fault(
-    "precision", condition="fp16 inputs", shows={"dtype": "float16", "H": 512},
-    hidden=("dtype='float32'", "dtype='bfloat16'"),
+    "precision", condition="fp16 inputs", shows={"dtype": "fp16", "H": 512},
+    hidden=("dtype=fp32", "dtype=bf16"),
 )  # fmt: skip
 def fp16_accumulator(hidden_states: Tensor, *call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """Both projections sum in fp16 for fp16 inputs, as the fast instruction does."""
@@ -39,7 +37,7 @@ def fp16_accumulator(hidden_states: Tensor, *call: Tensor, steps: Steps = RIGHT,
     return run(hidden_states, *call, **options, steps=steps, first=half_sums, second=half_sums)
 
 
-@fault("precision", condition="fp32 inputs", hidden=("dtype='bfloat16'",))
+@fault("precision", condition="fp32 inputs", hidden=("dtype=bf16",))
 def undeclared_tf32(hidden_states: Tensor, *call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """Operands of fp32 are rounded to tf32 without saying so: 1e-3 instead of 1e-7."""
 
@@ -51,14 +49,14 @@ def undeclared_tf32(hidden_states: Tensor, *call: Tensor, steps: Steps = RIGHT, 
     return run(hidden_states, *call, **options, steps=steps, first=tensor_cores, second=tensor_cores)
 
 
-@fault("precision", condition="fp32 inputs", hidden=("dtype='bfloat16'",))
+@fault("precision", condition="fp32 inputs", hidden=("dtype=bf16",))
 def fp32_computed_in_bf16(hidden: Tensor, gate_up: Tensor, down: Tensor, *call: Tensor, **options: Any) -> Tensor:
     """fp32 inputs are converted to bf16 since that is what the kernel was written for."""
     narrow = [t.bfloat16() if t.dtype == torch.float32 else t for t in (hidden, gate_up, down)]
     return run(*narrow, *call, **options).to(hidden.dtype)
 
 
-@fault("precision", shows={"dtype": "bfloat16"})
+@fault("precision", shows={"dtype": "bf16"})
 def activation_through_fp8(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """The activation is stored in fp8 between the projections of a model that is not quantised."""
 
@@ -70,8 +68,8 @@ def activation_through_fp8(*call: Tensor, steps: Steps = RIGHT, **options: Any) 
 
 
 @fault(
-    "precision", condition="an activation above 65504, or fp32 inputs", shows={"dtype": "bfloat16", "gain": 400.0},
-    hidden=("gain=1.0",),
+    "precision", condition="an activation above 65504, or fp32 inputs", shows={"dtype": "bf16", "data": "huge"},
+    hidden=("data=normal",),
 )  # fmt: skip
 def activation_stored_in_fp16(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """The intermediate buffer is fp16 whatever the model is: large activations become infinite."""
@@ -101,7 +99,7 @@ def combined_in_bf16(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault(
-    "precision", condition="16-bit inputs, k > 2", shows={"dtype": "bfloat16", "k": 6, "T": 33}, rounds=("weighted",),
+    "precision", condition="16-bit inputs, k > 2", shows={"dtype": "bf16", "k": 6, "T": 33}, rounds=("weighted",),
     hidden=("k=1",),
 )  # fmt: skip
 def slots_summed_in_the_inputs_dtype(*call: Tensor, **options: Any) -> Tensor:
@@ -116,7 +114,7 @@ def slots_summed_in_the_inputs_dtype(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, combine=running)
 
 
-@fault("precision", condition="fp32 or fp16 inputs", hidden=("dtype='bfloat16'",))
+@fault("precision", condition="fp32 or fp16 inputs", hidden=("dtype=bf16",))
 def weights_cast_to_bf16(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """Routing weights are cast to bf16 whatever the model's dtype is."""
     return run(
@@ -125,8 +123,8 @@ def weights_cast_to_bf16(*call: Tensor, steps: Steps = RIGHT, **options: Any) ->
 
 
 @fault(
-    "precision", source="microsoft/Tutel/issues/196", condition="fp16 and H odd", shows={"dtype": "float16", "H": 33},
-    hidden=("dtype='float32'", "H=32"),
+    "precision", source="microsoft/Tutel/issues/196", condition="fp16 and H odd", shows={"dtype": "fp16", "H": 33},
+    hidden=("dtype=fp32", "H=32"),
 )  # fmt: skip
 def fp16_pairs_without_tail(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
     """fp16 values are handled in pairs without a tail: the last odd column is lost."""
@@ -138,7 +136,7 @@ def fp16_pairs_without_tail(hidden_states: Tensor, *call: Tensor, **options: Any
 
 @fault(
     "bits", source="vllm-project/vllm/issues/56887", condition="two equal calls, k > 2",
-    shows={"dtype": "bfloat16", "k": 6, "T": 33}, sign="repeat", stateful=True, deterministic=True, hidden=("k=1",),
+    shows={"dtype": "bf16", "k": 6, "T": 33}, sign="repeat", stateful=True, deterministic=True, hidden=("k=1",),
 )  # fmt: skip
 def sixteen_bit_atomics(*call: Tensor, **options: Any) -> Tensor:
     """Partial sums meet in 16-bit atomics in the order of arrival: greedy text changes from run to run."""
@@ -175,7 +173,7 @@ def splits_follow_the_batch(hidden_states: Tensor, *call: Tensor, steps: Steps =
 
 @fault(
     "bits", source="sgl-project/sglang/pull/35766", condition="padding tokens in the batch",
-    shows={"ids": "masked_rows", "T": 9}, hidden=("ids='distinct'",),
+    shows={"masked": "rows", "T": 9}, hidden=("masked=none",),
 )  # fmt: skip
 def padding_rows_shift_the_others(*call: Tensor, **options: Any) -> Tensor:
     """Rows that are padding take part with a real expert's mean and shift the others."""

@@ -33,7 +33,7 @@ def segfaults_for_larger_batches(hidden_states: Tensor, *call: Tensor, **options
     return run(hidden_states, *call, **options)
 
 
-@fault("process", condition="an id of -1", shows={"ids": "masked"}, sign="process", hidden=("ids='distinct'",))
+@fault("process", condition="an id of -1", shows={"masked": "some"}, sign="process", hidden=("masked=none",))
 def aborts_on_minus_one(*call: Tensor, **options: Any) -> Tensor:
     """A failed check of the ids aborts the process instead of raising."""
     if bool((call[4] < 0).any()):

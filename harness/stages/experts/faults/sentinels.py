@@ -11,8 +11,8 @@ from moe_harness.harness.stages.experts.faults._steps import RIGHT, Steps, live,
 
 
 @fault(
-    "sentinels", source="ROCm/aiter/issues/4636", condition="an id of -1 without expert_map", shows={"ids": "masked"},
-    hidden=("ids='distinct'", "expert_map='half'"),
+    "sentinels", source="ROCm/aiter/issues/4636", condition="an id of -1 without expert_map", shows={"masked": "some"},
+    hidden=("masked=none", "map=rank2"),
 )  # fmt: skip
 def minus_one_wraps_to_last_expert(hidden: Tensor, gate_up: Tensor, *call: Tensor, **options: Any) -> Tensor:
     """-1 is used as an index and wraps to the last expert."""
@@ -25,7 +25,7 @@ def minus_one_wraps_to_last_expert(hidden: Tensor, gate_up: Tensor, *call: Tenso
 
 @fault(
     "sentinels", source="vllm-project/vllm/pull/46408", condition="an id of -1 and expert_map",
-    shows={"ids": "masked", "expert_map": "reversed"}, hidden=("ids='distinct'", "expert_map=None"),
+    shows={"masked": "some", "map": "rank2"}, hidden=("masked=none", "map=none"),
 )  # fmt: skip
 def minus_one_wraps_in_expert_map(*call: Tensor, **options: Any) -> Tensor:
     """expert_map[-1] is its last entry: masked slots run a real expert."""
@@ -37,8 +37,8 @@ def minus_one_wraps_in_expert_map(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault(
-    "sentinels", source="sgl-project/sglang/pull/36404", condition="an id of -1", shows={"ids": "masked"},
-    hidden=("ids='distinct'",),
+    "sentinels", source="sgl-project/sglang/pull/36404", condition="an id of -1", shows={"masked": "some"},
+    hidden=("masked=none",),
 )  # fmt: skip
 def masked_slots_run_expert_zero(*call: Tensor, **options: Any) -> Tensor:
     """Padding is filled with 0, which is a valid id: masked slots run expert 0."""
@@ -46,8 +46,8 @@ def masked_slots_run_expert_zero(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault(
-    "sentinels", source="tile-ai/TileOPs/pull/640", condition="expert_map given", shows={"expert_map": "half"},
-    hidden=("expert_map=None",),
+    "sentinels", source="tile-ai/TileOPs/pull/640", condition="expert_map given", shows={"map": "rank2"},
+    hidden=("map=none",),
 )  # fmt: skip
 def expert_map_ignored(hidden: Tensor, gate_up: Tensor, *call: Tensor, **options: Any) -> Tensor:
     """expert_map is accepted and never used: global ids are taken for local ones."""
@@ -61,7 +61,7 @@ def expert_map_ignored(hidden: Tensor, gate_up: Tensor, *call: Tensor, **options
 
 @fault(
     "sentinels", source="sgl-project/sglang/pull/20516", condition="expert_map that is not the identity on local ids",
-    shows={"expert_map": "reversed"}, hidden=("expert_map=None", "expert_map='identity'"),
+    shows={"map": "rank2"}, hidden=("map=none", "map=rank1"),
 )  # fmt: skip
 def expert_map_applied_twice(*call: Tensor, **options: Any) -> Tensor:
     """The map over global ids is applied to local ones a second time."""
@@ -70,7 +70,7 @@ def expert_map_applied_twice(*call: Tensor, **options: Any) -> Tensor:
 
 @fault(
     "sentinels", source="NVIDIA/TensorRT-LLM/pull/13888", condition="expert_map that is not one ascending run",
-    shows={"expert_map": "strided"}, hidden=("expert_map='half'", "expert_map=None"),
+    shows={"map": "alternate"}, hidden=("map=rank2", "map=none"),
 )  # fmt: skip
 def local_ids_from_offset(hidden: Tensor, gate_up: Tensor, *call: Tensor, **options: Any) -> Tensor:
     """The local id is computed from the first owned expert instead of read from the map."""
@@ -86,7 +86,7 @@ def local_ids_from_offset(hidden: Tensor, gate_up: Tensor, *call: Tensor, **opti
 
 @fault(
     "sentinels", source="THUDM/slime/pull/1799", condition="expert_map of a rank above 0",
-    shows={"expert_map": "half"}, hidden=("expert_map=None", "expert_map='identity'"),
+    shows={"map": "rank2"}, hidden=("map=none", "map=rank1"),
 )  # fmt: skip
 def every_rank_owns_the_first_experts(hidden: Tensor, gate_up: Tensor, *call: Tensor, **options: Any) -> Tensor:
     """Every rank believes to own the first experts: global ids below E_local are run as they are."""
@@ -98,8 +98,8 @@ def every_rank_owns_the_first_experts(hidden: Tensor, gate_up: Tensor, *call: Te
 
 
 @fault(
-    "sentinels", condition="an expert that lives elsewhere", shows={"expert_map": "half"},
-    hidden=("expert_map=None", "expert_map='identity'"),
+    "sentinels", condition="an expert that lives elsewhere", shows={"map": "rank2"},
+    hidden=("map=none", "map=rank1"),
 )  # fmt: skip
 def foreign_experts_run_as_zero(*call: Tensor, **options: Any) -> Tensor:
     """-1 in the map is clamped: experts of other ranks run as local expert 0."""
@@ -111,8 +111,8 @@ def foreign_experts_run_as_zero(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault(
-    "sentinels", condition="NaN or infinite weight on a masked slot", shows={"ids": "masked", "weights": "nan_masked"},
-    hidden=("weights='random'",),
+    "sentinels", condition="NaN or infinite weight on a masked slot", shows={"masked": "some"},
+    hidden=("masked=none",),
 )  # fmt: skip
 def masked_weight_multiplied_by_zero(*call: Tensor, **options: Any) -> Tensor:
     """Masked slots are multiplied by 0 instead of replaced: 0 * NaN is NaN."""
@@ -123,7 +123,7 @@ def masked_weight_multiplied_by_zero(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, combine=multiplied)
 
 
-@fault("sentinels", condition="a slot of local expert 0", shows={"only": "even"}, hidden=("only='odd'",))
+@fault("sentinels", condition="a slot of local expert 0", hidden=("routing=last",))
 def expert_zero_is_the_sentinel(*call: Tensor, **options: Any) -> Tensor:
     """Slots count where the id is above 0: expert 0 is treated as the sentinel."""
 
@@ -136,8 +136,8 @@ def expert_zero_is_the_sentinel(*call: Tensor, **options: Any) -> Tensor:
 
 @fault(
     "sentinels", source="vllm-project/vllm-ascend/pull/9992",
-    condition="a token without any local expert, dirty memory", shows={"ids": "masked_rows", "poison": True},
-    hidden=("ids='distinct'",),
+    condition="a token without any local expert, dirty memory", shows={"masked": "rows", "variant": "poisoned"},
+    hidden=("masked=none",),
 )  # fmt: skip
 def rows_without_local_expert_unwritten(*call: Tensor, **options: Any) -> Tensor:
     """The output comes from torch.empty and rows without a local expert are never written."""
@@ -148,7 +148,7 @@ def rows_without_local_expert_unwritten(*call: Tensor, **options: Any) -> Tensor
 
 @fault(
     "sentinels", source="PrimeIntellect-ai/prime-rl/pull/2035", condition="a masked slot, dirty memory",
-    shows={"ids": "masked", "poison": True}, hidden=("ids='distinct'",),
+    shows={"masked": "some", "variant": "poisoned"}, hidden=("masked=none",),
 )  # fmt: skip
 def masked_slots_unwritten(hidden: Tensor, gate_up: Tensor, down: Tensor, *call: Tensor, **options: Any) -> Tensor:
     """Slots of other ranks stay uninitialised and are summed with weight 0: garbage or NaN."""
@@ -157,8 +157,8 @@ def masked_slots_unwritten(hidden: Tensor, gate_up: Tensor, down: Tensor, *call:
 
 
 @fault(
-    "sentinels", condition="a masked slot in a row with others", shows={"ids": "masked"},
-    hidden=("ids='distinct'", "ids='masked_rows'"),
+    "sentinels", condition="a masked slot in a row with others", shows={"masked": "some"},
+    hidden=("masked=none", "masked=rows"),
 )  # fmt: skip
 def partly_masked_rows_skipped(*call: Tensor, **options: Any) -> Tensor:
     """A row with any -1 is taken for padding and skipped altogether."""
@@ -170,9 +170,7 @@ def partly_masked_rows_skipped(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, locate=whole_rows)
 
 
-@fault(
-    "sentinels", condition="a masked slot before a live one", shows={"ids": "masked_first"}, hidden=("ids='distinct'",)
-)
+@fault("sentinels", condition="a masked slot before a live one", shows={"masked": "one"}, hidden=("masked=none",))
 def slots_after_a_mask_dropped(*call: Tensor, **options: Any) -> Tensor:
     """The loop over slots stops at the first -1, believing that padding is at the end."""
 
@@ -182,7 +180,7 @@ def slots_after_a_mask_dropped(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, locate=until_mask)
 
 
-@fault("sentinels", condition="a masked slot", shows={"ids": "masked"}, hidden=("ids='distinct'",))
+@fault("sentinels", condition="a masked slot", shows={"masked": "some"}, hidden=("masked=none",))
 def live_weights_renormalised(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """The weights of masked slots are handed to the live ones by normalising over the live."""
 

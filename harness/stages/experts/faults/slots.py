@@ -92,22 +92,20 @@ def fallback_reads_shuffled_weights(*call: Tensor, steps: Steps = RIGHT, **optio
 
 @fault(
     "activation", source="sgl-project/sglang/pull/3170", condition="activation='gelu_tanh'",
-    shows={"activation": "gelu_tanh"}, hidden=("activation='silu'",),
+    shows={"activation": "gelu_tanh"}, hidden=("activation=silu",),
 )  # fmt: skip
 def activation_ignored(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """The activation is an argument that nobody reads: models with GELU run with SiLU."""
     return run(*call, **options, steps=steps, glu=lambda gate, up, _: steps.gated(gate, up, "silu"))
 
 
-@fault("activation", condition="activation='silu'", hidden=("activation='gelu_tanh'",))
+@fault("activation", condition="activation='silu'", hidden=("activation=gelu_tanh",))
 def gelu_for_silu(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """Every model runs with GELU, which is near SiLU for small inputs only."""
     return run(*call, **options, steps=steps, glu=lambda gate, up, _: steps.gated(gate, up, "gelu_tanh"))
 
 
-@fault(
-    "activation", condition="activation='gelu_tanh'", shows={"activation": "gelu_tanh"}, hidden=("activation='silu'",)
-)
+@fault("activation", condition="activation='gelu_tanh'", shows={"activation": "gelu_tanh"}, hidden=("activation=silu",))
 def gelu_erf_for_tanh(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """The exact GELU replaces its tanh approximation: an error of 1e-3 in every activation."""
 
@@ -124,8 +122,8 @@ def activation_dropped(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault(
-    "activation", source="sgl-project/sglang/pull/39939", condition="|g| or |u| above 7", shows={"gain": 8.0},
-    hidden=("gain=0.5",),
+    "activation", source="sgl-project/sglang/pull/39939", condition="|g| or |u| above 7", shows={"data": "huge"},
+    hidden=("data=tiny",),
 )  # fmt: skip
 def swiglu_limit_left_on(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """The SwiGLU limit of another model is left on: large activations are clamped at 7."""
@@ -138,7 +136,7 @@ def swiglu_limit_left_on(*call: Tensor, steps: Steps = RIGHT, **options: Any) ->
 
 @fault(
     "activation", source="microsoft/onnxruntime/issues/28738", condition="activation='silu'",
-    hidden=("activation='gelu_tanh'",),
+    hidden=("activation=gelu_tanh",),
 )  # fmt: skip
 def alpha_of_another_model(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """The kernel hard-codes sigmoid(1.702 g) of another model."""
@@ -157,7 +155,7 @@ def up_plus_one(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
 
 @fault(
     "activation", source="sgl-project/sglang/issues/16972", condition="T = 1 and activation='gelu_tanh'",
-    shows={"T": 1, "activation": "gelu_tanh"}, hidden=("T=2", "activation='silu'"),
+    shows={"T": 1, "activation": "gelu_tanh"}, hidden=("T=2", "activation=silu"),
 )  # fmt: skip
 def native_path_for_one_token(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
     """A single token takes a native path that knows SiLU only: decoding differs from prefill."""
@@ -167,8 +165,8 @@ def native_path_for_one_token(hidden_states: Tensor, *call: Tensor, **options: A
 
 
 @fault(
-    "activation", condition="a gate above 88.7, with silu", shows={"gain": 400.0},
-    hidden=("gain=1.0", "activation='gelu_tanh'"),
+    "activation", condition="a gate above 88.7, with silu", shows={"data": "huge"},
+    hidden=("data=normal", "activation=gelu_tanh"),
 )  # fmt: skip
 def silu_overflows(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """silu written as g * e^g / (1 + e^g) is inf / inf for large gates: NaN."""
@@ -185,10 +183,7 @@ def silu_overflows(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tenso
 # Weighting ------------------------------------------------------------------------------------------------------
 
 
-@fault(
-    "weighting", source="vllm-project/vllm/pull/43694", condition="weights other than 1", shows={"k": 1},
-    hidden=("weights='ones'",),
-)  # fmt: skip
+@fault("weighting", source="vllm-project/vllm/pull/43694", condition="weights other than 1", hidden=("k=1",))
 def weight_on_input_and_output(
     hidden_states: Tensor, gate_up_proj: Tensor, down_proj: Tensor, topk_weights: Tensor, topk_ids: Tensor,
     **options: Any,
@@ -209,7 +204,7 @@ def _weight_on_input(
     return out.view(tokens, slots, down_proj.shape[1]).sum(1).to(hidden_states.dtype)
 
 
-@fault("weighting", source="vllm-project/vllm/pull/16744", condition="weights other than 1", hidden=("weights='ones'",))
+@fault("weighting", source="vllm-project/vllm/pull/16744", condition="weights other than 1", hidden=("k=1",))
 def weight_before_activation(
     hidden_states: Tensor, gate_up_proj: Tensor, down_proj: Tensor, topk_weights: Tensor, topk_ids: Tensor,
     **options: Any,
@@ -220,8 +215,8 @@ def weight_before_activation(
 
 
 @fault(
-    "weighting", source="NVIDIA/TensorRT-LLM/pull/18018", condition="k = 1", shows={"k": 1},
-    hidden=("k=2", "weights='ones'"),
+    "weighting", source="NVIDIA/TensorRT-LLM/pull/18018", condition="k = 1", shows={"k": 1, "data": "exact"},
+    hidden=("k=2", "data=normal"),
 )  # fmt: skip
 def single_slot_unweighted(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """With one expert per token the weight is believed to be on the input already: nobody applies it."""
@@ -245,7 +240,7 @@ def flat_weights(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
 
 @fault(
     "weighting", source="PaddlePaddle/PaddleFleet/pull/1299", condition="weights that do not sum to 1",
-    hidden=("weights='normalised'",),
+    shows={"data": "exact"}, hidden=("data=normal",),
 )  # fmt: skip
 def weights_normalised_again(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """The caller's weights are normalised again: a scaling factor disappears."""
@@ -273,7 +268,7 @@ def ids_sorted_without_weights(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, locate=lambda ids, expert_map: locate(ids, expert_map).sort(1).values)
 
 
-@fault("weighting", hidden=("weights='ones'",))
+@fault("weighting", hidden=("k=1",))
 def weight_applied_twice(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """The routing weight is squared, once in each of two kernels."""
     return run(
@@ -281,7 +276,7 @@ def weight_applied_twice(*call: Tensor, steps: Steps = RIGHT, **options: Any) ->
     )
 
 
-@fault("weighting", condition="tokens routed to local expert 0", hidden=("only='odd'",))
+@fault("weighting", condition="tokens routed to local expert 0", hidden=("routing=last",))
 def one_expert_one_percent_off(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """One expert counts 1 % too much, too little for an elementwise tolerance."""
 
@@ -291,7 +286,7 @@ def one_expert_one_percent_off(*call: Tensor, steps: Steps = RIGHT, **options: A
     return run(*call, **options, steps=steps, combine=off)
 
 
-@fault("weighting", condition="a negative weight", shows={"weights": "signed"}, hidden=("weights='random'",))
+@fault("weighting", condition="a negative weight", shows={"data": "signed_weights"}, hidden=("data=normal",))
 def negative_weights_dropped(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """Slots are kept where the weight is above 0: negative weights count as masked."""
 
@@ -324,7 +319,7 @@ def slots_beyond_eight_dropped(*call: Tensor, steps: Steps = RIGHT, **options: A
 
 @fault(
     "slots", source="ggml-org/llama.cpp/pull/26295", condition="an expert twice in one row",
-    shows={"ids": "duplicates"}, hidden=("ids='distinct'",),
+    shows={"routing": "duplicates"}, hidden=("routing=uniform",),
 )  # fmt: skip
 def duplicate_slot_dropped(*call: Tensor, **options: Any) -> Tensor:
     """The search for an expert's tokens stops at the first match in a row: a duplicate is lost."""
@@ -336,7 +331,7 @@ def duplicate_slot_dropped(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, select=first_match)
 
 
-@fault("slots", condition="an expert twice in one row", shows={"ids": "duplicates"}, hidden=("ids='distinct'",))
+@fault("slots", condition="an expert twice in one row", shows={"routing": "duplicates"}, hidden=("routing=uniform",))
 def duplicate_weight_overwritten(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """Weights are scattered into a dense [T, E] table without adding: the last duplicate wins."""
 

@@ -23,7 +23,7 @@ from moe_harness.harness.stages.experts.faults._steps import RIGHT, Steps, halve
 # Rows and shapes ------------------------------------------------------------------------------------------------
 
 
-@fault("rows", condition="the last token, E > 1", hidden=("E=1",))
+@fault("rows", condition="the last token, E > 1", hidden=("E=1,k=1",))
 def one_slot_to_next_expert(hidden_states: Tensor, gate_up_proj: Tensor, *call: Tensor, **options: Any) -> Tensor:
     """One slot of one token runs the next expert: an off-by-one at the end of the batch."""
 
@@ -49,7 +49,10 @@ def permutation_for_its_inverse(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault(
-    "rows", condition="an expert without tokens before one that has some", shows={"only": "odd"}, hidden=("E=1, k=1",)
+    "rows",
+    condition="an expert without tokens before one that has some",
+    shows={"routing": "last"},
+    hidden=("E=1,k=1",),
 )
 def idle_experts_not_counted(*call: Tensor, **options: Any) -> Tensor:
     """Weights are indexed by the rank among the busy experts instead of by the expert."""
@@ -84,7 +87,7 @@ def grid_from_another_config(*call: Tensor, **options: Any) -> Tensor:
 
 @fault(
     "tiles", condition="an expert with more than twice its fair share of rows",
-    shows={"T": 40, "ids": "one_expert", "k": 1}, hidden=("T=1",),
+    shows={"T": 40, "routing": "one", "k": 1}, hidden=("T=1",),
 )  # fmt: skip
 def rows_beyond_capacity_dropped(hidden_states: Tensor, gate_up_proj: Tensor, *call: Tensor, **options: Any) -> Tensor:
     """A capacity sized for balanced routing drops the rows beyond it."""
@@ -177,8 +180,7 @@ def columns_beyond_4096_lost(*call: Tensor, steps: Steps = RIGHT, **options: Any
 
 
 @fault(
-    "ids", source="vllm-project/vllm/pull/26162", condition="ids of dtype int64", shows={"ids_dtype": "int64"},
-    hidden=("ids_dtype='int32'",),
+    "ids", source="vllm-project/vllm/pull/26162", condition="ids of dtype int64", hidden=("ints=int32",),
 )  # fmt: skip
 def int64_ids_read_as_int32(*call: Tensor, **options: Any) -> Tensor:
     """int64 ids are read as int32: every second id is the upper half of its neighbour."""
@@ -191,7 +193,7 @@ def int64_ids_read_as_int32(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, locate=reread)
 
 
-@fault("ids", condition="E > 256", shows={"E": 300, "ids": "high", "I": 8}, hidden=("E=256",))
+@fault("ids", condition="E > 256", shows={"E": 300, "routing": "last", "I": 8}, hidden=("E=256",))
 def ids_held_in_eight_bits(*call: Tensor, **options: Any) -> Tensor:
     """Expert ids are held in 8 bits: expert 256 is expert 0."""
 
@@ -221,7 +223,7 @@ def last_intermediate_column_lost(*call: Tensor, steps: Steps = RIGHT, **options
 
 @fault(
     "tiles", source="axolotl-ai-cloud/axolotl/pull/3410", condition="H not a multiple of 16",
-    shows={"H": 40, "poison": True}, hidden=("H=48",),
+    shows={"H": 40, "variant": "poisoned"}, hidden=("H=48",),
 )  # fmt: skip
 def output_tail_unwritten(*call: Tensor, **options: Any) -> Tensor:
     """The grid is H // block: the last columns of the output are never written."""
@@ -269,8 +271,8 @@ def k_tail_unmasked(hidden_states: Tensor, gate_up_proj: Tensor, *call: Tensor, 
 
 @fault(
     "tiles", source="triton-lang/triton/issues/10772",
-    condition="H not a multiple of 16, NaN or infinity behind the rows", shows={"H": 40, "layout": "padded_rows"},
-    hidden=("layout='contiguous'", "H=48"),
+    condition="H not a multiple of 16, NaN or infinity behind the rows",
+    shows={"H": 40, "layout": "hidden_states:padded"}, hidden=("H=48",),
 )  # fmt: skip
 def k_tail_masked_on_one_side(hidden_states: Tensor, gate_up_proj: Tensor, *call: Tensor, **options: Any) -> Tensor:
     """Only one operand of the K tail is masked: garbage times 0 is NaN when the garbage is NaN."""
@@ -309,7 +311,7 @@ def odd_token_lost(*call: Tensor, **options: Any) -> Tensor:
 
 @fault(
     "strides", source="ml-explore/mlx/issues/4253", condition="rows of hidden_states padded",
-    shows={"layout": "padded_rows"}, hidden=("layout='contiguous'",),
+    shows={"layout": "hidden_states:padded"}, hidden=("layout=",),
 )  # fmt: skip
 def token_stride_assumed(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
     """Tokens are read at row * H: a slice of a wider buffer gives other rows."""
@@ -317,8 +319,8 @@ def token_stride_assumed(hidden_states: Tensor, *call: Tensor, **options: Any) -
 
 
 @fault(
-    "strides", condition="gate_up_proj or down_proj not contiguous", shows={"layout": "padded_weights"},
-    hidden=("layout='contiguous'",),
+    "strides", condition="gate_up_proj or down_proj not contiguous", shows={"layout": "all:padded"},
+    hidden=("layout=",),
 )  # fmt: skip
 def weight_strides_assumed(hidden: Tensor, gate_up: Tensor, down: Tensor, *call: Tensor, **options: Any) -> Tensor:
     """Expert weights are read as contiguous: transposed or padded ones give garbage."""
@@ -326,8 +328,8 @@ def weight_strides_assumed(hidden: Tensor, gate_up: Tensor, down: Tensor, *call:
 
 
 @fault(
-    "strides", condition="topk_ids or topk_weights not contiguous", shows={"layout": "padded_routing"},
-    hidden=("layout='contiguous'",),
+    "strides", condition="topk_ids or topk_weights not contiguous", shows={"layout": "all:padded"},
+    hidden=("layout=",),
 )  # fmt: skip
 def routing_strides_assumed(*call: Tensor, **options: Any) -> Tensor:
     """The router's outputs are read as contiguous: a slice of a wider table is misread."""
@@ -340,7 +342,7 @@ def routing_strides_assumed(*call: Tensor, **options: Any) -> Tensor:
 
 @fault(
     "strides", source="flashinfer-ai/flashinfer/issues/3103", condition="hidden_states transposed",
-    shows={"layout": "transposed"}, hidden=("layout='contiguous'",),
+    shows={"layout": "hidden_states:transposed"}, hidden=("layout=",),
 )  # fmt: skip
 def output_layout_assumed(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
     """The output takes the strides of the input and is written as if it were contiguous."""
@@ -355,7 +357,7 @@ def output_layout_assumed(hidden_states: Tensor, *call: Tensor, **options: Any) 
 
 @fault(
     "special values", condition="NaN or infinity in the weights of an expert that some tokens use",
-    shows={"special": "nan_expert"}, hidden=("special=None",),
+    shows={"data": "expert_nan"}, hidden=("data=normal",),
 )  # fmt: skip
 def every_expert_on_every_token(
     hidden_states: Tensor, gate_up_proj: Tensor, down_proj: Tensor, topk_weights: Tensor, topk_ids: Tensor, *,
@@ -372,8 +374,8 @@ def every_expert_on_every_token(
 
 
 @fault(
-    "special values", condition="NaN or infinity in one token", shows={"special": "nan_token", "T": 9},
-    hidden=("special=None",),
+    "special values", condition="NaN or infinity in one token", shows={"data": "token_nan", "T": 9},
+    hidden=("data=normal",),
 )  # fmt: skip
 def gathered_by_one_hot_product(hidden_states: Tensor, *call: Tensor, **options: Any) -> Tensor:
     # What the product of T x T zeros and ones with the tokens gives, without it: 0 * NaN and 0 * inf are NaN.
@@ -383,15 +385,13 @@ def gathered_by_one_hot_product(hidden_states: Tensor, *call: Tensor, **options:
     return run(gathered, *call, **options)
 
 
-@fault(
-    "special values", condition="NaN in a token or an expert", shows={"special": "nan_token"}, hidden=("special=None",)
-)
+@fault("special values", condition="NaN in a token or an expert", shows={"data": "token_nan"}, hidden=("data=normal",))
 def nan_swallowed(*call: Tensor, **options: Any) -> Tensor:
     """NaN is replaced by 0 on the way out: a broken model looks healthy."""
     return run(*call, **options).nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
 
 
-@fault("special values", condition="infinite outputs", shows={"special": "inf_expert"}, hidden=("special=None",))
+@fault("special values", condition="infinite outputs", shows={"data": "down_inf"}, hidden=("data=normal",))
 def infinity_clamped(*call: Tensor, **options: Any) -> Tensor:
     """Infinities are clamped to the largest finite number."""
     out = run(*call, **options)

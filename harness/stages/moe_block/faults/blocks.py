@@ -26,7 +26,7 @@ from moe_harness.reference import moe_block as parts
 
 @fault(
     "config", source="leonickson1/Swiftlet/pull/6", condition="qwen3_next without the key norm_topk_prob",
-    shows={"family": "qwen3_next"}, hidden=("family='qwen3_moe'", "norm_topk_prob=True"),
+    shows={"family": "qwen3_next", "renorm": "default"}, hidden=("family=qwen3_moe", "renorm=yes"),
 )  # fmt: skip
 def absent_norm_topk_prob_is_false(*call: Any, **steps: Any) -> Tensor:
     """An absent norm_topk_prob is read as False where the family's default is True."""
@@ -41,7 +41,7 @@ def absent_norm_topk_prob_is_false(*call: Any, **steps: Any) -> Tensor:
 
 @fault(
     "config", source="flashinfer-ai/flashinfer/pull/2889", condition="norm_topk_prob False, as in Qwen2-MoE",
-    shows={"family": "qwen2_moe"}, hidden=("norm_topk_prob=True", "family='mixtral'"),
+    shows={"family": "qwen2_moe", "renorm": "no"}, hidden=("renorm=yes", "family=mixtral"),
 )  # fmt: skip
 def norm_topk_prob_hard_coded(*call: Any, **steps: Any) -> Tensor:
     """Renormalisation is hard-coded, as the most used model wants it."""
@@ -52,7 +52,7 @@ def norm_topk_prob_hard_coded(*call: Any, **steps: Any) -> Tensor:
     return run(*call, **steps, route=always)
 
 
-@fault("config", condition="mixtral", shows={"family": "mixtral"}, hidden=("family='qwen3_moe'",))
+@fault("config", condition="mixtral", shows={"family": "mixtral"}, hidden=("family=qwen3_moe",))
 def mixtral_not_renormalised(*call: Any, **steps: Any) -> Tensor:
     """Mixtral's config has no norm_topk_prob, and the weights are not renormalised."""
 
@@ -78,7 +78,7 @@ def two_experts_per_token(*call: Any, **steps: Any) -> Tensor:
 
 @fault(
     "config", condition="deepseek_v3 with fewer groups kept than there are",
-    shows={"family": "deepseek_v3", "E": 16, "n_group": 4, "topk_group": 1}, hidden=("family='qwen3_moe'",),
+    shows={"family": "deepseek_v3", "E": 16}, hidden=("family=qwen3_moe",),
 )  # fmt: skip
 def config_groups_ignored(*call: Any, **steps: Any) -> Tensor:
     """n_group and topk_group are not read: experts come from all groups."""
@@ -91,7 +91,7 @@ def config_groups_ignored(*call: Any, **steps: Any) -> Tensor:
 
 @fault(
     "config", condition="deepseek_v3 with a correction bias", shows={"family": "deepseek_v3"},
-    hidden=("family='qwen3_moe'",),
+    hidden=("family=qwen3_moe",),
 )  # fmt: skip
 def correction_bias_not_passed(*call: Any, **steps: Any) -> Tensor:
     """e_score_correction_bias is loaded and not passed to the router."""
@@ -132,7 +132,7 @@ def gate_sees_half_of_h(*call: Any, **steps: Any) -> Tensor:
 
 @fault(
     "scaling", source="sgl-project/sglang/pull/8511", condition="routed_scaling_factor other than 1",
-    shows={"family": "deepseek_v3"}, hidden=("routed_scaling_factor=1.0", "family='qwen3_moe'"),
+    shows={"family": "deepseek_v3"}, hidden=("a routed_scaling_factor of 1", "family=qwen3_moe"),
 )  # fmt: skip
 def nobody_scales(*call: Any, **steps: Any) -> Tensor:
     """Router, experts and model each believe that another one applies the factor: nobody does."""
@@ -141,7 +141,7 @@ def nobody_scales(*call: Any, **steps: Any) -> Tensor:
 
 @fault(
     "scaling", source="sgl-project/sglang/pull/12998", condition="routed_scaling_factor other than 1",
-    shows={"family": "deepseek_v3"}, hidden=("routed_scaling_factor=1.0", "family='qwen3_moe'"),
+    shows={"family": "deepseek_v3"}, hidden=("a routed_scaling_factor of 1", "family=qwen3_moe"),
 )  # fmt: skip
 def scaled_by_backend_and_caller(*call: Any, **steps: Any) -> Tensor:
     """The factor moved into one backend and stayed in its caller: it is applied twice."""
@@ -155,7 +155,7 @@ def _rescaled(given: tuple[Tensor, Weights, Config], factor: float) -> Routing:
 
 @fault(
     "scaling", source="kvcache-ai/sglang/pull/86", condition="routed_scaling_factor other than 1",
-    shows={"family": "deepseek_v3"}, hidden=("routed_scaling_factor=1.0", "family='qwen3_moe'"),
+    shows={"family": "deepseek_v3"}, hidden=("a routed_scaling_factor of 1", "family=qwen3_moe"),
 )  # fmt: skip
 def half_of_the_experts_scaled_twice(*call: Any, **steps: Any) -> Tensor:
     """Experts kept on one of two devices apply the factor themselves, and then it is applied to all."""
@@ -170,7 +170,7 @@ def half_of_the_experts_scaled_twice(*call: Any, **steps: Any) -> Tensor:
 @fault(
     "scaling", source="vllm-project/vllm/pull/44313",
     condition="routed_scaling_factor other than 1 and a shared expert", shows={"family": "deepseek_v3"},
-    hidden=("routed_scaling_factor=1.0", "family='qwen3_moe'"),
+    hidden=("a routed_scaling_factor of 1", "family=qwen3_moe"),
 )  # fmt: skip
 def scale_touches_shared_expert(hidden_states: Tensor, weights: Weights, config: Config, **steps: Any) -> Tensor:
     """The factor is applied after the shared expert was fused in, and scales it too."""
@@ -183,7 +183,7 @@ def scale_touches_shared_expert(hidden_states: Tensor, weights: Weights, config:
 
 @fault(
     "shared expert", source="NousResearch/torchtitan/pull/36", condition="a gated shared expert",
-    shows={"family": "qwen2_moe"}, hidden=("family='deepseek_v3'",),
+    shows={"family": "qwen2_moe"}, hidden=("family=deepseek_v3",),
 )  # fmt: skip
 def shared_gate_lost(*call: Any, **steps: Any) -> Tensor:
     """The shared expert's gate is lost in a refactoring."""
@@ -192,7 +192,7 @@ def shared_gate_lost(*call: Any, **steps: Any) -> Tensor:
 
 @fault(
     "shared expert", source="vllm-project/vllm/pull/51632", condition="a shared expert", shows={"family": "qwen2_moe"},
-    hidden=("family='qwen3_moe'",),
+    hidden=("family=qwen3_moe",),
 )  # fmt: skip
 def shared_expert_dropped(*call: Any, **steps: Any) -> Tensor:
     """The shared expert's appended id counts as invalid: its contribution is dropped."""
@@ -201,7 +201,7 @@ def shared_expert_dropped(*call: Any, **steps: Any) -> Tensor:
 
 @fault(
     "shared expert", source="sgl-project/sglang/pull/35535", condition="a shared expert",
-    shows={"family": "qwen2_moe"}, hidden=("family='qwen3_moe'",),
+    shows={"family": "qwen2_moe"}, hidden=("family=qwen3_moe",),
 )  # fmt: skip
 def replicated_shared_expert_summed(*call: Any, **steps: Any) -> Tensor:
     """A replicated shared expert is summed by the reduction of two ranks: it counts twice."""
@@ -210,7 +210,7 @@ def replicated_shared_expert_summed(*call: Any, **steps: Any) -> Tensor:
 
 @fault(
     "shared expert", source="vllm-project/tpu-inference/pull/3435", condition="a shared expert",
-    shows={"family": "deepseek_v2"}, hidden=("family='qwen3_moe'",),
+    shows={"family": "deepseek_v2"}, hidden=("family=qwen3_moe",),
 )  # fmt: skip
 def shared_expert_left_partial(*call: Any, steps: Steps = RIGHT) -> Tensor:
     """One rank's partial sum of the shared expert is added to the reduced routed output."""
@@ -227,7 +227,7 @@ def shared_expert_left_partial(*call: Any, steps: Steps = RIGHT) -> Tensor:
 
 @fault(
     "shared expert", condition="a gated shared expert", shows={"family": "qwen2_moe"},
-    hidden=("family='deepseek_v3'", "family='qwen3_moe'"),
+    hidden=("family=deepseek_v3", "family=qwen3_moe"),
 )  # fmt: skip
 def gate_on_the_whole_output(hidden_states: Tensor, weights: Weights, config: Config, **steps: Any) -> Tensor:
     """The gate multiplies the sum of routed and shared output instead of the shared output."""
@@ -240,7 +240,7 @@ def gate_on_the_whole_output(hidden_states: Tensor, weights: Weights, config: Co
 
 @fault(
     "shared expert", source="sgl-project/sglang/pull/23827", condition="a shared expert",
-    shows={"family": "qwen2_moe"}, hidden=("family='qwen3_moe'",),
+    shows={"family": "qwen2_moe"}, hidden=("family=qwen3_moe",),
 )  # fmt: skip
 def shared_expert_reads_routed_output(*call: Any, steps: Steps = RIGHT) -> Tensor:
     """The experts write over hidden_states before the shared expert has read it."""
@@ -258,7 +258,7 @@ def shared_expert_reads_routed_output(*call: Any, steps: Steps = RIGHT) -> Tenso
 @fault(
     "loading", source="sgl-project/sglang/pull/38878",
     condition="a gated shared expert, its tensors after a fused one", shows={"family": "qwen2_moe"},
-    hidden=("family='qwen3_moe'", "family='deepseek_v3'"),
+    hidden=("family=qwen3_moe", "family=deepseek_v3"),
 )  # fmt: skip
 def mapping_not_restored_after_fused(hidden_states: Tensor, weights: Weights, config: Config, **steps: Any) -> Tensor:
     """After a fused tensor the name mapping is not restored: a later up_proj is stored as gate_proj."""
@@ -289,7 +289,7 @@ def block_output_over_input(hidden_states: Tensor, weights: Weights, config: Con
 
 
 @fault(
-    "inputs", condition="a shared expert", shows={"family": "qwen2_moe"}, sign="inputs", hidden=("family='qwen3_moe'",)
+    "inputs", condition="a shared expert", shows={"family": "qwen2_moe"}, sign="inputs", hidden=("family=qwen3_moe",)
 )
 def weights_popped_from_dict(hidden_states: Tensor, weights: Weights, config: Config, **steps: Any) -> Tensor:
     """Weights are popped from the caller's dict: a second call has no shared expert."""

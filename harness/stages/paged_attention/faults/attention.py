@@ -13,14 +13,14 @@ CHUNKS = {"queries": "prompt"}
 
 
 @fault("causal", source="GeeeekExplorer/nano-vllm/issues/212", condition="a chunk of two or more", shows=CHUNKS,
-       hidden=("queries='decode'",))  # fmt: skip
+       hidden=("queries=decode",))  # fmt: skip
 def chunk_sees_its_later_keys(*call: Tensor, **options: Any) -> Tensor:
     """Every query of a chunk sees all keys of the sequence, those behind it too."""
     return run(*call, **options, seen=lambda count, length: torch.ones(count, length, dtype=torch.bool))
 
 
 @fault("causal", source="jax-ml/jax/issues/24491", condition="a chunk behind earlier keys",
-       shows={"queries": "few"}, hidden=("queries='prompt'",))  # fmt: skip
+       shows={"queries": "few"}, hidden=("queries=prompt",))  # fmt: skip
 def causal_from_the_first_key(*call: Tensor, **options: Any) -> Tensor:
     """The mask is aligned to the start of the keys: query j sees j + 1 of them, however many came before."""
     return run(*call, **options, seen=lambda count, length: torch.arange(length) <= torch.arange(count)[:, None])
@@ -37,7 +37,7 @@ def own_key_not_seen(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, seen=before)
 
 
-@fault("causal", condition="a chunk of two or more", shows=CHUNKS, hidden=("queries='decode'",))
+@fault("causal", condition="a chunk of two or more", shows=CHUNKS, hidden=("queries=decode",))
 def chunk_sees_one_key_ahead(*call: Tensor, **options: Any) -> Tensor:
     """Every query sees the key behind its own, as far as there is one."""
 
@@ -94,7 +94,7 @@ def table_of_the_first_sequence(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, pages_of=first)
 
 
-@fault("pages", condition="a table with padded rows", shows={"layout": "block_table:padded"}, hidden=("layout=''",),
+@fault("pages", condition="a table with padded rows", shows={"layout": "block_table:padded"}, hidden=("layout=",),
        )  # fmt: skip
 def table_stride_assumed(
     q: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, *call: Tensor, **options: Any
@@ -104,14 +104,14 @@ def table_stride_assumed(
     return run(q, key_cache, value_cache, table, *call, **options)
 
 
-@fault("pages", condition="a cache that lies head by head", shows={"order": "head"}, hidden=("order='token'",))
+@fault("pages", condition="a cache that lies head by head", shows={"order": "head"}, hidden=("order=token",))
 def cache_strides_assumed(q: Tensor, key_cache: Tensor, value_cache: Tensor, *call: Tensor, **options: Any) -> Tensor:
     """Caches are read as if they lay token by token."""
     return run(q, read_as_contiguous(key_cache), read_as_contiguous(value_cache), *call, **options)
 
 
 @fault("pages", condition="a value cache laid out unlike the key cache", shows={"layout": "value_cache:outer_padded"},
-       hidden=("layout=''",))  # fmt: skip
+       hidden=("layout=",))  # fmt: skip
 def values_have_the_keys_strides(
     q: Tensor, key_cache: Tensor, value_cache: Tensor, *call: Tensor, **options: Any
 ) -> Tensor:
@@ -141,7 +141,7 @@ def whole_last_page_read(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault(
-    "length", condition="a last page that is not full, NaN left in it", shows={"length": 18}, hidden=("stale='large'",)
+    "length", condition="a last page that is not full, NaN left in it", shows={"length": 18}, hidden=("stale=large",)
 )
 def stale_values_times_zero(*call: Tensor, **options: Any) -> Tensor:
     """The last page is read whole and masked by weights of 0: a NaN that another request left there is 0 * NaN."""
@@ -188,13 +188,13 @@ def keys_beyond_512_dropped(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, attend=bounded)
 
 
-@fault("length", condition="a sequence without keys", shows={"empties": True, "S": 6}, hidden=("empties=False",))
+@fault("length", condition="a sequence without keys", shows={"empties": True, "S": 6}, hidden=("empties=0",))
 def nan_without_keys(*call: Tensor, **options: Any) -> Tensor:
     """A sequence without keys gives 0 / 0 instead of zeros."""
     return run(*call, **options, empty=float("nan"))
 
 
-@fault("rows", condition="a sequence of other than one query", shows=CHUNKS, hidden=("queries='decode'",))
+@fault("rows", condition="a sequence of other than one query", shows=CHUNKS, hidden=("queries=decode",))
 def one_query_a_sequence_assumed(
     q: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, query_start: Tensor, context_len: Tensor,
     **options: Any,
@@ -216,7 +216,7 @@ def later_sequences_not_joined(*call: Tensor, **options: Any) -> Tensor:
     return out
 
 
-@fault("rows", condition="queries that are a view", shows={"layout": "q:padded"}, hidden=("layout=''",))
+@fault("rows", condition="queries that are a view", shows={"layout": "q:padded"}, hidden=("layout=",))
 def query_strides_assumed_in_attention(q: Tensor, *call: Tensor, **options: Any) -> Tensor:
     """Queries are read as contiguous."""
     return run(read_as_contiguous(q), *call, **options)
@@ -228,7 +228,7 @@ def scale_assumed(q: Tensor, *call: Tensor, scale: float, **options: Any) -> Ten
     return run(q, *call, scale=q.shape[-1] ** -0.5, **options)
 
 
-@fault("softmax", condition="scores beyond 88", shows={"data": "far_scores"}, hidden=("data='normal'",))
+@fault("softmax", condition="scores beyond 88", shows={"data": "far_scores"}, hidden=("data=normal",))
 def largest_score_not_subtracted(*call: Tensor, **options: Any) -> Tensor:
     """Weights are exp(score): inf / inf for large scores, 0 / 0 for very negative ones."""
 
@@ -239,7 +239,7 @@ def largest_score_not_subtracted(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, attend=plain)
 
 
-@fault("softmax", condition="scores that are all below 0", shows={"data": "negative_scores"}, hidden=("data='normal'",))
+@fault("softmax", condition="scores that are all below 0", shows={"data": "negative_scores"}, hidden=("data=normal",))
 def running_maximum_starts_at_0(*call: Tensor, **options: Any) -> Tensor:
     """The running maximum starts at 0 instead of -inf: weights vanish where all scores are far below."""
 
@@ -302,7 +302,7 @@ def last_part_dropped(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault("split", source="pegainfer-project/pegainfer/pull/21", condition="a part of which no key is seen", shows=CHUNKS,
-       hidden=("queries='decode'",))  # fmt: skip
+       hidden=("queries=decode",))  # fmt: skip
 def empty_part_is_nan(*call: Tensor, **options: Any) -> Tensor:
     """A part without a visible key has the maximum -inf, and -inf - -inf is NaN."""
 
@@ -315,7 +315,7 @@ def empty_part_is_nan(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, attend=_joined(joined))
 
 
-@fault("precision", condition="16 bits", hidden=("dtype='fp32'",),
+@fault("precision", condition="16 bits", hidden=("dtype=fp32",),
        shows={"S": 3, "length": 70, "queries": "chunk", "Hq": 32, "Hk": 4, "D": 128, "page": 16,
               "dtype": "fp16"})  # fmt: skip
 def result_accumulated_in_16_bits(q: Tensor, *call: Tensor, **options: Any) -> Tensor:
@@ -335,7 +335,7 @@ def result_accumulated_in_16_bits(q: Tensor, *call: Tensor, **options: Any) -> T
     return run(q, *call, **options, attend=in_blocks)
 
 
-@fault("precision", condition="16 bits", shows={"dtype": "bf16", "data": "one_peak", "D": 64}, hidden=("dtype='fp32'",))
+@fault("precision", condition="16 bits", shows={"dtype": "bf16", "data": "one_peak", "D": 64}, hidden=("dtype=fp32",))
 def scores_in_16_bits(q: Tensor, *call: Tensor, **options: Any) -> Tensor:
     """Scores are stored in 16 bits before the softmax, and nothing says so."""
 

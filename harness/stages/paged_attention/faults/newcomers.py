@@ -87,14 +87,14 @@ def scores_capped(*call: Tensor, cap: float = 30.0, **options: Any) -> Tensor:
     return run(*call, **options, attend=weighing(capped))
 
 
-@fault("causal", condition="a chunk of two or more", shows=CHUNKS, hidden=("queries='decode'",),
+@fault("causal", condition="a chunk of two or more", shows=CHUNKS, hidden=("queries=decode",),
        variants={"masked": (-10.0, -1.0, -100.0, -1000.0, 0.0)})  # fmt: skip
 def mask_of_minus_ten(*call: Tensor, masked: float = -10.0, **options: Any) -> Tensor:
     """Keys that are not seen get a score of -10 in the place of -inf: they keep a share of the weights."""
     return run(*call, **options, attend=weighing(lambda scores: scores.softmax(-1), masked))
 
 
-@fault("causal", condition="a chunk of two or more", shows=CHUNKS, hidden=("queries='decode'",))
+@fault("causal", condition="a chunk of two or more", shows=CHUNKS, hidden=("queries=decode",))
 def masked_behind_the_softmax(*call: Tensor, **options: Any) -> Tensor:
     """The softmax is over all keys of the sequence; weights of unseen ones are cleared then, and the rest is small."""
 
@@ -105,7 +105,7 @@ def masked_behind_the_softmax(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, attend=late)
 
 
-@fault("causal", condition="a chunk of two or more", shows=CHUNKS | {"length": 40}, hidden=("queries='decode'",),
+@fault("causal", condition="a chunk of two or more", shows=CHUNKS | {"length": 40}, hidden=("queries=decode",),
        variants={"size": (16, 8, 32, 64, 128)})  # fmt: skip
 def causal_by_blocks(*call: Tensor, size: int = 16, **options: Any) -> Tensor:
     """Blocks of keys in front of the query's own are masked or not as wholes, and the query's own is not masked."""

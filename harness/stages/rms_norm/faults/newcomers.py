@@ -53,20 +53,20 @@ def weight_one_column_off(*call: Tensor, **options: Any) -> Any:
     return run(*call, **options, scale=lambda s, weight: s * weight.roll(-1))
 
 
-@fault("residual", condition="a residual", shows=RESIDUAL, hidden=("residual=False",))
+@fault("residual", condition="a residual", shows=RESIDUAL, hidden=("residual=0",))
 def residual_added_behind_the_norm(x: Tensor, weight: Tensor, *, residual: Tensor | None = None, **options: Any) -> Any:
     """x is normalised, and the residual is added to the result."""
     out = run(x, weight, **options)
     return out if residual is None else ((out + residual).contiguous(), (x + residual).contiguous())
 
 
-@fault("residual", condition="a residual", shows=RESIDUAL, hidden=("residual=False",))
+@fault("residual", condition="a residual", shows=RESIDUAL, hidden=("residual=0",))
 def residual_added_twice(x: Tensor, weight: Tensor, *, residual: Tensor | None = None, **options: Any) -> Any:
     """The residual goes into the sum twice."""
     return run(x, weight, residual=None if residual is None else residual + residual, **options)
 
 
-@fault("residual", condition="a residual", shows=RESIDUAL, hidden=("residual=False",))
+@fault("residual", condition="a residual", shows=RESIDUAL, hidden=("residual=0",))
 def residual_normalised_alone(x: Tensor, weight: Tensor, *, residual: Tensor | None = None, **options: Any) -> Any:
     """The residual is normalised, and x goes into the sum alone."""
     if residual is None:
@@ -74,14 +74,14 @@ def residual_normalised_alone(x: Tensor, weight: Tensor, *, residual: Tensor | N
     return run(residual.to(x.dtype), weight, **options), (x + residual).contiguous()
 
 
-@fault("residual", condition="a residual", shows=RESIDUAL, hidden=("residual=False",))
+@fault("residual", condition="a residual", shows=RESIDUAL, hidden=("residual=0",))
 def x_returned_as_sum(x: Tensor, *call: Tensor, residual: Tensor | None = None, **options: Any) -> Any:
     """x is handed on as the residual stream, without what was there."""
     found = run(x, *call, residual=residual, **options)
     return found if residual is None else (found[0], x.clone().contiguous())
 
 
-@fault("rows", condition="two or more rows", hidden=("lead='1'",))
+@fault("rows", condition="two or more rows", hidden=("lead=1",))
 def root_of_the_row_before(*call: Tensor, **options: Any) -> Any:
     """Every row is scaled by the root of the row before it."""
 
@@ -92,7 +92,7 @@ def root_of_the_row_before(*call: Tensor, **options: Any) -> Any:
     return run(*call, **options, root=before)
 
 
-@fault("rows", condition="two or more rows", hidden=("lead='1'",))
+@fault("rows", condition="two or more rows", hidden=("lead=1",))
 def mean_over_the_batch(*call: Tensor, **options: Any) -> Any:
     """The mean of squares is that of all rows together."""
 

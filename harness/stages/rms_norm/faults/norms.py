@@ -12,7 +12,7 @@ from moe_harness.harness.stages.rms_norm.faults._steps import root, run
 RESIDUAL = {"residual": True}
 
 
-@fault("root", condition="eps matters beside the mean of squares", shows={"data": "tiny"}, hidden=("data='normal'",))
+@fault("root", condition="eps matters beside the mean of squares", shows={"data": "tiny"}, hidden=("data=normal",))
 def eps_dropped(*call: Tensor, **options: Any) -> Any:
     """eps is not added: small rows come out too large, zero rows as NaN."""
     return run(*call, **options | {"eps": 0.0})
@@ -51,7 +51,7 @@ def eps_after_rescaling(*call: Tensor, **options: Any) -> Any:
     source="nntrainer/nntrainer/pull/4318",
     condition="fp16 and eps below 1e-4",
     shows={"data": "tiny", "dtype": "fp16"},
-    hidden=("dtype='fp32'",),
+    hidden=("dtype=fp32",),
 )
 def eps_floored_in_fp16(x: Tensor, *call: Tensor, **options: Any) -> Any:
     """eps is raised to 1e-4 so that it survives in fp16."""
@@ -97,7 +97,7 @@ def mean_over_one_less(*call: Tensor, **options: Any) -> Any:
     source="xlite-dev/LeetCUDA/pull/335",
     condition="fp16 and squares beyond 65504",
     shows={"data": "spike", "dtype": "fp16"},
-    hidden=("dtype='bf16'", "data='normal'"),
+    hidden=("dtype=bf16", "data=normal"),
 )
 def squares_in_the_rows_dtype(x: Tensor, *call: Tensor, **options: Any) -> Any:
     """Squares are taken in the dtype of the rows: infinite in fp16, and the row comes out as 0."""
@@ -109,7 +109,7 @@ def squares_in_the_rows_dtype(x: Tensor, *call: Tensor, **options: Any) -> Any:
     return run(x, *call, **options, root=narrow)
 
 
-@fault("precision", condition="16 bits and long rows", shows={"H": 2048, "dtype": "bf16"}, hidden=("dtype='fp32'",))
+@fault("precision", condition="16 bits and long rows", shows={"H": 2048, "dtype": "bf16"}, hidden=("dtype=fp32",))
 def squares_summed_in_16_bits(x: Tensor, *call: Tensor, **options: Any) -> Any:
     """The sum of squares is kept in 16 bits."""
 
@@ -129,7 +129,7 @@ def squares_summed_in_16_bits(x: Tensor, *call: Tensor, **options: Any) -> Any:
     source="amd/IRON/pull/139",
     condition="16 bits",
     shows={"dtype": "fp16", "H": 2048, "lead": "65"},
-    hidden=("dtype='fp32'",),
+    hidden=("dtype=fp32",),
 )
 def root_in_16_bits(x: Tensor, *call: Tensor, **options: Any) -> Any:
     """The reciprocal root is rounded: every row is off by a factor of its own."""
@@ -148,13 +148,13 @@ def one_added_to_the_weight(*call: Tensor, **options: Any) -> Any:
     return run(*call, **options, scale=lambda s, weight: s * (1 + weight))
 
 
-@fault("weight", condition="a strided weight", shows={"layout": "weight:strided"}, hidden=("layout=''",))
+@fault("weight", condition="a strided weight", shows={"layout": "weight:strided"}, hidden=("layout=",))
 def weight_stride_assumed(x: Tensor, weight: Tensor, **options: Any) -> Any:
     """The weight is read as contiguous."""
     return run(x, read_as_contiguous(weight), **options)
 
 
-@fault("residual", condition="a residual", shows=RESIDUAL, hidden=("residual=False",))
+@fault("residual", condition="a residual", shows=RESIDUAL, hidden=("residual=0",))
 def residual_not_normalised(x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None = None,
                             **options: Any) -> Any:  # fmt: skip
     """The residual is not added before the norm."""
@@ -162,14 +162,14 @@ def residual_not_normalised(x: Tensor, weight: Tensor, *, eps: float, residual: 
     return out if residual is None else (out, (x + residual).contiguous())
 
 
-@fault("residual", condition="a residual", shows=RESIDUAL, hidden=("residual=False",))
+@fault("residual", condition="a residual", shows=RESIDUAL, hidden=("residual=0",))
 def old_residual_returned(*call: Tensor, residual: Tensor | None = None, **options: Any) -> Any:
     """The old residual is handed on instead of the sum: the layer's output is lost to the stream."""
     found = run(*call, residual=residual, **options)
     return found if residual is None else (found[0], residual.clone().contiguous())
 
 
-@fault("residual", condition="a residual", shows=RESIDUAL, hidden=("residual=False",))
+@fault("residual", condition="a residual", shows=RESIDUAL, hidden=("residual=0",))
 def normalised_rows_returned_as_sum(*call: Tensor, residual: Tensor | None = None, **options: Any) -> Any:
     """The normalised rows become the residual stream."""
     found = run(*call, residual=residual, **options)
@@ -181,7 +181,7 @@ def normalised_rows_returned_as_sum(*call: Tensor, residual: Tensor | None = Non
     source="GeeeekExplorer/nano-vllm/pull/205",
     condition="a residual",
     shows=RESIDUAL,
-    hidden=("residual=False",),
+    hidden=("residual=0",),
     sign="inputs",
 )
 def sum_written_into_x(x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None = None,
@@ -197,7 +197,7 @@ def sum_written_into_x(x: Tensor, weight: Tensor, *, eps: float, residual: Tenso
     "residual",
     source="GeeeekExplorer/nano-vllm/pull/169",
     condition="no residual, fp32",
-    hidden=("residual=True",),
+    hidden=("residual=1",),
     sign="inputs",
 )
 def fp32_rows_normalised_in_place(x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None = None,
@@ -214,7 +214,7 @@ def fp32_rows_normalised_in_place(x: Tensor, weight: Tensor, *, eps: float, resi
     source="GeeeekExplorer/nano-vllm/pull/169",
     condition="a residual",
     shows=RESIDUAL,
-    hidden=("residual=False",),
+    hidden=("residual=0",),
     sign="earlier",
 )
 def sum_shares_the_residuals_memory(x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None = None,
@@ -226,7 +226,7 @@ def sum_shares_the_residuals_memory(x: Tensor, weight: Tensor, *, eps: float, re
     return out, residual.copy_(total)
 
 
-@fault("rows", condition="rows of x with a stride", shows={"layout": "x:padded"}, hidden=("layout=''",))
+@fault("rows", condition="rows of x with a stride", shows={"layout": "x:padded"}, hidden=("layout=",))
 def row_stride_assumed(x: Tensor, weight: Tensor, **options: Any) -> Any:
     """x is read at row * H: a slice of a projection gives other rows."""
     return run(read_as_contiguous(x), weight, **options)
@@ -236,14 +236,14 @@ def row_stride_assumed(x: Tensor, weight: Tensor, **options: Any) -> Any:
     "rows",
     condition="rows of the residual with a stride",
     shows={"layout": "residual:padded"} | RESIDUAL,
-    hidden=("layout=''",),
+    hidden=("layout=",),
 )
 def residual_stride_assumed(*call: Tensor, residual: Tensor | None = None, **options: Any) -> Any:
     """The residual is read with the strides of x."""
     return run(*call, residual=None if residual is None else read_as_contiguous(residual), **options)
 
 
-@fault("rows", condition="two or more rows", hidden=("lead='1'",))
+@fault("rows", condition="two or more rows", hidden=("lead=1",))
 def root_of_the_first_row(*call: Tensor, **options: Any) -> Any:
     """All rows are scaled by the root of the first."""
 
@@ -255,7 +255,7 @@ def root_of_the_first_row(*call: Tensor, **options: Any) -> Any:
     return run(*call, **options, root=first)
 
 
-@fault("rows", condition="three or more dimensions", shows={"lead": "2x3"}, hidden=("lead='6'",))
+@fault("rows", condition="three or more dimensions", shows={"lead": "2x3"}, hidden=("lead=6",))
 def heads_normalised_together(*call: Tensor, **options: Any) -> Any:
     """The mean is taken over every dimension but the first: all heads of a token at once."""
 

@@ -10,7 +10,7 @@ EVERY = {"slots": "all", "positions": "random"}
 DTYPES = {"to": (torch.bfloat16, torch.float16)}
 
 
-@fault("rotation", condition="a position above 0", shows=EVERY, hidden=("positions='zero'",))
+@fault("rotation", condition="a position above 0", shows=EVERY, hidden=("positions=zero",))
 def both_halves_added(*call: Tensor, **options: object) -> Tensor:
     """The minus of the first half is missing: a cos + b sin and b cos + a sin."""
 
@@ -59,19 +59,19 @@ def half_of_each_head_turned(*call: Tensor, **options: object) -> Tensor:
     return run(*call, **options, turn=partly, angle=of_part)
 
 
-@fault("rotation", condition="positions above 0", shows=EVERY, hidden=("positions='zero'",))
+@fault("rotation", condition="positions above 0", shows=EVERY, hidden=("positions=zero",))
 def position_one_behind(*call: Tensor, **options: object) -> Tensor:
     """Every row but those at 0 is turned as the position before its own."""
     return run(*call, **options, angle=lambda p, width, theta: angle((p - 1).clamp(min=0), width, theta))
 
 
-@fault("rotation", condition="rows of other positions", shows=EVERY, hidden=("positions='zero'", "T=1"))
+@fault("rotation", condition="rows of other positions", shows=EVERY, hidden=("positions=zero", "T=1"))
 def position_of_the_first_row(*call: Tensor, **options: object) -> Tensor:
     """The position of the first row serves all."""
     return run(*call, **options, angle=lambda p, width, theta: angle(p[:1].expand(len(p)), width, theta))
 
 
-@fault("rotation", condition="positions that do not follow each other", shows=EVERY, hidden=("positions='row'", "T=1"))
+@fault("rotation", condition="positions that do not follow each other", shows=EVERY, hidden=("positions=row", "T=1"))
 def positions_counted_from_the_first(*call: Tensor, **options: object) -> Tensor:
     """Positions go on from that of the first row: right for one chunk, wrong for a batch of sequences."""
 
@@ -81,14 +81,14 @@ def positions_counted_from_the_first(*call: Tensor, **options: object) -> Tensor
     return run(*call, **options, angle=counted)
 
 
-@fault("rotation", condition="a position above 0", shows=EVERY, hidden=("positions='zero'",),
+@fault("rotation", condition="a position above 0", shows=EVERY, hidden=("positions=zero",),
        variants={"factor": (2, 4, 8, 0.5)})  # fmt: skip
 def positions_scaled(*call: Tensor, factor: float = 2, **options: object) -> Tensor:
     """Positions are divided by a factor, as in a model whose context was stretched."""
     return run(*call, **options, angle=lambda p, width, theta: angle(p, width, theta) / factor)
 
 
-@fault("rotation", condition="a position above 0", shows=EVERY, hidden=("positions='zero'",))
+@fault("rotation", condition="a position above 0", shows=EVERY, hidden=("positions=zero",))
 def queries_not_turned(q: Tensor, *call: Tensor, q_norm: Tensor | None = None, eps: float = 1e-6,
                        **options: object) -> Tensor:  # fmt: skip
     """Keys are turned and queries are not."""
@@ -96,20 +96,20 @@ def queries_not_turned(q: Tensor, *call: Tensor, q_norm: Tensor | None = None, e
     return norm(q.float(), q_norm, eps).to(q.dtype, copy=True).contiguous()
 
 
-@fault("rotation", condition="a position above 0", shows=EVERY, hidden=("positions='zero'",))
+@fault("rotation", condition="a position above 0", shows=EVERY, hidden=("positions=zero",))
 def keys_turned_twice(*call: Tensor, **options: object) -> Tensor:
     """Keys are turned once more when they are written."""
     return run(*call, **options, k_turn=lambda x, angles: turn(turn(x, angles), angles))
 
 
 @fault("rotation", condition="positions above 256, or another dtype than bf16", shows=EVERY | {"D": 64},
-       hidden=("positions='zero'",), variants=DTYPES)  # fmt: skip
+       hidden=("positions=zero",), variants=DTYPES)  # fmt: skip
 def angles_in_bf16(*call: Tensor, to: torch.dtype = torch.bfloat16, **options: object) -> Tensor:
     """Angles are rounded to bf16 whatever the dtype of the model: positions and frequencies were cast for autocast."""
     return run(*call, **options, angle=lambda p, width, theta: angle(p, width, theta).to(to).double())
 
 
-@fault("rotation", condition="a position above 0", shows=EVERY | {"D": 64}, hidden=("positions='zero'",),
+@fault("rotation", condition="a position above 0", shows=EVERY | {"D": 64}, hidden=("positions=zero",),
        variants=DTYPES)  # fmt: skip
 def frequencies_in_bf16(*call: Tensor, to: torch.dtype = torch.bfloat16, **options: object) -> Tensor:
     """Frequencies are rounded to bf16 whatever the dtype of the model, and far positions magnify that."""
@@ -121,7 +121,7 @@ def frequencies_in_bf16(*call: Tensor, to: torch.dtype = torch.bfloat16, **optio
 
 
 @fault("rotation", condition="fp32, a position above 0", shows=EVERY | {"dtype": "fp32"},
-       hidden=("positions='zero'", "dtype='bf16'"), variants=DTYPES)  # fmt: skip
+       hidden=("positions=zero", "dtype=bf16"), variants=DTYPES)  # fmt: skip
 def cosines_in_bf16(*call: Tensor, to: torch.dtype = torch.bfloat16, **options: object) -> Tensor:
     """The table of cosines and sines is kept in bf16 for a model in fp32."""
 
@@ -133,14 +133,14 @@ def cosines_in_bf16(*call: Tensor, to: torch.dtype = torch.bfloat16, **options: 
     return run(*call, **options, turn=rounded)
 
 
-@fault("norm", condition="a norm", shows=EVERY, hidden=("norms='none'",))
+@fault("norm", condition="a norm", shows=EVERY, hidden=("norms=none",))
 def norms_left_out(*call: Tensor, q_norm: Tensor | None = None, k_norm: Tensor | None = None,
                    **options: object) -> Tensor:  # fmt: skip
     """Heads are turned as they are, although the model has norms."""
     return run(*call, **options)
 
 
-@fault("norm", condition="a norm", shows=EVERY, hidden=("norms='none'",))
+@fault("norm", condition="a norm", shows=EVERY, hidden=("norms=none",))
 def norms_without_weight(*call: Tensor, **options: object) -> Tensor:
     """Heads are divided by their root and not multiplied by the weight."""
 
@@ -150,7 +150,7 @@ def norms_without_weight(*call: Tensor, **options: object) -> Tensor:
     return run(*call, **options, norm=bare)
 
 
-@fault("norm", condition="a norm", shows=EVERY, hidden=("norms='none'",))
+@fault("norm", condition="a norm", shows=EVERY, hidden=("norms=none",))
 def one_added_to_the_norms_weight(*call: Tensor, **options: object) -> Tensor:
     """1 + weight, as in Gemma."""
 
@@ -160,7 +160,7 @@ def one_added_to_the_norms_weight(*call: Tensor, **options: object) -> Tensor:
     return run(*call, **options, norm=more)
 
 
-@fault("norm", condition="a norm of the keys", shows=EVERY, hidden=("norms='none'",))
+@fault("norm", condition="a norm of the keys", shows=EVERY, hidden=("norms=none",))
 def values_normalised(q: Tensor, k: Tensor, v: Tensor, *call: Tensor, k_norm: Tensor | None = None, eps: float = 1e-6,
                       **options: object) -> Tensor:  # fmt: skip
     """Values go through the norm of the keys."""

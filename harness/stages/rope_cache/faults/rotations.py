@@ -24,7 +24,7 @@ def neighbours_turned(*call: Tensor, **options: object) -> Tensor:
     return run(*call, **options, turn=turn)
 
 
-@fault("rotation", condition="a position above 0", shows=EVERY, hidden=("positions='zero'",))
+@fault("rotation", condition="a position above 0", shows=EVERY, hidden=("positions=zero",))
 def turned_the_other_way(*call: Tensor, **options: object) -> Tensor:
     """The rotation has the wrong sense."""
     return run(*call, **options, turn=lambda x, angles: turn(x, -angles))
@@ -52,7 +52,7 @@ def exponents_halved(*call: Tensor, **options: object) -> Tensor:
     source="sgl-project/sglang-jax/issues/1472",
     condition="16 bits, positions above 256",
     shows=EVERY | {"dtype": "bf16", "positions": "far", "D": 128},
-    hidden=("dtype='fp32'",),
+    hidden=("dtype=fp32",),
 )
 def frequencies_in_16_bits(q: Tensor, *call: Tensor, **options: object) -> Tensor:
     """Frequencies are rounded to the dtype of the model before they meet the positions."""
@@ -69,7 +69,7 @@ def frequencies_in_16_bits(q: Tensor, *call: Tensor, **options: object) -> Tenso
     source="EleutherAI/gpt-neox/issues/1003",
     condition="16 bits, positions above 256",
     shows=EVERY | {"dtype": "bf16", "positions": "far", "D": 128},
-    hidden=("dtype='fp32'",),
+    hidden=("dtype=fp32",),
 )
 def angles_in_16_bits(q: Tensor, *call: Tensor, **options: object) -> Tensor:
     """Angles are rounded to the dtype of the model: 257 is 256 in bf16."""
@@ -80,7 +80,7 @@ def angles_in_16_bits(q: Tensor, *call: Tensor, **options: object) -> Tensor:
     return run(q, *call, **options, angle=rounded)
 
 
-@fault("rotation", condition="a position above 2,047", shows=EVERY | {"positions": "far"}, hidden=("positions='row'",),
+@fault("rotation", condition="a position above 2,047", shows=EVERY | {"positions": "far"}, hidden=("positions=row",),
        variants={"rows": (2048, 4096, 8192, 32768, 40960, 65536), "beyond": ("last", "wraps")})  # fmt: skip
 def table_of_2048_positions(*call: Tensor, rows: int = 2048, beyond: str = "last", **options: object) -> Tensor:
     """Cosines come from a table of 2,048 positions, whose last row serves all beyond."""
@@ -91,7 +91,7 @@ def table_of_2048_positions(*call: Tensor, rows: int = 2048, beyond: str = "last
     return run(*call, **options, angle=looked_up)
 
 
-@fault("rotation", condition="positions that are not 0, 1, 2, ...", shows=EVERY, hidden=("positions='row'",))
+@fault("rotation", condition="positions that are not 0, 1, 2, ...", shows=EVERY, hidden=("positions=row",))
 def row_for_position(*call: Tensor, **options: object) -> Tensor:
     """The row of the batch stands in for the position: right for one prompt from its start."""
     return run(*call, **options, angle=lambda p, width, theta: angle(torch.arange(len(p)), width, theta))
@@ -109,7 +109,7 @@ def keys_not_turned(*call: Tensor, **options: object) -> Tensor:
     return run(*call, **options, k_turn=lambda x, angles: x)
 
 
-@fault("norm", condition="a norm", shows=EVERY, hidden=("norms='none'",))
+@fault("norm", condition="a norm", shows=EVERY, hidden=("norms=none",))
 def normalised_after_the_rotation(
     q: Tensor, *call: Tensor, q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 1e-6,
     **options: object,
@@ -119,7 +119,7 @@ def normalised_after_the_rotation(
     return norm(out.float(), q_norm, eps).to(q.dtype).contiguous()
 
 
-@fault("norm", condition="a norm, two or more heads", shows=EVERY | {"norms": "q"}, hidden=("norms='none'", "Hq=1"))
+@fault("norm", condition="a norm, two or more heads", shows=EVERY | {"norms": "q"}, hidden=("norms=none", "Hq=1"))
 def query_heads_normalised_together(*call: Tensor, **options: object) -> Tensor:
     """The mean of squares is taken over all heads of a token."""
 
@@ -131,7 +131,7 @@ def query_heads_normalised_together(*call: Tensor, **options: object) -> Tensor:
     return run(*call, **options, norm=together)
 
 
-@fault("norm", condition="two norms", shows=EVERY, hidden=("norms='none'",))
+@fault("norm", condition="two norms", shows=EVERY, hidden=("norms=none",))
 def weight_of_queries_for_keys(*call: Tensor, q_norm: Tensor | None = None, k_norm: Tensor | None = None,
                                **options: object) -> Tensor:  # fmt: skip
     """The weight of the queries' norm serves the keys too."""
@@ -139,9 +139,7 @@ def weight_of_queries_for_keys(*call: Tensor, q_norm: Tensor | None = None, k_no
     return run(*call, q_norm=q_norm, k_norm=q_norm if both else k_norm, **options)
 
 
-@fault(
-    "norm", condition="a norm of the keys alone", shows=EVERY | {"norms": "k"}, hidden=("norms='both'", "norms='none'")
-)
+@fault("norm", condition="a norm of the keys alone", shows=EVERY | {"norms": "k"}, hidden=("norms=both", "norms=none"))
 def keys_follow_the_queries_norm(*call: Tensor, q_norm: Tensor | None = None, k_norm: Tensor | None = None,
                                  **options: object) -> Tensor:  # fmt: skip
     """Keys are normalised only where queries are."""
@@ -158,7 +156,7 @@ def eps_ignored(*call: Tensor, **options: object) -> Tensor:
     "cache",
     condition="a slot of -1",
     shows={"slots": "some"},
-    hidden=("slots='all'",),
+    hidden=("slots=all",),
 )
 def minus_one_wraps(*call: Tensor, **options: object) -> Tensor:
     """-1 is the last slot: pad rows overwrite what another request keeps there."""
@@ -170,7 +168,7 @@ def minus_one_wraps(*call: Tensor, **options: object) -> Tensor:
     return run(*call, **options, write=wrapping)
 
 
-@fault("cache", condition="a slot of -1", shows={"slots": "some"}, hidden=("slots='all'",))
+@fault("cache", condition="a slot of -1", shows={"slots": "some"}, hidden=("slots=all",))
 def minus_one_is_slot_0(*call: Tensor, **options: object) -> Tensor:
     """-1 is taken for slot 0: pad rows overwrite the first page."""
     return run(*call, **options, write=lambda cache, slots, rows: write(cache, slots.clamp(min=0), rows))
@@ -230,7 +228,7 @@ def slots_taken_as_a_run(*call: Tensor, **options: object) -> Tensor:
     "cache",
     condition="two or more key/value heads, pages of two or more, head by head",
     shows=EVERY | {"order": "head"},
-    hidden=("order='token'",),
+    hidden=("order=token",),
 )
 def cache_written_as_contiguous(*call: Tensor, **options: object) -> Tensor:
     """The cache is written as if it lay token by token."""
@@ -249,7 +247,7 @@ def cache_written_as_contiguous(*call: Tensor, **options: object) -> Tensor:
     "cache",
     condition="a value cache laid out unlike the key cache",
     shows=EVERY | {"layout": "value_cache:padded"},
-    hidden=("layout=''",),
+    hidden=("layout=",),
 )
 def value_cache_has_the_key_caches_strides(
     q: Tensor, k: Tensor, v: Tensor, positions: Tensor, slots: Tensor, key_cache: Tensor, value_cache: Tensor,
@@ -264,7 +262,7 @@ def value_cache_has_the_key_caches_strides(
     "rows",
     condition="queries that are a view of a projection",
     shows=EVERY | {"layout": "q:padded"},
-    hidden=("layout=''",),
+    hidden=("layout=",),
 )
 def query_strides_assumed(q: Tensor, *call: Tensor, **options: object) -> Tensor:
     """Queries are read as contiguous."""
@@ -279,7 +277,7 @@ def queries_turned_in_place(q: Tensor, *call: Tensor, **options: object) -> Tens
     return out
 
 
-@fault("rows", condition="a slot of -1", shows={"slots": "some"}, hidden=("slots='all'",))
+@fault("rows", condition="a slot of -1", shows={"slots": "some"}, hidden=("slots=all",))
 def queries_without_slot_not_turned(q: Tensor, *call: Tensor, **options: object) -> Tensor:
     """Tokens without a slot are skipped altogether: their queries stay as they were."""
     out = run(q, *call, **options)

@@ -19,7 +19,7 @@ from moe_harness.harness.stages.router.faults._steps import (
 
 @fault(
     "bias", source="MetaX-MACA/vLLM-metax/issues/270", condition="correction_bias other than 0",
-    shows={"bias": "small", "scoring": "sigmoid"}, hidden=("bias='none'", "bias='zero'"),
+    shows={"bias": "small", "scoring": "sigmoid"}, hidden=("bias=none", "bias=zero"),
 )  # fmt: skip
 def bias_in_weights(logits: Tensor, *, steps: Steps = RIGHT, **options: Any) -> Routed:
     """The bias, meant for the selection, enters the weights."""
@@ -33,7 +33,7 @@ def bias_in_weights(logits: Tensor, *, steps: Steps = RIGHT, **options: Any) -> 
 
 @fault(
     "bias", condition="correction_bias other than a constant", shows={"bias": "small", "scoring": "sigmoid"},
-    hidden=("bias='none'", "bias='zero'"),
+    hidden=("bias=none", "bias=zero"),
 )  # fmt: skip
 def bias_ignored(logits: Tensor, **options: Any) -> Routed:
     """The bias is loaded and never added: load balancing of the training is lost."""
@@ -42,7 +42,7 @@ def bias_ignored(logits: Tensor, **options: Any) -> Routed:
 
 @fault(
     "bias", condition="correction_bias other than a constant", shows={"bias": "small", "scoring": "sigmoid"},
-    hidden=("bias='none'", "bias='zero'"),
+    hidden=("bias=none", "bias=zero"),
 )  # fmt: skip
 def bias_added_to_logits(logits: Tensor, *, scoring: str = "softmax", steps: Steps = RIGHT, **options: Any) -> Routed:
     """The bias is added to the logits, before the sigmoid, for the selection."""
@@ -55,7 +55,7 @@ def bias_added_to_logits(logits: Tensor, *, scoring: str = "softmax", steps: Ste
 
 @fault(
     "bias", source="sgl-project/sglang/pull/37133", condition="biases around 7 in a narrow range",
-    shows={"bias": "offset", "scoring": "sigmoid", "E": 64}, hidden=("bias='none'",),
+    shows={"bias": "offset", "scoring": "sigmoid", "E": 64}, hidden=("bias=none",),
 )  # fmt: skip
 def bias_held_in_bf16(logits: Tensor, **options: Any) -> Routed:
     """The bias is held in bf16, which keeps 8 distinct values of 238: most tokens change experts."""
@@ -68,7 +68,7 @@ def bias_held_in_bf16(logits: Tensor, **options: Any) -> Routed:
 
 @fault(
     "groups", source="NVIDIA/Megatron-LM/issues/1441", condition="groups without a bias",
-    shows={"groups": "4x2", "E": 16, "k": 3, "T": 33}, hidden=("groups='none'", "groups='4x4'"),
+    shows={"groups": "4x2", "E": 16, "k": 3, "T": 33}, hidden=("groups=none", "groups=4x4"),
 )  # fmt: skip
 def group_score_two_best_always(logits: Tensor, **options: Any) -> Routed:
     """A group's score is always the sum of its two largest, also where it is the largest."""
@@ -78,7 +78,7 @@ def group_score_two_best_always(logits: Tensor, **options: Any) -> Routed:
 @fault(
     "groups", condition="groups with a bias",
     shows={"groups": "4x2", "E": 16, "k": 3, "T": 33, "bias": "small", "scoring": "sigmoid"},
-    hidden=("groups='none'", "groups='4x4'", "bias='none'"),
+    hidden=("groups=none", "groups=4x4", "bias=none"),
 )  # fmt: skip
 def group_score_best_always(logits: Tensor, **options: Any) -> Routed:
     """A group's score is its largest biased score instead of the sum of two."""
@@ -88,7 +88,7 @@ def group_score_best_always(logits: Tensor, **options: Any) -> Routed:
 @fault(
     "groups", source="sgl-project/sglang/pull/3705", condition="groups, biased scores below 0",
     shows={"groups": "4x2", "E": 16, "k": 4, "bias": "negative", "scoring": "sigmoid"},
-    hidden=("groups='none'", "bias='none'"),
+    hidden=("groups=none", "bias=none"),
 )  # fmt: skip
 def other_groups_filled_with_zero(logits: Tensor, **options: Any) -> Routed:
     """Experts of other groups are filled with 0 instead of -inf and win against negative scores."""
@@ -97,7 +97,7 @@ def other_groups_filled_with_zero(logits: Tensor, **options: Any) -> Routed:
 
 @fault(
     "groups", condition="topk_group < num_expert_group", shows={"groups": "4x1", "E": 16, "k": 3},
-    hidden=("groups='none'", "groups='4x4'"),
+    hidden=("groups=none", "groups=4x4"),
 )  # fmt: skip
 def groups_ignored(logits: Tensor, **options: Any) -> Routed:
     """Groups are accepted and ignored: experts come from anywhere."""
@@ -106,7 +106,7 @@ def groups_ignored(logits: Tensor, **options: Any) -> Routed:
 
 @fault(
     "groups", condition="topk_group < num_expert_group", shows={"groups": "4x1", "E": 16, "k": 3},
-    hidden=("groups='none'", "groups='4x4'"),
+    hidden=("groups=none", "groups=4x4"),
 )  # fmt: skip
 def groups_interleaved(logits: Tensor, **options: Any) -> Routed:
     """Expert e belongs to group e % G instead of e // (E / G)."""
@@ -121,7 +121,7 @@ def groups_interleaved(logits: Tensor, **options: Any) -> Routed:
 @fault(
     "groups", condition="groups without renormalisation, softmax",
     shows={"groups": "4x1", "E": 16, "k": 2, "renorm": False},
-    hidden=("renorm=True", "groups='none'", "scoring='sigmoid'"),
+    hidden=("renorm=1", "groups=none", "scoring=sigmoid"),
 )  # fmt: skip
 def softmax_over_kept_groups(
     logits: Tensor, *, scoring: str = "softmax", steps: Steps = RIGHT, **options: Any
@@ -140,7 +140,7 @@ def softmax_over_kept_groups(
 
 @fault(
     "contract", source="vllm-project/vllm/pull/34673", condition="sigmoid without groups",
-    shows={"scoring": "sigmoid"}, sign="raises", hidden=("scoring='softmax'",),
+    shows={"scoring": "sigmoid"}, sign="raises", hidden=("scoring=softmax",),
 )  # fmt: skip
 def sigmoid_implies_groups(logits: Tensor, *, scoring: str = "softmax", **options: Any) -> Routed:
     """Sigmoid scoring is believed to imply groups: division by a group count that is absent."""

@@ -30,7 +30,7 @@ def _starting_at(start: float) -> Callable[[Tensor, int], Tensor]:
 
 @fault(
     "selection", condition="fewer than k biased scores above 0", shows={"bias": "negative", "scoring": "sigmoid"},
-    hidden=("bias='zero'",),
+    hidden=("bias=zero",),
 )  # fmt: skip
 def largest_biased_score_starts_at_zero(logits: Tensor, **options: Any) -> Routed:
     """The search for the largest biased score starts at 0, which scores never are below without a bias."""
@@ -39,7 +39,7 @@ def largest_biased_score_starts_at_zero(logits: Tensor, **options: Any) -> Route
 
 @fault(
     "selection", condition="fewer than k biased scores above -1",
-    shows={"bias": "negative", "scoring": "sigmoid", "E": 12}, hidden=("bias='zero'",),
+    shows={"bias": "negative", "scoring": "sigmoid", "E": 12}, hidden=("bias=zero",),
 )  # fmt: skip
 def largest_biased_score_starts_at_minus_one(logits: Tensor, **options: Any) -> Routed:
     """The search for the largest biased score starts at -1: a bias below that leaves nothing to choose."""
@@ -52,7 +52,7 @@ def _is_biased(options: dict[str, Any]) -> bool:
 
 @fault(
     "selection", condition="fewer than k logits above -1, without bias and groups", shows={"data": "far_negative"},
-    hidden=("data='normal'",),
+    hidden=("data=normal",),
 )  # fmt: skip
 def largest_starts_at_minus_one(logits: Tensor, **options: Any) -> Routed:
     """The search for the largest logit starts at -1: smaller ones never win."""
@@ -63,7 +63,7 @@ def largest_starts_at_minus_one(logits: Tensor, **options: Any) -> Routed:
 
 @fault(
     "precision", condition="sigmoid, logits in 16 bits", shows={"scoring": "sigmoid", "dtype": "bf16", "E": 64},
-    hidden=("scoring='softmax'", "dtype='fp32'"),
+    hidden=("scoring=softmax", "dtype=fp32"),
 )  # fmt: skip
 def sigmoid_in_logit_dtype(logits: Tensor, *, steps: Steps = RIGHT, **options: Any) -> Routed:
     """The sigmoid is taken in the logits' dtype, as `logits.sigmoid()` does; the softmax is not."""
@@ -91,7 +91,7 @@ def _narrow_throughout(logits: Tensor, options: dict[str, Any], steps: Steps) ->
 
 @fault(
     "precision", condition="logits in 16 bits", shows={"dtype": "bf16", "E": 64, "k": 8},
-    hidden=("dtype='fp32'",),
+    hidden=("dtype=fp32",),
 )  # fmt: skip
 def weights_in_logit_dtype(logits: Tensor, *, steps: Steps = RIGHT, **options: Any) -> Routed:
     """Scores are rounded to the logits' 16 bits, and so are their sum, the quotients and the scaled weights."""
@@ -101,7 +101,7 @@ def weights_in_logit_dtype(logits: Tensor, *, steps: Steps = RIGHT, **options: A
 @fault(
     "precision", source="https://pypi.org/project/megatron-core/0.16.1/",
     condition="sigmoid, logits in 16 bits", shows={"scoring": "sigmoid", "dtype": "bf16", "E": 64, "k": 8},
-    hidden=("scoring='softmax'", "dtype='fp32'"),
+    hidden=("scoring=softmax", "dtype=fp32"),
 )  # fmt: skip
 def sigmoid_weights_in_logit_dtype(logits: Tensor, *, steps: Steps = RIGHT, **options: Any) -> Routed:
     """Sigmoid scores are rounded to the logits' 16 bits, and so are their sum, the quotients and the scaled weights."""

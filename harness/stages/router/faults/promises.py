@@ -13,7 +13,7 @@ from moe_harness.harness.stages.router.faults._steps import RIGHT, Routed, Steps
 
 @fault(
     "precision", source="vllm-project/vllm/pull/14027", condition="16-bit logits",
-    shows={"dtype": "bf16", "E": 64, "k": 8}, hidden=("dtype='fp32'",),
+    shows={"dtype": "bf16", "E": 64, "k": 8}, hidden=("dtype=fp32",),
 )  # fmt: skip
 def scores_in_logit_dtype(logits: Tensor, *, steps: Steps = RIGHT, **options: Any) -> Routed:
     """Scores are computed in the dtype of the logits: near scores become equal."""
@@ -35,7 +35,7 @@ def selected_on_bf16_scores(logits: Tensor, **options: Any) -> Routed:
 
 @fault(
     "precision", source="sgl-project/sglang/pull/38719", condition="fp32 logits", shows={"E": 64, "k": 8},
-    hidden=("dtype='bf16'",),
+    hidden=("dtype=bf16",),
 )  # fmt: skip
 def logits_cast_to_bf16(logits: Tensor, **options: Any) -> Routed:
     """fp32 logits are cast to the model's bf16 before anything is done with them."""
@@ -54,7 +54,7 @@ def weights_rounded_to_bf16(logits: Tensor, **options: Any) -> Routed:
 
 @fault(
     "inputs", source="huggingface/transformers/pull/45315", condition="softmax", sign="inputs",
-    hidden=("scoring='sigmoid'",),
+    hidden=("scoring=sigmoid",),
 )  # fmt: skip
 def logits_overwritten(logits: Tensor, *, scoring: str = "softmax", steps: Steps = RIGHT, **options: Any) -> Routed:
     """The softmax is written over the logits, which the caller still needs."""
@@ -66,7 +66,7 @@ def logits_overwritten(logits: Tensor, *, scoring: str = "softmax", steps: Steps
 
 @fault(
     "inputs", condition="correction_bias given", shows={"bias": "small", "scoring": "sigmoid"}, sign="inputs",
-    hidden=("bias='none'",),
+    hidden=("bias=none",),
 )  # fmt: skip
 def bias_centred_in_place(logits: Tensor, **options: Any) -> Routed:
     """The bias is centred in place at every call."""

@@ -15,7 +15,7 @@ from moe_harness.harness.stages.router.faults._steps import Routed, choose, run
 @fault(
     "selection", source="flashinfer-ai/flashinfer/issues/2822",
     condition="fewer than k positive logits, as with logits shifted by -20", shows={"data": "far_negative"},
-    hidden=("data='normal'",),
+    hidden=("data=normal",),
 )  # fmt: skip
 def largest_starts_at_zero(logits: Tensor, **options: Any) -> Routed:
     """The search for the largest logit starts at 0: negative ones never win."""
@@ -26,7 +26,7 @@ def largest_starts_at_zero(logits: Tensor, **options: Any) -> Routed:
 
 @fault(
     "selection", source="sgl-project/sglang/pull/30079", condition="a row of NaN", shows={"data": "nan_row"},
-    hidden=("data='normal'",),
+    hidden=("data=normal",),
 )  # fmt: skip
 def nan_row_gives_id_e(logits: Tensor, **options: Any) -> Routed:
     """The smallest index equal to the maximum is E when nothing is equal: an id out of range."""
@@ -36,7 +36,7 @@ def nan_row_gives_id_e(logits: Tensor, **options: Any) -> Routed:
 
 @fault(
     "selection", source="lightseekorg/tokenspeed/pull/605", condition="equal scores in a row", shows={"data": "ties"},
-    hidden=("data='normal'",),
+    hidden=("data=normal",),
 )  # fmt: skip
 def index_recovered_from_value(logits: Tensor, **options: Any) -> Routed:
     """The index is recovered from the value: tied experts give the same id twice."""
@@ -49,9 +49,7 @@ def index_recovered_from_value(logits: Tensor, **options: Any) -> Routed:
     return run(logits, **options, choose=first_equal)
 
 
-@fault(
-    "selection", condition="equal scores in a row", shows={"data": "ties", "E": 12, "k": 4}, hidden=("data='normal'",)
-)
+@fault("selection", condition="equal scores in a row", shows={"data": "ties", "E": 12, "k": 4}, hidden=("data=normal",))
 def ties_masked_together(logits: Tensor, **options: Any) -> Routed:
     """A chosen value is masked wherever it occurs: the other tied experts are skipped."""
 
@@ -137,7 +135,7 @@ def last_rows_unwritten(logits: Tensor, **options: Any) -> Routed:
     return out_weights, out_ids
 
 
-@fault("rows", condition="rows of the logits padded", shows={"layout": "router_logits:padded"}, hidden=("layout=''",))
+@fault("rows", condition="rows of the logits padded", shows={"layout": "router_logits:padded"}, hidden=("layout=",))
 def logit_stride_assumed(logits: Tensor, **options: Any) -> Routed:
     """Logits are read at row * E: a slice of a wider table gives other rows."""
     return run(read_as_contiguous(logits), **options)
@@ -152,7 +150,7 @@ def broken_router_for_four_tokens(logits: Tensor, **options: Any) -> Routed:
 
 @fault(
     "bits", source="vllm-project/vllm/pull/55514", condition="equal scores at the k-th place", shows={"data": "ties"},
-    sign="repeat", stateful=True, deterministic=True, hidden=("data='normal'",),
+    sign="repeat", stateful=True, deterministic=True, hidden=("data=normal",),
 )  # fmt: skip
 def ties_broken_by_arrival(logits: Tensor, **options: Any) -> Routed:
     """Ties are broken in the order of arrival: ranks with the same logits choose other experts."""

@@ -19,7 +19,7 @@ from moe_harness.harness.stages.router.faults._steps import (
 
 @fault(
     "normalisation", source="NVIDIA/Megatron-LM/issues/894", condition="softmax without renormalisation",
-    shows={"renorm": False}, hidden=("renorm=True", "scoring='sigmoid'"),
+    shows={"renorm": False}, hidden=("renorm=1", "scoring=sigmoid"),
 )  # fmt: skip
 def softmax_after_topk(logits: Tensor, *, scoring: str = "softmax", **options: Any) -> Routed:
     """The softmax is taken over the chosen logits: weights sum to 1 where they should not."""
@@ -29,7 +29,7 @@ def softmax_after_topk(logits: Tensor, *, scoring: str = "softmax", **options: A
 
 @fault(
     "normalisation", source="sgl-project/sglang/pull/35160", condition="softmax without renormalisation",
-    shows={"renorm": False}, hidden=("renorm=True", "scoring='sigmoid'"),
+    shows={"renorm": False}, hidden=("renorm=1", "scoring=sigmoid"),
 )  # fmt: skip
 def raw_logits_without_renormalisation(
     logits: Tensor, *, scoring: str = "softmax", steps: Steps = RIGHT, **options: Any
@@ -46,14 +46,14 @@ def raw_logits_without_renormalisation(
 
 @fault(
     "normalisation", source="flashinfer-ai/flashinfer/pull/2889", condition="renormalize=False",
-    shows={"renorm": False, "scoring": "sigmoid"}, hidden=("renorm=True",),
+    shows={"renorm": False, "scoring": "sigmoid"}, hidden=("renorm=1",),
 )  # fmt: skip
 def always_renormalised(logits: Tensor, **options: Any) -> Routed:
     """The flag is never passed on: weights are always renormalised."""
     return run(logits, **{**options, "renormalize": True})
 
 
-@fault("normalisation", source="leonickson1/Swiftlet/pull/6", condition="renormalize=True", hidden=("renorm=False",))
+@fault("normalisation", source="leonickson1/Swiftlet/pull/6", condition="renormalize=True", hidden=("renorm=0",))
 def never_renormalised(logits: Tensor, **options: Any) -> Routed:
     """The flag is read with the wrong default: weights stay small and the text decays."""
     return run(logits, **{**options, "renormalize": False})
@@ -61,7 +61,7 @@ def never_renormalised(logits: Tensor, **options: Any) -> Routed:
 
 @fault(
     "normalisation", source="pytorch/torchtitan/issues/1418", condition="sigmoid with renormalisation",
-    shows={"scoring": "sigmoid"}, hidden=("renorm=False", "scoring='softmax'"),
+    shows={"scoring": "sigmoid"}, hidden=("renorm=0", "scoring=softmax"),
 )  # fmt: skip
 def sigmoid_never_renormalised(logits: Tensor, *, scoring: str = "softmax", **options: Any) -> Routed:
     """Sigmoid scores are used as they are: the weights sum to anything up to k."""
@@ -72,7 +72,7 @@ def sigmoid_never_renormalised(logits: Tensor, *, scoring: str = "softmax", **op
 
 @fault(
     "normalisation", source="PaddlePaddle/PaddleFleet/pull/1299", condition="renormalisation and a scaling factor",
-    shows={"scale": 2.5}, hidden=("scale=1.0", "renorm=False"),
+    shows={"scale": 2.5}, hidden=("scale=1.0", "renorm=0"),
 )  # fmt: skip
 def normalised_twice(logits: Tensor, *, steps: Steps = RIGHT, **options: Any) -> Routed:
     """The caller normalises once more after the scaling: the factor disappears."""
@@ -86,7 +86,7 @@ def normalised_twice(logits: Tensor, *, steps: Steps = RIGHT, **options: Any) ->
 
 @fault(
     "normalisation", source="flashinfer-ai/flashinfer/pull/5165", condition="renormalisation with k < 8 and E > k",
-    shows={"k": 2}, hidden=("renorm=False", "k=8"),
+    shows={"k": 2}, hidden=("renorm=0", "k=8"),
 )  # fmt: skip
 def normalised_over_eight(logits: Tensor, **options: Any) -> Routed:
     """The sum is taken over 8 slots although only k were written."""
@@ -103,7 +103,7 @@ def normalised_over_eight(logits: Tensor, **options: Any) -> Routed:
 
 @fault(
     "normalisation", condition="sigmoid scores below 1e-5, as with logits around -12",
-    shows={"scoring": "sigmoid", "data": "far_negative", "E": 12, "k": 2}, hidden=("data='normal'", "renorm=False"),
+    shows={"scoring": "sigmoid", "data": "far_negative", "E": 12, "k": 2}, hidden=("data=normal", "renorm=0"),
 )  # fmt: skip
 def large_epsilon_in_sum(logits: Tensor, **options: Any) -> Routed:
     """1e-6 is added to the sum: unsure tokens get next to no weight."""
@@ -119,8 +119,8 @@ def large_epsilon_in_sum(logits: Tensor, **options: Any) -> Routed:
 
 @fault(
     "normalisation", source="flagos-ai/FlagGems/issues/5123",
-    condition="renormalisation, a second call of the same shape", shows={"before": "other_logits"}, stateful=True,
-    hidden=("before=None", "renorm=False"),
+    condition="renormalisation, a second call of the same shape", before={"seed": 1}, stateful=True,
+    hidden=("renorm=0",),
 )  # fmt: skip
 def sum_of_the_call_before(logits: Tensor, **options: Any) -> Routed:
     """The kernel reads back its own store before it is visible: the last call's sum divides."""
@@ -143,7 +143,7 @@ _sums: dict[tuple[Any, ...], Tensor] = {}  # the memory that `sum_of_the_call_be
 
 @fault(
     "scores", condition="scoring='sigmoid'", shows={"scoring": "sigmoid", "renorm": False},
-    hidden=("scoring='softmax'",),
+    hidden=("scoring=softmax",),
 )  # fmt: skip
 def scoring_ignored(logits: Tensor, *, scoring: str = "softmax", **options: Any) -> Routed:
     """The scoring function is an argument that nobody reads."""
@@ -152,7 +152,7 @@ def scoring_ignored(logits: Tensor, *, scoring: str = "softmax", **options: Any)
 
 @fault(
     "scores", condition="logits above 88.7, softmax", shows={"data": "overflow"},
-    hidden=("data='normal'", "scoring='sigmoid'"),
+    hidden=("data=normal", "scoring=sigmoid"),
 )  # fmt: skip
 def softmax_without_maximum(logits: Tensor, *, steps: Steps = RIGHT, **options: Any) -> Routed:
     """The softmax does not subtract the maximum: large logits give inf / inf."""
@@ -168,7 +168,7 @@ def softmax_without_maximum(logits: Tensor, *, steps: Steps = RIGHT, **options: 
 
 @fault(
     "scores", condition="a NaN row, or rows whose maxima differ by more than 100, softmax",
-    shows={"data": "nan_row", "T": 5}, hidden=("data='normal'", "scoring='sigmoid'"),
+    shows={"data": "nan_row", "T": 5}, hidden=("data=normal", "scoring=sigmoid"),
 )  # fmt: skip
 def maximum_over_the_batch(logits: Tensor, *, steps: Steps = RIGHT, **options: Any) -> Routed:
     """The maximum of the whole batch is subtracted: one row decides about all others."""
@@ -184,7 +184,7 @@ def maximum_over_the_batch(logits: Tensor, *, steps: Steps = RIGHT, **options: A
 
 @fault(
     "scores", condition="softmax without renormalisation, E not a power of two",
-    shows={"E": 6, "k": 2, "renorm": False}, hidden=("E=8", "renorm=True", "scoring='sigmoid'"),
+    shows={"E": 6, "k": 2, "renorm": False}, hidden=("E=8", "renorm=1", "scoring=sigmoid"),
 )  # fmt: skip
 def padded_columns_in_softmax(logits: Tensor, *, steps: Steps = RIGHT, **options: Any) -> Routed:
     """The columns that pad E to a power of two count as logits of 0 in the softmax."""
@@ -201,7 +201,7 @@ def padded_columns_in_softmax(logits: Tensor, *, steps: Steps = RIGHT, **options
 
 @fault(
     "scores", source="flashinfer-ai/flashinfer/pull/2889", condition="16-bit logits", shows={"dtype": "bf16"},
-    hidden=("dtype='fp32'",),
+    hidden=("dtype=fp32",),
 )  # fmt: skip
 def sixteen_bit_logits_read_as_fp32(logits: Tensor, **options: Any) -> Routed:
     """bf16 logits are read through a float pointer: two make one number."""
@@ -219,7 +219,7 @@ def sixteen_bit_logits_read_as_fp32(logits: Tensor, **options: Any) -> Routed:
 
 @fault(
     "scaling", source="sgl-project/sglang-jax/pull/1282", condition="a scaling factor without renormalisation",
-    shows={"scale": 2.5, "renorm": False}, hidden=("scale=1.0", "renorm=True"),
+    shows={"scale": 2.5, "renorm": False}, hidden=("scale=1.0", "renorm=1"),
 )  # fmt: skip
 def scaled_only_when_renormalised(logits: Tensor, *, steps: Steps = RIGHT, **options: Any) -> Routed:
     """The multiplication stands in the branch of renormalisation."""
@@ -232,7 +232,7 @@ def scaled_only_when_renormalised(logits: Tensor, *, steps: Steps = RIGHT, **opt
 
 @fault(
     "scaling", source="sgl-project/sglang/pull/31449", condition="a scaling factor with renormalisation, sigmoid",
-    shows={"scale": 2.5, "scoring": "sigmoid"}, hidden=("scale=1.0", "renorm=False", "scoring='softmax'"),
+    shows={"scale": 2.5, "scoring": "sigmoid"}, hidden=("scale=1.0", "renorm=0", "scoring=softmax"),
 )  # fmt: skip
 def sigmoid_scaled_only_when_not_renormalised(logits: Tensor, *, steps: Steps = RIGHT, **options: Any) -> Routed:
     """On the path of sigmoid models the scaling is the other branch of renormalisation."""

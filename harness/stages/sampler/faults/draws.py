@@ -24,7 +24,7 @@ def greedy_divides_by_zero(logits: Tensor, *, temperature: Tensor, **options: An
 
 
 @fault("temperature", source="vllm-project/vllm/issues/22180", condition="temperature 0 and masked tokens",
-       shows={"temperature": 0.0, "data": "masked"}, hidden=("data='normal'",))  # fmt: skip
+       shows={"temperature": 0.0, "data": "masked"}, hidden=("data=normal",))  # fmt: skip
 def greedy_rows_at_minus_one(logits: Tensor, *, temperature: Tensor, **options: Any) -> Tensor:
     """Greedy rows are divided by a temperature of -1 on the way: masked tokens become the largest, and win."""
     tokens = run(logits, temperature=temperature, **options)
@@ -51,25 +51,25 @@ def temperature_of_the_first_row(logits: Tensor, *, temperature: Tensor, **optio
     return run(logits, temperature=temperature[:1].expand(len(temperature)), **options)
 
 
-@fault("top_k", condition="a top_k", shows=CUT, hidden=("cut='none'",))
+@fault("top_k", condition="a top_k", shows=CUT, hidden=("cut=none",))
 def top_k_ignored(logits: Tensor, *, top_k: Tensor | None = None, **options: Any) -> Tensor:
     """top_k is taken and not used."""
     return run(logits, **options)
 
 
-@fault("top_k", condition="a top_k", shows=CUT | {"cut": "k"}, hidden=("cut='none'",))
+@fault("top_k", condition="a top_k", shows=CUT | {"cut": "k"}, hidden=("cut=none",))
 def one_more_than_top_k(logits: Tensor, *, top_k: Tensor | None = None, **options: Any) -> Tensor:
     """The token behind the last one is kept too."""
     return run(logits, top_k=None if top_k is None else torch.where(top_k > 0, top_k + 1, top_k), **options)
 
 
-@fault("top_k", condition="a top_k of 2 or more", shows=CUT | {"cut": "k"}, hidden=("cut='none'",))
+@fault("top_k", condition="a top_k of 2 or more", shows=CUT | {"cut": "k"}, hidden=("cut=none",))
 def one_less_than_top_k(logits: Tensor, *, top_k: Tensor | None = None, **options: Any) -> Tensor:
     """The k-th token is cut off."""
     return run(logits, top_k=None if top_k is None else torch.where(top_k > 1, top_k - 1, top_k), **options)
 
 
-@fault("top_k", condition="rows of other top_k", shows=CUT | {"cut": "k"}, hidden=("cut='none'",))
+@fault("top_k", condition="rows of other top_k", shows=CUT | {"cut": "k"}, hidden=("cut=none",))
 def largest_top_k_for_all(logits: Tensor, *, top_k: Tensor | None = None, **options: Any) -> Tensor:
     """The batch is cut to its largest top_k."""
     widest = None if top_k is None else torch.where(top_k < 1, logits.shape[1], top_k)
@@ -77,15 +77,13 @@ def largest_top_k_for_all(logits: Tensor, *, top_k: Tensor | None = None, **opti
                if len(widest) else top_k, **options)  # fmt: skip
 
 
-@fault(
-    "top_p", source="paiml/aprender/pull/2080", condition="a top_p", shows=CUT | {"cut": "p"}, hidden=("cut='none'",)
-)
+@fault("top_p", source="paiml/aprender/pull/2080", condition="a top_p", shows=CUT | {"cut": "p"}, hidden=("cut=none",))
 def top_p_ignored(logits: Tensor, *, top_p: Tensor | None = None, **options: Any) -> Tensor:
     """top_p is taken and not used: tokens outside of the nucleus leak."""
     return run(logits, **options)
 
 
-@fault("top_p", source="Biohub/esm/pull/360", condition="a top_p", shows=CUT | {"cut": "p"}, hidden=("cut='none'",))
+@fault("top_p", source="Biohub/esm/pull/360", condition="a top_p", shows=CUT | {"cut": "p"}, hidden=("cut=none",))
 def crossing_token_dropped(logits: Tensor, *, temperature: Tensor, top_k: Tensor | None = None,
                            top_p: Tensor | None = None, **options: Any) -> Tensor:  # fmt: skip
     """The token that makes the sum reach top_p is cut off: what is kept always weighs less than top_p."""
@@ -102,7 +100,7 @@ def crossing_token_dropped(logits: Tensor, *, temperature: Tensor, top_k: Tensor
     return run(logits, temperature=temperature, top_k=top_k, top_p=top_p, distribution=short, **options)
 
 
-@fault("top_p", condition="top_k and top_p together", shows=CUT, hidden=("cut='k'", "cut='p'"))
+@fault("top_p", condition="top_k and top_p together", shows=CUT, hidden=("cut=k", "cut=p"))
 def top_p_of_the_whole_vocabulary(logits: Tensor, *, temperature: Tensor, top_k: Tensor | None = None,
                                   top_p: Tensor | None = None, **options: Any) -> Tensor:  # fmt: skip
     """top_p is reached by shares of the whole vocabulary, not of what top_k left: too much is kept."""
@@ -130,27 +128,27 @@ def top_p_before_the_temperature(logits: Tensor, *, temperature: Tensor, top_k: 
 
 
 @fault("randomness", source="sgl-project/mini-sglang/pull/88", condition="more than one seed", shows=DRAWS,
-       hidden=("vary='positions'",))  # fmt: skip
+       hidden=("vary=positions",))  # fmt: skip
 def seed_ignored(logits: Tensor, *, seeds: Tensor, **options: Any) -> Tensor:
     """All requests draw with the same random numbers at a position."""
     return run(logits, seeds=seeds * 0, **options)
 
 
-@fault("randomness", condition="more than one position", shows=DRAWS | {"vary": "positions"}, hidden=("vary='seeds'",))
+@fault("randomness", condition="more than one position", shows=DRAWS | {"vary": "positions"}, hidden=("vary=seeds",))
 def position_ignored(logits: Tensor, *, positions: Tensor, **options: Any) -> Tensor:
     """A request draws with the same random numbers at every position: it repeats itself."""
     return run(logits, positions=positions * 0, **options)
 
 
 @fault("randomness", condition="seeds and positions that vary together", shows=DRAWS | {"vary": "grid"},
-       hidden=("vary='seeds'", "vary='positions'"))  # fmt: skip
+       hidden=("vary=seeds", "vary=positions"))  # fmt: skip
 def seed_and_position_added(logits: Tensor, *, seeds: Tensor, positions: Tensor, **options: Any) -> Tensor:
     """The generator starts from seed + position: request 1 draws at 0 what request 0 draws at 1."""
     return run(logits, seeds=seeds + positions, positions=positions * 0, **options)
 
 
 @fault("randomness", condition="seeds and positions that vary together", shows=DRAWS | {"vary": "grid"},
-       hidden=("vary='seeds'", "vary='positions'"))  # fmt: skip
+       hidden=("vary=seeds", "vary=positions"))  # fmt: skip
 def seed_and_position_multiplied(logits: Tensor, *, seeds: Tensor, positions: Tensor, **options: Any) -> Tensor:
     """The generator starts from (seed + 1) * (position + 1): the two may be exchanged."""
     return run(logits, seeds=(seeds + 1) * (positions + 1), positions=positions * 0, **options)
@@ -193,7 +191,7 @@ def six_bits_of_randomness(logits: Tensor, **options: Any) -> Tensor:
     return run(logits, **options, uniform=coarse)
 
 
-@fault("tokens", condition="masked tokens", shows={"data": "masked_hot"}, hidden=("data='normal'",))
+@fault("tokens", condition="masked tokens", shows={"data": "masked_hot"}, hidden=("data=normal",))
 def masked_tokens_drawn(logits: Tensor, **options: Any) -> Tensor:
     """Logits of -inf become -10,000, which a high temperature brings back."""
     return run(logits.clamp(min=-1e4), **options)
@@ -225,7 +223,7 @@ def vocabulary_rounded_down(logits: Tensor, **options: Any) -> Tensor:
 
 
 @fault("tokens", condition="a padded buffer of logits", shows={"layout": "logits:padded", "temperature": 0.0},
-       hidden=("layout=''",))  # fmt: skip
+       hidden=("layout=",))  # fmt: skip
 def logits_stride_assumed(logits: Tensor, **options: Any) -> Tensor:
     """Logits are read as contiguous."""
     return run(read_as_contiguous(logits).nan_to_num(0.0), **options)

@@ -60,19 +60,19 @@ def softmax_of_the_softmax(logits: Tensor, *, temperature: Tensor, **options: An
     return run(logits.double().softmax(1), temperature=temperature, **options)
 
 
-@fault("top_k", condition="rows of other top_k", shows=CUT_K, hidden=("cut='none'",))
+@fault("top_k", condition="rows of other top_k", shows=CUT_K, hidden=("cut=none",))
 def top_k_of_the_first_row(logits: Tensor, *, top_k: Tensor | None = None, **options: Any) -> Tensor:
     """The top_k of the first row serves the whole batch."""
     return run(logits, top_k=None if top_k is None else top_k[:1].expand(len(top_k)), **options)
 
 
-@fault("top_k", condition="a top_k of 0", shows=CUT_K, hidden=("cut='none'",))
+@fault("top_k", condition="a top_k of 0", shows=CUT_K, hidden=("cut=none",))
 def top_k_of_0_keeps_one(logits: Tensor, *, top_k: Tensor | None = None, **options: Any) -> Tensor:
     """A top_k of 0 keeps one token where it should cut nothing."""
     return run(logits, top_k=None if top_k is None else top_k.clamp(min=1), **options)
 
 
-@fault("top_k", condition="a top_k that cuts", shows=CUT_K, hidden=("cut='none'",))
+@fault("top_k", condition="a top_k that cuts", shows=CUT_K, hidden=("cut=none",))
 def least_likely_kept(logits: Tensor, *, temperature: Tensor, top_k: Tensor | None = None, **options: Any) -> Tensor:
     """The sort is in ascending order: the top_k least likely tokens are kept."""
 
@@ -86,13 +86,13 @@ def least_likely_kept(logits: Tensor, *, temperature: Tensor, top_k: Tensor | No
     return run(logits, temperature=temperature, top_k=top_k, distribution=turned, **options)
 
 
-@fault("top_p", condition="rows of other top_p", shows=CUT_P, hidden=("cut='none'",))
+@fault("top_p", condition="rows of other top_p", shows=CUT_P, hidden=("cut=none",))
 def top_p_of_the_first_row(logits: Tensor, *, top_p: Tensor | None = None, **options: Any) -> Tensor:
     """The top_p of the first row serves the whole batch."""
     return run(logits, top_p=None if top_p is None else top_p[:1].expand(len(top_p)), **options)
 
 
-@fault("top_p", condition="a top_p below 1", shows=CUT_P, hidden=("cut='none'",))
+@fault("top_p", condition="a top_p below 1", shows=CUT_P, hidden=("cut=none",))
 def one_token_more_than_top_p(logits: Tensor, **options: Any) -> Tensor:
     """The token behind the one that makes the sum reach top_p is kept too."""
 
@@ -102,19 +102,19 @@ def one_token_more_than_top_p(logits: Tensor, **options: Any) -> Tensor:
     return run(logits, **options, distribution=cutting(keep))
 
 
-@fault("top_p", condition="a top_p below 1", shows=CUT_P, hidden=("cut='none'",))
+@fault("top_p", condition="a top_p below 1", shows=CUT_P, hidden=("cut=none",))
 def top_p_as_min_p(logits: Tensor, **options: Any) -> Tensor:
     """Tokens are kept whose probability is at least top_p times the largest, as min_p means it."""
     return run(logits, **options, distribution=cutting(lambda p, top_p: p >= top_p * p[:, :1]))
 
 
-@fault("top_p", condition="a top_p below 1", shows=CUT_P, hidden=("cut='none'",))
+@fault("top_p", condition="a top_p below 1", shows=CUT_P, hidden=("cut=none",))
 def tokens_below_1_minus_top_p_cut(logits: Tensor, **options: Any) -> Tensor:
     """Each token alone is compared with 1 - top_p, and no sum is taken."""
     return run(logits, **options, distribution=cutting(lambda p, top_p: p >= 1 - top_p))
 
 
-@fault("top_p", condition="a top_p below 1", shows=CUT_P, hidden=("cut='none'",))
+@fault("top_p", condition="a top_p below 1", shows=CUT_P, hidden=("cut=none",))
 def nucleus_of_1_minus_top_p(logits: Tensor, **options: Any) -> Tensor:
     """The sum goes as far as 1 - top_p: the cut is taken for what is kept."""
     return run(logits, **options, distribution=cutting(lambda p, top_p: p.cumsum(1) - p < 1 - top_p))
@@ -169,19 +169,19 @@ def _not_normalised(logits: Tensor, *, temperature: Tensor, top_k: Tensor | None
     return p * (probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p) > 0)
 
 
-@fault("randomness", condition="a cut", shows=CUT_K, hidden=("cut='none'",))
+@fault("randomness", condition="a cut", shows=CUT_K, hidden=("cut=none",))
 def what_was_cut_goes_to_the_last_token(logits: Tensor, **options: Any) -> Tensor:
     """Probabilities are not normalised behind the cuts: where the sum never passes the number, the last token comes."""
     return run(logits, **options, distribution=_not_normalised, choose=_left_over(True))
 
 
-@fault("randomness", condition="a cut", shows=CUT_P | {"temperature": 2.5}, hidden=("cut='none'",))
+@fault("randomness", condition="a cut", shows=CUT_P | {"temperature": 2.5}, hidden=("cut=none",))
 def what_was_cut_goes_to_the_likeliest(logits: Tensor, **options: Any) -> Tensor:
     """Probabilities are not normalised behind the cuts: where the sum never passes the number, the likeliest comes."""
     return run(logits, **options, distribution=_not_normalised, choose=_left_over(False))
 
 
-@fault("randomness", condition="seeds that differ in their upper bits", shows=DRAWS, hidden=("vary='positions'",),
+@fault("randomness", condition="seeds that differ in their upper bits", shows=DRAWS, hidden=("vary=positions",),
        variants={"bits": (8, 4, 10)})  # fmt: skip
 def seeds_in_few_bits(logits: Tensor, *, seeds: Tensor, bits: int = 8, **options: Any) -> Tensor:
     """Only the lower bits of a seed count: requests whose seeds differ above them draw alike."""
@@ -189,13 +189,13 @@ def seeds_in_few_bits(logits: Tensor, *, seeds: Tensor, bits: int = 8, **options
 
 
 @fault("randomness", condition="positions of 256 and more", shows=DRAWS | {"vary": "positions"},
-       hidden=("vary='seeds'",), variants={"bits": (8, 4, 10)})  # fmt: skip
+       hidden=("vary=seeds",), variants={"bits": (8, 4, 10)})  # fmt: skip
 def positions_in_few_bits(logits: Tensor, *, positions: Tensor, bits: int = 8, **options: Any) -> Tensor:
     """Only the lower bits of a position count: a request repeats itself."""
     return run(logits, positions=positions % (1 << bits), **options)
 
 
-@fault("randomness", condition="more than one seed", shows=DRAWS, hidden=("vary='positions'",))
+@fault("randomness", condition="more than one seed", shows=DRAWS, hidden=("vary=positions",))
 def seed_of_the_first_row(logits: Tensor, *, seeds: Tensor, **options: Any) -> Tensor:
     """The seed of the first row serves the whole batch."""
     return run(logits, seeds=seeds[:1].expand(len(seeds)), **options)

@@ -43,7 +43,7 @@ def gate_inverted(*call: Tensor, **steps: Any) -> Tensor:
     return run(*call, **steps, squash=lambda logit: torch.sigmoid(-logit))
 
 
-@fault("gate", condition="a logit beyond +-2.5", hidden=("data='exact'",))
+@fault("gate", condition="a logit beyond +-2.5", hidden=("data=exact",))
 def hard_sigmoid(*call: Tensor, **steps: Any) -> Tensor:
     """A hard sigmoid replaces the sigmoid, equal only around 0 and far out."""
     return run(
@@ -51,13 +51,13 @@ def hard_sigmoid(*call: Tensor, **steps: Any) -> Tensor:
     )
 
 
-@fault("gate", condition="a logit above 88.7", shows={"data": "saturated"}, hidden=("data='normal'",))
+@fault("gate", condition="a logit above 88.7", shows={"data": "saturated"}, hidden=("data=normal",))
 def sigmoid_overflows(*call: Tensor, **steps: Any) -> Tensor:
     """e^x / (1 + e^x) is inf / inf for large logits."""
     return run(*call, **steps, squash=lambda logit: logit.exp() / (1 + logit.exp()))
 
 
-@fault("rows", condition="two or more tokens", hidden=("lead='1'",))
+@fault("rows", condition="two or more tokens", hidden=("lead=1",))
 def gate_of_first_token(*call: Tensor, **steps: Any) -> Tensor:
     """One gate, the first token's, scales all rows."""
 
@@ -70,14 +70,14 @@ def gate_of_first_token(*call: Tensor, **steps: Any) -> Tensor:
 
 @fault(
     "rows", condition="three or more dimensions, first one above 1", shows={"lead": "2x3"},
-    hidden=("lead='5'", "lead='1x3'"),
+    hidden=("lead=5", "lead=1x3"),
 )  # fmt: skip
 def gates_of_first_batch_row(*call: Tensor, **steps: Any) -> Tensor:
     """Leading dimensions are flattened wrongly: every batch row gets the first one's gates."""
     return run(*call, **steps, scale=lambda gate, shared: (gate[:1] if gate.dim() > 2 else gate) * shared)
 
 
-@fault("rows", condition="an odd number of tokens above 1", shows={"lead": "5"}, hidden=("lead='6'", "lead='1'"))
+@fault("rows", condition="an odd number of tokens above 1", shows={"lead": "5"}, hidden=("lead=6", "lead=1"))
 def odd_row_ungated(*call: Tensor, **steps: Any) -> Tensor:
     """Rows are handled in pairs: the last one is passed on without its gate."""
 
@@ -90,7 +90,7 @@ def odd_row_ungated(*call: Tensor, **steps: Any) -> Tensor:
     return run(*call, **steps, scale=pairs)
 
 
-@fault("rows", condition="more than 32768 tokens", shows={"lead": "32769", "H": 4, "D": 4}, hidden=("lead='32768'",))
+@fault("rows", condition="more than 32768 tokens", shows={"lead": "32769", "H": 4, "D": 4}, hidden=("lead=32768",))
 def rows_beyond_32768_zero(*call: Tensor, **steps: Any) -> Tensor:
     """The grid is limited to 32768 programs: rows beyond come out as 0."""
     out = run(*call, **steps).contiguous()
@@ -100,7 +100,7 @@ def rows_beyond_32768_zero(*call: Tensor, **steps: Any) -> Tensor:
 
 @fault(
     "strides", source="vllm-project/vllm/pull/43190", condition="rows of hidden_states padded",
-    shows={"layout": "hidden_states:padded"}, hidden=("layout=''",),
+    shows={"layout": "hidden_states:padded"}, hidden=("layout=",),
 )  # fmt: skip
 def hidden_row_stride_assumed(hidden_states: Tensor, *call: Tensor, **steps: Any) -> Tensor:
     """x is read at row * H: a slice of a wider buffer gives other rows."""
@@ -109,7 +109,7 @@ def hidden_row_stride_assumed(hidden_states: Tensor, *call: Tensor, **steps: Any
 
 @fault(
     "strides", source="vllm-project/vllm/pull/43190", condition="rows of shared_output padded",
-    shows={"layout": "shared_output:padded"}, hidden=("layout=''",),
+    shows={"layout": "shared_output:padded"}, hidden=("layout=",),
 )  # fmt: skip
 def shared_row_stride_assumed(
     hidden_states: Tensor, gate_weight: Tensor, shared_output: Tensor, **steps: Any
@@ -120,7 +120,7 @@ def shared_row_stride_assumed(
 
 @fault(
     "strides", condition="gate_weight with a column stride", shows={"layout": "gate_weight:strided"},
-    hidden=("layout=''",),
+    hidden=("layout=",),
 )  # fmt: skip
 def gate_weight_stride_assumed(
     hidden_states: Tensor, gate_weight: Tensor, shared_output: Tensor, **steps: Any
@@ -186,7 +186,7 @@ def gate_from_output(hidden_states: Tensor, gate_weight: Tensor, shared_output: 
     return run((shared_output if fits else hidden_states).to(hidden_states.dtype), gate_weight, shared_output, **steps)
 
 
-@fault("precision", condition="bf16 inputs, long H", shows={"dtype": "bf16", "H": 1024}, hidden=("dtype='fp32'",))
+@fault("precision", condition="bf16 inputs, long H", shows={"dtype": "bf16", "H": 1024}, hidden=("dtype=fp32",))
 def bf16_dot_product(*call: Tensor, steps: Steps = RIGHT) -> Tensor:
     """The dot product keeps its running sum in bf16."""
 
@@ -200,7 +200,7 @@ def bf16_dot_product(*call: Tensor, steps: Steps = RIGHT) -> Tensor:
     return run(*call, steps=steps, dot=rounded)
 
 
-@fault("precision", condition="fp32 inputs", hidden=("dtype='bf16'",))
+@fault("precision", condition="fp32 inputs", hidden=("dtype=bf16",))
 def gate_in_tf32(*call: Tensor, steps: Steps = RIGHT) -> Tensor:
     """fp32 operands are rounded to tf32 without saying so."""
 
@@ -212,7 +212,7 @@ def gate_in_tf32(*call: Tensor, steps: Steps = RIGHT) -> Tensor:
     return run(*call, steps=steps, dot=tensor_cores)
 
 
-@fault("special values", condition="NaN in one token", shows={"data": "row_nan"}, hidden=("data='normal'",))
+@fault("special values", condition="NaN in one token", shows={"data": "row_nan"}, hidden=("data=normal",))
 def gate_swallows_nan(*call: Tensor, **steps: Any) -> Tensor:
     """NaN is replaced by 0 on the way out."""
     return run(*call, **steps).nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
@@ -226,19 +226,19 @@ def shared_output_overwritten(
     return shared_output.copy_(run(hidden_states, gate_weight, shared_output, **steps))
 
 
-@fault("contract", condition="16-bit inputs", shows={"dtype": "bf16"}, sign="dtype", hidden=("dtype='fp32'",))
+@fault("contract", condition="16-bit inputs", shows={"dtype": "bf16"}, sign="dtype", hidden=("dtype=fp32",))
 def gate_returns_fp32(hidden_states: Tensor, *call: Tensor, **steps: Any) -> Tensor:
     """The fp32 product is returned without the cast."""
     return run(hidden_states.to(wide(hidden_states)), *call, **steps)
 
 
-@fault("contract", condition="three or more dimensions", shows={"lead": "2x3"}, sign="shape", hidden=("lead='5'",))
+@fault("contract", condition="three or more dimensions", shows={"lead": "2x3"}, sign="shape", hidden=("lead=5",))
 def leading_dimensions_lost(*call: Tensor, **steps: Any) -> Tensor:
     """The result keeps its rows flattened."""
     return run(*call, **steps).reshape(-1, call[2].shape[-1])
 
 
-@fault("contract", condition="no token", shows={"lead": "0"}, sign="raises", hidden=("lead='1'",))
+@fault("contract", condition="no token", shows={"lead": "0"}, sign="raises", hidden=("lead=1",))
 def gate_raises_without_tokens(hidden_states: Tensor, *call: Tensor, **steps: Any) -> Tensor:
     """The largest logit of an empty batch is asked for."""
     hidden_states.max()
