@@ -230,7 +230,7 @@ class Model:
         limits = Limits(o.max_tokens, o.max_sequences, columns, o.page_size)
         graphs = o.graphs and self.capturable
         runner = Runner(self.network, self._cache(pages), limits, self.device, graphs)
-        pool = Pages(pages, o.page_size, o.prefixes and c.linear is None)  # states of a prefix are not kept
+        pool = Pages(pages, o.page_size, o.prefixes and len(c.attending) == c.layers)  # no state of a prefix is kept
         limits_of = {"max_sequences": o.max_sequences, "max_tokens": o.max_tokens, "max_length": length}
         if self.apart and self.ranks is not None:
             return LockstepEngine(self.ranks, runner.idle, runner, pool, **limits_of)

@@ -32,15 +32,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wanted() -> list[list[int]]:
+    return greedy(checkpoints.config(FAMILY))
+
+
+@torch.no_grad()
+def greedy(keys: dict[str, Any]) -> list[list[int]]:
     """Greedy tokens of the reference, each prompt by itself."""
-    keys, found = checkpoints.config(FAMILY), []
-    reference = Reference(keys, checkpoints.tensors(keys))
-    with torch.no_grad():
-        for prompt in PROMPTS:
-            row = torch.tensor([prompt])
-            for _ in range(NEW):
-                row = torch.cat((row, reference(row)[:, -1:].argmax(-1)), dim=1)
-            found.append(row[0, len(prompt) :].tolist())
+    reference, found = Reference(keys, checkpoints.tensors(keys)), []
+    for prompt in PROMPTS:
+        row = torch.tensor([prompt])
+        for _ in range(NEW):
+            row = torch.cat((row, reference(row)[:, -1:].argmax(-1)), dim=1)
+        found.append(row[0, len(prompt) :].tolist())
     return found
 
 
@@ -131,6 +134,15 @@ def test_a_planted_fault_changes_tokens(
 ) -> None:
     fault(monkeypatch)
     assert generated(folder)[0] != wanted
+
+
+def test_prefixes_are_found_where_all_layers_attend(tmp_path: Path) -> None:
+    changes = {"full_attention_interval": 1}
+    checkpoints.make(tmp_path, FAMILY, **changes)
+    loaded = model.load_model(tmp_path, device="cpu", dtype=torch.float64, **SMALL)
+    keys = checkpoints.config(FAMILY, **changes)
+    assert loaded.generate(PROMPTS, max_new_tokens=NEW, ignore_eos=True) == greedy(keys)
+    assert loaded.engine.scheduler.found_tokens > 0
 
 
 @pytest.mark.parametrize("case", ["variant=logits,ep=1,B=2,L=7", "variant=tokens,B=3,L=9,new=3"])
