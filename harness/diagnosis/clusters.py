@@ -1,39 +1,31 @@
 """Failures put together: each cluster with its condition, the smallest set of axis values that tells it from passing.
 
-A condition is a conjunction of up to three terms over the fields of the cases (`bias=negative`, `T >= 33`, `E no power
-of two`).  It holds for every failing case of its cluster and for no passing one, or for a few: what a check could not
-see passes although the fault is there, so up to `BLIND` of the cases may, and their number is told.
+A condition is a conjunction of up to three terms over the axes of the cases (`conditions`).  It holds for every failing
+case of its cluster and for no passing one, or for a few: what a check could not see passes although the fault is there,
+so up to `BLIND` of the cases may, and their number is told.
 
 Only cases of checks that saw the fault are counted, and no call that every fault gets right, as without rows.  Nothing
 here needs torch: a case is compared as data, each set of cases is one integer whose bits are the cases.
 """
 
-import operator
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from math import ceil, comb, log
 from typing import Any
 
 from moe_harness.harness.core.case import Case
+from moe_harness.harness.diagnosis.conditions import AxisValue, Condition, axes_of, bits, shortest, terms_of
 
 NORMAL = "normal"  # data
-NOT_AXES = ("seed", "optional", "variant")
 MOST_TERMS = 3
 MOST_CLUSTERS = 5  # of one kind of failure; what is left is told as one, without a condition
 MOST_WITH_THREE = 60  # terms of which triples are tried: 34,000 take 20 ms
 BLIND = 0.05
 CHANCE = 0.05
 LOOSE = 0.4  # ... where one term would otherwise be many clusters, or none; the passing cases are counted beside it
-# What a term costs a reader; the cheapest conjunction is the condition.
-EQUAL, LIMIT, UNEQUAL, PROPERTY, SET = 1.0, 1.1, 1.2, 1.4, 1.6
-MOST_IN_A_SET = 3
-MULTIPLES = (2, 4, 8, 16, 32, 64, 128)
-
-
-Holds = Callable[[dict[str, Any]], bool]
 
 
 @dataclass(frozen=True)
@@ -44,33 +36,6 @@ class Outcome:
     case: Case
     id: str
     kind: str | None = None
-
-
-@dataclass(frozen=True)
-class AxisValue:
-    """One part of a condition."""
-
-    text: str
-    holds: Holds
-    cost: float
-
-
-@dataclass(frozen=True)
-class Condition:
-    """A conjunction; without terms it holds always."""
-
-    terms: tuple[AxisValue, ...]
-
-    def holds(self, case: Case) -> bool:
-        axes = axes_of(case)
-        return all(term.holds(axes) for term in self.terms)
-
-    @property
-    def cost(self) -> float:
-        return sum(term.cost for term in self.terms)
-
-    def __str__(self) -> str:
-        return " and ".join(term.text for term in self.terms) or "always"
 
 
 @dataclass(frozen=True)
@@ -144,6 +109,10 @@ def _merged(clusters: list[Cluster], outcomes: Sequence[Outcome]) -> Iterator[Cl
 def _made(
     kinds: tuple[str, ...], condition: Condition | None, failing: list[Outcome], all_: Sequence[Outcome]
 ) -> Cluster:
+    if condition is not None and len(condition.terms) > 1:
+        met = [axes_of(outcome.case) for outcome in failing]
+        ids = {outcome.id for outcome in failing}
+        condition = shortest(condition, met, [axes_of(outcome.case) for outcome in all_ if outcome.id not in ids])
     passing = _passing(failing, all_)
     inside = sum(condition.holds(outcome.case) for outcome in passing) if condition else 0
     return Cluster(kinds, condition, tuple(failing), inside, len(passing) - inside)
@@ -174,9 +143,9 @@ def _whole(failing: list[Outcome], outcomes: Sequence[Outcome], *, loose: bool =
     """The cheapest condition that all failing cases meet and (nearly) no passing one; `loose` lets more of these in."""
     passing = _passing(failing, outcomes)
     failed, passed = ([axes_of(outcome.case) for outcome in group] for group in (failing, passing))
-    terms = [term for term in _terms(failing, passing) if all(map(term.holds, failed))]
+    terms = [term for term in terms_of(failed, passed) if all(map(term.holds, failed))]
     little = [axes_of(outcome.case) for outcome in _passing(failing, outcomes, seeing_little=True)]
-    masks = [(term, mask, _bits(term, little)) for term, mask in _cheapest(terms, passing, little)]
+    masks = [(term, mask, bits([term], little)) for term, mask in _cheapest(terms, passing, little)]
     everything, all_little = (1 << len(passing)) - 1, (1 << len(little)) - 1
     best: tuple[tuple[int, int, float], tuple[AxisValue, ...]] = ((len(passing), len(little), 0.0), ())
     allowed = int((LOOSE if loose else BLIND) * len(failing))
@@ -207,7 +176,7 @@ def _has_evidence(
     """
     if not found or comb(tried, len(found)) <= CHANCE * comb(failing + len(passing), failing):
         return bool(found) or failing > 1
-    alike = [t for t in terms if t.cost <= found[0].cost and _bits(t, passing) == _bits(found[0], passing)]
+    alike = [t for t in terms if t.cost <= found[0].cost and bits([t], passing) == bits([found[0]], passing)]
     return len(found) == 1 and len({re.split("[ =]", term.text)[0] for term in alike} - {"rows"}) == 1
 
 
@@ -232,21 +201,26 @@ def _part(failing: list[Outcome], outcomes: Sequence[Outcome]) -> Condition | No
     passing = _passing(failing, outcomes)
     axes = [axes_of(outcome.case) for outcome in failing]
     everything, all_failing = (1 << len(passing)) - 1, (1 << len(failing)) - 1
-    terms = [(term, _bits(term, axes), mask) for term, mask in _cheapest(_terms(failing, passing), passing, axes)]
-    terms = sorted(terms, key=lambda entry: -entry[1].bit_count())[: 2 * MOST_WITH_THREE]
+    told = terms_of(axes, [axes_of(outcome.case) for outcome in passing])
+    terms = [(term, bits([term], axes), mask) for term, mask in _cheapest(told, passing, axes)]
+    widest = sorted(terms, key=lambda entry: -entry[1].bit_count())[: 2 * MOST_WITH_THREE]
     little = [axes_of(outcome.case) for outcome in _passing(failing, outcomes, seeing_little=True)]
+    normal = sum(1 << place for place, outcome in enumerate(failing) if outcome.case.data == NORMAL) or all_failing
     best: tuple[tuple[float, float], tuple[AxisValue, ...]] | None = None
-    fewest = {size: _fewest(len(failing), len(passing), comb(len(terms), size)) for size in (1, 2)}
-    for size in (1, 2):
-        for chosen in combinations(terms, size):
+    for size, tried in ((1, terms), (2, widest)):
+        fewest = _fewest(len(failing), len(passing), comb(len(tried), size))
+        for chosen in combinations(tried, size):
             covered, left = all_failing, everything
             for _, hit, mask in chosen:
                 covered &= hit
                 left &= mask
             number, beside = covered.bit_count(), left.bit_count()
-            if any(term.text.startswith("data") for term, _, _ in chosen):  # then those of that data are evidence
+            if beside > BLIND * number or number < fewest:
+                continue
+            if not covered & normal or any(term.text.startswith("data") for term, _, _ in chosen):
+                # Nothing of normal data fails there: then those of other data are evidence.
                 beside += sum(all(term.holds(axes) for term, _, _ in chosen) for axes in little)
-            if beside > BLIND * number or number < fewest[size]:
+            if beside > BLIND * number:
                 continue
             key = (number - 0.5 * size - 2 * beside, -sum(term.cost for term, _, _ in chosen))
             if best is None or key > best[0]:
@@ -269,97 +243,10 @@ def _cheapest(
     everything = (1 << len(passing)) - 1
     kept: dict[tuple[int, int], tuple[AxisValue, int]] = {}
     for term in sorted(terms, key=lambda term: term.cost):
-        mask = _bits(term, axes)
+        mask = bits([term], axes)
         if mask != everything or not passing:
-            kept.setdefault((mask, _bits(term, failed)), (term, mask))
+            kept.setdefault((mask, bits([term], failed)), (term, mask))
     return list(kept.values())
-
-
-def _bits(term: AxisValue, axes: Sequence[dict[str, Any]]) -> int:
-    return sum(1 << place for place, values in enumerate(axes) if term.holds(values))
-
-
-# --------------------------------------------------------------------------------------------------------------- terms
-
-
-def axes_of(case: Case) -> dict[str, Any]:
-    """What conditions are made of: the fields of the case, its rows, and operand and kind of a layout."""
-    axes = {f.name: getattr(case, f.name) for f in fields(case) if f.name not in NOT_AXES}
-    operand, _, kind = axes.pop("layout").partition(":")
-    return {**axes, "layout of": operand or "none", "layout": kind or "contiguous", "rows": case.rows()}
-
-
-def _terms(failing: Sequence[Outcome], passing: Sequence[Outcome]) -> Iterator[AxisValue]:
-    """Every term that some failing case meets."""
-    failed = [axes_of(outcome.case) for outcome in failing]
-    seen = [*failed, *(axes_of(outcome.case) for outcome in passing)]
-    for name in failed[0]:
-        values = {axes[name] for axes in failed}
-        everywhere = {axes[name] for axes in seen}
-        if len(everywhere) > 1:
-            yield from _of_axis(name, values, everywhere)
-    numeric = [name for name in failed[0] if name != "rows" and _is_number(failed[0][name])]
-    for one, other in combinations(numeric, 2):
-        yield from _relations(one, other)
-
-
-def _of_axis(name: str, values: set[Any], everywhere: set[Any]) -> Iterator[AxisValue]:
-    for value in values:
-        yield AxisValue(f"{name}={_text(value)}", _compared(name, operator.eq, value), EQUAL)
-    numbers = all(map(_is_number, everywhere))
-    others = everywhere - values
-    if not numbers or any(isinstance(value, float) for value in everywhere):  # a factor of 1 is a kind, not a limit
-        for value in others:
-            yield AxisValue(f"{name} not {_text(value)}", _compared(name, operator.ne, value), UNEQUAL)
-        if 1 < len(others) <= MOST_IN_A_SET:
-            yield _set(f"{name} not in", others, lambda axes: axes[name] not in others)
-    if others and 1 < len(values) <= MOST_IN_A_SET:
-        yield _set(f"{name} in", values, lambda axes: axes[name] in values)
-    if numbers:
-        yield from _of_numbers(name, values)
-
-
-def _set(words: str, values: set[Any], holds: Holds) -> AxisValue:
-    return AxisValue(f"{words} ({', '.join(sorted(map(_text, values)))})", holds, SET + 0.2 * len(values))
-
-
-def _of_numbers(name: str, values: set[Any]) -> Iterator[AxisValue]:
-    for value in values:
-        yield AxisValue(f"{name} >= {value}", _compared(name, operator.ge, value), LIMIT)
-        yield AxisValue(f"{name} <= {value}", _compared(name, operator.le, value), LIMIT)
-    if not all(isinstance(value, int) for value in values):
-        return
-    if min(values) > 2:  # what passes at 1 alone and fails from 5 on is likelier right for one than for four
-        yield AxisValue(f"{name} >= 2", _compared(name, operator.ge, 2), LIMIT - 0.01)
-    yield AxisValue(f"{name} no power of two", lambda axes: bool(axes[name] & (axes[name] - 1)), PROPERTY)
-    yield AxisValue(f"{name} a power of two", lambda axes: not axes[name] & (axes[name] - 1), PROPERTY)
-    for number in MULTIPLES:
-        yield AxisValue(f"{name} a multiple of {number}", _divided(name, number, True), PROPERTY)
-        yield AxisValue(f"{name} no multiple of {number}", _divided(name, number, False), PROPERTY)
-
-
-def _compared(name: str, compare: Callable[[Any, Any], bool], value: Any) -> Holds:
-    return lambda axes: compare(axes[name], value)
-
-
-def _divided(name: str, number: int, wanted: bool) -> Holds:
-    return lambda axes: (axes[name] % number == 0) is wanted
-
-
-def _relations(one: str, other: str) -> Iterator[AxisValue]:
-    yield AxisValue(f"{one} = {other}", lambda axes: axes[one] == axes[other], PROPERTY)
-    yield AxisValue(f"{one} < {other}", lambda axes: axes[one] < axes[other], PROPERTY)
-    yield AxisValue(f"{one} > {other}", lambda axes: axes[one] > axes[other], PROPERTY)
-    yield AxisValue(f"{one} = 2 {other}", lambda axes: axes[one] == 2 * axes[other], PROPERTY)
-    yield AxisValue(f"{other} = 2 {one}", lambda axes: axes[other] == 2 * axes[one], PROPERTY)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _text(value: Any) -> str:
-    return str(int(value)) if isinstance(value, bool) else str(value) or "none"
 
 
 # --------------------------------------------------------------------------------------------------------------- words

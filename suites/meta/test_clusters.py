@@ -3,6 +3,7 @@
 import json
 import random
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from moe_harness.harness.core.findings import Answer, Finding, Record
 from moe_harness.harness.core.plan import Request, plan
 from moe_harness.harness.diagnosis.clusters import VALUE, Outcome, cluster, kind_of, words_of
+from moe_harness.harness.diagnosis.conditions import Condition, shortest, terms_of
 from moe_harness.harness.report.words import cluster_lines
 from moe_harness.harness.run.result_builder import Listener, ResultBuilder, cause_of
 from moe_harness.suites.meta.conditions import DECLARED
@@ -57,6 +59,47 @@ def test_two_rules_are_two_clusters_the_larger_first():
     assert {str(each.condition) for each in found[:2]} >= {"k >= 9"}
     (one, other, *_) = cluster(outcomes("router", (VALUE, wide), (VALUE, bf16)))  # of one kind, told apart all the same
     assert "k >= 9" in {str(one.condition), str(other.condition)}
+
+
+def test_an_interval_of_one_value_is_that_value():
+    """Of parts of the failures limits were looked at first, as they hold for more: it read `H <= 64 and H >= 64`."""
+    square, many = (lambda c: c.H == 64), (lambda c: c.k == 8 and c.T > 16)
+    found = cluster(outcomes("experts", (VALUE, lambda c: square(c) or many(c))))
+    assert {str(each.condition) for each in found} >= {"H=64", "k=8 and T >= 17"}
+
+
+A, B = "uniform", "skewed"
+GRID = [{"T": t, "H": h, "routing": r} for t in (1, 5, 17, 33, 64) for h in (16, 48, 64) for r in (A, B, "one", "last")]
+
+
+@pytest.mark.parametrize(
+    ("long", "short"),
+    [
+        (("H >= 48", "H <= 48"), "H=48"),
+        (("H >= 48", "H=48"), "H=48"),  # said by one of the two
+        (("H <= 48", "H no power of two", "T >= 17"), "T >= 17 and H=48"),
+        (("T >= 17", "T <= 33"), "17 <= T <= 33"),
+        (("T >= 5", "T <= 17", "routing=one"), "routing=one and 5 <= T <= 17"),
+        (("T >= 5", "T >= 17"), "T >= 17"),
+        (("H <= 48", "H a multiple of 16"), "H <= 48"),
+        (("routing not one", "routing not last"), "routing not in (last, one)"),
+        (("routing not one", "routing not last", "routing not skewed"), "routing=uniform"),
+        (("routing not in (last, one)", "routing not skewed"), "routing=uniform"),
+        (("T >= 17", "H >= 48"), "T >= 17 and H >= 48"),  # as short as can be
+    ],
+)
+def test_what_a_condition_says_is_said_in_the_fewest_words(long, short):
+    every = {term.text: term for term in terms_of(GRID, [])}
+    every |= {
+        term.text: term
+        for pair in combinations(("uniform", "skewed", "one", "last"), 2)
+        for term in terms_of([a for a in GRID if a["routing"] in pair], [a for a in GRID if a["routing"] not in pair])
+    }
+    condition = Condition(tuple(every[text] for text in long))
+    failing = [axes for axes in GRID if all(term.holds(axes) for term in condition.terms)]
+    told = shortest(condition, failing, [axes for axes in GRID if axes not in failing])
+    assert str(told) == short
+    assert [all(term.holds(axes) for term in told.terms) for axes in GRID] == [axes in failing for axes in GRID]
 
 
 def test_failures_at_random_have_no_condition_and_none_is_made_up():

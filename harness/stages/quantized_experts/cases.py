@@ -233,6 +233,9 @@ def _laws(request: Request) -> Iterator[Case]:
         for format in SCALED:
             if law != "codes_against_scale" or format in ("fp8_block", "fp8_channel", "mxfp4"):
                 yield QuantizedCase(T=18, H=384, I=256, format=format, variant=law, dtype=request.dtypes[-1])
+        yield QuantizedCase(
+            T=5, E=2, H=256, I=256, format="mxfp4", variant=law, dtype=next(dtypes)
+        )  # to be interpreted
 
 
 def _repeats(request: Request) -> Iterator[Case]:

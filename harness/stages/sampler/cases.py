@@ -83,6 +83,7 @@ def _draws(request: Request) -> Iterator[SamplerCase]:
     for width in (2, 5, 64, 300):
         for temperature in (0.3, 1.0, 2.5):
             yield SamplerCase(B=many, V=width, data="draws", temperature=temperature, dtype=request.dtypes[0])
+    yield from _few_draws(request)
     for width in (240, 400):  # rare tokens
         yield SamplerCase(B=many, V=width, data="draws", temperature=1.0, dtype=request.dtypes[0])
     for dtype in request.dtypes:
@@ -96,6 +97,16 @@ def _draws(request: Request) -> Iterator[SamplerCase]:
         yield SamplerCase(**row)
     for cut, width in (("k", 40), ("p", 26), ("both", 56)):  # what is cut off weighs much
         yield SamplerCase(B=many, V=width, data="draws", temperature=2.5, cut=cut, dtype=request.dtypes[0])
+
+
+def _few_draws(request: Request) -> Iterator[SamplerCase]:
+    """As many draws as tell a token that is not drawn at random, and few enough to be interpreted: Triton's interpreter
+    leaves out what has thousands, and a kernel that always takes the likeliest token passed there."""
+    dtypes = cycle(request.dtypes)
+    for vary in VARY:
+        yield SamplerCase(B=256, V=17, data="draws", temperature=1.0, vary=vary, dtype=next(dtypes))
+    for cut, vary in (("k", "grid"), ("p", "positions"), ("both", "seeds")):
+        yield SamplerCase(B=128, V=24, data="draws", temperature=3.0, cut=cut, vary=vary, dtype=next(dtypes))
 
 
 def _greedy(request: Request) -> Iterator[SamplerCase]:
