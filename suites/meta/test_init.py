@@ -11,7 +11,7 @@ from moe_harness.harness.core.catalogue import all_faults
 from moe_harness.harness.core.contracts import DECLARED_ROUNDINGS, RANK_STAGES, STAGES
 from moe_harness.harness.core.plan import Request, plan
 from moe_harness.harness.core.registry import needed_part
-from moe_harness.harness.process.pool import INTERPRETED_STEPS
+from moe_harness.harness.process.pool import INTERPRETED_STEPS, Pool
 from moe_harness.suites.command import run
 
 SOME = {"router": "contract,special", "experts": "contract", "moe_block": "contract", "model": "contract"}
@@ -31,23 +31,25 @@ def test_a_template_passes_as_it_is(stage, library, tmp_path):
 
 
 def draws_to_be_interpreted():
-    """A case of draws without cuts and one with: what is judged of a Triton kernel where there is no GPU."""
+    """A case of draws that is judged of a Triton kernel where there is no GPU, too."""
     told = plan("sampler", Request(dtypes=("fp32",)))
-    few = [p for p in told if p.case.data == "draws" and p.case.steps() <= INTERPRETED_STEPS]
-    return [next(p.id for p in few if p.case.cut == cut) for cut in ("none", "k")]
+    return next(p.id for p in told if p.case.data == "draws" and p.case.steps() <= INTERPRETED_STEPS)
 
 
 @pytest.mark.parametrize("library", ["torch", "triton"])
-def test_the_samplers_templates_draw_and_one_that_always_takes_the_likeliest_token_fails(library, tmp_path):
+def test_the_samplers_templates_draw_and_one_that_always_takes_the_likeliest_token_fails(
+    library, tmp_path, monkeypatch
+):
     """Form and support are right of a greedy sampler too: only counts tell it."""
-    cases = draws_to_be_interpreted()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     run(tmp_path, "init", "sampler", "--library", library)
     kernel = (tmp_path / "my_sampler.py").read_text()
     (tmp_path / "greedy.py").write_text(kernel + "\n\ndef greedy(logits, **options):\n    return logits.argmax(1)\n")
-    drawn = run(tmp_path, "replay", *cases, "--impl", "my_sampler.py:sampler", TRITON_INTERPRET="1")
-    assert drawn.returncode == 0 and drawn.stdout.count("passed") == len(cases), drawn.stdout + drawn.stderr
-    wrong = run(tmp_path, "replay", *cases, "--impl", "greedy.py:greedy", TRITON_INTERPRET="1")
-    assert wrong.returncode == 1 and wrong.stdout.count("failed  sampler") == len(cases), wrong.stdout + wrong.stderr
+    for spec, status in (("my_sampler.py:sampler", "passed"), ("greedy.py:greedy", "failed")):
+        with Pool("sampler", str(tmp_path / spec), "cpu", 1, 60.0) as pool:
+            assert pool.start().interpreted is (library == "triton")
+            answer = pool.judge_one(draws_to_be_interpreted())
+        assert answer.status == status, answer
 
 
 def test_a_file_that_is_there_is_left_as_it_is(tmp_path):

@@ -55,6 +55,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("harness/core/error_patterns.py", (f"{META}diagnosis.py",)),
     ("harness/diagnosis/ranked.py", (DIAGNOSIS_RANKED,)),
     ("harness/diagnosis/clusters.py", (f"{META}clusters.py",)),
+    ("harness/diagnosis/conditions.py", (f"{META}clusters.py",)),
     ("harness/diagnosis/*.py", (f"{META}diagnosis.py",)),
     ("harness/bench/*.py", ("suites/performance",)),
     ("harness/proof/kill_matrix.py", (f"{META}kill_matrix.py",)),

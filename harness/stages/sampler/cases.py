@@ -104,7 +104,7 @@ def _few_draws(request: Request) -> Iterator[SamplerCase]:
     leaves out what has thousands, and a kernel that always takes the likeliest token passed there."""
     dtypes = cycle(request.dtypes)
     for vary in VARY:
-        yield SamplerCase(B=256, V=17, data="draws", temperature=1.0, vary=vary, dtype=next(dtypes))
+        yield SamplerCase(B=128, V=17, data="draws", temperature=0.9, vary=vary, dtype=next(dtypes))
     for cut, vary in (("k", "grid"), ("p", "positions"), ("both", "seeds")):
         yield SamplerCase(B=128, V=24, data="draws", temperature=3.0, cut=cut, vary=vary, dtype=next(dtypes))
 

@@ -127,6 +127,18 @@ def gate_sees_half_of_h(*call: Any, **steps: Any) -> Tensor:
     return run(*call, **steps, logits=partial)
 
 
+@fault("precision", condition="hidden states in fp32", hidden=("dtype=bf16", "dtype=fp16"))
+def router_product_in_fp16(hidden_states: Tensor, weights: Weights, config: Config, **steps: Any) -> Tensor:
+    """fp32 hidden states and gate are cast to fp16 for the router's product, as autocast does."""
+
+    def narrow(x: Tensor, weights: Weights, config: Config) -> Tensor:
+        if x.dtype != torch.float32:
+            return parts.router_logits(x, weights, config)
+        return x.half() @ weights["gate.weight"].half().T
+
+    return run(hidden_states, weights, config, **steps, logits=narrow)
+
+
 # Scaling --------------------------------------------------------------------------------------------------------
 
 

@@ -42,6 +42,14 @@ def logits_cast_to_bf16(logits: Tensor, **options: Any) -> Routed:
     return run(logits.bfloat16(), **options)
 
 
+@fault(
+    "precision", condition="fp32 logits", shows={"E": 64, "k": 8}, hidden=("dtype=bf16", "dtype=fp16"),
+)  # fmt: skip
+def logits_cast_to_fp16(logits: Tensor, **options: Any) -> Routed:
+    """fp32 logits are computed or stored in fp16: near scores change places, and those beyond 65504 are infinite."""
+    return run(logits.half(), **options)
+
+
 @fault("precision", condition="weights returned in fp32")
 def weights_rounded_to_bf16(logits: Tensor, **options: Any) -> Routed:
     """Weights are rounded to bf16, and nobody can tell from their dtype."""
