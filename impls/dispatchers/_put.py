@@ -22,23 +22,32 @@ def _address(peers, q, offset, kind: tl.constexpr):
 
 
 @triton.jit
-def _raise_flags(peers, half, epoch, count, RANK: tl.constexpr, RANKS: tl.constexpr, PROGRAMS: tl.constexpr):
-    """Tell the same program of every rank that its tiles are there, and this rank's number of tokens."""
-    tl.debug_barrier()
+def _raise_flags(
+    peers, half, epoch, count, RANK: tl.constexpr, RANKS: tl.constexpr, PROGRAMS: tl.constexpr,
+    BEHIND: tl.constexpr = True,
+):  # fmt: skip
+    """Tell the same program of every rank this rank's number of tokens, and if BEHIND that its tiles are there."""
+    if BEHIND:
+        tl.debug_barrier()
     place = (half * PROGRAMS + tl.program_id(0)) * RANKS + RANK
+    order: tl.constexpr = "release" if BEHIND else "relaxed"
     for q in tl.static_range(RANKS):
         flags = _address(peers, q, 0, tl.int64)
-        tl.atomic_xchg(flags + place, (epoch << 32) + count, sem="release", scope="sys")
+        tl.atomic_xchg(flags + place, (epoch << 32) + count, sem=order, scope="sys")
 
 
 @triton.jit
-def _wait_for(peers, half, epoch, q, RANK: tl.constexpr, RANKS: tl.constexpr, PROGRAMS: tl.constexpr):
-    """Wait until rank q's tiles are there; its number of tokens."""
+def _wait_for(
+    peers, half, epoch, q, RANK: tl.constexpr, RANKS: tl.constexpr, PROGRAMS: tl.constexpr, BEHIND: tl.constexpr = True
+):
+    """Wait for rank q's flag of this call, if BEHIND until its tiles are there; its number of tokens."""
+    order: tl.constexpr = "acquire" if BEHIND else "relaxed"
     flag = _address(peers, RANK, 0, tl.int64) + (half * PROGRAMS + tl.program_id(0)) * RANKS + q
-    seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+    seen = tl.atomic_add(flag, 0, sem=order, scope="sys")
     while (seen >> 32) < epoch:
-        seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
-    tl.debug_barrier()
+        seen = tl.atomic_add(flag, 0, sem=order, scope="sys")
+    if BEHIND:
+        tl.debug_barrier()
     return seen & 0xFFFFFFFF
 
 

@@ -106,25 +106,6 @@ def sum_norm(
 
 
 @triton.jit
-def _announce(peers, half, epoch, rows, RANK: tl.constexpr, RANKS: tl.constexpr, PROGRAMS: tl.constexpr):
-    """Tell the same program of every rank how many rows this rank has; what is put may arrive before or after."""
-    place = (half * PROGRAMS + tl.program_id(0)) * RANKS + RANK
-    for q in tl.static_range(RANKS):
-        told = _address(peers, q, 0, tl.int64)
-        tl.atomic_xchg(told + place, (epoch << 32) + rows, sem="relaxed", scope="sys")
-
-
-@triton.jit
-def _announced(peers, half, epoch, q, RANK: tl.constexpr, RANKS: tl.constexpr, PROGRAMS: tl.constexpr):
-    """How many rows rank q has in this call."""
-    told = _address(peers, RANK, 0, tl.int64) + (half * PROGRAMS + tl.program_id(0)) * RANKS + q
-    seen = tl.atomic_add(told, 0, sem="relaxed", scope="sys")
-    while (seen >> 32) < epoch:
-        seen = tl.atomic_add(told, 0, sem="relaxed", scope="sys")
-    return seen & 0xFFFFFFFF
-
-
-@triton.jit
 def _words(x, epoch, shift, BITS: tl.constexpr):
     """x [WORDS, columns of a word] as words with the number of the call in their upper halves, int64 [WORDS]."""
     kind: tl.constexpr = tl.uint16 if BITS == 16 else tl.uint32
@@ -173,13 +154,13 @@ def sum_norm_in_words(
         for q in tl.static_range(RANKS):
             to = _address(peers, q, base, tl.int64)
             tl.store(to + (RANK * bound + row) * stride + word, words, mask=real_word)
-    _announce(peers, half, epoch, rows, RANK, RANKS, PROGRAMS)
+    _raise_flags(peers, half, epoch, rows, RANK, RANKS, PROGRAMS, False)
     if ADD:  # that of the first row, on its way while the others' words are
         there = real & (column * 0 + program < rows)
         added = tl.load(residual + program * width + column, mask=there, other=0.0).to(tl.float32)
     agreed = 0.0
     for q in tl.static_range(RANKS):
-        seen = _announced(peers, half, epoch, q, RANK, RANKS, PROGRAMS)
+        seen = _wait_for(peers, half, epoch, q, RANK, RANKS, PROGRAMS, False)
         agreed = tl.where(seen == rows, agreed, float("nan"))
     own = _address(peers, RANK, base, tl.int64)
     for row in range(program, rows, PROGRAMS):

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 BASE = "    base = first + half * half_size\n"
 FLAGS = "    _raise_flags(peers, half, epoch, rows, RANK, RANKS, PROGRAMS)\n"
-TOLD = "    _announce(peers, half, epoch, rows, RANK, RANKS, PROGRAMS)\n"
-WAITED = "seen = _wait_for(peers, half, epoch, q,"
+TOLD = "    _raise_flags(peers, half, epoch, rows, RANK, RANKS, PROGRAMS, False)\n"
 LOOKED = "while (tl.min((words >> 32).to(tl.int64), 0) < epoch) & (agreed == 0.0):"
 LOADED = 'tl.load(at, mask=real, other=0.0, cache_modifier=".cg").to(tl.float32)'
 TAKEN = "_of_words(words, shift, kind, BITS)"

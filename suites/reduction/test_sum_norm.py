@@ -1,9 +1,6 @@
 """The sum over ranks through symmetric memory: its kernel interpreted, in an order of arrival that shows its faults."""
 
-import os
 import re
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -13,6 +10,7 @@ pytest.importorskip("triton")
 from moe_harness.harness.core.case import parse_id
 from moe_harness.harness.ranks import judge, pool
 from moe_harness.harness.stages.reduction import cases
+from moe_harness.suites.compiled import for_hopper
 from moe_harness.suites.reduction.planted_sum_norm import FAULTS, RIGHT, WORDS
 
 TASKS, RANKS = "moe_harness.suites.reduction.sum_norm_tasks", 3  # of two ranks' parts either order is the same sum
@@ -72,15 +70,6 @@ def test_it_is_refused_without_gpus() -> None:
 
 
 COMPILE = """
-import torch, triton
-from triton.backends.compiler import GPUTarget
-
-class NoDevice:
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-    get_current_device = staticmethod(lambda: 0)
-    get_current_stream = staticmethod(lambda device: 0)
-
-triton.runtime.driver.set_active(NoDevice())
 from moe_harness.impls.parallel import _sum_norm
 
 x, numbers = torch.empty(64, 2048, dtype=torch.bfloat16), torch.empty(128, dtype=torch.int64)
@@ -99,16 +88,10 @@ for part, kind in (
 
 
 def test_it_compiles_for_hopper_with_flags_that_the_whole_system_sees() -> None:
-    """In a process of its own: Triton keeps one driver, and reads TRITON_INTERPRET when it is imported."""
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True,
-        timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
     raised, seen = r"atom\.global\.(sys\.release|release\.sys)\.exch", r"global\.(sys\.acquire|acquire\.sys)"
     of_rows = (raised, seen, r"ld\.global\.cg\.v4", r"st\.global\.v4", r"griddepcontrol\.wait")
     of_words = (r"ld\.volatile\.global\.b64", r"st\.global\.b64", r"griddepcontrol\.wait")
-    kernels = done.stdout.split("end of a kernel")[:-1]
+    kernels = for_hopper(COMPILE).split("end of a kernel")[:-1]
     assert len(kernels) == 8
     for number, text in enumerate(kernels):
         for wanted in of_words if number % 2 else of_rows:

@@ -3,24 +3,14 @@
 What they compute is checked on a GPU, in test_configs; the interpreter cannot run Gluon.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
+from moe_harness.suites.compiled import for_hopper
+
 SETUP = """
-import sys, torch, triton
-from triton.backends.compiler import GPUTarget
-
-class NoDevice:
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-    get_current_device = staticmethod(lambda: 0)
-    get_current_stream = staticmethod(lambda device: 0)
-
-triton.runtime.driver.set_active(NoDevice())
+import sys
 from moe_harness.impls.triton import _gate_up_hopper, _hopper, _linear_hopper
 
 gl, Descriptor = _hopper.gl, _gate_up_hopper.TensorDescriptor
@@ -60,13 +50,7 @@ BOTH = ("m64n256k16.f32.{0}.{0}", "m64n128k16.f32.{0}.{0}", "setmaxnreg", "gridd
     ],
 )
 def test_kernel_compiles_for_hopper(source: str, dtype: str, activation: str, instructions: tuple[str, ...]) -> None:
-    """In a process of its own: Triton keeps one driver, and reads TRITON_INTERPRET when it is imported."""
-    done = subprocess.run(
-        [sys.executable, "-c", SETUP + source + TELL, dtype, activation],
-        env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    first, ptx = done.stdout.split("\n", 1)
+    first, ptx = for_hopper(SETUP + source + TELL, dtype, activation).split("\n", 1)
     assert int(first.split()[-1]) <= SHARED_MEMORY, first
     for wanted in BOTH + instructions:
         wanted = wanted.format("bf16" if dtype == "bfloat16" else "f16")

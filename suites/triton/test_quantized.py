@@ -3,9 +3,6 @@
 What is compiled is what the rules choose at few, some and many rows per expert; how fast it is only a GPU can tell.
 """
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +11,7 @@ import pytest
 from moe_harness.harness.core.contracts import load
 from moe_harness.harness.core.invocation import Trial
 from moe_harness.harness.stages.quantized_experts.cases import QuantizedCase
+from moe_harness.suites.compiled import for_hopper
 from moe_harness.suites.triton import DEVICE, runnable
 
 # Under the interpreter: slot by slot without tensor cores, in tiles of one slot, and those of codes made before.
@@ -66,15 +64,6 @@ GIVEN = [pytest.param(spec, QuantizedCase(**fields), id=f"{spec}-{n}") for spec,
          for n, fields in enumerate(all_of)]  # fmt: skip
 
 COMPILE = """
-import itertools, torch, triton
-from triton.backends.compiler import GPUTarget
-
-class NoDevice:
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-    get_current_device = staticmethod(lambda: 0)
-    get_current_stream = staticmethod(lambda device: 0)
-
-triton.runtime.driver.set_active(NoDevice())
 from triton.tools.tensor_descriptor import TensorDescriptor
 from moe_harness.impls.triton import _few_codes, _fp8_hopper, _quantized_operands, _quantized_product as q
 from moe_harness.impls.triton import _quantized_tile, _slot_product
@@ -152,15 +141,10 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def test_products_compile_for_hopper() -> None:
-    """In a process of its own: Triton keeps one driver, and reads TRITON_INTERPRET when it is imported."""
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = [line.split() for line in done.stdout.splitlines()]
+    told = for_hopper(COMPILE)
+    lines = [line.split() for line in told.splitlines()]
     kernels = [set(words[2:]) for words in lines]
-    assert all(int(words[0]) <= SHARED_MEMORY and words[1] == "False" for words in lines), done.stdout
+    assert all(int(words[0]) <= SHARED_MEMORY and words[1] == "False" for words in lines), told
     wide = "wgmma.mma_async.sync.aligned.m64n{}k{}.f32.{}.{}"
     e4m3, bf16 = (lambda n: {wide.format(n, 32, "e4m3", "e4m3")}), (lambda n: {wide.format(n, 16, "bf16", "bf16")})
     quantise: set[str] = set()

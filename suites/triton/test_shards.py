@@ -1,15 +1,12 @@
 """A token over shards of the vocabulary is the token of the whole row, and ranks with another plan are told."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from moe_harness.impls.torch.sampler import best_in_shard, inverse_of
 from moe_harness.impls.triton.sampler import sampler
 from moe_harness.impls.triton.shards import pick, shard_words
+from moe_harness.suites.compiled import for_hopper
 from moe_harness.suites.triton import DEVICE, runnable
 
 pytestmark = runnable
@@ -18,15 +15,6 @@ DISAGREE = -2
 
 
 COMPILE = """
-import torch, triton
-from triton.backends.compiler import GPUTarget
-
-class NoDevice:
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-    get_current_device = staticmethod(lambda: 0)
-    get_current_stream = staticmethod(lambda device: 0)
-
-triton.runtime.driver.set_active(NoDevice())
 from moe_harness.impls.triton import shards
 
 x, tokens, words = torch.empty(8), torch.empty(8, dtype=torch.int32), torch.empty(8, dtype=torch.int64)
@@ -39,11 +27,7 @@ for dtype in (torch.float32, torch.bfloat16):
 
 
 def test_they_compile_for_hopper() -> None:
-    """In a process of its own: Triton keeps one driver, and reads TRITON_INTERPRET when it is imported."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-c", COMPILE]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    for_hopper(COMPILE)
 
 
 def drawn(batch: int, seed: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
