@@ -245,9 +245,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES), choices=list(BATCHES))
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds of one way")
     parser.add_argument("--runs", type=int, default=0, help="of the workload of whole_model.py, beside the steps")
-    parser.add_argument(
-        "--kernels", action="store_true", help="time each kernel of a step called without a graph"
-    )
+    parser.add_argument("--kernels", action="store_true", help="time each kernel of a step called without a graph")
     given = parser.parse_args()
     if torch.cuda.device_count() < given.ranks:
         parser.error(f"--ranks is {given.ranks}, but there are {torch.cuda.device_count()} GPUs")
