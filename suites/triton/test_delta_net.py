@@ -25,6 +25,7 @@ from moe_harness.impls.torch.delta_walk import delta_walk as plain_walk
 from moe_harness.impls.triton.delta_step import delta_step
 from moe_harness.impls.triton.delta_walk import delta_walk
 from moe_harness.reference.model import Model as Reference
+from moe_harness.suites.compiled import for_hopper
 from moe_harness.suites.triton import CUDA, DEVICE, runnable
 
 pytestmark = runnable
@@ -179,3 +180,27 @@ def test_wrong_shapes_and_dtypes_are_refused() -> None:
             delta_walk(*given[:place], wrong, *given[place + 1 :])
     with pytest.raises(ValueError, match="should be fp32"):
         delta_walk(*(part.half() if part.is_floating_point() else part for part in given))
+
+
+COMPILE = """
+from moe_harness.impls.triton.delta_step import _step
+from moe_harness.impls.triton.delta_walk import _walk
+from moe_harness.impls.triton.sigmoid_gate import _gate
+
+full, numbers = torch.empty(4096), torch.empty(64, dtype=torch.int64)
+half, sizes = full.bfloat16(), dict(HEADS=32, GROUP=2, DK=128, DV=128, BK=128)
+early = dict(WIDEN=False, PDL=True, launch_pdl=True)
+step = (half, half, half, half, half, half, half, full, numbers, numbers, half, 1e-6, 0.088, 1, 1)
+walk = (full, full, full, full, full, full, numbers, numbers, numbers, full, 1, 1, 1)
+gate = (half, half, half, 4096, 4096, 256, 1, 8192, 512, 1)
+for kernel in (
+    _step.warmup(*step, **sizes, BV=128, K=4, **early, num_warps=8, grid=(64, 32)),
+    _walk.warmup(*walk, **sizes, BV=16, num_warps=1, grid=(2, 32, 8)),
+    _gate.warmup(*gate, D=256, BLOCK=1024, **early, num_warps=4, grid=(64, 4)),
+):
+    print(kernel.name, len(kernel.asm["cubin"]) > 0)
+"""
+
+
+def test_kernels_of_a_released_size_compile_for_hopper() -> None:
+    assert for_hopper(COMPILE).split() == ["_step", "True", "_walk", "True", "_gate", "True"]
