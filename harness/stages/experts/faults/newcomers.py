@@ -14,6 +14,19 @@ from torch import Tensor
 from moe_harness.harness.core.catalogue import fault
 from moe_harness.harness.stages.experts.faults._steps import RIGHT, Steps, locate, run, select
 
+# Sum over slots -------------------------------------------------------------------------------------------------
+
+
+@fault("weighting", condition="k > 1", hidden=("k=1",))
+def slots_averaged(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
+    """The weighted outputs of a token are averaged, not added: the result is the k-th part of the right one."""
+
+    def mean(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
+        return steps.combine(slots, topk_weights, ids) / ids.shape[1]
+
+    return run(*call, **options, steps=steps, combine=mean)
+
+
 # Activation -----------------------------------------------------------------------------------------------------
 
 

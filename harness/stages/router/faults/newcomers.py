@@ -61,6 +61,17 @@ def largest_starts_at_minus_one(logits: Tensor, **options: Any) -> Routed:
     return run(logits, **options, choose=lambda _, top_k: _starting_at(-1.0)(logits.to(wide(logits)), top_k))
 
 
+@fault("normalisation", condition="renormalisation, k > 1", shows={"k": 4}, hidden=("renorm=0", "k=1"))
+def renormalised_by_softmax(logits: Tensor, **options: Any) -> Routed:
+    """The chosen scores are renormalised by one more softmax, not by their sum: the weights are nearly equal."""
+
+    def softmax_again(scores: Tensor, ids: Tensor, renormalize: bool, scale: float) -> Tensor:
+        weights = scores.gather(-1, ids)
+        return (weights.softmax(-1) if renormalize else weights) * scale
+
+    return run(logits, **options, weigh=softmax_again)
+
+
 @fault(
     "precision", condition="sigmoid, logits in 16 bits", shows={"scoring": "sigmoid", "dtype": "bf16", "E": 64},
     hidden=("scoring=softmax", "dtype=fp32"),
