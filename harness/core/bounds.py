@@ -29,6 +29,7 @@ TF32 = 2.0**-10  # distance between neighbours of tf32 at 1
 TF32_DROPPED = 0x1FFF  # bits of an fp32 number that tf32 has not
 FALSE_ALARMS = 1e-9
 EXACT_FIT = 2.0**-20  # of the largest value: what a least-squares fit of exact data may leave
+NARROWED = 2.0**-3  # of the largest value: more than any format of two or more mantissa bits rounds by
 SAME_IN_FP64 = 2.0**-20  # sigmas between two orders of one sum in fp64; fp64 rounds 2^29 times finer than any sigma
 ELEMENTS_PER_RUN = 1e8  # a quick run judges about 2e6 elements, a full one 5e7
 MODEL = 1.05  # how far sigma itself is trusted; right implementations with every permitted rounding measure up to 1.01

@@ -82,6 +82,15 @@ def digest(result: Tensor) -> str:
     return sha1(values.contiguous().numpy().tobytes()).hexdigest()
 
 
+def same_bits(one: Any, other: Any) -> bool:
+    """Whether two tensors of one shape and dtype have the same bits; what is no dense tensor always has."""
+    if not isinstance(one, Tensor) or one.layout is not torch.strided:
+        return True
+    # A fresh copy: memory may lie in any way, and a dimension of size 1 may have any stride.
+    held = [t.detach().cpu().clone(memory_format=torch.contiguous_format).flatten() for t in (one, other)]
+    return torch.equal(held[0].view(torch.uint8), held[1].view(torch.uint8))
+
+
 def differing_rows(got: Tensor, expected: Tensor) -> Tensor:
     """Indices of the rows that differ anywhere; NaN equals NaN, which is right only where it is expected."""
     same = (got == expected) | (got.isnan() & expected.isnan())

@@ -57,6 +57,7 @@ class LocalAllreduce(Dispatcher):
 
 def _checksum(tensor: Tensor) -> Tensor:
     """A number that changes with any bit and with the order of the elements."""
-    bits = tensor.contiguous().view(torch.uint8).flatten().to(torch.int64)
+    held = tensor.clone(memory_format=torch.contiguous_format)  # contiguous() keeps odd strides of size 1
+    bits = held.flatten().view(torch.uint8).to(torch.int64)
     places = torch.arange(1, len(bits) + 1, device=bits.device)
     return ((bits + 1) * (places * 2654435761 % 1000003)).sum()

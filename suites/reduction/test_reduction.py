@@ -51,7 +51,7 @@ NAMED = {
     "replicated_shared_summed": "shared expert counted 2 times",
     "reduced_twice": "reduced twice",
     "shared_dropped": "shared expert missing",
-    "shared_divided_by_ranks": "shared expert lost on all ranks but one",
+    "shared_divided_by_ranks": "shared expert divided by the ranks",
     "shared_before_reduce_scatter": "shared expert counted 2 times",
     "reduction_left_out": "a reduction is missing",
 }
@@ -72,6 +72,8 @@ SAID = {
     "double": ("contract", "float64"),
     "unwaited": ("contract", "never waited for"),
     "skips_empty": ("ranks", "deadlock"),
+    "writes_rows": ("inputs", "rows was modified"),
+    "half_of_the_buffer_not_written": ("reduction", "call 2 of 3"),
 }
 
 
@@ -84,6 +86,44 @@ def test_what_strangers_do_wrong(name: str) -> None:
             assert verdict.findings[0].about == check and words in verdict.findings[0].message, format_findings(verdict)
             return
     raise AssertionError(f"{name} survives")
+
+
+CAUSES = {
+    "through_bf16": ("R=2,T=2+1,shared=none", "narrower than float32"),
+    "through_fp16": ("dtype=bf16,R=2,T=2+1,shared=none", "narrower than bfloat16"),
+    "averaged": ("R=2,T=2+1,shared=none", "averaged over the ranks"),
+    "cleaned": ("data=infinite,R=2,T=2+1,shared=none", "an infinity is replaced"),
+    "picked_by_a_product": ("data=infinite,R=2,T=2+1,shared=none,sequence=1", "an infinity spreads"),
+    "a_block_of_columns": ("R=2,T=2+1,H=2049,shared=none", "no multiple"),
+    "strides_ignored": ("layout=routed:padded,R=2,T=2+1,shared=none", "no multiple"),
+    "a_buffer_too_small": ("R=2,T=65+65,H=2049,shared=none", "no multiple"),
+}
+
+
+@pytest.mark.parametrize("name", CAUSES)
+def test_what_plain_data_do_not_show_has_cases_and_a_cause(name: str) -> None:
+    """Seen with its cause on such a case; such cases are planned."""
+    case, cause = CAUSES[name]
+    finding = judge.judge(f"{FILE}:{name}", f"reduction/reduction/{case}").findings[0]
+    assert finding.about == "reduction" and cause in finding.diagnosis[0]["fault"], finding
+    planned = [planned.case for planned in cases.plan([2])]
+    assert {case.layout.split(":")[-1] for case in planned} >= {"padded", "strided", "transposed", "unit"}
+    assert {case.data for case in planned} == {"normal", "infinite"} and max(case.H for case in planned) > 2048
+
+
+UNUSUAL = (
+    "scattered_and_gathered", "by_functional", "by_method", "in_a_thread", "to_the_last_and_back", "letters",
+    "as_dtensor", "own_rows_by_all_to_all", "all_in_one",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_but_right(name: str) -> None:
+    """A share of the plan with every layout, infinity and size in it."""
+    chosen = [planned for place, planned in enumerate(cases.plan([2, 3])) if place % 7 == len(name) % 7]
+    for planned in chosen:
+        verdict = judge.judge(f"{FILE.with_name('unusual.py')}:{name}", planned.id)
+        assert verdict.passed, format_findings(verdict)
 
 
 def test_a_stranger_who_supports_half_of_it_is_told_what_was_judged() -> None:

@@ -6,14 +6,15 @@ reduction/reduction/R=2,T=3+3,routed=partial,shared=replicated      rows of rank
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from moe_harness.harness.core.case import Case
 from moe_harness.harness.core.errors import UsageError
 from moe_harness.harness.core.plan import Planned
-from moe_harness.harness.core.ranked_cases import DTYPES, numbers, one_of
+from moe_harness.harness.core.ranked_cases import DTYPES, LAYOUTS, laid_out, numbers, one_of
 
 STATES = ("partial", "replicated", "complete")
+DATA = ("normal", "infinite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,8 @@ class ReductionCase(Case):
         one_of("routed", self.routed, STATES)
         one_of("shared", self.shared, (*STATES, "none"))
         one_of("dtype", self.dtype, DTYPES)
+        one_of("data", self.data, DATA)
+        laid_out(self.layout, ("routed", "shared"))
         if self.groups < 1 or self.R % self.groups:
             raise UsageError(f"groups is {self.groups}, which does not divide R, {self.R}")
         if len(self.tokens) != self.members:
@@ -67,6 +70,7 @@ class ReductionCase(Case):
 
 CaseType = ReductionCase
 
+RAGGED = [2, 0, 5, 1, 4, 0, 7, 1]
 # (routed, shared) of every legal sum; with sequence parallel rows the last two hold parts of unequal height
 SUMS = (
     *(("partial", shared) for shared in ("none", "partial", "replicated")),
@@ -76,20 +80,40 @@ SUMS = (
 
 
 def plan(worlds: Sequence[int], *, profile: str = "quick", seed: int = 0) -> Iterator[Planned]:
-    """Every sum of states, with and without sequence parallel rows, on even, ragged and no rows, over
-    all ranks and over each half of them."""
+    """Every sum of states, with and without sequence parallel rows, on even, ragged and no rows, over all ranks and
+    over each half of them; then in every layout, with an infinity, and larger than what is summed at once."""
     for ranks, repeat in itertools.product(worlds, range(1 if profile == "quick" else 3)):
         for groups in (1, 2) if ranks % 2 == 0 else (1,):
-            for i, ((routed, shared), sequence, counts) in enumerate(
-                itertools.product(SUMS, (False, True), _rows_of(ranks // groups))
-            ):
-                case = ReductionCase(
-                    R=ranks, T="+".join(map(str, counts)), H=(16, 8, 33)[i % 3], routed=routed, shared=shared,
-                    sequence=sequence, groups=groups, dtype=DTYPES[i % len(DTYPES)], seed=seed + repeat * 1000 + i,
-                    optional=sequence and routed == "complete" and shared in ("partial", "replicated"),
-                )  # fmt: skip
-                yield Planned("reduction", case)
+            counts = _rows_of(ranks // groups)
+            for i, (sums, sequence, rows) in enumerate(itertools.product(SUMS, (False, True), counts)):
+                yield _planned(sums, sequence, rows, i, R=ranks, groups=groups, seed=seed + repeat * 1000 + i)
+        yield from _unusual(ranks, seed + repeat * 1000 + 500)
+        yield from _large(ranks, seed + repeat * 1000 + 600)
+
+
+def _planned(sums: tuple[str, str], sequence: bool, rows: Sequence[int], i: int, **fields: Any) -> Planned:
+    (routed, shared), optional = sums, sequence and sums in (("complete", "partial"), ("complete", "replicated"))
+    chosen = {"H": (16, 8, 33)[i % 3], "dtype": DTYPES[i % len(DTYPES)]} | fields
+    tokens = "+".join(map(str, rows))
+    case = ReductionCase(T=tokens, routed=routed, shared=shared, sequence=sequence, optional=optional, **chosen)
+    return Planned("reduction", case)
 
 
 def _rows_of(members: int) -> list[list[int]]:
-    return [[3] * members, [2, 0, 5, 1, 4, 0, 7, 1][:members], [0] * members, [*[1] * (members - 1), 257]]
+    return [[3] * members, RAGGED[:members], [0] * members, [*[1] * (members - 1), 257]]
+
+
+def _unusual(ranks: int, seed: int) -> Iterator[Planned]:
+    """Operands that do not lie one row behind the other, and one infinite element, which changes no other."""
+    for i, (sums, sequence) in enumerate(itertools.product(SUMS, (False, True))):
+        operand = "routed" if sums[1] == "none" or i // 2 % 2 else "shared"
+        layout = f"{operand}:{LAYOUTS[i % len(LAYOUTS)]}"
+        yield _planned(sums, sequence, RAGGED[:ranks], i // 2, R=ranks, layout=layout, seed=seed + i)
+        yield _planned(sums, sequence, RAGGED[:ranks], i // 2, R=ranks, data="infinite", seed=seed + i)
+
+
+def _large(ranks: int, seed: int) -> Iterator[Planned]:
+    """More columns than a block and more bytes than usual buffers have: over 1 MiB in fp32, half of it in 16 bits."""
+    for i, (sums, sequence) in enumerate(itertools.product(SUMS[:3], (False, True))):
+        rows = [-(-129 // ranks)] * ranks if i % 2 else [*[1] * (ranks - 1), 130 - ranks]
+        yield _planned(sums, sequence, rows, i // 2, R=ranks, H=2049, seed=seed + i)

@@ -2,8 +2,9 @@
 
     reduction(routed [T, H], shared [T, H] | None, group, *, routed_state, shared_state=None, rows=None)
 
-The parts are small integers, so that routed + shared is exact in every dtype and in any order: the result has to have
-the very bits of the layer on one rank.
+The parts (`data`) have exact sums in any order: the result has to have the very bits of the layer on one rank.  Every
+case is three calls, of which no one's result may change with the next: memory that is kept, one buffer or two in turn,
+is right once.
 """
 
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from moe_harness.harness.core.bounds import DTYPES
 from moe_harness.harness.core.case import parse_id
 from moe_harness.harness.core.findings import RankReport
+from moe_harness.harness.core.memory import Arena
 from moe_harness.harness.core.ranked_subject import load_checked
 from moe_harness.harness.core.ranked_task import (
     Rank,
@@ -21,13 +23,15 @@ from moe_harness.harness.core.ranked_task import (
     differing_rows,
     enter,
     member_of_group,
+    same_bits,
     wrong_rows,
 )
 from moe_harness.harness.stages.reduction.cases import ReductionCase
-from moe_harness.harness.stages.reduction.faults.reductions import fit, name_fit
-from moe_harness.reference.reduction import Partial, Placed, Replicated, Sharded
+from moe_harness.harness.stages.reduction.data import parts_of, value_of
+from moe_harness.harness.stages.reduction.faults.reductions import fit, name_fit, narrowed
+from moe_harness.reference.reduction import Placed
 
-SECOND = 5003  # added to the seed for a second call, whose result must not touch the first one's
+CALLS = (0, 5003, 10007)  # what is added to the seed for each
 
 
 def run(me: Rank, spec: dict[str, str], seed: int) -> RankReport:
@@ -45,88 +49,85 @@ def run(me: Rank, spec: dict[str, str], seed: int) -> RankReport:
 
 def _judge(me: Rank, subject: Any, case: ReductionCase, report: RankReport) -> None:
     results = []
-    for number in (0, SECOND):
+    for number in CALLS:
         routed, shared = parts_of(case.but(seed=case.seed + number))
         out = _call(me, subject, case, routed, shared, report)
         kept = out.clone() if isinstance(out, Tensor) else out
         results.append((out, kept, routed, shared))
-    out, kept, routed, shared = results[0]
-    if isinstance(out, Tensor) and not torch.equal(out.cpu().view(torch.uint8), kept.cpu().view(torch.uint8)):
+    if not all(same_bits(out, kept) for out, kept, _, _ in results):
         report.fail("inputs", "the result of one call was changed by the next call")
     for call in me.recorder.started.values():
         report.fail("contract", f"call {call}: started and never waited for, so that its result may come too late")
-    _compare(me, kept, routed, shared, case, report)
+    for number, (_, kept, routed, shared) in enumerate(results):
+        which = f"call {number + 1} of {len(results)}: " if number else ""
+        if not _compare(me, kept, routed, shared, case, report, which):
+            return
 
 
 def _call(
     me: Rank, subject: Any, case: ReductionCase, routed: Placed, shared: Placed | None, report: RankReport
 ) -> Any:
     """The result of one call, whose inputs are looked at afterwards."""
-    dtype = DTYPES[case.dtype]
-    given = [None if part is None else part.parts[me.rank].to(dtype).to(me.device) for part in (routed, shared)]
-    before = [None if tensor is None else tensor.clone() for tensor in given]
+    arena, laid_out = Arena(), dict([case.layout.split(":")] if case.layout else [])
+    given = []
+    for name, part in (("routed", routed), ("shared", shared)):
+        values = None if part is None else part.parts[me.rank].to(DTYPES[case.dtype]).to(me.device)
+        given.append(None if values is None else arena.place(name, values, laid_out.get(name, "contiguous")))
+    rows = list(case.tokens) if case.sequence else None
     keywords = {"routed_state": case.routed, "shared_state": None if shared is None else case.shared}
-    out = enter(me, subject, *given, me.group, **keywords, rows=case.tokens if case.sequence else None)
-    for name, tensor, original in zip(("routed", "shared"), given, before, strict=True):
-        if tensor is None or original is None:
-            continue
-        if not torch.equal(tensor.view(torch.uint8), original.view(torch.uint8)):
-            report.fail("inputs", f"{name} was modified")
-        same = isinstance(out, Tensor) and out.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
-        if same and tensor.numel():
-            report.fail("inputs", f"the result shares memory with {name}, but should be a new tensor")
+    out = enter(me, subject, *given, me.group, **keywords, rows=rows)
+    for name, what in arena.violations():
+        report.fail("inputs", f"{name} {what}")
+    if rows is not None and rows != case.tokens:
+        report.fail("inputs", f"rows was modified: it is {rows}, but was {case.tokens}")
+    if isinstance(out, Tensor) and (shared_with := arena.aliased_by(out)):
+        report.fail("inputs", f"the result shares memory with {shared_with}, but should be a new tensor")
     return out
 
 
-def parts_of(case: ReductionCase) -> tuple[Placed, Placed | None]:
-    """Routed and shared part of all ranks of a group, in fp64."""
-    random = torch.Generator().manual_seed(case.seed)
-    own = case.routed == "complete" and (case.sequence or case.shared in ("none", "complete"))
-    routed = _placed(case, case.routed, own, random)
-    shared = None if case.shared == "none" else _placed(case, case.shared, case.shared == "complete" and own, random)
-    return routed, shared
-
-
-def _placed(case: ReductionCase, state: str, own: bool, random: torch.Generator) -> Placed:
-    """Parts in `state`: of each rank's own rows, or of all rows."""
-    counts = case.tokens if own else [sum(case.tokens)] * case.members
-    parts = [torch.randint(-4, 5, (count, case.H), generator=random).double() for count in counts]
-    if state == "partial":
-        return Partial.of(parts)
-    return Sharded.of(parts) if own else Replicated.of(parts[:1] * case.members)
-
-
-def _value(placed: Placed | None, rank: int, case: ReductionCase) -> Tensor | float:
-    """What `rank` should hold of a part in the end."""
-    if placed is None:
-        return 0.0
-    if isinstance(placed, Sharded):
-        return placed.parts[rank]
-    whole = placed.value()  # type: ignore[attr-defined]
-    return whole.split(case.tokens)[rank] if case.sequence else whole
-
-
 def _compare(
-    me: Rank, out: Any, routed: Placed, shared: Placed | None, case: ReductionCase, report: RankReport
-) -> None:
-    routed_value, shared_value = _value(routed, me.rank, case), _value(shared, me.rank, case)
-    expected = torch.as_tensor(routed_value + shared_value)
+    me: Rank, out: Any, routed: Placed, shared: Placed | None, case: ReductionCase, report: RankReport, which: str
+) -> bool:
+    """Whether a result is the layer's on one rank."""
+    routed_value, shared_value = value_of(routed, me.rank, case), value_of(shared, me.rank, case)
+    expected, before = torch.as_tensor(routed_value + shared_value), len(report.findings)
     wrong = wrong_rows(out, expected, DTYPES[case.dtype], report)
     if not len(wrong):
-        return
+        return len(report.findings) == before
     got = out.cpu().double()
     token = int(wrong[0])
     column = int(differing_rows(got[token, :, None], expected[token, :, None])[0])
     zero = torch.zeros_like(expected)
-    a, b, residual = fit(got, zero + routed_value, zero + shared_value)
     report.fail(
         "reduction",
-        f"rank {me.rank}: {len(wrong)} of {len(expected)} tokens differ from the layer on one rank; first is token "
-        f"{token}, column {column}: {got[token, column]:g}, but should be {expected[token, column]:g}",
+        f"{which}rank {me.rank}: {len(wrong)} of {len(expected)} tokens differ from the layer on one rank; first is "
+        f"token {token}, column {column}: {got[token, column]:g}, but should be {expected[token, column]:g}",
         where={"rank": me.rank, "token": token, "column": column},
-        diagnosis=[{"fault": name_fit(a, b, residual, case.members), "evidence": _evidence(a, b, residual)}],
+        diagnosis=_causes(got, zero + routed_value, zero + shared_value, case),
     )
+    return False
 
 
-def _evidence(a: float, b: float, residual: float) -> str:
-    return f"output = {a:.4g} * routed + {b:.4g} * shared leaves {residual:.2g} of it unexplained"
+def _causes(got: Tensor, routed: Tensor, shared: Tensor, case: ReductionCase) -> list[dict[str, str]]:
+    """What the finite elements say, or those that are not."""
+    expected, dtype = routed + shared, DTYPES[case.dtype]
+    here = got.isfinite() & expected.isfinite()
+    if told := narrowed(got, expected, dtype) or _not_finite(got, expected, here):
+        return told
+    if not bool(here.any()):
+        return []
+    a, b, residual = fit(got[here], routed[here], shared[here])
+    evidence = f"output = {a:.4g} * routed + {b:.4g} * shared leaves {residual:.2g} of it unexplained"
+    return [{"fault": name_fit(a, b, residual, case.members, torch.finfo(dtype).eps), "evidence": evidence}]
+
+
+def _not_finite(got: Tensor, expected: Tensor, here: Tensor) -> list[dict[str, str]]:
+    """Where all that is finite is right."""
+    if bool((got != expected)[here].any()):
+        return []
+    lost, spread = (
+        int((got.isfinite() & ~expected.isfinite()).sum()),
+        int((~got.isfinite() & expected.isfinite()).sum()),
+    )
+    fault = "an infinity is replaced" if lost else "an infinity spreads, as by a product with 0"
+    return [{"fault": fault, "evidence": f"{lost} infinite elements came out finite, {spread} finite ones did not"}]

@@ -4,13 +4,14 @@ What a misplaced reduction does is read from  output = a * Routed + b * Shared  
 exists, ranks hold unequal parts.  Each fault is right outside of its own cell of the table.
 """
 
+import math
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_harness.harness.core.bounds import EXACT_FIT
+from moe_harness.harness.core.bounds import EXACT_FIT, NARROWED
 from moe_harness.harness.core.ranked_faults import ranked
 
 
@@ -183,21 +184,44 @@ def reduced_over_the_world(routed: Tensor, shared: Part, group: Any, **other: An
 
 
 def fit(output: Tensor, routed: Tensor, shared: Tensor) -> tuple[float, float, float]:
-    """(a, b, residual) of the best output = a * routed + b * shared; the residual relative to the output."""
+    """(a, b, residual) of the best output = a * routed + b * shared; the residual relative to the output.
+
+    Where nothing is shared, b is a.
+    """
     matrix = torch.stack([routed.flatten(), shared.flatten()], 1).double()
     target = output.flatten().double()
-    a, b = torch.linalg.lstsq(matrix, target[:, None]).solution.flatten().tolist()
+    a, b = (torch.linalg.lstsq(matrix, target[:, None]).solution.flatten() + 0.0).tolist()  # + 0: no -0
     rest = target - matrix @ torch.tensor([a, b], dtype=torch.float64)
-    return a, b, float(rest.norm() / target.norm().clamp(min=1e-30))
+    return a, b if bool(matrix[:, 1].any()) else a, float(rest.norm() / target.norm().clamp(min=1e-30))
 
 
-def name_fit(a: float, b: float, residual: float, ranks: int) -> str:
-    """What a fit says about the reduction over `ranks`."""
-    if residual > EXACT_FIT:  # exact data leave 1e-15, a missing reduction about 1
+def name_fit(a: float, b: float, residual: float, ranks: int, eps: float = 0.0) -> str:
+    """What a fit says about the reduction over `ranks`, of a result that is rounded to `eps`."""
+    if residual > max(EXACT_FIT, eps):  # exact data leave 1e-15, a missing reduction about 1
         return "no multiple of routed and shared part: a reduction is missing, or parts of different tokens were added"
-    known = {(1.0, 1.0): "right", (1.0, float(ranks)): f"shared expert counted {ranks} times",
-             (float(ranks), float(ranks)): "reduced twice", (1.0, 1 / ranks): "shared expert lost on all ranks but one",
-             (1.0, 0.0): "shared expert missing", (float(ranks), 1.0): "routed part reduced twice"}  # fmt: skip
-    nearest = (round(a, 3), round(b, 3))
-    return next((words for pair, words in known.items() if nearest == tuple(round(p, 3) for p in pair)),
+    known = {(1.0, 1.0): "right but for roundings", (1.0, float(ranks)): f"shared expert counted {ranks} times",
+             (float(ranks), float(ranks)): "reduced twice", (1.0, 1 / ranks): "shared expert divided by the ranks",
+             (1.0, 0.0): "shared expert missing", (float(ranks), 1.0): "routed part reduced twice",
+             (1 / ranks, 1 / ranks): "averaged over the ranks, not summed"}  # fmt: skip
+    near = max(5e-4, eps)
+    return next((words for (x, y), words in known.items() if abs(a - x) <= near and abs(b - y) <= near),
                 f"routed part counts {a:.3g} times, shared part {b:.3g} times")  # fmt: skip
+
+
+def narrowed(got: Tensor, expected: Tensor, dtype: torch.dtype) -> list[dict[str, str]]:
+    """Words for a result [T, H] in fp64 that is near what is expected, or infinite: `dtype` was not kept on the way."""
+    here = got.isfinite() & expected.isfinite()
+    beyond = expected.isfinite() & ~here  # a NaN is the difference of two infinities
+    overflow = bool(got.isinf().any() & expected.isfinite().all())
+    if bool(beyond.any()) != overflow or not bool((beyond | here).any()):
+        return []
+    error = (got - expected)[here].abs().max() if bool(here.any()) else torch.zeros(())
+    share = float(error / expected[expected.isfinite()].abs().max().clamp(min=1e-30))
+    if share > NARROWED or (share <= torch.finfo(dtype).eps and not overflow):
+        return []
+    if overflow:
+        smallest = float(expected[beyond].abs().min())
+        told = f"{int(beyond.sum())} values are infinite or NaN, the smallest should be {smallest:g}"
+    else:
+        told = f"the largest error is 2^{math.log2(share):.1f} of the largest value"
+    return [{"fault": f"values pass through a format narrower than {str(dtype)[6:]}", "evidence": told}]
