@@ -1,6 +1,6 @@
 """What the task of one rank is written with: who it is, and how it enters code under judgement."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha1
 from typing import Any, Protocol
@@ -65,15 +65,26 @@ def enter(me: Rank, function: Callable[..., Any], *arguments: Any, **keywords: A
     """Call `function`, which is judged, and put back what it sets for the whole process.
 
     Raises:
-        Refused: it raised one of the contract's exceptions, by a `raise` of its own and not out of a collective.
+        Refused: it raised one of the contract's exceptions, by a `raise` of its own and not out of a collective; or it
+            was given tensors that do not lie row behind row, which no contract over ranks promises to take.
     """
     try:
         with kept_defaults():
             return blame.hand_over(function, *arguments, **keywords)
-    except REJECTIONS as error:
+    except (*REJECTIONS, RuntimeError) as error:
+        if _wants_rows_behind_rows(error, (*arguments, *keywords.values())):
+            raise Refused(f"{type(error).__name__}: {error}") from error
+        if not isinstance(error, REJECTIONS):
+            raise
         if me.recorder.failed is not None or blame.is_judges(error) or not blame.own_refusal(error):
             raise
         raise Refused(f"{type(error).__name__}: {error}") from error
+
+
+def _wants_rows_behind_rows(error: BaseException, given: Sequence[Any]) -> bool:
+    """Whether torch's own words refuse the strides of what was given, as collectives and views do."""
+    laid_out = any(isinstance(tensor, Tensor) and not tensor.is_contiguous() for tensor in given)
+    return laid_out and "contiguous" in str(error) and not blame.is_judges(error)
 
 
 def digest(result: Tensor) -> str:

@@ -113,7 +113,7 @@ def test_what_plain_data_do_not_show_has_cases_and_a_cause(name: str) -> None:
 
 UNUSUAL = (
     "scattered_and_gathered", "by_functional", "by_method", "in_a_thread", "to_the_last_and_back", "letters",
-    "as_dtensor", "own_rows_by_all_to_all", "all_in_one",
+    "as_dtensor", "own_rows_by_all_to_all", "all_in_one", "masked_by_a_product",
 )  # fmt: skip
 
 
@@ -124,6 +124,16 @@ def test_unusual_but_right(name: str) -> None:
     for planned in chosen:
         verdict = judge.judge(f"{FILE.with_name('unusual.py')}:{name}", planned.id)
         assert verdict.passed, format_findings(verdict)
+
+
+def test_strides_may_be_refused_in_torchs_own_words() -> None:
+    """No contract over ranks promises any strides; what is not refused has to be right."""
+    impl = f"{FILE.with_name('unusual.py')}:seen_flat"
+    for layout in ("routed:padded", "routed:transposed"):
+        verdict = judge.judge(impl, f"reduction/reduction/R=2,T=2+3,shared=none,layout={layout},optional=1")
+        assert not verdict.findings and "contiguous" in str(verdict.unsupported), format_findings(verdict)
+    assert judge.judge(impl, "reduction/reduction/R=2,T=2+3,shared=none").passed
+    assert all(p.case.optional for p in cases.plan([2]) if p.case.layout), "a case of strides that may not be refused"
 
 
 def test_a_stranger_who_supports_half_of_it_is_told_what_was_judged() -> None:

@@ -110,3 +110,24 @@ def all_in_one(routed, shared, group, *, routed_state, shared_state=None, rows=N
             total += x
     dist.all_reduce(total, group=group)
     return total if rows is None else total.split(rows)[dist.get_rank(group)].clone()
+
+
+def _seen_flat(x, group):
+    flat = x.view(-1).clone()
+    dist.all_reduce(flat, group=group)
+    return flat.view(x.shape)
+
+
+seen_flat = one_by_one(_seen_flat)  # torch refuses to view rows that do not lie one behind the other
+
+
+def masked_by_a_product(routed, shared, group, *, routed_state, shared_state=None, rows=None):
+    """What is replicated counts once, by a factor of 0 or 1: an infinity becomes NaN where it stands."""
+    if routed_state == "complete":
+        return by_method(routed, shared, group, routed_state=routed_state, shared_state=shared_state, rows=rows)
+    once = float(dist.get_rank(group) == 0)
+    total = sum(
+        x * (1.0 if state == "partial" else once) for x, state in parts_of(routed, shared, (routed_state, shared_state))
+    ).contiguous()
+    dist.all_reduce(total, group=group)
+    return total if rows is None else total.split(rows)[dist.get_rank(group)].clone()

@@ -71,6 +71,7 @@ class ReductionCase(Case):
 CaseType = ReductionCase
 
 RAGGED = [2, 0, 5, 1, 4, 0, 7, 1]
+LAID_OUT = [2, 3, 5, 2, 4, 3, 7, 2]  # one row has no strides that a collective could refuse
 # (routed, shared) of every legal sum; with sequence parallel rows the last two hold parts of unequal height
 SUMS = (
     *(("partial", shared) for shared in ("none", "partial", "replicated")),
@@ -93,6 +94,7 @@ def plan(worlds: Sequence[int], *, profile: str = "quick", seed: int = 0) -> Ite
 
 def _planned(sums: tuple[str, str], sequence: bool, rows: Sequence[int], i: int, **fields: Any) -> Planned:
     (routed, shared), optional = sums, sequence and sums in (("complete", "partial"), ("complete", "replicated"))
+    optional |= "layout" in fields
     chosen = {"H": (16, 8, 33)[i % 3], "dtype": DTYPES[i % len(DTYPES)]} | fields
     tokens = "+".join(map(str, rows))
     case = ReductionCase(T=tokens, routed=routed, shared=shared, sequence=sequence, optional=optional, **chosen)
@@ -104,11 +106,12 @@ def _rows_of(members: int) -> list[list[int]]:
 
 
 def _unusual(ranks: int, seed: int) -> Iterator[Planned]:
-    """Operands that do not lie one row behind the other, and one infinite element, which changes no other."""
+    """Operands that do not lie one row behind the other, which may be refused, and one infinite element, which changes
+    no other."""
     for i, (sums, sequence) in enumerate(itertools.product(SUMS, (False, True))):
         operand = "routed" if sums[1] == "none" or i // 2 % 2 else "shared"
         layout = f"{operand}:{LAYOUTS[i % len(LAYOUTS)]}"
-        yield _planned(sums, sequence, RAGGED[:ranks], i // 2, R=ranks, layout=layout, seed=seed + i)
+        yield _planned(sums, sequence, LAID_OUT[:ranks], i // 2, R=ranks, layout=layout, seed=seed + i)
         yield _planned(sums, sequence, RAGGED[:ranks], i // 2, R=ranks, data="infinite", seed=seed + i)
 
 

@@ -16,17 +16,18 @@ def cases(draw: st.DrawFn, worlds: Sequence[int] = (1, 2, 4)) -> ReductionCase:
     rows = draw(st.lists(st.integers(0, 4), min_size=ranks // groups, max_size=ranks // groups))
     sequence = draw(st.booleans())
     operands = ["routed"] if shared == "none" else ["routed", "shared"]
+    layout = draw(st.sampled_from(["", *(f"{operand}:{kind}" for operand in operands for kind in LAYOUTS)]))
     return ReductionCase(
         R=ranks,
         T="+".join(map(str, rows)),
         H=draw(st.sampled_from([8, 16])),
         routed=routed,
         shared=shared,
-        layout=draw(st.sampled_from(["", *(f"{operand}:{kind}" for operand in operands for kind in LAYOUTS)])),
+        layout=layout,
         data=draw(st.sampled_from(DATA)),
         sequence=sequence,
         groups=groups,
-        optional=sequence and routed == "complete" and shared in ("partial", "replicated"),
+        optional=bool(layout) or (sequence and routed == "complete" and shared in ("partial", "replicated")),
         dtype=draw(st.sampled_from(DTYPES)),
         seed=draw(st.integers(0, 99)),
     )
