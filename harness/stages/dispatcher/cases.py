@@ -12,9 +12,10 @@ from typing import ClassVar
 from moe_harness.harness.core.case import Case
 from moe_harness.harness.core.errors import UsageError
 from moe_harness.harness.core.plan import Planned
-from moe_harness.harness.core.ranked_cases import DTYPES, numbers, one_of
+from moe_harness.harness.core.ranked_cases import DTYPES, LAYOUTS, laid_out, numbers, one_of
 
 OWNERS = ("block", "cyclic", "random", "last_empty", "one")
+OPERANDS = ("hidden_states", "topk_weights", "topk_ids", "expert_output")  # what a layout may be of
 ROUTINGS = ("plain", "masked", "duplicates", "hot", "none", "nan")
 
 
@@ -42,6 +43,7 @@ class DispatcherCase(Case):
         one_of("owner", self.owner, OWNERS)
         one_of("ids", self.ids, ROUTINGS)
         one_of("dtype", self.dtype, DTYPES)
+        laid_out(self.layout, OPERANDS)
         if self.groups < 1 or self.R % self.groups:
             raise UsageError(f"groups is {self.groups}, which does not divide R, {self.R}")
         if len(self.tokens) != self.members:
@@ -114,6 +116,7 @@ def plan(worlds: Sequence[int], *, profile: str = "quick", seed: int = 0, copies
         yield from _large(ranks, seed + repeat * 1000 + 200)
         yield from _equal_blocks(ranks, seed + repeat * 1000 + 300)
         yield from _over_two_axes(ranks, seed + repeat * 1000 + 400)
+        yield from _unusual(ranks, seed + repeat * 1000 + 600)
         if copies:
             yield from _redundant(ranks, seed + repeat * 1000 + 500)
 
@@ -133,6 +136,25 @@ def _large(ranks: int, seed: int) -> Iterator[Planned]:
             R=ranks, E=experts, k=top_k, T="+".join(map(str, counts)), H=8, owner=("cyclic", "block")[i // 2],
             ids=("plain", "masked")[i % 2], dtype=DTYPES[i % len(DTYPES)], seed=seed + i,
         )  # fmt: skip
+        yield Planned("dense", case)
+
+
+def _unusual(ranks: int, seed: int) -> Iterator[Planned]:
+    """Operands that do not lie one row behind the other, and more columns than a block or a warp takes."""
+    counts = _token_counts(ranks)
+    for i, (operand, layout) in enumerate(itertools.product(OPERANDS, LAYOUTS)):
+        tokens = "+".join(map(str, (counts[5], counts[0])[i % 2]))
+        case = DispatcherCase(
+            R=ranks, E=(7, 4)[i % 2], k=(3, 1)[i // 4 % 2], T=tokens, owner=("cyclic", "block")[i % 2],
+            ids=("plain", "masked")[i // 2 % 2], layout=f"{operand}:{layout}", dtype=DTYPES[i % len(DTYPES)],
+            seed=seed + i,
+        )  # fmt: skip
+        yield Planned("dense", case)
+    for i, columns in enumerate((65, 1025, 2048, 4097)):
+        tokens = "+".join(map(str, (counts[0], counts[5])[i % 2]))
+        case = DispatcherCase(
+            R=ranks, E=2 * ranks, k=2, T=tokens, H=columns, dtype=DTYPES[i % len(DTYPES)], seed=seed + 100 + i
+        )
         yield Planned("dense", case)
 
 

@@ -1,7 +1,8 @@
 """From a dispatcher case to the tensors of all ranks, exact in their dtype, and the experts they are run through.
 
 Hidden states and routing weights are integers (in fp32 with a fraction, so that rounding to 16 bits would show) small
-enough that every product and every sum is exact in the dtype of the case, in any order.  Six columns spell the number
+enough that every product and every sum is exact in the dtype of the case, in any order; in bf16 they are multiples of a
+unit with which most are beyond the range of fp16.  Six columns spell the number
 of the token in base 7, so that a received row tells which token of which rank it is.
 
     f_e(x) = sign_e * x[permutation_e] + constant_e        distinct for each expert, not symmetric in the columns
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_harness.harness.core.bounds import DTYPES
+from moe_harness.harness.core.ranked_cases import unit_of
 from moe_harness.harness.stages.dispatcher.cases import DispatcherCase
 from moe_harness.reference.dispatcher import Batch
 
@@ -22,6 +24,7 @@ from moe_harness.reference.dispatcher import Batch
 EXACT = {"fp16": 2**11, "bf16": 2**8}
 LARGEST_FP32 = 4095
 TAG_COLUMNS = 6
+UNITS = {DTYPES[name]: unit_of(name) for name in EXACT}
 _EXPERT_FIELDS = ("owner", "logical", "signs", "permutations", "constants")
 
 
@@ -79,7 +82,7 @@ def build(case: DispatcherCase, *, replicated: bool = False, values: int = 0, gr
         torch.arange(case.H) % case.groups == group,
         torch.randint(0, 2, shape, generator=random) * 2 - 1,
         torch.stack([torch.randperm(case.H, generator=random) for _ in range(case.E)]),
-        torch.randint(-1, 2, shape, generator=random),
+        torch.randint(-1, 2, shape, generator=random) * unit_of(case.dtype),
     )
 
 
@@ -87,7 +90,7 @@ def _hidden(case: DispatcherCase, total: int, random: torch.Generator) -> Tensor
     largest = largest_hidden(case)
     hidden = torch.randint(-largest, largest + 1, (total, case.H), generator=random)
     hidden[:, :TAG_COLUMNS] = tags(total)
-    hidden = hidden.to(DTYPES[case.dtype])
+    hidden = hidden.to(DTYPES[case.dtype]) * unit_of(case.dtype)
     if case.ids == "nan" and total:
         hidden[total // 2, -1] = torch.nan  # one token of one rank; no other row may change
     return hidden
@@ -105,7 +108,7 @@ def tags(total: int) -> Tensor:
 
 def tagged_token(row: Tensor) -> int:
     """The number that a row's tag spells; -1 where it spells none."""
-    digits = row[:TAG_COLUMNS].double() + 3
+    digits = row[:TAG_COLUMNS].double() / UNITS.get(row.dtype, 1.0) + 3
     if not bool(((digits >= 0) & (digits <= 6) & (digits == digits.round())).all()):
         return -1
     return int((digits.long() * 7 ** torch.arange(TAG_COLUMNS)).sum())

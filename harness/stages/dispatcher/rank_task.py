@@ -3,8 +3,12 @@
 The verdict is the dense layer: this rank's result has to equal, bit for bit, the layer on one rank that holds all
 experts.  Distinct tokens per rank, distinct weights per slot, experts that do different things: no dispatcher fault
 known passes that.  The rows received are looked at only to say where it went wrong.
+
+Several dispatches live together and are combined in reverse order; another one follows when all are combined, since
+what is kept between the two, a counter or a buffer, is right once.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,6 +17,7 @@ from torch import Tensor
 
 from moe_harness.harness.core.case import parse_id
 from moe_harness.harness.core.findings import RankReport
+from moe_harness.harness.core.memory import Arena
 from moe_harness.harness.core.ranked_subject import load_checked
 from moe_harness.harness.core.ranked_task import (
     Rank,
@@ -47,19 +52,24 @@ def run(me: Rank, spec: dict[str, Any], seed: int) -> RankReport:
     report = RankReport(me.rank)
     me, group = member_of_group(me, case.groups), me.rank % case.groups
     worlds = _worlds(check, case, replicated, group)
-    keywords = {"num_experts": case.E, "owner": worlds[0].owner.clone()}
+    keywords: dict[str, Any] = {"num_experts": case.E, "owner": worlds[0].owner.clone()}
     if case.copies:
         if not supports_copies(subject):
             report.rejected = "does not declare supports_copies, so it is not made with redundant experts"
             return report
         keywords["logical"] = worlds[0].logical.clone()
+    given = {name: value.clone() for name, value in keywords.items() if isinstance(value, Tensor)}
     try:
         dispatcher = enter(me, subject, me.group, **keywords)
         limit = getattr(dispatcher, "max_live", None)
         worlds = worlds[: None if limit is None else max(1, limit)]  # a class that allows none is judged all the same
-        _judge(me, dispatcher, worlds, report, bool(spec.get("explain")))
+        later = data.build(case, replicated=replicated, group=group, values=2)
+        _judge(me, dispatcher, worlds, later, case, report, bool(spec.get("explain")))
     except Refused as refusal:
         report.rejected = str(refusal)
+    for name, before in given.items():
+        if not torch.equal(keywords[name], before):
+            report.fail("inputs", f"{name} was modified", diagnosis=_IN_PLACE)
     return report
 
 
@@ -90,37 +100,74 @@ def other_tokens(case: DispatcherCase) -> str:
     return "+".join(str(max(0, tokens - 1)) for tokens in reversed(case.tokens))
 
 
-def _judge(me: Rank, dispatcher: Any, worlds: list[data.World], report: RankReport, explain: bool) -> None:
-    """Dispatch all, combine in reverse order, then look at everything."""
+@dataclass
+class _Passed:
+    """One dispatch that was combined."""
+
+    world: data.World
+    which: str  # as a finding tells it
+    inputs: Arena
+    d: Any
+    output: Any = None
+    expert_output: Arena | None = None
+
+
+def _judge(
+    me: Rank, dispatcher: Any, worlds: list[data.World], later: data.World, case: DispatcherCase, report: RankReport,
+    explain: bool,
+) -> None:  # fmt: skip
+    """Dispatch all, combine in reverse order, then one more; at last look at everything."""
     for name in ("dispatch", "combine"):
         if not callable(getattr(dispatcher, name, None)):
             report.fail("contract", f"{type(dispatcher).__name__} has no method {name}")
     if report.findings:
         return
-    inputs = [Batch(*(t.clone().to(me.device) for t in world.batches[me.rank])) for world in worlds]
-    dispatched = [enter(me, dispatcher.dispatch, *batch) for batch in inputs]
-    for world, d in zip(worlds, dispatched, strict=True):
-        sound = _check_contract(me, d, world, report)
-        if explain and hasattr(d, "topk_ids") and not world.has_copies:
-            report.observed["received"] = received_rows.explain(d, world, me.rank)
-        if not sound:
+    layout = dict([case.layout.split(":")] if case.layout else [])
+    passed: list[_Passed] = []
+    first = f"of {len(worlds)}, combined in reverse order"
+    for live, when in ((worlds, first), ([later], "after those were combined")):
+        dispatched = _dispatched(me, dispatcher, live, when, layout, report, explain)
+        if dispatched is None:
             return
-    outputs: list[Tensor] = []
-    for number in reversed(range(len(worlds))):
-        expert_output = _run_experts(dispatched[number], worlds[number], me)
-        given = expert_output.clone()
-        outputs.insert(0, enter(me, dispatcher.combine, expert_output, dispatched[number]))
-        if not torch.equal(given.view(torch.uint8), expert_output.view(torch.uint8)):
-            report.fail("inputs", "expert_output was modified by combine", diagnosis=_IN_PLACE)
+        for one in reversed(dispatched):
+            _combine(me, dispatcher, one, layout)
+        passed += dispatched
     for call in me.recorder.started.values():
         told = f"rank {report.rank}, call {call}: started and never waited for, so that its result may come too late"
         report.fail("contract", told)
     me.recorder.injector.injection = None  # what follows belongs to the harness
-    for number, world in enumerate(worlds):
-        which = "" if len(worlds) == 1 else f"dispatch {number + 1} of {len(worlds)}, combined in reverse order: "
-        _check_result(me, outputs[number], world, dispatched[number], report, which)
-        _check_inputs(inputs[number], world.batches[me.rank], dispatched[number], outputs[number], report)
-    _check_volume(me, dispatcher, worlds, report)
+    for one in passed:
+        _check_result(me, one, report)
+        _check_inputs(one, report)
+    _check_volume(me, dispatcher, [*worlds, later], report)
+
+
+def _dispatched(
+    me: Rank, dispatcher: Any, worlds: list[data.World], when: str, layout: dict[str, str], report: RankReport,
+    explain: bool,
+) -> list[_Passed] | None:  # fmt: skip
+    """Every world dispatched; None where what came out is not of the form that it has to have."""
+    found = []
+    for number, world in enumerate(worlds, 1):
+        arena, batch = Arena(), world.batches[me.rank]._asdict()
+        placed = [arena.place(name, t.to(me.device), layout.get(name, "contiguous")) for name, t in batch.items()]
+        d = enter(me, dispatcher.dispatch, *placed)
+        found.append(_Passed(world, f"dispatch {number} {when}: ", arena, d))
+    for one in found:
+        sound = _check_contract(me, one.d, one.world, report)
+        if explain and hasattr(one.d, "topk_ids") and not one.world.has_copies:
+            told = received_rows.explain(one.d, one.world, me.rank)
+            report.observed["received"] = report.observed.get("received") or told
+        if not sound:
+            return None
+    return found
+
+
+def _combine(me: Rank, dispatcher: Any, one: _Passed, layout: dict[str, str]) -> None:
+    one.expert_output, name = Arena(), "expert_output"
+    values = _run_experts(one.d, one.world, me)
+    placed = one.expert_output.place(name, values, layout.get(name, "contiguous"))
+    one.output = enter(me, dispatcher.combine, placed, one.d)
 
 
 def _check_contract(me: Rank, d: Any, world: data.World, report: RankReport) -> bool:
@@ -177,7 +224,8 @@ def _run_experts(d: Any, world: data.World, me: Rank) -> Tensor:
     return out.to(d.hidden_states.dtype).to(me.device)
 
 
-def _check_result(me: Rank, out: Any, world: data.World, d: Any, report: RankReport, which: str) -> None:
+def _check_result(me: Rank, one: _Passed, report: RankReport) -> None:
+    world, out, which = one.world, one.output, one.which
     own = world.batches[me.rank]
     before = len(report.findings)
     _check_form(f"{which}combine returned", out, me, report)
@@ -209,19 +257,16 @@ def _check_result(me: Rank, out: Any, world: data.World, d: Any, report: RankRep
         )
 
 
-def _check_inputs(given: Batch, original: Batch, d: Any, out: Tensor, report: RankReport) -> None:
+def _check_inputs(one: _Passed, report: RankReport) -> None:
     """Arguments unchanged, results in memory of their own."""
-    for name, after, before in zip(Batch._fields, given, original, strict=True):
-        same = torch.equal(after.cpu().contiguous().view(torch.uint8), before.contiguous().view(torch.uint8))
-        if not same:
-            report.fail("inputs", f"{name} was modified", diagnosis=_IN_PLACE)
-        for label, result in (("d.hidden_states", d.hidden_states), ("d.topk_ids", d.topk_ids), ("combine", out)):
-            if after.numel() and isinstance(result, Tensor) and _memory(result) == _memory(after):
-                report.fail("inputs", f"the result {label} shares memory with the argument {name}")
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    arenas = [arena for arena in (one.inputs, one.expert_output) if arena is not None]
+    for name, what in (violation for arena in arenas for violation in arena.violations()):
+        report.fail("inputs", f"{name} {what}", diagnosis=_IN_PLACE)
+    results = {f"d.{name}": getattr(one.d, name) for name in Batch._fields} | {"combine": one.output}
+    for label, result in results.items():
+        for arena in arenas if label == "combine" else arenas[:1]:
+            if isinstance(result, Tensor) and (argument := arena.aliased_by(result)):
+                report.fail("inputs", f"the result {label} shares memory with the argument {argument}")
 
 
 def _check_volume(me: Rank, dispatcher: Any, worlds: list[data.World], report: RankReport) -> None:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from hypothesis import strategies as st
 
-from moe_harness.harness.core.ranked_cases import DTYPES
-from moe_harness.harness.stages.dispatcher.cases import OWNERS, ROUTINGS, DispatcherCase
+from moe_harness.harness.core.ranked_cases import DTYPES, LAYOUTS
+from moe_harness.harness.stages.dispatcher.cases import OPERANDS, OWNERS, ROUTINGS, DispatcherCase
 
 
 @st.composite
@@ -28,6 +28,7 @@ def cases(
         ids=draw(st.sampled_from(ROUTINGS)),
         copies=draw(st.integers(0, 5)) if copies else 0,
         groups=groups,
+        layout=draw(st.sampled_from(["", *(f"{operand}:{kind}" for operand in OPERANDS for kind in LAYOUTS)])),
         dtype=draw(st.sampled_from(list(dtypes))),
         seed=draw(st.integers(0, 99)),
     )

@@ -98,7 +98,7 @@ class Butterfly(Padded):
     """Sums with the partner rank xor 1, 2, 4, ...: right for powers of two."""
 
     def combine(self, expert_output, d):
-        total, step = expert_output.clone(), 1
+        total, step = expert_output.contiguous().clone(), 1
         while step < self.n:
             peer = self.r ^ step
             if peer < self.n:
