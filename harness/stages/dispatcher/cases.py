@@ -140,14 +140,14 @@ def _large(ranks: int, seed: int) -> Iterator[Planned]:
 
 
 def _unusual(ranks: int, seed: int) -> Iterator[Planned]:
-    """Operands that do not lie one row behind the other, and more columns than a block or a warp takes."""
+    """Operands that do not lie one row behind the other, which may be refused, and more columns than a block takes."""
     counts = _token_counts(ranks)
     for i, (operand, layout) in enumerate(itertools.product(OPERANDS, LAYOUTS)):
         tokens = "+".join(map(str, (counts[5], counts[0])[i % 2]))
         case = DispatcherCase(
             R=ranks, E=(7, 4)[i % 2], k=(3, 1)[i // 4 % 2], T=tokens, owner=("cyclic", "block")[i % 2],
             ids=("plain", "masked")[i // 2 % 2], layout=f"{operand}:{layout}", dtype=DTYPES[i % len(DTYPES)],
-            seed=seed + i,
+            optional=True, seed=seed + i,
         )  # fmt: skip
         yield Planned("dense", case)
     for i, columns in enumerate((65, 1025, 2048, 4097)):

@@ -18,6 +18,7 @@ def cases(
     experts = draw(st.integers(1, 9))
     groups = draw(st.sampled_from([count for count in (1, 2) if ranks % count == 0]))
     tokens = draw(st.lists(st.integers(0, 5), min_size=ranks // groups, max_size=ranks // groups))
+    layout = draw(st.sampled_from(["", *(f"{operand}:{kind}" for operand in OPERANDS for kind in LAYOUTS)]))
     return DispatcherCase(
         R=ranks,
         E=experts,
@@ -28,7 +29,8 @@ def cases(
         ids=draw(st.sampled_from(ROUTINGS)),
         copies=draw(st.integers(0, 5)) if copies else 0,
         groups=groups,
-        layout=draw(st.sampled_from(["", *(f"{operand}:{kind}" for operand in OPERANDS for kind in LAYOUTS)])),
+        layout=layout,
+        optional=bool(layout),
         dtype=draw(st.sampled_from(list(dtypes))),
         seed=draw(st.integers(0, 99)),
     )
