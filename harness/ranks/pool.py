@@ -57,6 +57,7 @@ class RankPool:
 
     def __init__(self, world_size: int, backend: str):
         self.world_size, self.backend, self.ready = world_size, backend, False
+        self.directory = os.getcwd()  # the workers', in which they look for files that a spec names
         self.jobs = 0
         self.loaded: set[tuple[str, str]] = set()  # (stage, spec) of what the workers have imported
         self.folder, self.heartbeat = "", None
@@ -245,6 +246,9 @@ def run(
     if os.environ.get(remote.ADDRESS):  # a server holds one worker, so pools of other sizes have to go first
         for other in [known for known in _POOLS if known != (ranks, backend)]:
             _POOLS.pop(other).close()
+    known = _POOLS.get((ranks, backend))
+    if known is not None and known.directory != os.getcwd():
+        _POOLS.pop((ranks, backend)).close()
     pool = _POOLS.get((ranks, backend)) or _POOLS.setdefault((ranks, backend), RankPool(ranks, backend))
     try:
         outcome = (pool.load(*load) if load is not None else None) or pool.run(Job(task, spec, seed, injection), budget)

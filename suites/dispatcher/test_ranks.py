@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from moe_harness.harness.ranks.calls import RecordedCall
 from moe_harness.harness.ranks.heartbeat import RankStatus, State
 from moe_harness.harness.ranks.jobs import Injection
 from moe_harness.harness.ranks.proof import of_job, stalemate
+from moe_harness.suites.dispatcher.strangers import right
 
 TASKS = "moe_harness.suites.dispatcher.tasks"
 
@@ -25,6 +27,15 @@ def test_results_and_trace() -> None:
     for trace in outcome.traces:
         assert [(c.op, c.dtype, c.inputs, c.sent) for c in trace] == [("all_reduce", "float32", ((4,),), 16.0)] * 2
         assert "two_sums" in trace[0].site
+
+
+def test_a_file_is_looked_for_where_the_caller_is_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook may have changed its folder since the workers were started."""
+    assert _run("two_sums").ok
+    text = Path(right.__file__).read_text()
+    (tmp_path / "mine.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert judge.judge("mine.py:Padded", "dispatcher/dense/R=2,E=2,k=1,T=2+2").passed
 
 
 @pytest.mark.parametrize(
