@@ -41,7 +41,10 @@ def compared(me: Rank, spec: dict[str, Any], seed: int) -> dict[str, Any]:
 
 
 def replayed_logits(me: Rank, spec: dict[str, Any], seed: int) -> list[str]:
-    """Task: a step's logits in a graph and called, bit for bit, with other sequences than it was captured with."""
+    """Task: a step's logits in a graph and called, bit for bit, with other sequences than it was captured with.
+
+    A CPU has no graphs: there the step is called twice.
+    """
     told = []
     for size in (1, 3, 8):
         graphed, called = _last_logits(load(spec, me.group, **LIMITS), size)
@@ -64,17 +67,24 @@ def _last_logits(model: Model, size: int) -> tuple[Tensor, Tensor]:
     step = model.engine.scheduler.plan()
     assert step is not None and step.decoding == len(step.work) == size
     bucket = next(b for b in (1, 3, 8, SEQUENCES) if b >= size)
-    with torch.inference_mode():
-        before = runner.last_tokens.clone()
-        runner.capture(bucket)
-        runner.last_tokens.copy_(before)
-        filled = runner.builder.carry(step, bucket)
+
+    def replayed() -> Tensor:
         graph, logits, _ = runner.graphs[bucket]
         graph.replay()
-        replayed = logits[:size].clone().cpu()
+        return logits
+
+    def called() -> Tensor:
+        return runner.run(type(filled)(bucket, bucket, bucket, bucket, cut=False), padded=True)[0]
+
+    with torch.inference_mode():
+        before = runner.last_tokens.clone()
+        if runner.buckets:
+            runner.capture(bucket)
+            runner.last_tokens.copy_(before)
+        filled = runner.builder.carry(step, bucket)
+        first = (replayed if runner.buckets else called)()[:size].clone().cpu()
         runner.last_tokens.copy_(before)
-        logits, _ = runner.run(type(filled)(bucket, bucket, bucket, bucket, cut=False), padded=True)
-        return replayed, logits[:size].clone().cpu()
+        return first, called()[:size].clone().cpu()
 
 
 def joined_step(me: Rank, spec: dict[str, Any], seed: int) -> dict[str, Any]:

@@ -139,7 +139,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "router": (2, "sigmoid", True, None, None, 1.5, None),
     "projection": (projection.Plan(16, 16, 32, 1, 4, 1, False),),
     "norm": (1e-6,),
-    "rotation": (1e-6, 1e4, False),
+    "rotation": (1e-6, 1e4, None, False),
     "attention": (0.25, False),
 }
 
