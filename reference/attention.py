@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from moe_harness.reference.layers import (
+    Attend,
     Parts,
+    Rotate,
     State,
     attend,
     rotate_halves,
@@ -34,9 +36,18 @@ LATENT_EPS = 1e-6  # of the norms inside latent attention, whatever rms_norm_eps
 
 
 class Attention(Protocol):
-    """Attention of one model; `head_dim` is the width of a query."""
+    """Attention of one model.
 
+    Attributes:
+        parts: computations on the checkpoint's weights.
+        head_dim: the width of a query.
+        rotate, attend: steps of the computation.
+    """
+
+    parts: Parts
     head_dim: int
+    rotate: Rotate
+    attend: Attend
 
     def __call__(self, i: int, x: Tensor, state: State) -> Tensor: ...
 
@@ -51,8 +62,11 @@ class GroupedQuery:
         ValueError: scaled rotary angles.
     """
 
+    rotate: Rotate
+    attend: Attend
+
     def __init__(self, config: Mapping[str, Any], parts: Parts, gated: bool = False):
-        self.parts, self.gated = parts, gated
+        self.parts, self.gated, self.rotate, self.attend = parts, gated, rotate_halves, attend
         self.head_dim: int = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         share = (config.get("rope_parameters") or {}).get("partial_rotary_factor") or config.get(
             "partial_rotary_factor"
@@ -70,8 +84,8 @@ class GroupedQuery:
         if f"{name}.q_norm.weight" in parts.weights:
             q, k = parts.norm(q, f"{name}.q_norm", state), parts.norm(k, f"{name}.k_norm", state)
         angles = turn(self.rope, state.start(i), x, state)
-        q, k = rotate_halves(q, angles, state), rotate_halves(k, angles, state)
-        mixed = state.store("attention", attend(q, *state.extend(i, (k, v)), self.head_dim**-0.5, state))
+        q, k = self.rotate(q, angles, state), self.rotate(k, angles, state)
+        mixed = state.store("attention", self.attend(q, *state.extend(i, (k, v)), self.head_dim**-0.5, state))
         if gate is not None:
             mixed = state.store("gate", mixed * state.store("gate", torch.sigmoid(gate)))
         return state.store("attention_output", parts.linear(mixed.flatten(2), f"{name}.o_proj"))
@@ -84,8 +98,11 @@ class Latent:
         ValueError: rotary angles scaled otherwise than by YaRN.
     """
 
+    rotate: Rotate
+    attend: Attend
+
     def __init__(self, config: Mapping[str, Any], parts: Parts):
-        self.parts = parts
+        self.parts, self.rotate, self.attend = parts, rotate_interleaved, attend
         self.rank: int = config["kv_lora_rank"]
         self.nope: int = config["qk_nope_head_dim"]
         self.turned: int = config["qk_rope_head_dim"]
@@ -99,16 +116,16 @@ class Latent:
         angles = turn(self.rope, state.start(i), x, state)
         q = self._query(f"{name}.q", x, state).unflatten(-1, (-1, self.head_dim))
         q_nope, q_rope = q.split((self.nope, self.turned), dim=-1)
-        q = torch.cat((q_nope, rotate_interleaved(q_rope, angles, state)), dim=-1)
+        q = torch.cat((q_nope, self.rotate(q_rope, angles, state)), dim=-1)
         kept = state.store("qkv", parts.linear(x, f"{name}.kv_a_proj_with_mqa"))
         latent, k_rope = kept.split((self.rank, self.turned), dim=-1)
         latent = parts.norm(latent, f"{name}.kv_a_layernorm", state, LATENT_EPS)
-        k_rope = rotate_interleaved(k_rope[:, :, None], angles, state)
+        k_rope = self.rotate(k_rope[:, :, None], angles, state)
         latent, k_rope = state.extend(i, (latent, k_rope))
         expanded = state.store("qkv", parts.linear(latent, f"{name}.kv_b_proj"))
         k_nope, v = expanded.unflatten(-1, (q.shape[2], -1)).tensor_split((self.nope,), dim=-1)
         k = torch.cat((k_nope, k_rope.expand(-1, -1, q.shape[2], -1)), dim=-1)
-        mixed = state.store("attention", attend(q, k, v, self.scale, state)).flatten(2)
+        mixed = state.store("attention", self.attend(q, k, v, self.scale, state)).flatten(2)
         return state.store("attention_output", parts.linear(mixed, f"{name}.o_proj"))
 
     def _query(self, name: str, x: Tensor, state: State) -> Tensor:

@@ -97,6 +97,8 @@ class Parts:
 
 
 Turn = tuple[Tensor, Tensor]
+Rotate = Callable[[Tensor, Turn, State], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, float, State], Tensor]
 
 
 def turn(rope: Rope, start: int, x: Tensor, state: State) -> Turn:

@@ -36,6 +36,10 @@ class Case:
     def but(self, **changes: Any) -> Self:
         return replace(self, **changes)
 
+    def once(self) -> Self:
+        """The call itself, made once: nothing of what `variant` asks beside it, and judged by no other rule."""
+        return self.but(variant="", optional=False)
+
     def resized(self) -> Self:
         """A call of another shape, to be made in between."""
         raise NotImplementedError

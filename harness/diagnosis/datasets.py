@@ -28,9 +28,9 @@ class Dataset:
 
 def relatives(case: Case) -> Iterator[Dataset]:
     """The same condition on other data: other seeds, and normal values in the place of special ones."""
-    yield Dataset((case.but(seed=case.seed + 501, variant="", optional=False),))
+    yield Dataset((case.once().but(seed=case.seed + 501),))
     yield Dataset((case.but(**NORMAL | {"layout": case.layout}, seed=case.seed + 502),))
-    yield Dataset((case.but(seed=case.seed + 503, variant="", optional=False),))
+    yield Dataset((case.once().but(seed=case.seed + 503),))
 
 
 def probes(case: Case) -> Iterator[Dataset]:

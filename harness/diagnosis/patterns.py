@@ -29,7 +29,7 @@ SAME_WEIGHT = 0.01  # relative: weights are drawn further apart, and a fit in bf
 def looks(trial: Trial, case: Case) -> list[str]:
     """Sentences about the error of the implementation on a case; [] where it is right, refuses or breaks."""
     try:
-        call = trial.build(case.but(variant="", optional=False))
+        call = trial.build(case.once())
         out = trial.invoke(call)
     except (Rejected, Broken):
         return []

@@ -75,7 +75,7 @@ def kind(out: Tensor, inputs: dict[str, Any]) -> tuple[str | None, str]:
 def _of_call(trial: Trial, case: Case) -> tuple[str | None, str]:
     """The plain name of one call's wrong result; None where it is another one, UNTOLD where the call tells nothing."""
     try:
-        call = trial.build(case.but(variant="", optional=False))
+        call = trial.build(case.once())
         with poisoned_allocations(trial.device):
             result = trial.invoke(call)
         wrong = bool(trial.judge(call, result).findings)

@@ -67,7 +67,7 @@ def of_same_size(tried: list[Fault], seen: dict[str, list[tuple[float, float]]])
 
 def undeclared_store(trial: Trial, case: Case) -> list[dict[str, str]]:
     """Roundings that an implementation does not declare, that its probes show, and with which its result is right."""
-    call = trial.build(case.but(variant="", optional=False))
+    call = trial.build(case.once())
     out, declared = trial.invoke(call), trial.subject.declared.rounds or ()
     if not undeclared_roundings(trial, call, out):
         return []

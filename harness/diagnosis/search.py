@@ -10,9 +10,10 @@ from torch import Tensor
 
 from moe_harness.harness.core.call import Call
 from moe_harness.harness.core.case import Case
-from moe_harness.harness.core.catalogue import Fault
+from moe_harness.harness.core.catalogue import Fault, all_faults
 from moe_harness.harness.core.invocation import Broken, Rejected, Trial
 from moe_harness.harness.core.memory import poisoned_allocations
+from moe_harness.harness.core.stage import Stage
 from moe_harness.harness.diagnosis import plain, probed
 from moe_harness.harness.diagnosis.candidates import (
     in_every_form,
@@ -52,6 +53,12 @@ def explain(trial: Trial, case: Case, seconds: float = SECONDS) -> list[dict[str
         return always or _Search(trial, case, seconds).causes() or plain.plain_here(trial, case)
     except (Rejected, Broken, MemoryError, Undiagnosable):  # what broke the call is its own diagnosis
         return []
+
+
+def known(stage: Stage) -> int:
+    """How many mistakes of a stage have names: the faults of its catalogue, or what its own search tries."""
+    own = stage.part("causes")
+    return own.known() if own is not None else len(all_faults(stage.name))
 
 
 @dataclass
@@ -156,7 +163,7 @@ class _Search:
         return probed.of_same_size(self.all, seen)
 
     def _datasets(self) -> Iterator[Dataset]:
-        yield Dataset((self.case.but(variant="", optional=False),))
+        yield Dataset((self.case.once(),))
         yield from sequences(self.case, 1)
         yield from relatives(self.case)
         yield from probes(self.case)

@@ -95,21 +95,21 @@ def _is_device_lost(device: str) -> bool:
 
 def explain_id(trial: Trial, case_id: str, seconds: float) -> Explanation:
     """Known faults that explain what a failing case yields, best first, and what its error looks like."""
-    from moe_harness.harness.core.catalogue import all_faults
     from moe_harness.harness.diagnosis.operands import ignored_offsets
     from moe_harness.harness.diagnosis.patterns import looks
-    from moe_harness.harness.diagnosis.search import explain
+    from moe_harness.harness.diagnosis.search import explain, known
     from moe_harness.harness.diagnosis.sources import read_off
 
     case = parse_id(case_id)[2]
     try:
-        known = len(all_faults(trial.subject.stage))
         told, seen = explain(trial, case, seconds), looks(trial, case)
         if not told:
             seen += [*read_off(trial, case), *ignored_offsets(trial, case)]
-        return Explanation(told, seen, known)
+        return Explanation(told, seen, known(trial.stage))
     except (Rejected, Broken):  # it does other things than when it was judged: a failure of its state, told elsewhere
         return Explanation()
+    except Exception as error:  # the failure stands; that nothing explains it is the judge's own fault
+        return Explanation(looks_like=[f"the search for its cause failed with {type(error).__name__}: {error}"])
 
 
 def describe(trial: Trial) -> str:

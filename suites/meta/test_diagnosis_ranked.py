@@ -78,5 +78,5 @@ def test_right_results_that_cost_too_much_have_no_wrong_cause() -> None:
 def test_a_run_names_the_cause_of_its_first_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranked, "named", partial(named, seconds=GENEROUS))  # on a busy machine a run's 5 s are too few
     spec = "moe_harness.harness.stages.dispatcher.faults.rows:finalize_not_reverse"
-    result = session.judge("dispatcher", spec, Request(), RunOptions(), worlds=(2,))
+    result = session.judge("dispatcher", spec, Request(), RunOptions(fail_fast=True), worlds=(2,))
     assert result["failures"][0]["diagnosis"][0]["fault"] == "finalize_not_reverse"

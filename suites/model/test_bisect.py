@@ -45,7 +45,7 @@ FAULTS: dict[str, tuple[Callable[[dict], None], str, str]] = {
     "q and k norm": (swaps("self_attn.q_norm", "self_attn.k_norm"), "attention", "norms swapped"),
     "o_proj lost": (at_the_layer("o_proj", torch.zeros_like), "attention", "o_proj: nothing is added"),
     "k and v": (swaps("self_attn.k_proj", "self_attn.v_proj"), "attention", "k and v swapped"),
-    "router order": (at_the_layer("mlp.gate.weight", lambda w: w.roll(1, 0)), "mlp", ""),
+    "router order": (at_the_layer("mlp.gate.weight", lambda w: w.roll(1, 0)), "mlp", "each is the one behind"),
     "one column lost": (at_the_layer("experts.5.down_proj", lambda w: w * (torch.arange(w.shape[1]) > 0)), "mlp", ""),
     "scaled values": (at_the_layer("v_proj", lambda w: w * 1.0625), "attention", ""),
 }  # fmt: skip

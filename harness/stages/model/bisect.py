@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from moe_harness.harness.core import bounds
+from moe_harness.harness.stages.model.changes import IN_LAYERS
 from moe_harness.harness.stages.model.noise import NoiseBound, noise_bound
 from moe_harness.reference.model import HALVES, Model, State
 
-Weights = dict[str, Tensor]
 FAR = 2.0**8  # roundings: more than a layer's add up to, and a cheap first look only
 
 
@@ -101,10 +101,9 @@ def _explanations(result: Tensor, reference: Model, i: int, enters: Tensor, dtyp
     """Changes of layer i that the result is within rounding of."""
     names = [name for name in reference.weights if name.startswith(f"model.layers.{i}.")]
     held = {name: reference.weights[name] for name in names}
-    for what, change in EXPLANATIONS.items():
+    for what, change in IN_LAYERS.items():
         try:
-            config, weights = change(dict(reference.config), dict(held))
-            changed = Model(config, weights)
+            changed = change(dict(reference.config), dict(held))
             near = result.shape == enters.shape and _near(result, changed.layer(i, enters.double(), State()), dtype)
             bound = noise_bound(changed, partial(changed.layer, i, enters.double()), dtype) if near else None
         except (KeyError, ValueError, RuntimeError, IndexError):
@@ -117,72 +116,3 @@ def _near(result: Tensor, value: Tensor, dtype: torch.dtype) -> bool:
     """Whether a bound is worth its dozen runs: in the mean no further away than a few hundred roundings."""
     error = (result.double() - value).square().mean().sqrt()
     return bool(error <= FAR * torch.finfo(dtype).eps * value.square().mean().sqrt())
-
-
-def _swapped(first: str, second: str) -> Callable[[dict, Weights], tuple[dict, Weights]]:
-    rename = {first: second, second: first}
-
-    def change(config: dict, held: Weights) -> tuple[dict, Weights]:
-        if not any(first in name for name in held):
-            raise KeyError(first)
-        return config, {next((n.replace(a, b) for a, b in rename.items() if a in n), n): w for n, w in held.items()}
-
-    return change
-
-
-def _zeroed(part: str) -> Callable[[dict, Weights], tuple[dict, Weights]]:
-    def change(config: dict, held: Weights) -> tuple[dict, Weights]:
-        if not any(part in name for name in held):
-            raise KeyError(part)
-        return config, {n: torch.zeros_like(w) if part in n else w for n, w in held.items()}
-
-    return change
-
-
-def _ones(part: str) -> Callable[[dict, Weights], tuple[dict, Weights]]:
-    def change(config: dict, held: Weights) -> tuple[dict, Weights]:
-        if not any(part in name for name in held):
-            raise KeyError(part)
-        return config, {n: torch.ones_like(w) if part in n else w for n, w in held.items()}
-
-    return change
-
-
-def _keys(**changes: Callable[[Any], Any]) -> Callable[[dict, Weights], tuple[dict, Weights]]:
-    return lambda config, held: (config | {key: change(config[key]) for key, change in changes.items()}, held)
-
-
-def _without(*parts: str) -> Callable[[dict, Weights], tuple[dict, Weights]]:
-    def change(config: dict, held: Weights) -> tuple[dict, Weights]:
-        kept = {n: w for n, w in held.items() if not any(part in n for part in parts)}
-        if len(kept) == len(held):
-            raise KeyError(parts)
-        return config, kept
-
-    return change
-
-
-# Half layer, stage, and what was done instead.
-EXPLANATIONS: dict[str, Callable[[dict, Weights], tuple[dict, Weights]]] = {
-    "attention: input norm: its weight is taken as 1": _ones(".input_layernorm."),
-    "attention: input norm: the weight of the mlp's norm": _swapped(".input_layernorm.", ".post_attention_layernorm."),
-    "attention: qkv: q's and k's norms swapped": _swapped(".q_norm.", ".k_norm."),
-    "attention: qkv: q and k are not normalised": _without(".q_norm.", ".k_norm."),
-    "attention: qkv: k and v swapped": _swapped(".k_proj.", ".v_proj."),
-    "attention: qkv: biases left out": _without("q_proj.bias", "k_proj.bias", "v_proj.bias"),
-    "attention: rope: theta 10000": _keys(rope_theta=lambda theta: 10000.0),
-    "attention: rope: theta 1000000": _keys(rope_theta=lambda theta: 1000000.0),
-    "attention: rope: yarn's scaling left out": _keys(rope_scaling=lambda scaling: None),
-    "attention: latent: its norm's weight is taken as 1": _ones(".kv_a_layernorm."),
-    "attention: o_proj: nothing is added": _zeroed(".o_proj."),
-    "mlp: router: renormalised where it should not be, or the other way round": _keys(norm_topk_prob=lambda b: not b),
-    "mlp: router: one expert too few": _keys(num_experts_per_tok=lambda k: k - 1),
-    "mlp: router: one expert too many": _keys(num_experts_per_tok=lambda k: k + 1),
-    "mlp: router: the limit of groups ignored": _keys(topk_method=lambda method: "greedy"),
-    "mlp: router: routed_scaling_factor left out": _keys(routed_scaling_factor=lambda factor: 1.0),
-    "mlp: experts: gate and up swapped": _swapped(".gate_proj.", ".up_proj."),
-    "mlp: experts: the first two swapped": _swapped(".experts.0.", ".experts.1."),
-    "mlp: experts: gelu for silu": _keys(hidden_act=lambda act: "gelu_pytorch_tanh"),
-    "mlp: experts: nothing is added": _zeroed(".experts."),
-    "mlp: shared expert: left out": _without(".shared_expert"),
-}

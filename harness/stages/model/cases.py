@@ -39,6 +39,10 @@ class ModelCase(Case):
     def rows(self) -> int:
         return self.B * (self.L + self.new)
 
+    def once(self) -> Self:
+        """`variant` is what is asked of the model."""
+        return self.but(optional=False)
+
     def resized(self) -> Self:
         return self.but(L=self.L + 1, seed=self.seed + 1)
 

@@ -91,7 +91,8 @@ class WholeModel(Stage):
         name, wide = ("the logits", (dtype, torch.float32)) if case.variant == "logits" else ("the layers", (dtype,))
         return [Output(name, tuple(question.bound.value.flatten(0, 1).shape), wide)]
 
-    def truth(self, call: Call, declared: Declared) -> Truths | None:
+    def expect(self, call: Call, declared: Declared) -> Truths | None:
+        """Within a bound, or tokens."""
         question = _question(call)
         if question.bound is None:
             return question.tokens
@@ -101,6 +102,9 @@ class WholeModel(Stage):
             part.flatten(0, 1).to(device) for part in (bound.value, bound.variance, bound.shared)
         )
         return bounds.Bound(value, variance, shared, bound.sources.to(device))
+
+    def truth(self, call: Call, declared: Declared) -> Truths | None:
+        return self.expect(call, declared)
 
     def judge(self, call: Call, result: Any, declared: Declared) -> Record:
         question = _question(call)
@@ -234,7 +238,7 @@ def _tokens(case: ModelCase, model: Model, ids: Tensor) -> Question:
         here = places[places % LENGTHS == shortened]
         if len(here):
             prompts = rows[:, here, min(shortened, case.L - 1) :].flatten(0, 1)
-            found, sure = (part.view(CANDIDATES, len(here), -1) for part in _continued(case, model, prompts))
+            found, sure = (part.view(CANDIDATES, len(here), -1) for part in continued(case, model, prompts))
             best = sure.sum(-1).argmax(0)
             each = torch.arange(len(here))
             tokens[here], certain[here], chosen[here] = found[best, each], sure[best, each], rows[best, here]
@@ -242,13 +246,20 @@ def _tokens(case: ModelCase, model: Model, ids: Tensor) -> Question:
     return _enough(question, certain)
 
 
-def _continued(case: ModelCase, model: Model, prompts: Tensor) -> tuple[Tensor, Tensor]:
-    """Greedy tokens [N, new] after prompts [N, L], and which of them are certain."""
+def followed(model: Model, prompts: Tensor, new: int) -> Tensor:
+    """Prompts [N, L] with greedy tokens behind them: [N, L + new]."""
     state, row = State(), prompts
     last = model(prompts, state)[:, -1:]
-    for _ in range(case.new):
+    for place in range(new):
         row = torch.cat((row, last.argmax(-1)), dim=1)
-        last = model(row[:, -1:], state)
+        if place + 1 < new:
+            last = model(row[:, -1:], state)
+    return row
+
+
+def continued(case: ModelCase, model: Model, prompts: Tensor) -> tuple[Tensor, Tensor]:
+    """Greedy tokens [N, new] after prompts [N, L], and which of them are certain."""
+    row = followed(model, prompts, case.new)
     bound = logit_bound(model, row[:, :-1], DTYPES[case.dtype])
     sure = bound.routed & bound.decided()
     return row[:, -case.new :], sure[:, -case.new :].long().cumprod(-1).bool()

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moe_harness.harness.core.call import Call
 from moe_harness.harness.core.case import Case
-from moe_harness.harness.core.catalogue import Fault
+from moe_harness.harness.core.catalogue import Fault, all_faults
 from moe_harness.harness.core.invocation import Broken, Rejected, Trial
 from moe_harness.harness.diagnosis.candidates import in_every_form, suspects
 from moe_harness.harness.diagnosis.datasets import probes
@@ -77,6 +77,11 @@ class Account:
     explained: int = 0  # calls that the right distribution does not explain
     against: bool = False  # some call contradicts it
     seen: dict[Any, int] = field(default_factory=dict)  # what has been drawn with a number, over all calls
+
+
+def known() -> int:
+    """How many faults are tried."""
+    return len(all_faults("sampler"))
 
 
 def explain(trial: Trial, case: Case, seconds: float) -> list[dict[str, str]]:
@@ -133,7 +138,7 @@ def _told(found: list[Account], said: str) -> list[dict[str, str]]:
 def _views(trial: Trial, case: Case) -> Iterator[View]:
     """The failing call, the same once more and with its rows in another order, then the probes."""
     assert isinstance(case, SamplerCase)
-    first = case.but(variant="", optional=False, B=min(case.B, MOST_ROWS))
+    first = case.once().but(B=min(case.B, MOST_ROWS))
     yield from _seen(trial, "the failing call", first)
     yield from _seen(trial, "the failing call made again", first)
     yield from _seen(trial, "the failing call with its rows in reverse", first, reverse=True)
