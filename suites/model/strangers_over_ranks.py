@@ -231,6 +231,22 @@ class shared_expert_on_every_rank(Model):
         return self.gated(name, x, whole=True)
 
 
+@mistake(WHOLE, "mlp: experts: gate and up swapped")
+class up_before_gate(Model):
+    def gated(self, name: str, x: Tensor, whole: bool = False) -> Tensor:
+        held = {part: self.held[f"{name}.{part}_proj.weight"] for part in ("gate", "up")}
+        self.held |= {f"{name}.gate_proj.weight": held["up"], f"{name}.up_proj.weight": held["gate"]}
+        out = super().gated(name, x, whole)
+        self.held |= {f"{name}.{part}_proj.weight": weight for part, weight in held.items()}
+        return out
+
+
+@mistake(CUT, "attention: rope: left out")
+class not_rotated(Model):
+    def rotated(self, x: Tensor) -> Tensor:
+        return x
+
+
 @mistake(CUT, "token by token, right for one")
 class head_right_at_batch_1(Model):
     def gathered(self, shard: Tensor) -> Tensor:

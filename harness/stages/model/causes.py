@@ -114,6 +114,14 @@ def explain(trial: Trial, case: Case, seconds: float) -> list[dict[str, str]]:
     return [{"fault": suspect.told(), "evidence": evidence + confirmed} for suspect, evidence in found[:TOLD]]
 
 
+@torch.no_grad()
+def of_logits(question: Question, case: ModelCase, logits: Tensor, seconds: float) -> list[dict[str, str]]:
+    """What a model over ranks does instead, where its ranks do it alike, by the logits [B, L, V] of one of them."""
+    reply = ModelReply(case, question, logits.flatten(0, 1))
+    found = _explaining(reply, _suspects(reply), time.monotonic() + seconds)
+    return [{"fault": suspect.told(), "evidence": evidence} for suspect, evidence in found[:TOLD]]
+
+
 def _seen(trial: Trial, case: ModelCase) -> ModelReply | None:
     """A call that fails; None where it passes or cannot be judged."""
     try:

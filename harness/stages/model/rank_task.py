@@ -24,8 +24,10 @@ from moe_harness.harness.core.findings import RankReport
 from moe_harness.harness.core.ranked_task import Rank, Refused, digest, enter
 from moe_harness.harness.stages.model import spread
 from moe_harness.harness.stages.model.cases import ModelCase
+from moe_harness.harness.stages.model.causes import of_logits
 from moe_harness.harness.stages.model.stage import STAGE, ModelCall, Question, ask, prompts_of, what_lacks
 
+SECONDS = 5.0  # for the search of a cause
 POLL = 0.005  # seconds between looks for what another rank writes
 HEAT, SEED = 8.0, 11  # of what is drawn: hot enough that the largest logit seldom wins
 
@@ -130,8 +132,10 @@ class _Judged:
         self._take(record, causes)
 
     def _causes(self, logits: Tensor) -> list[dict[str, str]]:
+        """What the ranks do wrong together, else (told by one rank, they have the same) what each does alone."""
         question = self.asked.question
-        return spread.causes(question, logits.cpu(), self.me.rank, self.me.world_size, self.case.ep)
+        found = spread.causes(question, logits.cpu(), self.me.rank, self.me.world_size, self.case.ep)
+        return found or (of_logits(question, self.case, logits.cpu(), SECONDS) if self.me.rank == 0 else [])
 
     def _judge_tokens(self, model: Any) -> None:
         """End to end: greedy tokens against the reference's; of drawn ones that they are tokens at all."""
