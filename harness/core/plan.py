@@ -36,6 +36,10 @@ class Request:
         """The dtypes in which this kind of data exists."""
         return tuple(dtype for dtype in self.dtypes if (data, dtype) != ("outside_fp16", "fp16"))
 
+    def narrow(self) -> tuple[str, ...]:
+        """The dtypes of 16 bits."""
+        return tuple(dtype for dtype in self.dtypes if dtype in ("fp16", "bf16"))
+
     def shuffled(self, values: Iterable[int]) -> Iterator[int]:
         """`values` in a seeded order, over and over."""
         order = list(values)

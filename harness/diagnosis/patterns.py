@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_harness.harness.core import bounds
 from moe_harness.harness.core.call import Call
 from moe_harness.harness.core.case import Case
-from moe_harness.harness.core.compare import against_bound
+from moe_harness.harness.core.compare import judged
 from moe_harness.harness.core.contracts import permissive
 from moe_harness.harness.core.invocation import Broken, Rejected, Trial
 from moe_harness.reference.experts import expert_steps, local_ids, routed_rows
@@ -64,7 +64,8 @@ def undeclared_roundings(trial: Trial, call: Call, out: Tensor) -> list[str] | N
 
 
 def _is_within(trial: Trial, call: Call, out: Tensor, rounds: tuple[str, ...] | None) -> bool:
-    return not against_bound(trial.stage, call, trial.stage.expect(call, rounds), out).findings
+    truth = trial.stage.truth(call, rounds)
+    return isinstance(truth, bounds.Bound | Tensor) and not judged(trial.stage, call, truth, out).findings
 
 
 def read(call: Call, bound: bounds.Bound, out: Tensor) -> list[str]:

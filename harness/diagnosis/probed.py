@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moe_harness.harness.core.case import Case
-from moe_harness.harness.core.catalogue import Fault
+from moe_harness.harness.core.catalogue import Fault, all_faults
 from moe_harness.harness.core.compare import against_bound
 from moe_harness.harness.core.emulation import matmul
 from moe_harness.harness.core.invocation import Trial
@@ -63,6 +63,19 @@ def of_same_size(tried: list[Fault], seen: dict[str, list[tuple[float, float]]])
     name = best.name.partition("_every")[0].partition("partial_")
     evidence = f"{best.condition}. Such sums err by {told} (rms, in sigma); they are in an order not known here"
     return [{"fault": f"{name[0]}{name[2]}", "evidence": evidence}]
+
+
+def summed_in_16_bits(trial: Trial, case: Case) -> list[dict[str, str]]:
+    """The fault of data on which a rounded sum over slots alone can show, where the result is right but for that."""
+    if case.data != "partial_sums":
+        return []
+    call = trial.build(case.but(variant="", optional=False))
+    if undeclared_roundings(trial, call, trial.invoke(call)) != ["partial_sum"]:
+        return []
+    known = all_faults(trial.subject.stage)
+    fault = next(each for each in known if ((each.part or each).shows or {}).get("data") == case.data)
+    evidence = "On these data no other rounding shows; the result is right if `rounds` holds partial_sum"
+    return [{"fault": fault.name, "evidence": f"{fault.consequence} {evidence}"}]
 
 
 def undeclared_store(trial: Trial, case: Case) -> list[dict[str, str]]:

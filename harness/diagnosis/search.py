@@ -50,6 +50,7 @@ def explain(trial: Trial, case: Case, seconds: float = SECONDS) -> list[dict[str
         return own.explain(trial, case, seconds)
     try:
         always = plain.always_plain(trial, case)
+        always = always or probed.summed_in_16_bits(trial, case)
         return always or _Search(trial, case, seconds).causes() or plain.plain_here(trial, case)
     except (Rejected, Broken, MemoryError, Undiagnosable):  # what broke the call is its own diagnosis
         return []
@@ -109,7 +110,9 @@ class _Search:
             return self._search(known) or self._probed()
         roundings = [fault for fault in known if fault.family == "precision"]
         others = [fault for fault in known if fault.family != "precision"]
-        return self._search(roundings) or self._probed() or self._search(others)
+        # A store that probes have seen is surer than a likelihood: 0.50 sigma of one fault, 0.52 of what is right.
+        told = probed.undeclared_store(self.trial, self.case) if sees_sums(subject.stage) else []
+        return told or self._search(roundings) or self._probed() or self._search(others)
 
     def _errs_by_roundings(self) -> bool:
         """Whether the failing data are off by so little that a fault of precision is the likeliest."""

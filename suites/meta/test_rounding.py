@@ -7,16 +7,19 @@ import pytest
 import torch
 
 from moe_harness.harness.core import bounds
+from moe_harness.harness.core.catalogue import get
 from moe_harness.harness.core.contracts import Declarations, Subject
 from moe_harness.harness.core.invocation import Trial
 from moe_harness.harness.core.plan import Request, plan
 from moe_harness.harness.core.stage import find_stage
-from moe_harness.harness.process.worker import judge_id
+from moe_harness.harness.process.worker import explain_id, judge_id
 from moe_harness.harness.stages.experts.bound import experts_bound
 from moe_harness.harness.stages.experts.faults import _steps as right
 from moe_harness.harness.stages.experts.faults import precision
 from moe_harness.harness.stages.grouped_linear.bound import grouped_linear_bound
 from moe_harness.harness.stages.moe_block.bound import _routing_variance
+from moe_harness.harness.stages.moe_block.faults import _steps as blocks
+from moe_harness.harness.stages.quantized_experts.faults import _steps as quantized
 from moe_harness.harness.stages.shared_expert_gate.bound import gate_bound
 from moe_harness.reference.experts import activate
 from moe_harness.reference.moe_block import RoutingRule
@@ -230,17 +233,19 @@ def _sums_slots_in_32_bits(x, *call, **options):
     return right.run(x, *call, **options, combine=combine)
 
 
+FROM_THREE = {3, 4, 5, 6, 8}  # slots
+FROM_TWO = {2, *FROM_THREE}
 OTHERS = ("gate_up", "activation", "expert_output", "weighted", "routing_weight")
 
 
 @pytest.mark.parametrize(
     ("kernel", "rounds", "seen"),
     [
-        (_sums_slots_in_16_bits, (), {2, 3, 4, 8}),
-        (_sums_slots_in_16_bits, ("gate_up", "activation", "routing_weight"), {2, 3, 4, 8}),
-        (_sums_slots_in_16_bits, ("weighted",), {3, 4, 8}),  # with two slots it rounds what is permitted, and no more
-        (_sums_slots_in_16_bits, OTHERS, {3, 4, 8}),
-        (_sums_by_expert_in_16_bits, OTHERS, {3, 4, 8}),
+        (_sums_slots_in_16_bits, (), FROM_TWO),
+        (_sums_slots_in_16_bits, ("gate_up", "activation", "routing_weight"), FROM_TWO),
+        (_sums_slots_in_16_bits, ("weighted",), FROM_THREE),  # with two slots it rounds what is permitted, and no more
+        (_sums_slots_in_16_bits, OTHERS, FROM_THREE),
+        (_sums_by_expert_in_16_bits, OTHERS, FROM_THREE),
         (_sums_slots_in_16_bits, (*OTHERS, "partial_sum"), set()),
         (_sums_slots_in_32_bits, OTHERS, set()),
     ],
@@ -249,6 +254,30 @@ def test_a_sum_over_few_slots_in_16_bits_is_seen_beside_every_other_declared_rou
     declared = Declarations(dtypes=("fp16", "bf16"), rounds=rounds)
     trial = Trial(Subject("experts", "kernel.py:kernel", kernel, declared, None), "cpu")
     cases = [p for p in plan("experts", Request(dtypes=("fp16", "bf16"))) if p.case.data == "partial_sums"]
-    assert {p.case.k for p in cases} == {2, 3, 4, 8}
+    assert {p.case.k for p in cases} == FROM_TWO
     status = {p.id: judge_id(trial, p.id).status for p in cases}
     assert status == {p.id: "failed" if p.case.k in seen else "passed" for p in cases}
+
+
+SUMMED = {
+    "experts": ("slots_summed_in_the_inputs_dtype", right.run),
+    "quantized_experts": ("slots_added_in_the_inputs_dtype", quantized.run),
+    "moe_block": ("slots_summed_in_the_inputs_dtype_in_block", blocks.run),
+}
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("stage", SUMMED)
+def test_a_sum_over_slots_in_16_bits_fails_in_three_shapes_of_each_kind_and_is_told(stage, dtype):
+    """Of each format and each dtype: many kernels have one.  The same kernel with a wide sum passes all of them."""
+    fault, wide = SUMMED[stage]
+    planned = [p for p in plan(stage, Request(dtypes=(dtype,))) if p.case.data == "partial_sums" and p.case.k > 2]
+    declared = Declarations(rounds=("activation", "weighted"))
+    for function, status in ((get(fault).function, "failed"), (wide, "passed")):
+        trial = Trial(Subject(stage, "kernel.py:kernel", function, declared, None), "cpu")
+        assert {p.id: judge_id(trial, p.id).status for p in planned} == dict.fromkeys((p.id for p in planned), status)
+        if status == "failed":
+            assert [entry["fault"] for entry in explain_id(trial, planned[0].id, 5.0).diagnosis] == [fault]
+    kinds = {getattr(p.case, "format", "") for p in planned}
+    shapes = {kind: {p.case.shape() for p in planned if getattr(p.case, "format", "") == kind} for kind in kinds}
+    assert all(len(found) >= 3 for found in shapes.values())

@@ -299,7 +299,9 @@ def _special(request: Request) -> Iterator[Case]:
 
 
 def _partial_sums(request: Request) -> Iterator[Case]:
-    for tokens, experts, top_k in ((17, 6, 2), (5, 8, 2), (40, 16, 3), (9, 7, 4), (33, 60, 4), (21, 128, 8)):
+    # a single token, and many, may be summed elsewhere than the others
+    shapes = ((17, 6, 2), (5, 8, 2), (40, 16, 3), (9, 7, 4), (33, 60, 4), (21, 128, 8), (1, 12, 6), (300, 9, 5))
+    for tokens, experts, top_k in shapes:
         for dtype in request.dtypes:
             yield ExpertsCase(T=tokens, H=48, I=24, E=experts, k=top_k, dtype=dtype, data="partial_sums")
 

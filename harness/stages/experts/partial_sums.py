@@ -7,6 +7,9 @@ Wherever values are stored in 16 bits, 2^m h stays as it is.  A partial sum of i
 it takes more bits than the dtype has.  So with k > 2 one rounding alone shows, `partial_sum`, and no number of others
 hides it, while the statistics of ordinary data see it only where little else is permitted.
 
+Codes cannot hold all that: there the scales are larger by 2^m.  A block computes its weights, so that none but equal
+ones are exact: there k = E, the router's weights are 0 and o_last = -o_first, both twice as large.
+
 With k = 2 the one partial sum is the first slot's weighted output: to round it is what `weighted` permits, so that no
 data can tell the two.  There o_first itself takes more bits than the dtype has, and its sum with o_last does not.
 """
@@ -26,11 +29,16 @@ MORE = {"partial_sum"}
 
 
 def pair_up(ids: Tensor, experts: int, draw: Builder) -> Tensor:
-    """ids [T, k] that hold the first and the last expert in two slots of every row, and others in the rest."""
+    """ids [T, k] that hold the first and the last expert in two slots of every row, and others in the rest.
+
+    Of the first row these are the first and the last slot: in others they may be next to each other, and lose nothing.
+    """
     tokens, slots = ids.shape
     others = 1 + draw.distinct(tokens, experts - 2, slots - 2)
-    row = torch.cat([torch.tensor([[0, experts - 1]]).expand(tokens, 2), others], dim=1)
-    return row.gather(1, draw.uniform(tokens, slots).argsort(1))
+    first, last = (torch.full((tokens, 1), expert) for expert in (0, experts - 1))
+    order = draw.uniform(tokens, slots).argsort(1)
+    order[0] = torch.arange(slots)
+    return torch.cat([first, others, last], dim=1).gather(1, order)
 
 
 def others(ids: Tensor, experts: int) -> Tensor:
@@ -38,13 +46,25 @@ def others(ids: Tensor, experts: int) -> Tensor:
     return ids.masked_fill((ids == 0) | (ids == experts - 1), -1)
 
 
+def oppose(gate_up: Tensor, down: Tensor) -> None:
+    """Make the last expert's output the first one's with its sign changed, in place."""
+    gate_up[-1], down[-1] = gate_up[0], -down[0]
+
+
+def weigh(case: ExpertsCase, ids: Tensor, weights: Tensor) -> None:
+    """Give both their weights, in place."""
+    weights[ids == 0], weights[ids == case.E - 1] = 0.5, 0.25
+
+
 def cancel(case: ExpertsCase, ids: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor) -> None:
     """Make exact data of that kind, in place."""
-    large = down[0] * 2.0 ** BITS[case.dtype]
-    gate_up[-1] = gate_up[0]
-    down[-1] = -2 * large
-    down[0] = large + down[0].roll(1, dims=-1) if case.k == 2 else large
-    weights[ids == 0], weights[ids == case.E - 1] = 0.5, 0.25
+    oppose(gate_up, down)
+    weigh(case, ids, weights)
+    small = down[0].roll(1, dims=-1)
+    down[0] *= 2.0 ** BITS[case.dtype]
+    down[-1] *= 2.0 ** (BITS[case.dtype] + 1)
+    if case.k == 2:
+        down[0] += small
 
 
 def is_exact(case: ExpertsCase, declared: Declared) -> bool:

@@ -68,7 +68,7 @@ def plan(request: Request) -> dict[str, Iterable[Case]]:
         "numeric": _numeric(request),
         "layouts": _layouts(request),
         "memory": [*_small(request), *(MoeBlockCase(dtype=request.dtypes[0], **shape) for shape in MORE_SHAPES)],
-        "special": in_shapes(_special(request), *MORE_SHAPES),
+        "special": [*in_shapes(_special(request), *MORE_SHAPES), *_partial_sums(request)],
         "laws": _laws(request),
         "determinism": _small(request),
         "batch_invariance": _small(request),
@@ -188,6 +188,16 @@ def _special(request: Request) -> Iterator[Case]:
     for family in FAMILIES:
         for data in ("token_nan", "token_inf", "tiny"):
             yield MoeBlockCase(family=family, T=12, data=data, dtype=request.dtypes[-1])
+
+
+def _partial_sums(request: Request) -> Iterator[Case]:
+    for family, tokens, width, inner, top_k in (
+        ("qwen3_moe", 17, 48, 24, 4), ("mixtral", 9, 64, 32, 8), ("qwen2_moe", 33, 40, 16, 4),
+        ("mixtral", 5, 32, 48, 4), ("deepseek_v2", 12, 96, 24, 8),
+    ):  # fmt: skip
+        shape: dict[str, Any] = {"T": tokens, "H": width, "I": inner, "shared": 16, "E": top_k, "k": top_k}
+        for dtype in request.narrow():
+            yield MoeBlockCase(family=family, method="greedy", data="partial_sums", dtype=dtype, **shape)
 
 
 def _laws(request: Request) -> Iterator[Case]:

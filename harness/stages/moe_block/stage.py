@@ -13,7 +13,9 @@ from torch import Tensor
 from moe_harness.harness.core import bounds
 from moe_harness.harness.core.bounds import DTYPES
 from moe_harness.harness.core.call import Builder, Call
-from moe_harness.harness.core.stage import Declared, Output, Stage
+from moe_harness.harness.core.stage import Declared, Output, Stage, Truths
+from moe_harness.harness.stages.experts import exact, partial_sums
+from moe_harness.harness.stages.experts.cases import ExpertsCase
 from moe_harness.harness.stages.moe_block.bound import block_bound
 from moe_harness.harness.stages.moe_block.cases import MoeBlockCase
 from moe_harness.reference import moe_block as reference
@@ -37,7 +39,10 @@ class MoeBlock(Stage):
         draw = Builder(case, device)
         config = _config(case)
         weights = _weights(case, draw)
-        hidden = _decided_tokens(case, draw, weights, config)
+        if case.data == "partial_sums":
+            hidden = _cancelling(case, draw, weights)
+        else:
+            hidden = _decided_tokens(case, draw, weights, config)
         if case.data in ("token_nan", "token_inf"):
             hidden[case.T // 2, case.H // 3] = float(case.data.removeprefix("token_"))
         args: dict[str, Any] = {"hidden_states": draw.place("hidden_states", hidden)}
@@ -48,6 +53,12 @@ class MoeBlock(Stage):
     def outputs(self, call: Call) -> list[Output]:
         hidden = call.args["hidden_states"]
         return [Output("the result", tuple(hidden.shape), hidden.dtype)]
+
+    def truth(self, call: Call, declared: Declared) -> Truths | None:
+        """The value itself on data whose sums are exact: silu(g) is g in fp64 as well."""
+        case, bound = _experts_case(call.case), self.expect(call, declared)
+        is_exact = case.data == "partial_sums" and partial_sums.is_exact(case, declared)
+        return bound.value if is_exact else bound
 
     def expect(self, call: Call, declared: Declared) -> bounds.Bound:
         """What a right result may be; where a router in tf32 may choose other experts, anything."""
@@ -113,6 +124,31 @@ def _weights(case: MoeBlockCase, draw: Builder) -> dict[str, Tensor]:
     if prefix == "shared_expert":
         weights["shared_expert_gate.weight"] = draw.normal(1, hidden, scale=hidden**-0.5)
     return weights
+
+
+def _experts_case(case: Any) -> ExpertsCase:
+    """The case of the block's routed experts."""
+    sizes = {name: getattr(case, name) for name in ("T", "H", "I", "E", "k", "dtype", "data")}
+    return ExpertsCase(**sizes)
+
+
+def _cancelling(case: MoeBlockCase, draw: Builder, weights: dict[str, Tensor]) -> Tensor:
+    """Hidden states on which a sum over slots in 16 bits shows; `weights` are changed in place to such.
+
+    Every expert is chosen, all with the same weight, and the shared expert adds nothing.
+    """
+    experts = _experts_case(case)
+    ids = torch.arange(case.E).expand(case.T, case.E)
+    hidden, gate_up, down, _ = exact.draw(
+        experts, draw, partial_sums.others(ids, case.E), draw.uniform(*ids.shape), None, torch.arange(case.E)
+    )
+    partial_sums.oppose(gate_up, down)
+    down[[0, -1]] *= 2.0 ** (partial_sums.BITS[case.dtype] + 1)
+    weights |= {"experts.gate_up_proj": gate_up, "experts.down_proj": down}
+    for name in weights:
+        if name == "gate.weight" or name.startswith("shared") and name.endswith("down_proj.weight"):
+            weights[name] = torch.zeros_like(weights[name])
+    return hidden
 
 
 def _decided_tokens(case: MoeBlockCase, draw: Builder, weights: dict[str, Tensor], config: dict) -> Tensor:

@@ -68,7 +68,7 @@ def plan(request: Request) -> dict[str, Iterable[Case]]:
         "sentinels": _sentinels(request),
         "layouts": _layouts(request),
         "memory": _memory(request),
-        "special": [*_special(request), *_special_in_shapes(request)],
+        "special": [*_special(request), *_special_in_shapes(request), *_partial_sums(request)],
         "laws": _laws(request),
         "determinism": _repeats(request),
         "batch_invariance": _repeats(request),
@@ -221,6 +221,15 @@ def _special_in_shapes(request: Request) -> Iterator[Case]:
             dtype = request.dtypes[0 if data in OF_CODES else -1]
             for format in known if data in OF_CODES else one:
                 yield QuantizedCase(data=data, format=format, dtype=dtype, **fields)
+
+
+def _partial_sums(request: Request) -> Iterator[Case]:
+    """In each format three shapes: many implementations have a single one."""
+    for tokens, width, experts, top_k in ((17, 256, 16, 3), (9, 128, 7, 4), (33, 128, 20, 8)):
+        for format in FORMATS:
+            for dtype in request.narrow():
+                yield QuantizedCase(T=tokens, H=width, E=experts, k=top_k, format=format, dtype=dtype,
+                                    data="partial_sums")  # fmt: skip
 
 
 def _laws(request: Request) -> Iterator[Case]:

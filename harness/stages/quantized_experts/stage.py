@@ -10,7 +10,7 @@ from moe_harness.harness.core.bounds import Bound
 from moe_harness.harness.core.call import INTS, Builder, Call
 from moe_harness.harness.core.contracts import Declarations
 from moe_harness.harness.core.stage import Declared, Truths
-from moe_harness.harness.stages.experts import exact, routing
+from moe_harness.harness.stages.experts import exact, partial_sums, routing
 from moe_harness.harness.stages.experts.stage import Experts
 from moe_harness.harness.stages.quantized_experts import encoding, special
 from moe_harness.harness.stages.quantized_experts.bound import quantized_experts as bound_of
@@ -33,14 +33,23 @@ class QuantizedExperts(Experts):
         draw = Builder(case, device)
         expert_map, local = routing.expert_map(case)
         topk_ids = routing.masked(case, routing.ids(case, draw), draw)
+        paired = case.data == "partial_sums"
+        if paired:
+            topk_ids = partial_sums.pair_up(topk_ids, case.E, draw)
         topk_weights = routing.weights(case, draw)
         experts, hidden, inner = len(local), case.H, case.I
-        if case.data in EXACT:
-            gates = "signs" if case.data == "exact" else "halves" if case.format in FP8 else "alike"
+        if case.data in EXACT or paired:
+            gates = "signs" if case.data != "codes" else "halves" if case.format in FP8 else "alike"
+            counted = partial_sums.others(topk_ids, case.E) if paired else topk_ids  # those that add to a result
             x, gate_up, down, topk_weights = exact.draw(
-                case, draw, topk_ids, topk_weights, expert_map, local, GATE_PARTS, gates
+                case, draw, counted, topk_weights, expert_map, local, GATE_PARTS, gates
             )
+            if paired:
+                partial_sums.oppose(gate_up, down)
+                partial_sums.weigh(case, topk_ids, topk_weights)
             first, second = (encoding.exact(matrix, case.format, draw) for matrix in (gate_up, down))
+            if paired:
+                _enlarge(second, partial_sums.BITS[case.dtype])
             biases = _whole_biases(case, experts, draw)
         else:
             clamped = case.activation == "swiglu_oai"
@@ -98,6 +107,9 @@ class QuantizedExperts(Experts):
         24 being no code beside 48.
         """
         exact_data, quantizes = call.case.data in EXACT, _quantizes(call)
+        case: Any = call.case
+        if case.data == "partial_sums":
+            exact_data = quantizes is None and partial_sums.is_exact(case, declared)
         if not exact_data or (quantizes is not None and call.case.data == "exact"):
             return self.expect(call, declared)
         if quantizes is None:
@@ -140,6 +152,18 @@ def _quantizes(call: Call) -> str | None:
     """How the implementation of the call says that it quantises activations."""
     found = () if call.declared is None else call.declared.extra.get("quantizes", ())
     return found[0] if found else None
+
+
+def _enlarge(matrix: special.Matrix, bits: int) -> None:
+    """Make the matrix of the first expert 2^bits times as large and the last one's twice that, in place."""
+    codes, scale = matrix
+    for expert, power in ((0, bits), (-1, bits + 1)):
+        if scale is None:
+            codes[expert] *= 2.0**power
+        elif scale.dtype == torch.uint8:  # exponents
+            scale[expert] += power
+        else:
+            scale[expert] *= 2.0**power
 
 
 def _whole_biases(case: QuantizedCase, experts: int, draw: Builder) -> tuple[Tensor, Tensor]:

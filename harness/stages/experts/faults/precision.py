@@ -99,11 +99,12 @@ def combined_in_bf16(*call: Tensor, **options: Any) -> Tensor:
 
 
 @fault(
-    "precision", condition="16-bit inputs, k > 2", shows={"dtype": "bf16", "k": 6, "T": 33}, rounds=("weighted",),
-    hidden=("k=1",),
+    "precision", condition="16-bit inputs, k > 2, slots that cancel",
+    shows={"dtype": "bf16", "data": "partial_sums", "k": 4}, rounds=("activation", "weighted"),
+    hidden=("dtype=fp32", "data=normal"),
 )  # fmt: skip
 def slots_summed_in_the_inputs_dtype(*call: Tensor, **options: Any) -> Tensor:
-    """Each slot's share is added to the output in memory, in 16 bits, and only the shares' rounding is declared."""
+    """Each slot's share is added to the output in memory, in 16 bits, where only other roundings are declared."""
 
     def running(slots: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
         total = torch.zeros_like(slots[:, 0], dtype=call[0].dtype)

@@ -61,9 +61,7 @@ LEFT_OUT = {
         "activation_ignored", "gelu_erf_for_tanh", "native_path_for_one_token",
     ),
     "it ends the call: an id out of range is used as an index": ("nan_row_gives_id_e", "last_rows_unwritten"),
-    "the permitted roundings of the routed experts are larger": (
-        "bf16_dot_product", "slots_summed_in_the_inputs_dtype",
-    ),
+    "the permitted roundings of the routed experts are larger": ("bf16_dot_product",),
 }  # fmt: skip
 
 
@@ -92,7 +90,7 @@ def inside(part: Fault) -> Callable[..., Tensor]:
         return run(hidden_states, weights, config, steps=steps, **step.get(part.stage, {"shared": gated}))
 
     block.__name__, block.__module__ = name_of(part), __name__
-    for attribute in ("dtypes", "devices"):
+    for attribute in ("dtypes", "devices", "rounds"):
         if hasattr(part.function, attribute):
             setattr(block, attribute, getattr(part.function, attribute))
     return block

@@ -254,6 +254,26 @@ def duplicate_slot_lost(*call: Any, **options: Any) -> Tensor:
     return run(*call, **options, combine=wrong)
 
 
+@fault(
+    "slots",
+    condition="16-bit inputs, k > 2, slots that cancel",
+    shows={"dtype": "bf16", "data": "partial_sums", "k": 4, "E": 8},
+    hidden=("dtype=fp32", "data=normal"),
+    rounds=("activation", "weighted", "weight"),
+)
+def slots_added_in_the_inputs_dtype(*call: Any, **options: Any) -> Tensor:
+    """Each slot is added to the output in memory, in 16 bits, where only other roundings are declared."""
+    to = call[0].dtype
+
+    def wrong(slots: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        total = torch.zeros_like(slots[:, 0], dtype=to)
+        for slot in (live(weights, ids, slots.dtype)[..., None] * slots).unbind(1):
+            total = (total.to(slot.dtype) + slot).to(to)
+        return total
+
+    return run(*call, **options, combine=wrong)
+
+
 @fault("slots", condition="always", shows={})
 def weights_averaged(*call: Any, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """The output is scaled by the number of slots."""
