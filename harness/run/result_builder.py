@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
-from moe_harness.harness.core.case import Case, parse_id
+from moe_harness.harness.core.case import parse_id
 from moe_harness.harness.core.contracts import RANK_STAGES
 from moe_harness.harness.core.findings import HISTOGRAM_EDGES, MAX_Z, Answer, Explanation, Finding, Loaded
-from moe_harness.harness.core.plan import NEEDS_CUDA, Request
+from moe_harness.harness.core.plan import NEEDS_CUDA, Planned, Request
 from moe_harness.harness.core.ranked_stage import find_ranked
 from moe_harness.harness.diagnosis.clusters import Cluster, Outcome, cluster, kind_of, most_common, words_of
 from moe_harness.harness.report import Result
@@ -118,7 +118,7 @@ class ResultBuilder:
         self.refused: dict[str, list[str]] = defaultdict(list)
         self.reasons: dict[str, str] = {}
         self.skipped: dict[tuple[str, str], int] = Counter()
-        self.executed: list[Case] = []
+        self.executed: list[Planned] = []
         self.core: set[tuple[str, bool]] = set()  # parts of the contract's core of which a case was, or was not, judged
         self.core_refused: list[str] = []
         self.outcomes: list[Outcome] = []
@@ -181,7 +181,7 @@ class ResultBuilder:
     def _take_executed(self, check: str, answer: Answer) -> None:
         self._note_power(answer)
         record, case = answer.record, parse_id(answer.judged)[2]
-        self.executed.append(case.but(variant=f"{check}:{case.variant}"))
+        self.executed.append(Planned(check, case))
         self.elements += record.elements
         self.histogram = [a + b for a, b in zip(self.histogram, record.histogram, strict=True)]
         for name, text in record.observations.items():
@@ -280,7 +280,7 @@ class ResultBuilder:
             return "error"
         if self._unjudged_worlds():
             return "unsupported"
-        core = any(c.core() and c.rows() and c.variant.split(":")[0] in self.core_checks for c in self.executed)
+        core = any(case.core() and case.rows() and check in self.core_checks for check, case in self.executed)
         if (core and self._core_is_whole()) or (self.executed and self.partial):
             return "pass"
         return "unsupported" if self.refused else "error"
@@ -292,7 +292,7 @@ class ResultBuilder:
 
     def _unjudged_worlds(self) -> list[str]:
         """Numbers of ranks over which every case was refused, where over others some were judged."""
-        judged = {case.together() for case in self.executed if case.core() and case.rows()} if self.worlds else set()
+        judged = {case.together() for _, case in self.executed if case.core() and case.rows()} if self.worlds else set()
         return [str(ranks) for ranks in self.worlds if ranks not in judged] if judged else []
 
     def _core_is_whole(self) -> bool:
@@ -304,7 +304,7 @@ class ResultBuilder:
         axes: dict[str, Counter] = defaultdict(Counter)
         refused = sorted(self.refused.items(), key=lambda item: -len(item[1]))
         skipped = [*self.skipped.items(), *(((what, "not judged"), n) for what, n in self._left().items())]
-        for case in self.executed:
+        for _, case in self.executed:
             for f in fields(case):
                 if f.name not in ("seed", "variant", "optional"):
                     axes[f.name][str(getattr(case, f.name)) or "contiguous"] += 1

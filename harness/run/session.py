@@ -230,7 +230,7 @@ class Session:
             return
         for dtype in heard.request.dtypes:
             refusals = [i for ids in heard.refused.values() for i in ids if f"dtype={dtype}" in i or dtype == "fp32"]
-            if refusals and all(case.dtype != dtype for case in heard.executed):
+            if refusals and all(case.dtype != dtype for _, case in heard.executed):
                 heard.fail(refusals[0], Finding(f"declares the dtype {dtype}, but refuses every case in it"))
 
 

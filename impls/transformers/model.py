@@ -67,7 +67,8 @@ class Model:
         for prompt, count in zip(prompts, counts, strict=True):
             torch.manual_seed(seed)
             options: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": count, "pad_token_id": 0}
-            options |= {"temperature": temperature} if temperature > 0 else {}
+            if temperature > 0:  # a config that says nothing of top_k is read as 50
+                options |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
             options["eos_token_id"] = ends or -1  # min_new_tokens would forbid the token instead of going on after it
             ids = torch.tensor([list(prompt)], device=self.device)
             out = self.module.generate(ids, attention_mask=torch.ones_like(ids), **options)

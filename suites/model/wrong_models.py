@@ -13,7 +13,7 @@ from moe_harness.impls.qwen3_moe.latent import LatentAttention
 from moe_harness.impls.qwen3_moe.model import Model, load_model
 from moe_harness.impls.transformers.model import model as transformers_model
 
-SMALL = {"pages": 64, "page_size": 4, "max_sequences": 8, "max_tokens": 16, "max_length": 120}
+SMALL = {"pages": 128, "page_size": 4, "max_sequences": 8, "max_tokens": 16, "max_length": 270}
 
 
 def right(model_dir: str, *, device: str, dtype: torch.dtype) -> Model:

@@ -1,8 +1,8 @@
 """Cases of the stage `model`: a tiny checkpoint of a family, and what is asked of the loaded model.
 
-`variant` is "logits" (model(input_ids)), "layers" (every model.layer(i) alone, on the reference's residual stream) or
-"tokens" (greedy model.generate of prompts of several lengths together).  Over ranks there is "drawn" too, where every
-rank has to draw the same tokens.
+`variant` is "logits" (model(input_ids)), "layers" (every model.layer(i) alone, on the reference's residual stream),
+"tokens" (greedy model.generate of prompts of several lengths together), or what generate promises else (SERVED).
+Over ranks there is "drawn" too, where every rank has to draw the same tokens.
 
 model/over_ranks/variant=logits,R=2,ep=1        two ranks that hold whole experts
 """
@@ -19,6 +19,8 @@ FAMILIES = ("qwen3_moe", "qwen2_moe", "qwen3")
 # queries and keys; linear attention.  What they share with FAMILIES is judged there, so that fewer cases are enough.
 FURTHER = ("deepseek_v2_lite", "deepseek_v2", "qwen3_omni_moe_talker_text", "qwen3_next")
 LENGTHS = (1, 2, 15, 16, 17, 33)  # around pages of 16 and chunks
+CROSSED = (64, 256)  # pages of other engines, which the tokens of a prompt a little shorter go beyond
+SERVED = ("counts", "stops", "again", "temperature")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +49,9 @@ class ModelCase(Case):
         return self.but(L=self.L + 1, seed=self.seed + 1)
 
     def core(self) -> bool:
-        """Layers are optional in the contract, families are the implementation's choice."""
-        return super().core() and self.variant != "layers" and self.family == "qwen3_moe"
+        """Layers are optional in the contract; families and how long prompts may be are the implementation's choice."""
+        ordinary = self.variant in ("logits", "tokens") and min(CROSSED) >= self.L
+        return super().core() and ordinary and self.family == "qwen3_moe"
 
     def part(self) -> str:
         """Either way of sharing the experts may be refused."""
@@ -72,6 +75,9 @@ def _contract(request: Request) -> Iterator[Case]:
     for dtype in request.dtypes:
         yield ModelCase(variant="logits", B=1, L=1, dtype=dtype)
         yield ModelCase(variant="tokens", B=1, L=1, new=1, dtype=dtype)
+    yield ModelCase(variant="counts", B=5, L=6, new=7, dtype=request.dtypes[0])
+    yield ModelCase(variant="stops", B=6, L=6, new=6, dtype=request.dtypes[0])
+    yield ModelCase(variant="temperature", B=16, L=4, new=1, dtype=request.dtypes[-1])
 
 
 def _numeric(request: Request) -> Iterator[Case]:
@@ -85,6 +91,11 @@ def _numeric(request: Request) -> Iterator[Case]:
         yield ModelCase(variant="logits", B=2, L=length, dtype=dtype)
         yield ModelCase(variant="tokens", B=6, L=length, new=request.pick(6, 20), dtype=dtype)
     yield ModelCase(variant="tokens", B=request.pick(20, 40), L=5, new=3, dtype=request.dtypes[0])
+    for length in (16, 33):  # whole pages of 16, and one token more than that
+        yield ModelCase(variant="again", B=3, L=length, new=5, dtype=request.dtypes[0])
+    for edge in CROSSED:
+        yield ModelCase(variant="tokens", B=1, L=edge - 2, new=5, dtype=request.dtypes[0])
+    yield ModelCase(variant="logits", B=1, L=CROSSED[-1] + 1, dtype=request.dtypes[0])
     for place, family in enumerate(FURTHER):
         for dtype in request.dtypes:
             yield ModelCase(variant="layers", family=family, dtype=dtype, optional=True)

@@ -21,7 +21,7 @@ from moe_harness.harness.core.case import Case
 from moe_harness.harness.core.errors import CannotJudge
 from moe_harness.harness.core.invocation import Broken, Rejected, Trial
 from moe_harness.harness.diagnosis.plain import ADVICE, kind
-from moe_harness.harness.stages.model.cases import ModelCase
+from moe_harness.harness.stages.model.cases import SERVED, ModelCase
 from moe_harness.harness.stages.model.changes import AROUND, IN_LAYERS
 from moe_harness.harness.stages.model.noise import NoiseBound, noise_bound
 from moe_harness.harness.stages.model.stage import Question, continued, followed, prompts_of
@@ -98,6 +98,8 @@ def known() -> int:
 def explain(trial: Trial, case: Case, seconds: float) -> list[dict[str, str]]:
     """What the model does instead of what it should, best first; [] where no change explains it."""
     assert isinstance(case, ModelCase)
+    if case.variant in SERVED:
+        return []
     end, first = time.monotonic() + seconds, _seen(trial, case)
     if first is None:
         return []

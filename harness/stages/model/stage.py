@@ -24,11 +24,15 @@ from moe_harness.harness.core.errors import CannotJudge
 from moe_harness.harness.core.findings import Record
 from moe_harness.harness.core.invocation import Broken, Rejected
 from moe_harness.harness.core.stage import Declared, Output, Stage, Truths
-from moe_harness.harness.stages.model.cases import ModelCase
+from moe_harness.harness.stages.model import served
+from moe_harness.harness.stages.model.cases import SERVED, ModelCase
 from moe_harness.harness.stages.model.noise import NoiseBound, logit_bound, noise_bound
+from moe_harness.harness.stages.model.served import Draws, Served
 from moe_harness.reference.model import Model, State
 
 CANDIDATES = 4  # random prompts for each that is asked
+OF_LONG = 2  # ... of more than LONG tokens, whose bound takes seconds
+LONG = 100
 LENGTHS = 3  # of the prompts of one call
 FLOOR = 0.5  # of the positions, that at least are judged
 
@@ -44,6 +48,7 @@ class Question:
     streams: list[Tensor] = field(default_factory=list)  # what enters each layer
     tokens: Tensor | None = None  # [B, new], right ones
     certain: Tensor | None = None  # [B, new], of those
+    served: Served | None = None  # calls of `generate` beside the plain one
 
 
 @dataclass
@@ -75,6 +80,8 @@ class WholeModel(Stage):
                 raise Rejected("the model has no method `layer`")
             found = [hand_over(model.layer, i, stream.to(device)) for i, stream in enumerate(question.streams)]
             return _flat("model.layer(i, hidden_states)", torch.cat(found), question)
+        if question.served is not None:
+            return served.call(model, question.served, _case(call).new).to(device)
         prompts = prompts_of(question.ids)
         generated = hand_over(model.generate, prompts, max_new_tokens=_case(call).new, ignore_eos=True)
         lengths = [len(tokens) for tokens in generated]
@@ -84,8 +91,9 @@ class WholeModel(Stage):
 
     def outputs(self, call: Call) -> list[Output]:
         question, case = _question(call), _case(call)
-        if case.variant == "tokens":
-            return [Output("the tokens", (len(question.ids), case.new), torch.int64)]
+        if question.bound is None:
+            rows = len(question.ids) if question.served is None else question.served.rows()
+            return [Output("the tokens", (rows, case.new), torch.int64)]
         assert question.bound is not None
         dtype = DTYPES[case.dtype]
         name, wide = ("the logits", (dtype, torch.float32)) if case.variant == "logits" else ("the layers", (dtype,))
@@ -108,6 +116,8 @@ class WholeModel(Stage):
 
     def judge(self, call: Call, result: Any, declared: Declared) -> Record:
         question = _question(call)
+        if question.served is not None:
+            return served.judge(question.served, result.cpu())
         if question.tokens is None or question.certain is None:
             record = super().judge(call, result, declared)
             assert question.bound is not None
@@ -115,7 +125,7 @@ class WholeModel(Stage):
         else:
             record = _judge_tokens(question, result.cpu())
             share = float(question.certain.double().mean())
-        record.observations["share judged"] = f"{share:.0%}"
+        record.observations["share judged"] = f"{int(10 * share + 1e-9) * 10} %" + (" or more" if share < 1 else "")
         return record
 
     def place_of(self, call: Call, row: int, column: int) -> dict[str, Any]:
@@ -142,7 +152,7 @@ STAGE = WholeModel()
 
 def what_lacks(model: Any, variant: str) -> str | None:
     """Why what load_model gave cannot be asked at all, in words; None where it can."""
-    if variant in ("tokens", "drawn") and not callable(getattr(model, "generate", None)):
+    if variant in ("tokens", "drawn", *SERVED) and not callable(getattr(model, "generate", None)):
         return f"load_model gave {type(model).__name__}, which has no method generate(prompts, *, max_new_tokens, ...)"
     if variant == "logits" and not callable(model):
         return f"load_model gave {type(model).__name__}, which cannot be called: model(input_ids) gives the logits"
@@ -189,11 +199,20 @@ def ask(case: ModelCase) -> Question:
         checkpoints.pair_experts(weights, keys)
     model = Model(keys, {name: weight.double() for name, weight in weights.items()})  # once, not in every run
     draw = torch.Generator().manual_seed(case.seed + 7)
-    ids = torch.randint(0, keys["vocab_size"], (CANDIDATES * case.B, case.L), generator=draw)
-    make = {"logits": _logits, "layers": _layers, "tokens": _tokens, "drawn": _drawn}[case.variant]
-    question = make(case, model, ids)
+    ids = torch.randint(0, keys["vocab_size"], (_candidates(case) * case.B, case.L), generator=draw)
+    make = {"logits": _logits, "layers": _layers, "drawn": _drawn, "temperature": _temperature}
+    question = make.get(case.variant, _tokens)(case, model, ids)
+    if case.variant in ("counts", "stops", "again"):
+        assert question.tokens is not None and question.certain is not None
+        rows = (prompts_of(question.ids), question.tokens.tolist(), question.certain.tolist())
+        question.served = served.served(case.variant, *rows)
+        keys |= {} if question.served.eos is None else {"eos_token_id": question.served.eos}
     question.keys, question.weights = keys, weights
     return question
+
+
+def _candidates(case: ModelCase) -> int:
+    return OF_LONG if case.L > LONG else CANDIDATES
 
 
 def _logits(case: ModelCase, model: Model, ids: Tensor) -> Question:
@@ -210,6 +229,13 @@ def _logits(case: ModelCase, model: Model, ids: Tensor) -> Question:
 def _drawn(case: ModelCase, model: Model, ids: Tensor) -> Question:
     """Prompts alone: which tokens are drawn is the implementation's, that they are the same on all ranks is not."""
     return Question(model.config, {}, ids[: case.B], None)
+
+
+def _temperature(case: ModelCase, model: Model, ids: Tensor) -> Question:
+    """Draws after the prompts; roundings of the logits are nothing beside the chance of so few."""
+    ids = ids[: case.B]
+    log_p = (model(ids)[:, -1] / served.HEAT).log_softmax(-1)
+    return Question(model.config, {}, ids, None, served=Served(draws=Draws(ids.tolist(), log_p)))
 
 
 def _layers(case: ModelCase, model: Model, ids: Tensor) -> Question:
@@ -230,7 +256,7 @@ def _tokens(case: ModelCase, model: Model, ids: Tensor) -> Question:
 
     For each place the candidate is taken whose tokens stay certain longest.
     """
-    rows = ids.view(CANDIDATES, case.B, case.L)
+    rows = ids.view(-1, case.B, case.L)
     places = torch.arange(case.B)
     chosen = torch.empty(case.B, case.L, dtype=torch.int64)
     tokens, certain = torch.empty(case.B, case.new, dtype=torch.int64), torch.empty(case.B, case.new, dtype=torch.bool)
@@ -238,7 +264,7 @@ def _tokens(case: ModelCase, model: Model, ids: Tensor) -> Question:
         here = places[places % LENGTHS == shortened]
         if len(here):
             prompts = rows[:, here, min(shortened, case.L - 1) :].flatten(0, 1)
-            found, sure = (part.view(CANDIDATES, len(here), -1) for part in continued(case, model, prompts))
+            found, sure = (part.view(len(rows), len(here), -1) for part in continued(case, model, prompts))
             best = sure.sum(-1).argmax(0)
             each = torch.arange(len(here))
             tokens[here], certain[here], chosen[here] = found[best, each], sure[best, each], rows[best, here]
