@@ -160,6 +160,11 @@ def poisoned_allocations(device: str) -> Iterator[None]:
         yield
 
 
+def allocations_of_zeros() -> contextlib.AbstractContextManager[None]:
+    """`torch.empty` and its kin give zeros: a NaN of a result is then no memory that was left unwritten."""
+    return _poisoned_empty(0)
+
+
 def unwritten_value(dtype: torch.dtype) -> float | int:
     """What fresh memory is taken to hold: 0, as new pages do; poison inside of `poisoned_allocations`."""
     poisoned = hasattr(torch.empty, "__wrapped__")
@@ -167,12 +172,12 @@ def unwritten_value(dtype: torch.dtype) -> float | int:
 
 
 @contextlib.contextmanager
-def _poisoned_empty() -> Iterator[None]:
+def _poisoned_empty(held: float | None = None) -> Iterator[None]:
     def poisoning(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @functools.wraps(make)
         def call(*args: Any, **kwargs: Any) -> Tensor:
             out = make(*args, **kwargs)
-            return out.fill_(poison_value(out.dtype)) if _poisonable(out) else out
+            return out.fill_(poison_value(out.dtype) if held is None else held) if _poisonable(out) else out
 
         return call
 

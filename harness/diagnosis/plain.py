@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_harness.harness.core.case import Case
 from moe_harness.harness.core.invocation import Broken, Rejected, Trial
-from moe_harness.harness.core.memory import poisoned_allocations
+from moe_harness.harness.core.memory import allocations_of_zeros, poisoned_allocations
 from moe_harness.harness.diagnosis.datasets import Dataset, probes
 
 LOOKED_AT = 8  # probes, of which the first differ in every size
@@ -28,6 +28,10 @@ ADVICE = {
     "input_copied": "The result is the argument {} as it was given: nothing was computed, or not into the tensor that "
     "is returned",
 }
+COMPUTED = (
+    "Every element is NaN, also where unwritten memory holds zeros: a NaN is computed, as by inf * 0, or by a scale "
+    "whose exponent wraps in the arithmetic of bytes"
+)
 
 
 def always_plain(trial: Trial, case: Case) -> list[dict[str, str]]:
@@ -44,7 +48,7 @@ def always_plain(trial: Trial, case: Case) -> list[dict[str, str]]:
             return []
         seen += [dataset] if found == name else []
     told = f"; so in {len(seen)} calls of other shapes and data" if len(seen) == ENOUGH else ""
-    return [{"fault": name, "evidence": ADVICE[name].format(operand) + told}] if told else []
+    return [{"fault": name, "evidence": _advice(trial, case, name).format(operand) + told}] if told else []
 
 
 def plain_here(trial: Trial, case: Case) -> list[dict[str, str]]:
@@ -52,7 +56,17 @@ def plain_here(trial: Trial, case: Case) -> list[dict[str, str]]:
     name, operand = _of_call(trial, case)
     if name not in ADVICE or len(trial.stage.outputs(trial.build(case))) > 1:
         return []
-    return [{"fault": name, "evidence": f"{ADVICE[name].format(operand)}; not so in every call"}]
+    return [{"fault": name, "evidence": f"{_advice(trial, case, name).format(operand)}; not so in every call"}]
+
+
+def _advice(trial: Trial, case: Case, name: str) -> str:
+    """Words on where to look; of NaN, whether they are what fresh memory was made to hold."""
+    if name != "all_nan":
+        return ADVICE[name]
+    with allocations_of_zeros():
+        found = trial.invoke(trial.build(case.once()))
+    first = found[0] if isinstance(found, tuple) else found
+    return COMPUTED if bool(first.isnan().all()) else ADVICE[name]
 
 
 def kind(out: Tensor, inputs: dict[str, Any]) -> tuple[str | None, str]:

@@ -16,6 +16,7 @@ from moe_harness.harness.process.worker import explain_id, judge_id
 from moe_harness.harness.stages.experts.cases import ExpertsCase
 from moe_harness.harness.stages.grouped_linear.cases import GroupedLinearCase
 from moe_harness.harness.stages.paged_attention.cases import PagedAttentionCase
+from moe_harness.harness.stages.quantized_experts.cases import QuantizedCase
 from moe_harness.harness.stages.router.cases import RouterCase
 from moe_harness.harness.stages.shared_expert_gate.cases import GateCase
 
@@ -106,6 +107,18 @@ def test_a_plain_output_has_its_own_name_and_no_other(stage: str, name: str) -> 
     causes, words = told(kernel, CASES[stage])
     if (stage, name) != ("grouped_linear", "input_copied"):  # K is N in no other call of it
         assert causes == [name], words
+
+
+def test_a_nan_that_is_computed_is_told_from_memory_that_was_left_unwritten() -> None:
+    """The exponent of a scale is taken in bytes, 2^(124 - 127 + 256): most weights are infinite."""
+
+    def kernel(x: Tensor, *call: Any, **options: Any) -> Tensor:
+        return torch.zeros_like(x) * float("inf")
+
+    causes, words = told(kernel, QuantizedCase(format="mxfp4"))
+    assert causes == ["all_nan"] and "a NaN is computed" in words, words
+    causes, words = told(lambda x, *call, **options: torch.empty_like(x), QuantizedCase())
+    assert causes == ["all_nan"] and "look at the launch" in words, words
 
 
 def test_a_router_of_zeros_has_a_name() -> None:
