@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_harness.reference.quantized_experts import dequantised
+from moe_harness.reference.quantized_experts import code_values, dequantised
 
 FP8 = torch.float8_e4m3fn
 
@@ -71,7 +71,7 @@ def _experts(k: _Kernel, x: Tensor, up: Tensor, up_scale: Tensor | None, down: T
         hidden = _hidden(k, _plus(k, k.product(k.entering(x[token].float()), gate_up), bias), activation)
         weight = weights[token, slot, None].float()
         if k.weighted_hidden:
-            out = k.product(k.store(hidden * weight), second)
+            out = k.product(k.entering(k.store(hidden * weight)), second)
             outputs[token, slot] = out if down_by is None else out + weight * down_by.float()
         else:
             outputs[token, slot] = k.store(_plus(k, k.product(k.entering(hidden), second), down_by) * weight)
@@ -296,3 +296,104 @@ def in_fp64_until_the_end(hidden_states, *call, **options):
 
 
 in_fp64_until_the_end.rounds = ()
+
+
+def _local(ids, expert_map):
+    local = ids.long()
+    return local if expert_map is None else torch.where(local < 0, -1, expert_map.long()[local.clamp(min=0)])
+
+
+def _of(expert, *stacks):
+    """What belongs to one expert."""
+    return [None if stack is None else stack[expert] for stack in stacks]
+
+
+def persistent_over_padded_tiles(x, up, up_scale, down, down_scale, weights, ids, *, format, activation="silu",
+                                 expert_map=None, gate_up_bias=None, down_bias=None):  # fmt: skip
+    """Two programs take every other one of the sorted tiles of eight rows, a partial one padded by rows of zeros."""
+    local, k = _local(ids, expert_map), _Kernel()
+    rows = torch.cat([x.float(), torch.zeros(1, x.shape[1])])
+    shares = torch.cat([weights.float().flatten(), torch.zeros(1)])
+    out, tiles = torch.zeros_like(rows), []
+    for e in local[local >= 0].unique().tolist():
+        slots = (local.flatten() == e).nonzero()[:, 0]
+        tiles += [(e, tile) for tile in F.pad(slots, (0, -len(slots) % 8), value=ids.numel()).split(8)]
+    for program in (1, 0):
+        for e, slots in tiles[program::2]:
+            first, first_scale, second, second_scale = _of(e, up, up_scale, down, down_scale)
+            first_bias, second_bias = _of(e, gate_up_bias, down_bias)
+            token = slots // ids.shape[1]
+            product = rows[token] @ dequantised(first, first_scale, format).float().T
+            hidden = _hidden(k, _plus(k, product, first_bias), activation)
+            product = hidden @ dequantised(second, second_scale, format).float().T
+            out.index_add_(0, token, _plus(k, product, second_bias) * shares[slots, None])
+    return out[:-1].to(x.dtype)
+
+
+persistent_over_padded_tiles.rounds = ()
+
+
+def split_along_hidden_values(x, up, up_scale, down, down_scale, weights, ids, *, format, activation="silu",
+                              expert_map=None, gate_up_bias=None, down_bias=None):  # fmt: skip
+    """Programs of 32 hidden values, stored, add their parts of the output in fp32; the first one adds the bias."""
+    local, k = _local(ids, expert_map), _Kernel()
+    out = torch.zeros(x.shape)
+    for e in local[local >= 0].unique().tolist():
+        token, slot = (local == e).nonzero(as_tuple=True)
+        first, second = (dequantised(*_of(e, *pair), format).float() for pair in ((up, up_scale), (down, down_scale)))
+        weight, inner = weights[token, slot, None].float(), second.shape[1]
+        for at in range(0, inner, 32):
+            own = torch.arange(at, min(at + 32, inner))
+            both = torch.cat([own, own + inner])
+            bias = None if gate_up_bias is None else gate_up_bias[e, both]
+            product = _plus(k, x[token].float() @ first[both].T, bias)
+            part = _hidden(k, product, activation).to(x.dtype).float() @ second[:, own].T
+            out.index_add_(0, token, weight * _plus(k, part, None if at or down_bias is None else down_bias[e]))
+    return out.to(x.dtype)
+
+
+split_along_hidden_values.rounds = ("activation",)
+
+
+def _behind(rows, codes, scale, format):
+    """A product of codes as they are stored, four bits with their zero point: scales and that come behind the sums."""
+    zero = 8.0 if format == "int4_group" else 0.0
+    numbers = code_values(codes, format).float() + zero
+    if scale is None:
+        return rows @ numbers.T
+    if scale.dim() == 1:
+        return rows @ numbers.T * scale
+    total, width = torch.zeros(len(rows), len(numbers)), 32 if format == "mxfp4" else 128
+    scale = (scale.double() - 127).exp2() if format == "mxfp4" else scale
+    scale = scale.repeat_interleave(128, 0)[: len(numbers)] if format == "fp8_block" else scale
+    for group, at in enumerate(range(0, rows.shape[1], width)):
+        part = rows[:, at : at + width]
+        sums = part @ numbers[:, at : at + width].T - zero * part.sum(-1, keepdim=True)
+        total = total + sums * scale[:, group].float()
+    return total
+
+
+def scales_behind_the_product(x, up, up_scale, down, down_scale, weights, ids, *, format, activation="silu",
+                              expert_map=None, gate_up_bias=None, down_bias=None):  # fmt: skip
+    """Codes are multiplied as they are stored; behind the sum of a group 8 sum x is taken off, and the scale comes."""
+    local, k = _local(ids, expert_map), _Kernel()
+    out = torch.zeros(x.shape)
+    for e in local[local >= 0].unique().tolist():
+        token, slot = (local == e).nonzero(as_tuple=True)
+        first_bias, second_bias = _of(e, gate_up_bias, down_bias)
+        hidden = _hidden(k, _plus(k, _behind(x[token].float(), *_of(e, up, up_scale), format), first_bias), activation)
+        output = _plus(k, _behind(hidden, *_of(e, down, down_scale), format), second_bias)
+        out.index_add_(0, token, output * weights[token, slot, None].float())
+    return out.to(x.dtype)
+
+
+scales_behind_the_product.rounds = ()
+
+
+def fp8_of_weighted_hidden_values(hidden_states, *call, **options):
+    """The routing weight is folded into hidden values before these become codes, at scales of powers of two."""
+    kernel = _Kernel(entering=partial(_fp8, width=None, power=True), weighted_hidden=True, store=_in(hidden_states))
+    return _experts(kernel, hidden_states, *call, **options)
+
+
+fp8_of_weighted_hidden_values.quantizes = "fp8_token"
