@@ -18,7 +18,10 @@ KINDS = ("replicated", "column", "merged_column", "row")
 
 @dataclass(frozen=True, kw_only=True)
 class LinearCase(Case):
-    """A layer of `kind` over R ranks: E experts, K in, N out per weight, S rows of each expert."""
+    """A layer of `kind` over R ranks: E experts, K in, N out per weight, S rows of each expert.
+
+    A merged column's weights have `parts` times N out: "3+1+2" are three of them.
+    """
 
     stage: ClassVar[str] = "parallel_linear"
     R: int
@@ -27,6 +30,7 @@ class LinearCase(Case):
     N: int
     S: str
     kind: str
+    parts: str = "1+1"
 
     def __post_init__(self) -> None:
         one_of("kind", self.kind, KINDS)
@@ -45,6 +49,11 @@ class LinearCase(Case):
     def group_sizes(self) -> list[int]:
         return numbers(self.S)
 
+    @property
+    def out_features(self) -> list[int]:
+        """Of each weight of an expert."""
+        return [part * self.N for part in numbers(self.parts)] if self.kind == "merged_column" else [self.N]
+
     def rows(self) -> int:
         return sum(self.group_sizes)
 
@@ -60,7 +69,7 @@ def plan(worlds: Sequence[int], *, profile: str = "quick", seed: int = 0, kind: 
             dtype, number = DTYPES[i % len(DTYPES)], seed + repeat * 1000 + i
             size: dict[str, Any] = {"K": 4 * inner * ranks, "N": 4 * outer * ranks, "S": rows[i], "E": 3}
             yield Planned("shard", LinearCase(R=ranks, kind=kind, dtype=dtype, seed=number, **size))
-        for case in (*_large_layers(ranks, kind), *_uneven_layers(ranks, kind)):
+        for case in (*_large_layers(ranks, kind), *_uneven_layers(ranks, kind), *_merged_layers(ranks, kind)):
             yield Planned("shard", case.but(seed=seed + repeat * 1000 + case.seed))
 
 
@@ -88,6 +97,13 @@ def _uneven_layers(ranks: int, kind: str) -> Iterator[LinearCase]:
     if ranks > 1 and kind in ("column", "merged_column"):
         for outer in (5 * ranks + 1, ranks + 1):
             yield LinearCase(R=ranks, kind=kind, K=12, N=outer, S="3+0+2+1", E=4, optional=True, seed=200 + outer)
+
+
+def _merged_layers(ranks: int, kind: str) -> Iterator[LinearCase]:
+    """Weights of other sizes, as those of queries, keys and values, and other numbers of them."""
+    for i, parts in enumerate(("4+1+1", "1+3", "2", "1+2+1+3")[: 4 if kind == "merged_column" else 0]):
+        fields: dict[str, Any] = {"K": 12 + 8 * i, "N": (2 + i) * ranks, "S": "3+0+2", "E": 3}
+        yield LinearCase(R=ranks, kind=kind, parts=parts, dtype=DTYPES[i % len(DTYPES)], seed=300 + i, **fields)
 
 
 def _shared_by(ranks: int, size: int) -> int:

@@ -15,7 +15,7 @@ from moe_harness.harness.core.case import parse_id
 from moe_harness.harness.core.errors import UsageError
 from moe_harness.harness.core.findings import RankReport
 from moe_harness.harness.core.ranked_subject import load_checked
-from moe_harness.harness.core.ranked_task import Rank, Refused, differing_rows, enter, wrong_rows
+from moe_harness.harness.core.ranked_task import Rank, Refused, differing_rows, enter, same_bits, wrong_rows
 from moe_harness.harness.stages.parallel_linear.cases import LinearCase
 from moe_harness.reference import parallel_linear as reference
 from moe_harness.reference.grouped_linear import grouped_linear
@@ -54,7 +54,11 @@ def run(me: Rank, spec: dict[str, str], seed: int) -> RankReport:
         report.rejected = f"{spec['impl']} is {kind_of(subject)}, the case asks for {case.kind}"
         return report
     try:
-        weights, x, out = _run(me, subject, case, report)
+        weights, x, layer, out = _run(me, subject, case, report)
+        if not case.is_uneven:
+            _compare(me, out, weights, x, case, report)
+            if not report.findings:
+                _call_again(me, layer, out, weights, x, case, report)
     except Refused as refusal:
         report.rejected = str(refusal)
     except Exception as error:
@@ -65,48 +69,66 @@ def run(me: Rank, spec: dict[str, str], seed: int) -> RankReport:
         widths = _widths(me, None if report.rejected is not None else out)
         if report.rejected is None:
             _compare_joined(me, out, widths, whole_of(weights, x, case), case, report)
-    elif report.rejected is None:
-        _compare(me, out, weights, x, case, report)
     return report
 
 
 def weights_of(case: LinearCase) -> tuple[list[list[Tensor]], Tensor]:
     """Checkpoint tensors [expert][part] of [N, K], and x [S, K]; small integers, so that products are exact."""
     random = torch.Generator().manual_seed(case.seed * 31 + case.K)
-    dtype, parts = DTYPES[case.dtype], 2 if case.kind == "merged_column" else 1
+    dtype = DTYPES[case.dtype]
     # Each column of the weights has few entries, so that sums over K stay within the 8 bits of bf16, or 11.
     keep = max(1, min(case.K, 16))
     weights = []
     for _ in range(case.E):
-        whole = torch.randint(-3, 4, (parts, case.N, case.K), generator=random)
-        rank = torch.rand(parts, case.N, case.K, generator=random).argsort(-1).argsort(-1)
-        weights.append(list((whole * (rank < keep)).to(dtype)))
+        rows = sum(case.out_features)
+        whole = torch.randint(-3, 4, (rows, case.K), generator=random)
+        rank = torch.rand(rows, case.K, generator=random).argsort(-1).argsort(-1)
+        weights.append(list((whole * (rank < keep)).to(dtype).split(case.out_features)))
     reach = (256 if case.dtype == "bf16" else 2048) // (3 * keep)
     return weights, torch.randint(-reach, reach + 1, (sum(case.group_sizes), case.K), generator=random).to(dtype)
 
 
-def _run(me: Rank, subject: Any, case: LinearCase, report: RankReport) -> tuple[list[list[Tensor]], Tensor, Any]:
-    """Weights, x of all columns, and what the layer of this rank makes of its part."""
+def _run(me: Rank, subject: Any, case: LinearCase, report: RankReport) -> tuple[list[list[Tensor]], Tensor, Any, Any]:
+    """Weights, x of all columns, the layer of this rank, and what it makes of its part."""
     weights, x = weights_of(case)
     place = {"rank": me.rank, "world_size": me.world_size, "dtype": x.dtype, "device": me.device}
-    outer: int | list[int] = [case.N, case.N] if case.kind == "merged_column" else case.N
+    outer: int | list[int] = case.out_features if case.kind == "merged_column" else case.N
     layer = enter(me, subject, case.E, case.K, outer, **place)
     loaded = [[_as_stored(part, expert).to(me.device) for part in parts] for expert, parts in enumerate(weights)]
     for expert in _load_order(case):
-        for number, part in enumerate(loaded[expert]):
-            enter(me, layer.load, expert, part, **({"shard_id": number} if len(loaded[expert]) > 1 else {}))
+        for number in _part_order(len(loaded[expert]), expert):
+            named = {"shard_id": number} if case.kind == "merged_column" else {}
+            enter(me, layer.load, expert, loaded[expert][number], **named)
     for part in (part for parts in loaded for part in parts):
         part.fill_(torch.nan)  # the layer keeps its own copy; the checkpoint's memory goes away
+    out = _call(me, layer, x, case, report)
+    if case.kind == "row" and getattr(layer, "output", None) != "partial":
+        said = getattr(layer, "output", None)
+        report.fail("contract", f"attribute output is {said!r}, but should be 'partial': the result is unreduced")
+    return weights, x, layer, out
+
+
+def _call(me: Rank, layer: Any, x: Tensor, case: LinearCase, report: RankReport) -> Any:
+    """What the layer of this rank makes of its part of x."""
     mine = reference.input_shard(x, me.rank, me.world_size).contiguous() if case.kind == "row" else x.clone()
     given = mine.to(me.device)
     before = given.clone()
     out = enter(me, layer, given, torch.tensor(case.group_sizes, device=me.device))
     if not torch.equal(given, before):
         report.fail("inputs", "x was modified")
-    if case.kind == "row" and getattr(layer, "output", None) != "partial":
-        said = getattr(layer, "output", None)
-        report.fail("contract", f"attribute output is {said!r}, but should be 'partial': the result is unreduced")
-    return weights, x, out
+    return out
+
+
+def _call_again(
+    me: Rank, layer: Any, out: Tensor, weights: list[list[Tensor]], x: Tensor, case: LinearCase, report: RankReport
+) -> None:
+    """As many other rows: the layer keeps nothing of a call, and its result belongs to the caller."""
+    kept, backwards = out.clone(), case.but(S="+".join(map(str, reversed(case.group_sizes))))
+    later = _call(me, layer, x.flip(0), backwards, report)
+    if not same_bits(out, kept):
+        told = "the first result was changed by a second call, but a result belongs to the caller"
+        report.fail("contract", f"rank {me.rank}: {told}")
+    _compare(me, later, weights, x.flip(0), backwards, report, "in a second call, ")
 
 
 def _widths(me: Rank, out: Any) -> list[int]:
@@ -154,6 +176,11 @@ def _load_order(case: LinearCase) -> list[int]:
     return sorted(range(case.E), key=lambda expert: (expert * 7 + 3) % 5)
 
 
+def _part_order(count: int, expert: int) -> list[int]:
+    """Nor do the weights of every expert arrive in theirs: those of some come last first."""
+    return list(range(count))[:: -1 if expert % 3 == 0 else 1]
+
+
 def expected_part(weights: list[list[Tensor]], x: Tensor, case: LinearCase, rank: int) -> Tensor:
     """This rank's part of the result in fp64, [S, N or N / R]."""
     ranks, stacked = case.R, []
@@ -168,7 +195,9 @@ def expected_part(weights: list[list[Tensor]], x: Tensor, case: LinearCase, rank
     return grouped_linear(rows.double(), torch.stack(stacked).double(), torch.tensor(case.group_sizes))
 
 
-def _compare(me: Rank, out: Any, weights: list[list[Tensor]], x: Tensor, case: LinearCase, report: RankReport) -> None:
+def _compare(
+    me: Rank, out: Any, weights: list[list[Tensor]], x: Tensor, case: LinearCase, report: RankReport, when: str = ""
+) -> None:
     expected = expected_part(weights, x, case, me.rank)
     wrong = wrong_rows(out, expected, x.dtype, report)
     if not len(wrong):
@@ -179,8 +208,8 @@ def _compare(me: Rank, out: Any, weights: list[list[Tensor]], x: Tensor, case: L
     expert = int(torch.bucketize(row, torch.tensor(case.group_sizes).cumsum(0), right=True))
     report.fail(
         "shard",
-        f"rank {me.rank}: {len(wrong)} of {len(expected)} rows differ; first is row {row} (expert {expert}), column "
-        f"{column}: {got[row, column]:g}, but should be {expected[row, column]:g}",
+        f"rank {me.rank}: {when}{len(wrong)} of {len(expected)} rows differ; first is row {row} (expert {expert}), "
+        f"column {column}: {got[row, column]:g}, but should be {expected[row, column]:g}",
         where={"rank": me.rank, "row": row, "expert": expert, "column": column},
         diagnosis=_explain(got, weights, x, case, me.rank),
     )
@@ -204,6 +233,11 @@ def _explain(got: Tensor, weights: list[list[Tensor]], x: Tensor, case: LinearCa
     if case.kind == "merged_column" and _equal(got, whole.chunk(case.R, dim=1)[rank]):
         evidence = "the result is a shard of the stacked weight, not the stack of each weight's shard"
         found.append({"fault": "fused weight split in one piece", "evidence": evidence})
+    arrived = [[parts[n] for n in _part_order(len(parts), expert)] for expert, parts in enumerate(weights)]
+    same_sizes = len({len(part) for part in weights[0]}) == 1
+    if case.kind == "merged_column" and same_sizes and _equal(got, expected_part(arrived, x, case, rank)):
+        evidence = "the parts of each expert are stacked in the order in which they were loaded"
+        found.append({"fault": "shard_id ignored", "evidence": evidence})
     return found
 
 
