@@ -2,6 +2,7 @@
 
 from math import log, log10, sqrt
 
+import torch
 from torch import Tensor
 
 from moe_harness.harness.core.bounds import FALSE_ALARMS, STATISTICS_PER_RUN
@@ -14,13 +15,20 @@ def statistic_limit() -> float:
 
 def count_headroom(count: int, draws: int, probability: float) -> float:
     """How far a count is in the tail of its binomial distribution, as a share of the limit: above 1 it fails."""
+    return float(count_headrooms(torch.tensor([count]), draws, torch.tensor([probability], dtype=torch.float64)))
+
+
+def count_headrooms(counts: Tensor, draws: int, probabilities: Tensor) -> Tensor:
+    """As `count_headroom` of many counts, each with its probability: one call of scipy costs as much as for one."""
     from scipy.stats import binom
 
-    if probability <= 0:
-        return float("inf") if count else 0.0
-    mean = draws * min(probability, 1.0)
-    tail = binom.logsf(count - 1, draws, probability) if count > mean else binom.logcdf(count, draws, probability)
-    return max(0.0, -(float(tail) + log(2)) / log(10)) / -log10(statistic_limit())
+    count, p = counts.double().numpy(), probabilities.double().clamp(max=1.0).numpy()
+    above = count > draws * p
+    tail = torch.empty(len(count), dtype=torch.float64)
+    tail[above] = torch.from_numpy(binom.logsf(count[above] - 1, draws, p[above]))
+    tail[~above] = torch.from_numpy(binom.logcdf(count[~above], draws, p[~above]))
+    used = (-(tail + log(2)) / log(10)).clamp(min=0.0) / -log10(statistic_limit())
+    return torch.where(probabilities > 0, used, torch.where(counts > 0, torch.inf, 0.0))
 
 
 def spread_headroom(counts: Tensor, draws: int, probabilities: Tensor) -> float:

@@ -16,6 +16,7 @@ from moe_harness.harness.core.plan import Request, pairwise
 WIDTHS = (1, 2, 3, 7, 16, 17, 33, 64, 129, 1000, 2049)
 CUTS = ("none", "k", "p", "both", "rows")  # "rows": each row in turn without a cut, with one, with both
 VARY = ("seeds", "positions", "grid")  # what tells the draws of one distribution apart
+# Beside them the cut "edges", options that cut nothing or all but one token, and "far", large seeds and positions.
 SPECIALS = ("masked", "masked_hot", "ties", "all_equal", "peaked", "far_down", "large", "hot", "cold", "edge_values")
 LAWS = ("row_permutation", "row_alone", "batch_split", "repeated", "shifted", "logits_in_a_wider_buffer")
 OPERANDS = ("logits", "temperature", "top_k", "top_p", "seeds", "positions")
@@ -97,6 +98,12 @@ def _draws(request: Request) -> Iterator[SamplerCase]:
         yield SamplerCase(**row)
     for cut, width in (("k", 40), ("p", 26), ("both", 56)):  # what is cut off weighs much
         yield SamplerCase(B=many, V=width, data="draws", temperature=2.5, cut=cut, dtype=request.dtypes[0])
+    for ids, dtype in zip(("int64", "int32"), cycle(request.dtypes), strict=False):
+        yield SamplerCase(B=many, V=19, data="draws", vary="far", ids=ids, dtype=dtype)
+    for dtype in (request.dtypes[0], request.dtypes[-1]):
+        yield SamplerCase(B=128, V=24, data="draws", temperature=3.0, cut="edges", dtype=dtype)
+    # Wider than one block of a kernel, and no block without weight.
+    yield SamplerCase(B=1024, V=4100, data="draws", temperature=1.5, dtype=request.dtypes[0])
 
 
 def _few_draws(request: Request) -> Iterator[SamplerCase]:

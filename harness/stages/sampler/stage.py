@@ -15,7 +15,7 @@ from moe_harness.harness.core.bounds import NEAR_TOP_P
 from moe_harness.harness.core.call import INTS, Builder, Call
 from moe_harness.harness.core.findings import Record
 from moe_harness.harness.core.stage import Declared, Output, Stage
-from moe_harness.harness.stages.sampler.bound import count_headroom, spread_headroom
+from moe_harness.harness.stages.sampler.bound import count_headroom, count_headrooms, spread_headroom
 from moe_harness.harness.stages.sampler.cases import SamplerCase
 from moe_harness.reference.sampler import probabilities
 
@@ -23,6 +23,8 @@ FEW_KINDS = 4  # distributions among many draws
 SIDE = 64  # of the square of (seed, position)
 TEMPERATURES = (0.7, 0.0, 1.3, 0.4)
 TOP_K, TOP_P = (3, 0, 8, 1, 1000), (0.8, 1.0, 0.5, 0.95)
+TOP_K_AT_EDGES, TOP_P_AT_EDGES = (-1, 0, -1, 1), (1.0, 1.5, 1e-6, 2.0)  # a row in two is cut to one token
+FAR_SEED, FAR_STEP = {"int64": 1 << 62, "int32": (1 << 31) - SIDE}, 1 << 16  # of positions
 
 
 class Sampler(Stage):
@@ -52,11 +54,12 @@ class Sampler(Stage):
         record = Record(elements=len(result))
         if not len(result):
             return record
-        p = distribution(call)
+        few, kind = _kinds(call)
+        p = _drawn_from(few, few.keywords.get("top_k"))
         tokens = result.long()
         _judge_range(p, tokens, record)
         if not record.findings:
-            _judge_support(call, p, tokens, record)
+            _judge_support(call, few, kind, p, tokens, record)
         if not record.findings and call.case.data == "draws":
             _judge_counts(call, p, tokens, record)
         return record
@@ -70,7 +73,21 @@ STAGE = Sampler()
 
 def distribution(call: Call) -> Tensor:
     """What each row is drawn from, fp64 [B, V]."""
-    return _drawn_from(call, call.keywords.get("top_k"))
+    few, kind = _kinds(call)
+    return _drawn_from(few, few.keywords.get("top_k"))[kind]
+
+
+def _kinds(call: Call) -> tuple[Call, Tensor]:
+    """The call's different rows, and which of them each row is: many draws from few distributions repeat them."""
+    logits, options = call.args["logits"], call.keywords
+    told = {name: options[name] for name in ("temperature", "top_k", "top_p") if options.get(name) is not None}
+    rows = torch.arange(len(logits), device=logits.device)
+    if len(rows) <= FEW_KINDS or not all(
+        torch.equal(tensor[FEW_KINDS:], tensor[:-FEW_KINDS]) for tensor in (*told.values(), logits)
+    ):
+        return call, rows
+    few = {name: tensor[:FEW_KINDS] for name, tensor in told.items()}
+    return call.like({"logits": logits[:FEW_KINDS]}, few), rows % FEW_KINDS
 
 
 def _drawn_from(call: Call, top_k: "Tensor | None") -> Tensor:
@@ -102,17 +119,17 @@ def _judge_range(p: Tensor, tokens: Tensor, record: Record) -> None:
                     headroom=float("inf"), where={"row": row})  # fmt: skip
 
 
-def _judge_support(call: Call, p: Tensor, tokens: Tensor, record: Record) -> None:
-    wrong = ~allowed(call).gather(1, tokens[:, None])[:, 0]
+def _judge_support(call: Call, few: Call, kind: Tensor, p: Tensor, tokens: Tensor, record: Record) -> None:
+    wrong = ~allowed(few)[kind, tokens]
     if not bool(wrong.any()):
         return
     row = int(wrong.nonzero()[0])
     told = {n: float(v[row]) for n in ("temperature", "top_k", "top_p") if (v := call.keywords.get(n)) is not None}
-    best = int(p[row].argmax())
+    of_row = p[kind[row]]
     options = ", ".join(f"{name} {value:.4g}" for name, value in told.items())
     record.fail(
-        f"row {row} is token {int(tokens[row])}, which cannot be drawn with {options}: {int((p[row] > 0).sum())} "
-        f"tokens can, the likeliest is {best} ({int(wrong.sum())} of {len(tokens)} rows are wrong)",
+        f"row {row} is token {int(tokens[row])}, which cannot be drawn with {options}: {int((of_row > 0).sum())} "
+        f"tokens can, the likeliest is {int(of_row.argmax())} ({int(wrong.sum())} of {len(tokens)} rows are wrong)",
         headroom=float("inf"), where={"row": row},
     )  # fmt: skip
 
@@ -125,19 +142,19 @@ def _judge_counts(call: Call, p: Tensor, tokens: Tensor, record: Record) -> None
         of_kind = tokens[kind::FEW_KINDS]
         draws, rows = len(of_kind), f"rows {kind}, {kind + FEW_KINDS}, ..."
         counts = torch.bincount(of_kind, minlength=p.shape[1]).double()
-        used = [count_headroom(int(c), draws, float(q)) for c, q in zip(counts, p[kind], strict=True)]
-        worst = max(range(len(used)), key=used.__getitem__)
+        used = count_headrooms(counts, draws, p[kind])
+        worst = int(used.argmax())
         told = (
             f"was drawn {int(counts[worst])} times of {draws}, but should be {float(p[kind, worst]) * draws:.1f} times"
         )
-        _tell(record, used[worst], f"token {worst} {told} ({rows})", {"token": worst})
+        _tell(record, float(used[worst]), f"token {worst} {told} ({rows})", {"token": worst})
         for name, group in _groups(p[kind]).items():
             share, count = float(p[kind, group].sum()), int(counts[group].sum())
             told = f"{name} were drawn {count} times of {draws}, but should be {share * draws:.1f} times ({rows})"
             _tell(record, count_headroom(count, draws, share), told, {"tokens": name})
         together = spread_headroom(counts, draws, p[kind])
         _tell(record, together, f"taken together, the counts of all tokens are too far off ({rows})", {"rows": kind})
-    if isinstance(call.case, SamplerCase) and call.case.vary == "grid" and not record.findings:
+    if isinstance(call.case, SamplerCase) and call.case.vary in ("grid", "far") and not record.findings:
         _judge_neighbours(p, tokens, record)
 
 
@@ -192,12 +209,14 @@ def _options(case: SamplerCase) -> tuple[Tensor, Tensor | None, Tensor | None]:
         temperature = temperature * 1e-6
     top_k = torch.tensor(TOP_K)[rows % (FEW_KINDS if case.data == "draws" else len(TOP_K))]
     top_p = torch.tensor(TOP_P)[(kind + rows // FEW_KINDS * (case.data != "draws")) % FEW_KINDS]
-    if case.cut == "rows":
+    if case.cut == "edges":
+        top_k, top_p = torch.tensor(TOP_K_AT_EDGES)[kind], torch.tensor(TOP_P_AT_EDGES)[kind]
+    elif case.cut == "rows":
         top_k, top_p = torch.where(kind % 2 == 1, top_k, 0), torch.where(kind >= 2, top_p, 1.0)
     return (
         temperature,
-        top_k if case.cut in ("k", "both", "rows") else None,
-        (top_p if case.cut in ("p", "both", "rows") else None),
+        top_k if case.cut in ("k", "both", "rows", "edges") else None,
+        (top_p if case.cut in ("p", "both", "rows", "edges") else None),
     )
 
 
@@ -247,4 +266,6 @@ def _places(case: SamplerCase, draw: Builder) -> tuple[Tensor, Tensor]:
         return rows + 12345, torch.full((case.B,), 7)
     if case.vary == "positions":
         return torch.full((case.B,), 42), rows
+    if case.vary == "far":  # what keeps a seed as a float or 16 bits of a position draws alike
+        return FAR_SEED[case.ids] + rows // SIDE, rows % SIDE * FAR_STEP
     return rows // SIDE, rows % SIDE
