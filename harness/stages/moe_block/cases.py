@@ -47,12 +47,19 @@ class MoeBlockCase(Case):
     k: int = 4
     renorm: str = "yes"  # norm_topk_prob: yes, no, or default, where the key is absent
     method: str = "groups"  # topk_method of DeepSeek-V2: by groups, or greedy, whatever n_group says
+    best: int = 0  # topk_group of DeepSeek; 0: half of the groups
+    scale: float = 0.0  # routed_scaling_factor of DeepSeek; 0: that of the family's largest model
+    act: str = "silu"  # hidden_act
 
     def rows(self) -> int:
         return self.T * self.k
 
     def part(self) -> str:
         return self.family
+
+    def core(self) -> bool:
+        """All released models of these families have silu."""
+        return super().core() and self.act == "silu"
 
     def resized(self) -> Self:
         return self.but(T=2 * self.T + 1, H=self.H + 8, I=self.I + 8, seed=self.seed + 1)
@@ -150,6 +157,19 @@ def _once_more(request: Request) -> Iterator[Case]:
     for tokens, width in ((5, 1531), (12, 2047)):  # long sums, and an odd width
         for dtype in request.dtypes:
             yield MoeBlockCase(family="qwen2_moe", T=tokens, H=width, I=16, E=5, k=3, shared=16, dtype=dtype)
+    yield from _other_configs(request)
+
+
+def _other_configs(request: Request) -> Iterator[Case]:
+    """Values that a key of the config has in one model of a family and not in another."""
+    dtypes = cycle(request.dtypes)
+    for tokens, width in ((5, 32), (13, 48), (20, 24)):
+        small: dict[str, Any] = {"T": tokens, "H": width, "I": 16, "shared": 16}
+        for family, scale, best in (("deepseek_v2", 16.0, 3), ("deepseek_v3", 1.5, 2), ("deepseek_v3", 2.827, 1)):
+            yield MoeBlockCase(family=family, E=64, k=6, scale=scale, best=best, dtype=next(dtypes), **small)
+        yield MoeBlockCase(family="deepseek_v2", method="greedy", scale=1.0, dtype=next(dtypes), **small)
+        for family in FAMILIES:
+            yield MoeBlockCase(family=family, act="gelu_pytorch_tanh", dtype=next(dtypes), **small)
 
 
 def _layouts(request: Request) -> Iterator[Case]:

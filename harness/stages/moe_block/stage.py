@@ -88,7 +88,7 @@ def _chosen(call: Call) -> Tensor:
 
 def _config(case: MoeBlockCase) -> dict[str, Any]:
     """The Hugging Face keys of the family; norm_topk_prob is absent where the case says "default"."""
-    config = {"model_type": case.family, "num_experts_per_tok": case.k, "hidden_size": case.H, "hidden_act": "silu"}
+    config = {"model_type": case.family, "num_experts_per_tok": case.k, "hidden_size": case.H, "hidden_act": case.act}
     if case.renorm != "default":
         config["norm_topk_prob"] = case.renorm == "yes"
     if case.family == "mixtral":
@@ -97,11 +97,12 @@ def _config(case: MoeBlockCase) -> dict[str, Any]:
     if not case.family.startswith("deepseek"):
         return config | {"num_experts": case.E, "shared_expert_intermediate_size": case.shared}
     groups = 8 if case.E >= 16 and case.E % 8 == 0 else 4 if case.E % 4 == 0 else 1
-    config |= {"n_routed_experts": case.E, "n_shared_experts": 2, "n_group": groups, "topk_group": max(1, groups // 2)}
+    config |= {"n_routed_experts": case.E, "n_shared_experts": 2, "n_group": groups}
+    config["topk_group"] = case.best or max(1, groups // 2)
     version = case.family.removeprefix("deepseek_")
     by_group = {"v2": "group_limited_greedy", "v3": "noaux_tc"}[version]
     method = by_group if case.method == "groups" else case.method
-    return config | {"topk_method": method, "routed_scaling_factor": {"v2": 4.0, "v3": 2.5}[version]}
+    return config | {"topk_method": method, "routed_scaling_factor": case.scale or {"v2": 4.0, "v3": 2.5}[version]}
 
 
 def _weights(case: MoeBlockCase, draw: Builder) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ MORE_WAYS: tuple[dict[str, Any], ...] = (
     {"E": 256, "k": 8, "scoring": "sigmoid", "bias": "small"},  # MiniMax-M2
 )
 GROUPS = ("none", "8x4", "4x2", "2x1", "1x1", "8x3")
-BIASES = ("none", "small", "negative", "offset", "zero")
+BIASES = ("none", "small", "negative", "offset", "zero")  # and "low", beneath what masks hold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +175,15 @@ def _turning(request: Request) -> Iterator[Case]:
     for experts, top_k, tokens in ((8, 2, 5), (60, 4, 33), (128, 8, 65), (64, 6, 130), (256, 8, 1409)):
         for scoring in ("softmax", "sigmoid"):
             yield RouterCase(T=tokens, E=experts, k=top_k, scoring=scoring, dtype=next(dtypes), variant="poisoned")
+    for experts, top_k in ((64, 64), (128, 40), (256, 65)):  # more slots than a mask of 32 or 64 bits
+        yield RouterCase(T=5, E=experts, k=top_k, dtype=next(dtypes))
+        yield RouterCase(T=9, E=experts, k=top_k, scoring="sigmoid", renorm=False, dtype=next(dtypes))
+    for groups, bias in (("16x4", "small"), ("32x5", "small"), ("8x1", "small"), ("4x4", "low"), ("8x4", "low")):
+        for tokens, experts, top_k in ((21, 64, 2), (40, 256, 8)):
+            way: dict[str, Any] = {"scoring": "sigmoid", "bias": bias, "groups": groups}
+            yield RouterCase(T=tokens, E=experts, k=top_k, dtype=next(dtypes), **way)
+    for tokens in (3, 33):
+        yield RouterCase(T=tokens, E=64, k=4, scoring="sigmoid", bias="low", dtype=next(dtypes))
 
 
 def _special(request: Request) -> Iterator[Case]:

@@ -342,5 +342,6 @@ def _bias(case: RouterCase, draw: Builder) -> Tensor:
         "zero": noise * 0,
         "small": noise * spread,
         "negative": noise * spread - 2.0,  # every biased score is below 0
+        "low": noise * spread - 30.0,  # what is left out at -1, -8 or -16 would be chosen
         "offset": noise * spread * 0.1 + 7.0,  # GLM-5.2's biases: a bf16 there has steps of 2^-5
     }[case.bias]
