@@ -19,7 +19,7 @@ GUARD = 64  # elements on each side; 64 fp32 are 256 bytes, more than any vector
 INT_POISON = 1 << 30
 FINITE_POISON = 2.0**13
 SNAPSHOT_LIMIT = 1 << 28  # bytes; larger buffers are compared by a checksum
-LAYOUTS = ("contiguous", "padded", "offset", "strided", "transposed", "outer_padded", "expanded", "unit")
+LAYOUTS = ("contiguous", "padded", "offset", "strided", "transposed", "outer_padded", "expanded", "unit", "permuted")
 
 
 def poison_value(dtype: torch.dtype) -> float | int:
@@ -50,6 +50,8 @@ def strides_of(shape: tuple[int, ...], kind: str) -> list[int]:
     order = list(range(len(shape)))
     if kind == "transposed" and len(shape) >= 2:
         order[-1], order[-2] = order[-2], order[-1]
+    if kind == "permuted":  # whole rows, as in tokens by heads seen in a tensor of heads by tokens
+        order[:-1] = order[-2::-1]
     strides = [0] * len(shape)
     step = inner
     for place, dim in enumerate(reversed(order)):

@@ -126,6 +126,10 @@ def _turning(request: Request) -> Iterator[Case]:
     yield GroupedLinearCase(S=33_001, K=16, N=8, E=3, data="exact", dtype=next(dtypes))
     for experts in (1, 64):
         yield GroupedLinearCase(S=0, K=24, N=40, E=experts, data="exact", dtype=next(dtypes))
+    for sizes in ("first", "last"):  # all rows in one group
+        yield GroupedLinearCase(
+            S=at.TOKENS_BEYOND_16_BITS, K=8, N=8, E=3, sizes=sizes, bias=True, data="exact", dtype=next(dtypes)
+        )
 
 
 def _of_model(request: Request, shape: Any, **fields: Any) -> Case:
@@ -145,6 +149,9 @@ def _numeric(request: Request) -> Iterator[Case]:
         yield GroupedLinearCase(**row)
     for shape in request.configs:
         yield _of_model(request, shape, S=33)
+    for width in at.WIDTHS_BEYOND_4096:  # where a sum is split, its parts are not stored in 16 bits
+        for dtype in request.dtypes:
+            yield GroupedLinearCase(S=9, K=width, N=24, E=3, dtype=dtype, bias=width % 2 == 1)
 
 
 def _layouts(request: Request) -> Iterator[Case]:
@@ -173,6 +180,8 @@ def _layouts(request: Request) -> Iterator[Case]:
                 yield GroupedLinearCase(layout=layout, dtype=request.dtypes[-1], **fields)
     for rows, width in ((7, 40), (48, 16), (24, 24)):  # results as wide as x
         yield GroupedLinearCase(S=rows, K=width, N=width, E=3, layout="x:transposed", data="exact")
+    for experts, inner in ((3, 24), (7, 7)):  # columns by experts
+        yield GroupedLinearCase(S=40, K=32, N=inner, E=experts, layout="weight:permuted", data="exact")
 
 
 def _memory(request: Request) -> Iterator[Case]:

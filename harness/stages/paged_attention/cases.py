@@ -146,6 +146,22 @@ def _numeric(request: Request) -> Iterator[PagedAttentionCase]:
     for sequences, length, heads, page in ((1, 600, 2, 16), (3, 777, 1, 8)):  # more blocks than a loop may expect
         for dtype in (request.dtypes[0], request.dtypes[-1]):
             yield PagedAttentionCase(S=sequences, length=length, Hq=4 * heads, Hk=heads, D=64, page=page, dtype=dtype)
+    yield from _beyond(request)
+
+
+def _beyond(request: Request) -> Iterator[PagedAttentionCase]:
+    """Sizes beyond what one block of a kernel holds: heads, groups of heads, pages, queries, keys, and page numbers."""
+    shapes: tuple[dict[str, Any], ...] = (
+        {"D": 192}, {"D": 256}, {"D": 256, "queries": "mixed"}, {"D": 576, "Hk": 1},
+        {"Hq": 20, "Hk": 1}, {"Hq": 32, "Hk": 1, "queries": "few"}, {"Hq": 66, "Hk": 2, "D": 20},
+        {"page": 128, "length": 300}, {"page": 256, "length": 700}, {"page": 96, "length": 300, "order": "head"},
+        {"queries": "prompt", "S": 1, "length": 530, "Hq": 2, "Hk": 1, "page": 16},
+        {"queries": "chunk", "S": 2, "length": 700, "Hq": 2, "Hk": 1, "page": 16, "D": 8},
+        {"S": 1, "length": 9_000, "Hk": 1, "page": 16, "D": 8},
+        {"S": 1, "length": 35_000, "Hq": 1, "Hk": 1, "page": 1, "D": 8},
+    )  # fmt: skip
+    for place, shape in enumerate(shapes):
+        yield PagedAttentionCase(dtype=request.dtypes[place % len(request.dtypes)], **{"S": 2, **shape})
 
 
 def _layouts(request: Request) -> Iterator[PagedAttentionCase]:
@@ -165,6 +181,9 @@ def _layouts(request: Request) -> Iterator[PagedAttentionCase]:
             for sequences, heads, width in ((2, 4, 32), (7, 3, 20)):
                 shape = {"S": sequences, "length": 21, "Hq": 2 * heads, "Hk": heads, "D": width, "page": 8}
                 yield PagedAttentionCase(layout=f"{operand}:{kind}", dtype=request.dtypes[0], **shape)
+    for operand in ("q", "key_cache", "value_cache"):  # heads by tokens
+        for queries in ("decode", "mixed"):
+            yield PagedAttentionCase(layout=f"{operand}:permuted", queries=queries, dtype=request.dtypes[0])
 
 
 def _memory(request: Request) -> list[PagedAttentionCase]:

@@ -96,6 +96,12 @@ def _numeric(request: Request) -> Iterator[RmsNormCase]:
         yield RmsNormCase(lead=str(rows), H=16, dtype=request.dtypes[-1], residual=bool(rows % 2))
     for shape in request.configs:
         yield RmsNormCase(lead="9", H=shape.hidden_size, residual=True, dtype=request.dtypes[-1])
+    for place, width in enumerate((*at.WIDTHS_BEYOND_4096, 16_384)):  # wider than one block of a kernel
+        dtype = request.dtypes[place % len(request.dtypes)]
+        yield RmsNormCase(lead="2", H=width, residual=place % 2 == 0, dtype=dtype)
+    yield RmsNormCase(lead=str(at.TOKENS_BEYOND_16_BITS), H=2, dtype=request.dtypes[-1])
+    for residual in (False, True):
+        yield RmsNormCase(lead="12", H=65, data="tiny", residual=residual, eps=0.0, dtype=request.dtypes[0])
 
 
 def _layouts(request: Request) -> Iterator[RmsNormCase]:
@@ -108,6 +114,9 @@ def _layouts(request: Request) -> Iterator[RmsNormCase]:
     for operand in OPERANDS:
         for kind in at.LAYOUTS[:5]:
             yield RmsNormCase(lead="7", H=64, residual=True, layout=f"{operand}:{kind}")
+    for lead in ("3x4", "2x3x5"):  # heads by tokens
+        for operand, residual in (("x", False), ("residual", True), ("all", True)):
+            yield RmsNormCase(lead=lead, H=40, residual=residual, layout=f"{operand}:permuted")
 
 
 def _memory(request: Request) -> list[RmsNormCase]:

@@ -30,7 +30,7 @@ class RopeCacheCase(Case):
     page: int = 4
     norms: str = "both"  # which of q and k are normalised
     slots: str = "some"  # "some": every third token has none; "backwards": in falling order
-    positions: str = "random"  # "row": 0, 1, 2, ...; "far": up to 130,000
+    positions: str = "random"  # "row": 0, 1, 2, ...; "far": up to 130,000; "farther": up to a million
     theta: float = 1e6
     eps: float = 1e-6
     order: str = "token"  # "head": inside a page the caches lie head by head
@@ -101,6 +101,11 @@ def _numeric(request: Request) -> Iterator[RopeCacheCase]:
     alone = {"norms": NORMS, "slots": SLOTS, "positions": POSITIONS, "D": (16, 64, 2, 128), "page": (16, 4, 1)}
     for place, row in enumerate(pairwise(alone, request.seed + 2)):  # one sequence that decodes
         yield _named(RopeCacheCase(T=1, Hq=8, dtype=request.dtypes[place % len(request.dtypes)], **row))
+    for place, dtype in enumerate(request.dtypes):
+        yield RopeCacheCase(T=5, Hq=2, Hk=1, D=(192, 256)[place % 2], dtype=dtype)
+        yield RopeCacheCase(T=7, D=64, positions="farther", dtype=dtype)
+    many: dict[str, Any] = {"T": at.TOKENS_BEYOND_16_BITS, "Hq": 1, "Hk": 1, "D": 2, "page": 16}  # and as many slots
+    yield RopeCacheCase(dtype=request.dtypes[-1], norms="none", **many)
 
 
 def _named(case: RopeCacheCase) -> RopeCacheCase:
@@ -121,6 +126,9 @@ def _layouts(request: Request) -> Iterator[RopeCacheCase]:
             for tokens, heads, width in ((5, 1, 32), (13, 3, 20)):
                 shape = {"T": tokens, "Hq": 2 * heads, "Hk": heads, "D": width}
                 yield RopeCacheCase(layout=f"{operand}:{kind}", dtype=request.dtypes[0], **shape)
+    for operand in ("q", "k", "v", "key_cache", "value_cache"):  # heads by tokens
+        for tokens in (5, 12):
+            yield RopeCacheCase(T=tokens, layout=f"{operand}:permuted", dtype=request.dtypes[0])
 
 
 def _memory(request: Request) -> list[RopeCacheCase]:

@@ -12,7 +12,8 @@ from moe_harness.harness.stages.rope_cache.cases import RopeCacheCase
 from moe_harness.harness.stages.rope_cache.contract import ROUNDINGS
 from moe_harness.reference.rope_cache import angles
 
-FAR = 130_000  # about the longest context of released models
+# Up to the contexts that most released models have, and up to the longest.
+FAR = {"random": 3000, "far": 130_000, "farther": 1_000_000}
 SPARE = 3  # pages beyond those that the slots would fill, so that a wrong slot has somewhere to go
 
 
@@ -99,8 +100,9 @@ def _heads(case: RopeCacheCase, draw: Builder, heads: int, name: str) -> Tensor:
 
 def _positions(case: RopeCacheCase, draw: Builder) -> Tensor:
     rows = torch.arange(case.T)
-    drawn = draw.integers(1, FAR if case.positions == "far" else 3000, (case.T,))
-    return {"row": rows, "zero": 0 * rows}.get(case.positions, drawn)
+    if case.positions not in FAR:
+        return {"row": rows, "zero": 0 * rows}[case.positions]
+    return draw.integers(1, FAR[case.positions], (case.T,))
 
 
 def _slots(case: RopeCacheCase, draw: Builder, population: int) -> Tensor:

@@ -105,6 +105,8 @@ def _numeric(request: Request) -> Iterator[Case]:
     axes = {"lead": LEADS[:-1], "H": (1, 16, 33, 129, 256), "D": (1, 5, 24, 63, 130), "dtype": request.dtypes}
     for row in pairwise(axes, request.seed + 1):
         yield GateCase(optional=not row["lead"], **row)
+    for lead in ("2x1x3x1x2", "2x2x1x3x2x2"):  # more dimensions than a kernel may have arguments for
+        yield GateCase(lead=lead, H=24, D=16, dtype=request.dtypes[0])
     for shape in request.configs:
         yield GateCase(lead="33", H=shape.hidden_size, D=shape.hidden_size, dtype=request.dtypes[-1])
 
@@ -128,6 +130,9 @@ def _layouts(request: Request) -> Iterator[Case]:
         for kind in ("unit", "padded", "strided", "outer_padded", "transposed"):
             dtype = request.dtypes[-1]
             yield GateCase(lead=lead, H=width, D=depth, layout=f"{operand}:{kind}", data="exact", dtype=dtype)
+    for operand in ("hidden_states", "shared_output", "all"):  # sequences by tokens
+        for lead in ("3x4", "2x3x5"):
+            yield GateCase(lead=lead, H=40, D=24, layout=f"{operand}:permuted", dtype=request.dtypes[0])
 
 
 def _memory(request: Request) -> Iterator[Case]:
