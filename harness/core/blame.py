@@ -24,9 +24,13 @@ STANDARD = sysconfig.get_path("stdlib") + os.sep
 MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.ENFILE, errno.EIO, errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EROFS)
 # Python's own words for a call that went wrong.  A keyword that a library does not know is none: it may be an old one.
 OF_PYTHON = (
-    "object is not", "is not in list", "not enough values to unpack", "too many values to unpack",
-    "positional argument", "unsupported operand type", "invalid literal for", "math domain error",
-    "arg is an empty sequence", "object cannot be interpreted as", "invalid combination of arguments",
+    "object is not", "is not in list", "x not in list", "not in deque", "tuple.index(x)", "not enough values to unpack",
+    "too many values to unpack", "positional argument", "unsupported operand type", "invalid literal for",
+    "could not convert string", "cannot convert float", "math domain error", "arg is an empty sequence",
+    "argument is empty", "zip() argument", "must not be zero", "negative shift count", "substring not found",
+    "object cannot be interpreted as", "invalid combination of arguments", "unhashable type", "has no len()",
+    "sequence item", "must be Tensor, not", "expected Tensor as element", "could not be broadcast",
+    "could not broadcast", "cannot reshape array", "input array dimensions", "all input arrays must have",
 )  # fmt: skip
 TEXTS = tuple(os.strerror(number) for number in MACHINE)  # C++ tells the same in words
 

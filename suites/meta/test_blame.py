@@ -4,8 +4,10 @@ import errno
 import fcntl
 import os
 import tempfile
+from collections import deque
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -78,6 +80,25 @@ def _refuses_in_compiled_code() -> None:
 @pytest.mark.parametrize("function", [_unpacks, _adds, _seeks, _adds_nothing, _calls_torch_wrongly])
 def test_an_accident_is_no_refusal(function) -> None:
     assert blame.accident(_raised(blame.hand_over, function))
+
+
+CALLS = {
+    "remove": lambda: [1].remove(2), "index": lambda: (1,).index(2), "deque": lambda: deque([1]).remove(2),
+    "max": lambda: max([]), "float": lambda: float("x"), "nan": lambda: int(float("nan")), "zip": lambda: [*_unequal()],
+    "range": lambda: range(0, 1, 0), "substring": lambda: "a".index("b"), "hash": lambda: {[]}, "len": lambda: len(1),
+    "join": lambda: "".join([1]), "broadcast": lambda: np.add(np.ones(2), np.ones(3)),
+    "reshape": lambda: np.ones(3).reshape(2), "concatenate": lambda: np.concatenate([np.ones((1, 2)), np.ones((1, 3))]),
+    "torch": lambda: torch.add(None, 1), "cat": lambda: torch.cat([1]),
+}  # fmt: skip
+
+
+def _unequal() -> object:
+    return zip([1], [], strict=True)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_a_call_of_python_or_its_libraries_raises_is_an_accident(name: str) -> None:
+    assert blame.accident(_raised(blame.hand_over, CALLS[name]))
 
 
 @pytest.mark.parametrize("function", [_refuses, _refuses_with_words_of_python, _refuses_in_compiled_code])

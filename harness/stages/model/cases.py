@@ -92,7 +92,7 @@ def _numeric(request: Request) -> Iterator[Case]:
         yield ModelCase(variant="tokens", B=6, L=length, new=request.pick(6, 20), dtype=dtype)
     yield ModelCase(variant="tokens", B=request.pick(20, 40), L=5, new=3, dtype=request.dtypes[0])
     for length in (16, 33):  # whole pages of 16, and one token more than that
-        yield ModelCase(variant="again", B=3, L=length, new=5, dtype=request.dtypes[0])
+        yield ModelCase(variant="again", B=6, L=length, new=5, dtype=request.dtypes[0])
     for edge in CROSSED:
         yield ModelCase(variant="tokens", B=1, L=edge - 2, new=5, dtype=request.dtypes[0])
     yield ModelCase(variant="logits", B=1, L=CROSSED[-1] + 1, dtype=request.dtypes[0])

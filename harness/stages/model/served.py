@@ -2,7 +2,7 @@
 
     counts       max_new_tokens is a list, a number for each prompt
     stops        it ends at stop_token_ids, and at the config's end of sequence unless that is to be ignored
-    again        prompts that came before: once more, twice in one call, and with their new tokens behind them
+    again        prompts that begin alike: each twice in one call, then once more, then with new tokens behind them
     temperature  its draws are those of softmax(logits / temperature), and a seed draws the same again
 
 A result is the tokens of all calls, one below the other: int64 [rows, new], -1 behind the last one of a row.  Whether
@@ -94,11 +94,10 @@ def _stops(prompts: list[list[int]], tokens: list[list[int]], certain: list[list
 
 def _again(prompts: list[list[int]], tokens: list[list[int]], certain: list[list[bool]], new: int) -> Iterator[Ask]:
     options = {"max_new_tokens": new, "ignore_eos": True}
-    yield Ask(prompts, options, tokens, certain)
-    yield Ask(prompts, options, tokens, certain, what="asked a second time")
     twice = [place for place in reversed(range(len(prompts))) for _ in range(2)]
     same = [[of[place] for place in twice] for of in (prompts, tokens, certain)]
     yield Ask(same[0], options, same[1], same[2], what="each prompt twice in one call")  # type: ignore[arg-type]
+    yield Ask(prompts, options, tokens, certain, what="asked again")
     longer = [[*prompt, *row[:2]] for prompt, row in zip(prompts, tokens, strict=True)]
     rest = [[sure[1] and here for here in sure[2:]] for sure in certain]
     shorter = {"max_new_tokens": new - 2, "ignore_eos": True}

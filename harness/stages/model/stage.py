@@ -257,6 +257,8 @@ def _tokens(case: ModelCase, model: Model, ids: Tensor) -> Question:
     For each place the candidate is taken whose tokens stay certain longest.
     """
     rows = ids.view(-1, case.B, case.L)
+    if case.variant == "again":  # prompts of one length begin alike
+        rows[:, :, : case.L // 2] = rows[0, 0, : case.L // 2]
     places = torch.arange(case.B)
     chosen = torch.empty(case.B, case.L, dtype=torch.int64)
     tokens, certain = torch.empty(case.B, case.new, dtype=torch.int64), torch.empty(case.B, case.new, dtype=torch.bool)
