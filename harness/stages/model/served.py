@@ -95,8 +95,10 @@ def _stops(prompts: list[list[int]], tokens: list[list[int]], certain: list[list
 def _again(prompts: list[list[int]], tokens: list[list[int]], certain: list[list[bool]], new: int) -> Iterator[Ask]:
     options = {"max_new_tokens": new, "ignore_eos": True}
     twice = [place for place in reversed(range(len(prompts))) for _ in range(2)]
-    same = [[of[place] for place in twice] for of in (prompts, tokens, certain)]
-    yield Ask(same[0], options, same[1], same[2], what="each prompt twice in one call")  # type: ignore[arg-type]
+    yield Ask(
+        [prompts[place] for place in twice], options, [tokens[place] for place in twice],
+        [certain[place] for place in twice], what="each prompt twice in one call",
+    )  # fmt: skip
     yield Ask(prompts, options, tokens, certain, what="asked again")
     longer = [[*prompt, *row[:2]] for prompt, row in zip(prompts, tokens, strict=True)]
     rest = [[sure[1] and here for here in sure[2:]] for sure in certain]
