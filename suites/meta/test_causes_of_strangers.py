@@ -105,6 +105,17 @@ def test_a_choice_that_wavers_explains_no_choice_that_it_never_makes(case: Route
     assert causes(first_again_beyond_16, case.but(dtype="bf16")) == []
 
 
+def weights_of_32_slots(router_logits: Tensor, *, top_k: int, **options: Any) -> tuple[Tensor, Tensor]:
+    """Registers for 32 weights: those beyond stay 0."""
+    weights, ids = reference.router(router_logits.float(), top_k=top_k, **options)
+    return weights.float() * (torch.arange(top_k) < 32), ids
+
+
+def test_a_choice_that_wavers_explains_no_weights_that_it_never_gives() -> None:
+    """The choices of faults of ties waver at k = 40 in bf16, and whatever weights were got counted as theirs."""
+    assert causes(weights_of_32_slots, RouterCase(seed=731, T=5, k=40, dtype="bf16")) == []
+
+
 # Rotation and norm --------------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,8 @@ from moe_harness.harness.stages.router.bound import score_error
 from moe_harness.harness.stages.router.stage import Selection
 from moe_harness.reference import router as reference
 
+UNLIKE = 1e9  # sigma between a number and what is none
+
 
 class Likelihood:
     """A right result: weights laid out by expert, so that the order of the slots says nothing."""
@@ -33,10 +35,13 @@ class Likelihood:
         one, two = self._laid_out(candidate), self._laid_out(got)
         sigma, unsettled = self._sigma(one, two, candidate, got), self._unsettled(one, others)
         silent = unsettled & ~self._same(two, (candidate, *others)).any(0)  # of no choice of its own: says nothing
-        for other in others:
-            sigma = sigma + (self._laid_out(other)[0] - one[0]).abs().nan_to_num(0.0, 0.0, 0.0)
+        of_chosen = sigma
+        for other in map(self._laid_out, others):
+            moved = (other[0] - one[0]).abs().nan_to_num(0.0, 0.0, 0.0)
+            sigma, of_chosen = sigma + moved, of_chosen + moved * (other[1] == one[1])
         z, mismatch = self._distance(one, two, sigma)
-        z, mismatch = z.masked_fill(unsettled, 0.0), mismatch & ~unsettled
+        z = torch.where(unsettled, self._from_the_same_choice(two, (candidate, *others), of_chosen), z)
+        mismatch = mismatch & ~unsettled
         truth, count = self._laid_out(self.right), got[1].numel()
         difference, (off, sets) = self._distance(truth, one, sigma), self._distance(truth, two, sigma)
         right_off = off.masked_fill(silent, 0.0), sets & ~silent
@@ -70,6 +75,20 @@ class Likelihood:
         tied = other & self._tied(one[1], two[1])
         sets = (one[1] != two[1]) & ~tied
         return z.masked_fill(tied, 0.0), (mismatch & ~tied) | sets
+
+    def _from_the_same_choice(self, got: tuple, versions: tuple[Any, ...], sigma: Tensor) -> Tensor:
+        """Distance of the weights from the nearest version that chooses the experts that were got, 0 where none does.
+
+        A candidate that chooses otherwise after a few roundings is not therefore equal to whatever weights were got.
+        """
+        z, found = torch.full_like(sigma, inf), torch.zeros(len(sigma), 1, dtype=torch.bool, device=sigma.device)
+        for version in map(self._laid_out, versions):
+            same = (version[1] == got[1]).all(1, keepdim=True)
+            apart, mismatch = z_of(version[0], got[0], sigma)
+            apart = apart.abs().masked_fill(mismatch, UNLIKE)
+            z = torch.where(same & (apart.amax(1, keepdim=True) < z.amax(1, keepdim=True)), apart, z)
+            found |= same
+        return torch.where(found, z, 0.0)
 
     def _tied(self, one: Tensor, two: Tensor) -> Tensor:
         """Rows in which both chose other experts of equal selection scores, [T, 1]."""
