@@ -12,6 +12,7 @@ from moe_harness.harness.core.plan import Request, plan
 from moe_harness.harness.process.worker import judge_id
 from moe_harness.harness.stages.model.cases import SERVED
 from moe_harness.harness.stages.model.served import HEAT, LIMIT, SEEDS, _distance, _wrong
+from moe_harness.suites.model.planted import FAULTS
 from moe_harness.suites.model.wrong_served import SAID
 
 PLANNED = list(plan("model", Request(dtypes=("bf16",))))
@@ -38,6 +39,19 @@ def test_a_broken_promise_is_told(name: str) -> None:
     trial = Trial(load("model", f"moe_harness.suites.model.wrong_served:{name}"), "cpu")
     answers = [judge_id(trial, case) for case in CASES[variant]]
     assert any(answer.status == "failed" and words in str(answer.findings) for answer in answers), answers
+
+
+OF_THE_ENGINE = {
+    "nothing_left_to_compute_of_a_known_prompt": "stops", "tables_of_the_step_before_stay": "stops",
+    "matched_prefix_counts_as_the_root": "again",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_THE_ENGINE)
+def test_published_bugs_of_prefix_caches_are_seen_from_outside(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    FAULTS[name].plant(monkeypatch)
+    trial = Trial(load("model", "moe_harness.suites.model.wrong_models:right"), "cpu")
+    assert any(judge_id(trial, case).status == "failed" for case in CASES[OF_THE_ENGINE[name]])
 
 
 @pytest.mark.parametrize(

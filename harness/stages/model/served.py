@@ -2,7 +2,8 @@
 
     counts       max_new_tokens is a list, a number for each prompt
     stops        it ends at stop_token_ids, and at the config's end of sequence unless that is to be ignored
-    again        prompts that begin alike: each twice in one call, then once more, then with new tokens behind them
+    again        prompts that begin alike: each twice in one call, then once more, then with new tokens behind them,
+                 and their ends alone
     temperature  its draws are those of softmax(logits / temperature), and a seed draws the same again
 
 A result is the tokens of all calls, one below the other: int64 [rows, new], -1 behind the last one of a row.  Whether
@@ -21,6 +22,7 @@ from moe_harness.harness.core.findings import Record
 from moe_harness.harness.core.invocation import Broken
 
 NOTHING = -1
+PAGE = 16  # tokens of a page of most engines, and a multiple of the others'
 SEEDS = 64  # calls that draw, each with a seed of its own
 HEAT = 8.0  # a distribution so flat that a cut to its likelier half shows
 LIMIT = 8.0  # of Student's t with SEEDS - 1 degrees of freedom: 2e-11 on both sides

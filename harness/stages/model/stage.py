@@ -206,6 +206,7 @@ def ask(case: ModelCase) -> Question:
         assert question.tokens is not None and question.certain is not None
         rows = (prompts_of(question.ids), question.tokens.tolist(), question.certain.tolist())
         question.served = served.served(case.variant, *rows)
+        question.served.asks += _tails(case, model, rows[0]) if case.variant == "again" else []
         keys |= {} if question.served.eos is None else {"eos_token_id": question.served.eos}
     question.keys, question.weights = keys, weights
     return question
@@ -272,6 +273,15 @@ def _tokens(case: ModelCase, model: Model, ids: Tensor) -> Question:
             tokens[here], certain[here], chosen[here] = found[best, each], sure[best, each], rows[best, here]
     question = Question(model.config, {}, chosen, None, tokens=tokens, certain=certain)
     return _enough(question, certain)
+
+
+def _tails(case: ModelCase, model: Model, prompts: list[list[int]]) -> list[served.Ask]:
+    """What came behind the first page of earlier prompts, as prompts: the same tokens at other positions."""
+    tails = [prompt[served.PAGE :] for prompt in prompts if len(prompt) > served.PAGE]
+    found = [continued(case, model, torch.tensor([tail])) for tail in tails]
+    options = {"max_new_tokens": case.new, "ignore_eos": True}
+    tokens, certain = ([pair[part][0].tolist() for pair in found] for part in (0, 1))
+    return [served.Ask(tails, options, tokens, certain, what="the end of an earlier one alone")] if tails else []
 
 
 def followed(model: Model, prompts: Tensor, new: int) -> Tensor:
