@@ -163,12 +163,12 @@ def _once_more(request: Request) -> Iterator[Case]:
 def _other_configs(request: Request) -> Iterator[Case]:
     """Values that a key of the config has in one model of a family and not in another."""
     dtypes = cycle(request.dtypes)
-    for tokens, width in ((5, 32), (13, 48), (20, 24)):
+    for place, (tokens, width) in enumerate(((5, 32), (13, 48), (20, 24))):
         small: dict[str, Any] = {"T": tokens, "H": width, "I": 16, "shared": 16}
         for family, scale, best in (("deepseek_v2", 16.0, 3), ("deepseek_v3", 1.5, 2), ("deepseek_v3", 2.827, 1)):
             yield MoeBlockCase(family=family, E=64, k=6, scale=scale, best=best, dtype=next(dtypes), **small)
         yield MoeBlockCase(family="deepseek_v2", method="greedy", scale=1.0, dtype=next(dtypes), **small)
-        for family in FAMILIES:
+        for family in FAMILIES[place::3]:
             yield MoeBlockCase(family=family, act="gelu_pytorch_tanh", dtype=next(dtypes), **small)
 
 
