@@ -253,7 +253,7 @@ def _cheapest(
 
 NUMBER = re.compile(r"[-+]?\d[\d.]*(?:e[-+]?\d+)?|\bnan\b|\binf\b", re.IGNORECASE)
 LIST = re.compile(r"\[#(?:, #)*\]")
-PLACE = re.compile(r"^(?:the law \w+ does not hold: |among rows [\d to]+: |a call of another shape: )+")
+PLACE = re.compile(r"^(?:the law \w+ does not hold: |among rows [\d to]+: |a call of another shape: |first call: )+")
 VALUE = "wrong values"
 
 

@@ -7,7 +7,7 @@ them in.  `case` counts: `cases` is all that a check met, so executed = cases - 
 import json
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 SCHEMA = 1
 WORST_FIRST = ("fail", "error", "unsupported", "pass")
@@ -69,6 +69,7 @@ class FailureCluster(TypedDict):
     """Failures of one condition; `passed` are passing cases that it holds for too, `passed_without` the other ones.
 
     `cause` is a known fault or None, `kinds` what the failures say, `condition` None where none tells them apart.
+    Clusters of one cause are one, with them as its `parts`: `condition` joins theirs, `passed` counts for each of them.
     """
 
     cause: str | None
@@ -79,6 +80,7 @@ class FailureCluster(TypedDict):
     passed_without: int
     case: str
     replay: str
+    parts: "NotRequired[list[FailureCluster]]"
 
 
 class Unsupported(TypedDict):

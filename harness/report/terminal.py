@@ -24,7 +24,8 @@ from moe_harness.harness.report.words import (
     left_out,
     number,
     power_summary,
-    representatives,
+    words_told,
+    worth_showing,
 )
 
 STYLES = {
@@ -38,6 +39,7 @@ STYLES = {
 }
 
 
+SHOWN_CLUSTERS = 5
 WHOLE = 0.995  # share of the planned cases from which a pass is told without it
 
 
@@ -110,9 +112,11 @@ def failure_block(failure: dict[str, Any]) -> Iterator[Any]:
 
 
 def failures(found: Sequence[dict[str, Any]]) -> Iterator[Any]:
-    """A few failures of each check, as different as possible, and how many more there are."""
+    """A few failures of each check, as different as possible, each cause once, and how many more there are."""
+    told: set[str] = set()
     for check, group in by_check(found).items():
-        shown = representatives(group)
+        shown = worth_showing(group, told)
+        told |= {words for failure in shown for words in words_told(failure)}
         for failure in shown:
             yield from failure_block(failure)
         if (sentence := left_out(check, group, shown)) is not None:
@@ -121,10 +125,13 @@ def failures(found: Sequence[dict[str, Any]]) -> Iterator[Any]:
 
 def clusters(found: Sequence[Any]) -> Iterator[Any]:
     """What the failures come down to, each with its smallest case: read first."""
-    for number_, each in enumerate(found, 1):
+    for number_, each in enumerate(found[:SHOWN_CLUSTERS], 1):
         what, where = cluster_lines(each)
         yield Text.assemble((f"{number_}. ", "bold"), (what, STYLES["fail"]), f": {where}")
         yield Unwrapped(f"   {each['replay']}")
+    if left := found[SHOWN_CLUSTERS:]:
+        cases = sum(each["failed"] for each in left)
+        yield Text(f"and {cases} cases in {len(left)} more clusters (--json and --html list every one)", style="yellow")
     if found:
         yield Text("")
 

@@ -21,6 +21,7 @@ from typing import Any
 from moe_harness.harness.report.results import Result, completed, verdict_of
 
 SHOWN_PER_CHECK = 2
+SHOWN_PARTS = 3  # of a cluster
 LABEL_WIDTH = 11
 
 
@@ -59,6 +60,8 @@ def cluster_lines(cluster: dict[str, Any]) -> tuple[str, str]:
     """(what fails, where it fails) of a cluster, with the counts that tell how sure the condition is."""
     failed, inside, outside = (cluster[key] for key in ("failed", "passed", "passed_without"))
     what = cluster["cause"] or "; ".join(cluster["kinds"])
+    if cluster.get("parts"):
+        return what, f"{failed} cases: {_parts(cluster['parts'])}"
     if cluster["condition"] is None and failed == 1:
         return what, f"1 case; one beside the {inside + outside} that pass does not tell where it fails"
     if cluster["condition"] is None:
@@ -66,6 +69,14 @@ def cluster_lines(cluster: dict[str, Any]) -> tuple[str, str]:
     if cluster["condition"] == "always":
         return what, f"{failed} of {failed + inside} cases, whatever the axes"
     return what, f"{failed} of {failed + inside} cases with {cluster['condition']}, 0 of {outside} without"
+
+
+def _parts(parts: Sequence[dict[str, Any]]) -> str:
+    """The largest parts with their conditions, and how many cases are left."""
+    told = [part for part in parts if part["condition"] is not None][:SHOWN_PARTS]
+    words = [f"{part['failed']} of {part['failed'] + part['passed']} with {part['condition']}" for part in told]
+    left = sum(part["failed"] for part in parts) - sum(part["failed"] for part in told)
+    return "; ".join([*words, f"{left} more"] if left else words)
 
 
 def details(failure: dict[str, Any]) -> list[tuple[str, str]]:
@@ -111,6 +122,35 @@ def representatives(failures: Sequence[dict[str, Any]], most: int = SHOWN_PER_CH
     return [failures[index] for index in sorted(chosen)]
 
 
+def best_cause(failure: dict[str, Any]) -> str | None:
+    """The best cause of a failure, None where it has none or was not asked for it."""
+    return next((entry["fault"] for entry in failure.get("diagnosis") or []), None)
+
+
+def was_asked(failure: dict[str, Any]) -> bool:
+    """Whether its cause was looked for."""
+    return bool(failure.get("diagnosis") or failure.get("known"))
+
+
+def worth_showing(failures: Sequence[dict[str, Any]], told: set[str]) -> list[dict[str, Any]]:
+    """Representatives of a check's failures less what is `told` of the run by now, names of causes and messages.
+
+    Of a check that has a cause, failures that were not asked for theirs add nothing; of one that has none, where others
+    had, one is enough.  What has no place, a crash say, is never asked, and shown.
+    """
+    most = 1 if told and not any(map(was_asked, failures)) else SHOWN_PER_CHECK
+    if any(map(best_cause, failures)):
+        failures = [failure for failure in failures if was_asked(failure) or not failure.get("where")]
+        most = min(most, len(set(map(signature, failures))))
+    untold = [failure for failure in failures if (best_cause(failure) or failure.get("message")) not in told]
+    return representatives(untold, most)
+
+
+def words_told(failure: dict[str, Any]) -> set[str]:
+    """What is told once a failure is shown: its message and its cause."""
+    return {str(failure.get("message")), *filter(None, [best_cause(failure)])}
+
+
 def left_out(check: str, failures: Sequence[dict[str, Any]], shown: Sequence[dict[str, Any]]) -> str | None:
     """What is not shown of a check's failures, in one sentence; None when all are."""
     hidden = len(failures) - len(shown)
@@ -119,7 +159,12 @@ def left_out(check: str, failures: Sequence[dict[str, Any]], shown: Sequence[dic
     kinds = {signature(failure) for failure in shown}
     alike = sum(signature(failure) in kinds for failure in failures) - len(shown)
     look = "all of them look" if alike == hidden else f"{alike} of them look" if alike else "none of them looks"
-    return f"and {hidden} more in {check}; {look} like one shown here (--json and --html list every one)"
+    cause = next(filter(None, map(best_cause, failures)), None)
+    if alike < hidden and cause is not None:
+        told = f", {cause} among them"
+    else:
+        told = f"; {look} like one shown here" if shown else ", as shown above"
+    return f"{'and ' if shown else ''}{hidden} more in {check}{told} (--json and --html list every one)"
 
 
 SHOWN = 10  # errors of one step that GitHub shows

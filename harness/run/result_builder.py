@@ -4,7 +4,7 @@ import re
 import shlex
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
@@ -87,6 +87,25 @@ def cause_of(failures: Iterable[Failure]) -> str | None:
     causes = [failure["diagnosis"][0]["fault"] for failure in asked if failure["diagnosis"]]
     name = most_common(causes)
     return name if 2 * causes.count(name or "") >= len(asked) else None
+
+
+def _by_cause(clusters: Sequence[FailureCluster]) -> list[FailureCluster]:
+    """Clusters of one cause as one, the largest first: a sampler without its temperature had ten."""
+    groups: dict[str, list[FailureCluster]] = {}
+    for number, each in enumerate(clusters):
+        groups.setdefault(each["cause"] or f"none {number}", []).append(each)
+    found = [group[0] if len(group) == 1 else _joined(group) for group in groups.values()]
+    return sorted(found, key=lambda each: -each["failed"])
+
+
+def _joined(parts: list[FailureCluster]) -> FailureCluster:
+    conditions = [each["condition"] for each in parts]
+    joined = None if None in conditions else " or ".join(f"{condition}" for condition in conditions)
+    return {
+        **parts[0], "kinds": list(dict.fromkeys(kind for each in parts for kind in each["kinds"])), "condition": joined,
+        "failed": sum(each["failed"] for each in parts), "passed": sum(each["passed"] for each in parts),
+        "passed_without": min(each["passed_without"] for each in parts), "parts": parts,
+    }  # fmt: skip
 
 
 class ResultBuilder:
@@ -271,7 +290,7 @@ class ResultBuilder:
                 "failed": len(each.failing), "passed": each.passing, "passed_without": each.others,
                 "case": each.smallest.id, "replay": self.replay_line([each.smallest.id]),
             })  # fmt: skip
-        return told
+        return _by_cause(told)
 
     def _verdict(self) -> str:
         if self.failures:

@@ -13,7 +13,7 @@ from moe_harness.harness.core.plan import Request, plan
 from moe_harness.harness.diagnosis.clusters import VALUE, Outcome, cluster, kind_of, words_of
 from moe_harness.harness.diagnosis.conditions import Condition, shortest, terms_of
 from moe_harness.harness.report.words import cluster_lines
-from moe_harness.harness.run.result_builder import Listener, ResultBuilder, cause_of
+from moe_harness.harness.run.result_builder import Listener, ResultBuilder, _by_cause, cause_of
 from moe_harness.suites.meta.conditions import DECLARED
 
 RULES = {
@@ -224,3 +224,24 @@ def failures(*causes: str | None) -> list:
 )  # fmt: skip
 def test_what_most_cases_contradict_is_no_cause_of_a_cluster(causes: list, name: str | None) -> None:
     assert cause_of([*failures(*causes), {"diagnosis": []}]) == name
+
+
+def of_cause(cause: str | None, failed: int, condition: str | None) -> dict:
+    return {"cause": cause, "kinds": ["wrong values"], "condition": condition, "failed": failed, "passed": 1,
+            "passed_without": 9, "case": f"c{failed}", "replay": f"replay c{failed}"}  # fmt: skip
+
+
+def test_clusters_of_one_cause_are_one_with_the_condition_of_its_largest_part_first():
+    """A sampler without its temperature had six clusters of that cause, and twelve failures in full beneath."""
+    parts = [of_cause("a", n, None if n == 2 else f"k={n}") for n in (9, 4, 3, 2, 1)]
+    found = _by_cause([*parts[:2], of_cause(None, 8, "T=1"), *parts[2:], of_cause(None, 1, None)])
+    assert [(each["cause"], each["failed"]) for each in found] == [("a", 19), (None, 8), (None, 1)]
+    assert found[0]["case"] == "c9" and found[0]["condition"] is None
+    assert cluster_lines(found[0]) == ("a", "19 cases: 9 of 10 with k=9; 4 of 5 with k=4; 3 of 4 with k=3; 3 more")
+    assert _by_cause(parts[:2])[0]["condition"] == "k=9 or k=4"
+
+
+def test_the_first_of_two_calls_fails_in_the_words_of_one():
+    assert kind_of("first call: row 3 is token 4, which cannot be drawn (top_k 8: 2 can)") == kind_of(
+        "row 16 is token 40, which cannot be drawn (temperature 0.7, top_p 0.8: 9 tokens can)"
+    )

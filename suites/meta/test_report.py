@@ -346,3 +346,25 @@ def test_report_imports_nothing_heavy() -> None:
     code += "print({'torch', 'jinja2', 'matplotlib'} & set(sys.modules))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "set()"
+
+
+def test_a_cause_is_told_once_and_what_was_not_asked_for_its_own_is_counted() -> None:
+    """Of a sampler without its temperature twelve failures stood there in full, of four checks one cause each."""
+    unasked = {"diagnosis": [], "looks_like": []}
+    text = flat(printed(failed(
+        failure(message="m1"), failure(message="m2", **unasked), failure(check="special", message="m3"),
+        failure(check="special", message="m4", **unasked), failure(check="laws", message="m5", **unasked),
+        failure(check="laws", message="m6", **unasked), failure(check="memory", message="m5", **unasked),
+        failure(check="special", message="died", where=None, **unasked),
+    )))  # fmt: skip
+    assert re.findall(r": (m\d|died)\b", text) == ["m1", "died", "m5"]
+    assert "and 1 more in numeric, gate_up_swapped among them" in text
+    assert "and 2 more in special, gate_up_swapped among them" in text
+    assert "1 more in memory, as shown above" in text
+
+
+def test_many_clusters_are_counted() -> None:
+    one = {"cause": None, "kinds": ["wrong values"], "condition": "k=1", "failed": 3, "passed": 0, "passed_without": 9}
+    clusters = [one | {"case": f"c{n}", "replay": f"replay c{n}"} for n in range(8)]
+    text = flat(printed(failed(failure()) | {"clusters": clusters}))
+    assert "5. wrong values" in text and "6. wrong" not in text and "and 9 cases in 3 more clusters" in text

@@ -128,8 +128,8 @@ def _judge_support(call: Call, few: Call, kind: Tensor, p: Tensor, tokens: Tenso
     of_row = p[kind[row]]
     options = ", ".join(f"{name} {value:.4g}" for name, value in told.items())
     record.fail(
-        f"row {row} is token {int(tokens[row])}, which cannot be drawn with {options}: {int((of_row > 0).sum())} "
-        f"tokens can, the likeliest is {int(of_row.argmax())} ({int(wrong.sum())} of {len(tokens)} rows are wrong)",
+        f"row {row} is token {int(tokens[row])}, which cannot be drawn ({options}: {int((of_row > 0).sum())} tokens "
+        f"can, the likeliest is {int(of_row.argmax())}; {int(wrong.sum())} of {len(tokens)} rows are wrong)",
         headroom=float("inf"), where={"row": row},
     )  # fmt: skip
 
