@@ -16,6 +16,7 @@ from moe_harness.harness.core.case import Case
 from moe_harness.harness.core.compare import judged
 from moe_harness.harness.core.contracts import permissive
 from moe_harness.harness.core.invocation import Broken, Rejected, Trial
+from moe_harness.harness.core.least_squares import least_squares
 from moe_harness.reference.experts import expert_steps, local_ids, routed_rows
 from moe_harness.reference.router import router
 
@@ -219,7 +220,7 @@ def _factors(terms: Tensor, got: Tensor, sigma: Tensor) -> list[float] | None:
     size = design.square().sum(0).sqrt()
     if float(size.min()) == 0:
         return None
-    factors = torch.linalg.lstsq(design, target[:, None]).solution[:, 0]
+    factors = least_squares(design, target)
     residual = target - design @ factors
     growth = max(1.0, float(factors.abs().max()))
     if float(residual.abs().max()) > bounds.max_limit() * growth:

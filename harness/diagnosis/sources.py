@@ -17,6 +17,7 @@ from moe_harness.harness.core import bounds
 from moe_harness.harness.core.call import Call
 from moe_harness.harness.core.case import Case
 from moe_harness.harness.core.invocation import Broken, Rejected, Trial
+from moe_harness.harness.core.least_squares import least_squares
 from moe_harness.harness.core.memory import poisoned_allocations
 from moe_harness.harness.stages.experts.cases import ExpertsCase
 from moe_harness.harness.stages.grouped_linear.cases import GroupedLinearCase
@@ -104,10 +105,10 @@ def _pairs(trial: Trial, call: Call, out: Tensor) -> list[dict[Pair, float]] | N
         if not bool(row.isfinite().all()):
             return None
         scale = sigma[token].clamp(min=float(sigma.max()) * 1e-3 + 1e-300)
-        factors = torch.linalg.lstsq(design / scale[:, None], (row / scale)[:, None]).solution[:, 0]
+        factors = least_squares(design / scale[:, None], row / scale)
         least = NOTHING if call.case.dtype == "fp32" else 10 * NEAR
         there = factors.abs() > least * float(weights.max())
-        kept = torch.linalg.lstsq(design[:, there] / scale[:, None], (row / scale)[:, None]).solution[:, 0]
+        kept = least_squares(design[:, there] / scale[:, None], row / scale)
         left = (row - design[:, there] @ kept) / scale
         if int(there.sum()) > call.args["topk_ids"].shape[1] or float(left.abs().max()) > 2 * bounds.max_limit():
             return None

@@ -21,7 +21,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.mark.parametrize("world", WORLDS)
 def test_equals_the_dense_layer(impl: str, world: int) -> None:
     judged, planned_cases = 0, list(cases.plan([world]))
-    if world == max(WORLDS) and impl in REGISTERED:  # half of all time: ours take every second one
+    if world > 2 and impl in REGISTERED:  # most of all time: ours take every second one
         planned_cases = planned_cases[REGISTERED.index(impl) % 2 :: 2]
     for planned in planned_cases:
         verdict = judge.judge(impl, planned.id)

@@ -19,7 +19,7 @@ RIGHT = [(stage, spec) for stage, spec in functions_of("right") if stage != SAMP
 RIGHT_QUANTIZED = [*(spec for stage, spec in functions_of("right") if stage == SAMPLED), "torch:fp8_group128"]
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 # Of each check: the next variants get the other shares; all of the plan for each takes 15 CPU minutes.
-SHARES = 1 if NIGHTLY else 10
+SHARES = 1 if NIGHTLY else 14
 EACH = (
     4 if NIGHTLY else 90
 )  # cases from one that a variant is judged on to the next; variants begin one after the other

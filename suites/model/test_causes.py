@@ -94,7 +94,6 @@ def test_a_fault_of_one_layer_has_its_place() -> None:
 @pytest.mark.parametrize(
     ("name", "cause"),
     [
-        ("never_renormalised", "mlp: router: renormalised where it should not be, or the other way round"),
         ("first_prompt_token_lost", "the first token of a prompt is lost"),
         ("padded_without_a_mask", "shorter prompts are padded on the left with token 0, which is seen"),
     ],

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_harness.harness.core.bounds import EXACT_FIT
+from moe_harness.harness.core.least_squares import least_squares
 from moe_harness.harness.core.ranked_task import differing_rows
 from moe_harness.harness.diagnosis.plain import ADVICE
 from moe_harness.harness.diagnosis.plain import kind as plain_kind
@@ -49,7 +50,7 @@ def fit(got: Tensor, parts: Tensor, wrong: Tensor) -> list[Statement]:
         return []
     matrix = parts[used][:, tokens].flatten(1).T
     target = got[tokens].flatten()
-    counts = torch.linalg.lstsq(matrix, target[:, None]).solution.flatten()
+    counts = least_squares(matrix, target)
     if not torch.allclose(matrix @ counts, target, rtol=0, atol=EXACT_FIT * float(target.abs().max() + 1)):
         return []
     ratios = {q: round(float(a), 4) for q, a in zip(used, counts, strict=True)}

@@ -57,6 +57,10 @@ class LinearCase(Case):
     def rows(self) -> int:
         return sum(self.group_sizes)
 
+    def core(self) -> bool:
+        """A merged column may be for gate and up alone."""
+        return super().core() and self.parts == type(self).parts
+
 
 CaseType = LinearCase
 
@@ -100,10 +104,14 @@ def _uneven_layers(ranks: int, kind: str) -> Iterator[LinearCase]:
 
 
 def _merged_layers(ranks: int, kind: str) -> Iterator[LinearCase]:
-    """Weights of other sizes, as those of queries, keys and values, and other numbers of them."""
+    """Weights of other sizes, as those of queries, keys and values, and other numbers of them.
+
+    A layer for gate and up alone may refuse them.
+    """
     for i, parts in enumerate(("4+1+1", "1+3", "2", "1+2+1+3")[: 4 if kind == "merged_column" else 0]):
         fields: dict[str, Any] = {"K": 12 + 8 * i, "N": (2 + i) * ranks, "S": "3+0+2", "E": 3}
-        yield LinearCase(R=ranks, kind=kind, parts=parts, dtype=DTYPES[i % len(DTYPES)], seed=300 + i, **fields)
+        dtype, number = DTYPES[i % len(DTYPES)], 300 + i
+        yield LinearCase(R=ranks, kind=kind, parts=parts, dtype=dtype, optional=True, seed=number, **fields)
 
 
 def _shared_by(ranks: int, size: int) -> int:

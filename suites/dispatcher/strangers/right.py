@@ -225,7 +225,12 @@ class RowSharded(MyColumnParallel):
 
 
 class GateUpMergedColumn(MyColumnParallel):
-    """Keeps the parts apart until they are used."""
+    """Gate and up, kept apart until they are used."""
+
+    def __init__(self, num_experts, in_features, out_features, **place):
+        if len(set(out_features)) != 1 or len(out_features) != 2:
+            raise NotImplementedError(f"gate and up of one size, not {out_features}")
+        super().__init__(num_experts, in_features, out_features, **place)
 
     def load(self, expert_id, weight, shard_id=None):
         parts = self.w[expert_id] or {}

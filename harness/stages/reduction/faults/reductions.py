@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_harness.harness.core.bounds import EXACT_FIT, NARROWED
+from moe_harness.harness.core.least_squares import least_squares
 from moe_harness.harness.core.ranked_faults import ranked
 
 
@@ -190,7 +191,7 @@ def fit(output: Tensor, routed: Tensor, shared: Tensor) -> tuple[float, float, f
     """
     matrix = torch.stack([routed.flatten(), shared.flatten()], 1).double()
     target = output.flatten().double()
-    a, b = (torch.linalg.lstsq(matrix, target[:, None]).solution.flatten() + 0.0).tolist()  # + 0: no -0
+    a, b = (least_squares(matrix, target) + 0.0).tolist()  # + 0: no -0
     rest = target - matrix @ torch.tensor([a, b], dtype=torch.float64)
     return a, b if bool(matrix[:, 1].any()) else a, float(rest.norm() / target.norm().clamp(min=1e-30))
 
