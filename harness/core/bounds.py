@@ -34,6 +34,8 @@ SAME_IN_FP64 = 2.0**-20  # sigmas between two orders of one sum in fp64; fp64 ro
 ELEMENTS_PER_RUN = 1e8  # a quick run judges about 2e6 elements, a full one 5e7
 MODEL = 1.05  # how far sigma itself is trusted; right implementations with every permitted rounding measure up to 1.01
 STATISTICS_PER_RUN = 1e6  # rows, columns, experts and tiles
+DRAWS_PER_RUN = 10  # means of log p over the draws of a model; a run has one, or one for each family
+SAME_DRAWS = 0.5  # of the rows, that one seed has to draw again: on a GPU a draw near a boundary may change
 FLUSHED = 2.0**-126  # a number of fp32 below may be flushed to zero; experts whose scores lie there are tied
 STORED = 0.501  # ulps that a store in the dtype of the result may add to a limit, not to a variance
 UNTOUCHED = 1e-300  # variance of what must keep its bits: any other value is further off than every limit
@@ -179,6 +181,14 @@ def _mean_square_quantile(dof: int) -> float:
     from scipy.special import chdtri
 
     return float(chdtri(dof, FALSE_ALARMS / STATISTICS_PER_RUN / 2)) / dof
+
+
+@cache
+def student_limit(dof: int) -> float:
+    """Limit of |t|, a mean over its own error, of `dof` degrees of freedom; 7.8 for 63."""
+    from scipy.special import stdtrit
+
+    return float(-stdtrit(dof, FALSE_ALARMS / DRAWS_PER_RUN / 2))
 
 
 def rms_limit(dof: float, shared_dof: float = 1, shared_share: float = 0.0) -> float:

@@ -69,7 +69,7 @@ def summed_in_16_bits(trial: Trial, case: Case) -> list[dict[str, str]]:
     """The fault of data on which a rounded sum over slots alone can show, where the result is right but for that."""
     if case.data != "partial_sums":
         return []
-    call = trial.build(case.but(variant="", optional=False))
+    call = trial.build(case.once())
     if undeclared_roundings(trial, call, trial.invoke(call)) != ["partial_sum"]:
         return []
     known = all_faults(trial.subject.stage)

@@ -18,8 +18,6 @@ from moe_harness.suites.model import wrong_models
 
 FILE = Path(wrong_models.__file__)
 FAMILIES = ("qwen3_moe", "qwen2_moe", "deepseek_v2", "qwen3_next")
-# Where two changes are one: of a model with one, the other is told too.
-SAME = {"attention: scores are scaled by 1 / sqrt(hidden_size)", "attention: scores are scaled twice"}
 
 
 @lru_cache(maxsize=8)
@@ -54,7 +52,7 @@ def test_a_change_is_told_apart(what: str) -> None:
             continue
         told = {suspect.what for suspect, _ in _explaining(reply, _suspects(reply), float("inf"))}
         assert what in told or not told, (family, told)  # not told at all: it changes nothing here
-        if told and told <= {what} | (SAME if what in SAME else set()):
+        if told == {what}:
             return
     raise AssertionError("no family tells it apart")
 
@@ -107,5 +105,6 @@ def test_what_no_change_explains_has_no_cause(name: str) -> None:
     assert causes(name, "layers") == []
 
 
-def test_prompts_that_change_nothing_are_no_cause() -> None:
-    assert all(asked([[3], [4]]) != [] for asked in PROMPTS.values())
+def test_no_change_leaves_a_prompt_empty() -> None:
+    """Of one token there is none to lose."""
+    assert all(prompt for asked in PROMPTS.values() for prompt in asked([[3], [4]]))

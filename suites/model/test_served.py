@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from moe_harness.harness import commands
+from moe_harness.harness.core import bounds
 from moe_harness.harness.core.contracts import load
 from moe_harness.harness.core.invocation import Trial
 from moe_harness.harness.core.plan import Request, plan
 from moe_harness.harness.process.worker import judge_id
 from moe_harness.harness.stages.model.cases import SERVED
-from moe_harness.harness.stages.model.served import HEAT, LIMIT, SEEDS, _distance, _wrong
+from moe_harness.harness.stages.model.served import HEAT, SEEDS, _distance, _wrong
 from moe_harness.suites.model.planted import FAULTS
 from moe_harness.suites.model.wrong_served import SAID
 
@@ -78,4 +79,4 @@ def test_right_draws_are_never_far() -> None:
         for _ in range(200):
             uniform = torch.rand(SEEDS, 1 if together else 16, generator=generator, dtype=torch.float64).expand(-1, 16)
             tokens = torch.searchsorted(log_p.exp().cumsum(-1), uniform.T.contiguous()).T.clamp(max=127)
-            assert abs(_distance(log_p, tokens)[0]) < 0.75 * LIMIT
+            assert abs(_distance(log_p, tokens)[0]) < 0.75 * bounds.student_limit(SEEDS - 1)

@@ -24,7 +24,7 @@ from moe_harness.harness.diagnosis.plain import ADVICE, kind
 from moe_harness.harness.stages.model.cases import SERVED, ModelCase
 from moe_harness.harness.stages.model.changes import AROUND, IN_LAYERS
 from moe_harness.harness.stages.model.noise import NoiseBound, noise_bound
-from moe_harness.harness.stages.model.stage import Question, continued, followed, prompts_of
+from moe_harness.harness.stages.model.stage import ModelCall, Question, continued, followed, prompts_of
 from moe_harness.reference.model import Model, State
 
 TOLD = 3
@@ -132,7 +132,8 @@ def _seen(trial: Trial, case: ModelCase) -> ModelReply | None:
         wrong = trial.judge(call, got).findings
     except (Rejected, Broken, CannotJudge, RuntimeError):
         return None
-    return ModelReply(case, call.question, got.cpu()) if wrong else None  # type: ignore[attr-defined]
+    assert isinstance(call, ModelCall) and call.question is not None
+    return ModelReply(case, call.question, got.cpu()) if wrong else None
 
 
 def _suspects(reply: ModelReply) -> list[Suspect]:

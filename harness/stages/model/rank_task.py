@@ -22,12 +22,12 @@ from moe_harness.harness.core.case import parse_id
 from moe_harness.harness.core.contracts import Subject, load
 from moe_harness.harness.core.findings import RankReport
 from moe_harness.harness.core.ranked_task import Rank, Refused, digest, enter
+from moe_harness.harness.diagnosis.search import SECONDS
 from moe_harness.harness.stages.model import spread
 from moe_harness.harness.stages.model.cases import ModelCase
 from moe_harness.harness.stages.model.causes import of_logits
 from moe_harness.harness.stages.model.stage import STAGE, ModelCall, Question, ask, prompts_of, what_lacks
 
-SECONDS = 5.0  # for the search of a cause
 POLL = 0.005  # seconds between looks for what another rank writes
 HEAT, SEED = 8.0, 11  # of what is drawn: hot enough that the largest logit seldom wins
 

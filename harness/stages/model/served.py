@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_harness.harness.core import bounds
 from moe_harness.harness.core.blame import hand_over
 from moe_harness.harness.core.findings import Record
 from moe_harness.harness.core.invocation import Broken
@@ -25,8 +26,6 @@ NOTHING = -1
 PAGE = 16  # tokens of a page of most engines, and a multiple of the others'
 SEEDS = 64  # calls that draw, each with a seed of its own
 HEAT = 8.0  # a distribution so flat that a cut to its likelier half shows
-LIMIT = 8.0  # of Student's t with SEEDS - 1 degrees of freedom: 2e-11 on both sides
-SAME = 0.5  # of the rows, that one seed has to draw again: on a GPU a draw near a boundary may change
 
 
 @dataclass
@@ -41,8 +40,8 @@ class Ask:
     what: str = ""
 
     def counts(self) -> list[int]:
-        count = self.options["max_new_tokens"]
-        return [count] * len(self.prompts) if isinstance(count, int) else count
+        """Tokens asked for of each prompt."""
+        return _counts(self.prompts, self.options)
 
 
 @dataclass
@@ -124,21 +123,24 @@ def call(model: Any, calls: Served, new: int) -> Tensor:
     return torch.tensor([(row + [NOTHING] * new)[:new] for row in rows])
 
 
+def _counts(prompts: list[list[int]], options: dict[str, Any]) -> list[int]:
+    count = options["max_new_tokens"]
+    return [count] * len(prompts) if isinstance(count, int) else count
+
+
 def _generated(model: Any, prompts: list[list[int]], options: dict[str, Any], what: str) -> list[list[int]]:
     given = [list(prompt) for prompt in prompts]
     found = hand_over(model.generate, given, **options)
     told = f"generate({len(prompts)} prompts, {', '.join(f'{key}={value}' for key, value in options.items())})"
     if given != prompts:
         raise Broken(f"{told} has written into the prompts")
-    counts = options["max_new_tokens"]
-    counts = [counts] * len(prompts) if isinstance(counts, int) else counts
     try:
         rows = [[int(token) for token in row] for row in found]
     except (TypeError, ValueError):
         raise Broken(f"{told} gave {type(found).__name__}, wanted a list of tokens for each prompt") from None
     if len(rows) != len(prompts):
         raise Broken(f"{told} gave {len(rows)} lists, wanted one for each prompt")
-    for place, (row, count) in enumerate(zip(rows, counts, strict=True)):
+    for place, (row, count) in enumerate(zip(rows, _counts(prompts, options), strict=True)):
         if len(row) > count:
             where = f" ({what})" if what else ""
             raise Broken(f"{told} gave {len(row)} tokens for prompt {place}, wanted at most {count}{where}")
@@ -198,7 +200,7 @@ def _judge_draws(draws: Draws, tokens: Tensor, record: Record) -> None:
         return
     by_seed = tokens.view(SEEDS + 1, prompts)
     first, again = by_seed[0], by_seed[-1]
-    if float((first == again).double().mean()) < SAME:
+    if float((first == again).double().mean()) < bounds.SAME_DRAWS:
         told = f"{int((first != again).sum())} of {prompts} tokens differ in a second call with the same seed"
         record.fail(f"temperature={HEAT}, seed=0: {told}", headroom=float("inf"), where={"seed": 0})
     if bool((by_seed == first).all()):
@@ -207,12 +209,13 @@ def _judge_draws(draws: Draws, tokens: Tensor, record: Record) -> None:
         return
     t, mean, due = _distance(draws.log_p, by_seed[:-1])
     record.observations["draws"] = f"t = {t:.2f} of {SEEDS} seeds"
-    if not abs(t) <= LIMIT:
+    limit = bounds.student_limit(SEEDS - 1)
+    if not abs(t) <= limit:
         record.fail(
             f"temperature={HEAT}: drawn tokens are {'likelier' if t > 0 else 'less likely'} than draws from "
             f"softmax(logits / {HEAT}): the mean of log p is {mean:.3f}, should be {due:.3f} "
-            f"({SEEDS} calls of {prompts} prompts, t = {t:.0f}, limit {LIMIT:.0f})",
-            headroom=abs(t) / LIMIT, diagnosis=_instead(draws.log_p, by_seed[:-1]),
+            f"({SEEDS} calls of {prompts} prompts, t = {t:.0f}, limit {limit:.1f})",
+            headroom=abs(t) / limit, diagnosis=_instead(draws.log_p, by_seed[:-1]),
         )  # fmt: skip
 
 
@@ -244,6 +247,6 @@ def _instead(log_p: Tensor, tokens: Tensor) -> list[dict[str, str]]:
         log_q = changed(log_p).log_softmax(-1)
         likely = log_q.gather(1, tokens.T).sum() > log_p.gather(1, tokens.T).sum()
         spread = _distance(log_q.clamp(min=-1e4), tokens)[0] if float(log_q.std()) else 0.0
-        if bool(likely) and abs(spread) <= LIMIT:
+        if bool(likely) and abs(spread) <= bounds.student_limit(SEEDS - 1):
             found.append({"fault": what, "evidence": f"draws of that are as likely as these (t = {spread:.1f})"})
     return found

@@ -111,9 +111,6 @@ class WholeModel(Stage):
         )
         return bounds.Bound(value, variance, shared, bound.sources.to(device))
 
-    def truth(self, call: Call, declared: Declared) -> Truths | None:
-        return self.expect(call, declared)
-
     def judge(self, call: Call, result: Any, declared: Declared) -> Record:
         question = _question(call)
         if question.served is not None:

@@ -99,7 +99,7 @@ def _draws(request: Request) -> Iterator[SamplerCase]:
     for cut, width in (("k", 40), ("p", 26), ("both", 56)):  # what is cut off weighs much
         yield SamplerCase(B=many, V=width, data="draws", temperature=2.5, cut=cut, dtype=request.dtypes[0])
     for ids, dtype in zip(("int64", "int32"), cycle(request.dtypes), strict=False):
-        # As many in every profile: of more rows seeds and positions are no square.
+        # As many in every profile: seeds of 32 bits that start this high end after 64.
         yield SamplerCase(B=4096, V=19, data="draws", vary="far", ids=ids, dtype=dtype)
     for dtype in (request.dtypes[0], request.dtypes[-1]):
         yield SamplerCase(B=128, V=24, data="draws", temperature=3.0, cut="edges", dtype=dtype)

@@ -177,7 +177,7 @@ def _judge_neighbours(p: Tensor, tokens: Tensor, record: Record) -> None:
         chance, near = float(p[kind].square().sum()), square[:, kind::FEW_KINDS]
         if chance >= 1 or len(near) < SIDE:
             continue
-        lattice = near[kind::FEW_KINDS]  # [seed, position] with seeds of the kind too
+        lattice = near[kind::FEW_KINDS][: near.shape[1]]  # [seed, position], as many seeds, of the kind too
         above = torch.ones_like(lattice).triu(1).bool()
         pairs = {
             "at seeds next to each other": (near[1:], near[:-1]),

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from moe_harness.suites.meta.right.experts import ACTIVATIONS, to_local
+from moe_harness.suites.meta.right.experts import ACTIVATIONS, _with_product, to_local
 
 
 def persistent_programs(x, w13, w2, topk_weights, topk_ids, *, activation="silu", expert_map=None):
@@ -92,11 +92,4 @@ def three_parts_of_bf16(x, w13, w2, topk_weights, topk_ids, *, activation="silu"
         small = a0 @ b2.mT + a1 @ b1.mT + a2 @ b0.mT
         return small + (a0 @ b1.mT + a1 @ b0.mT) + a0 @ b0.mT
 
-    ids = to_local(topk_ids, expert_map)
-    out = torch.zeros(x.shape)
-    for e in ids[ids >= 0].unique().tolist():
-        t, j = torch.where(ids == e)
-        g, u = mm(x[t].float(), w13[e].float()).chunk(2, dim=-1)
-        y = mm(ACTIVATIONS[activation](g) * u, w2[e].float())
-        out.index_add_(0, t, y * topk_weights[t, j, None].float())
-    return out.to(x.dtype)
+    return _with_product(mm, x, w13, w2, topk_weights, topk_ids, activation, expert_map)
