@@ -28,6 +28,7 @@ import sys
 import time
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,6 +48,7 @@ MARGIN = 0.02
 NULLS = 200
 PARTS = 20
 DECIDES = 133  # questions of which none is lost
+WORLDS = (2, 4, 8)  # ranks
 GPU_EACH = ("symmetric", "deepep")  # dispatchers whose ranks cannot share a GPU
 
 
@@ -56,6 +58,8 @@ class Way(NamedTuple):
     Attributes:
         left_out: what this machine lacks for it.
         wanted: the verdict that it has to get.
+        form: "shared", which has a shared expert, or "wide", whose heads are enough for eight ranks; None for the model
+            as it is.
     """
 
     name: str
@@ -63,7 +67,7 @@ class Way(NamedTuple):
     options: list[str]
     left_out: str | None = None
     wanted: str = "pass"
-    shared: bool = False  # asked of the model that has a shared expert and is the same function (fixtures)
+    form: str | None = None  # of the model: the file of fixtures/arithmetic that writes the same function so
 
     @property
     def spread(self) -> bool:
@@ -85,20 +89,27 @@ def ways(device: str, devices: int) -> Iterator[Way]:
     yield Way("tp-2", ENGINE, ["--tp", "2"])
     for fault in ("experts_summed_twice", "never_summed"):
         yield Way(f"planted-{fault}", f"{COLLAPSED}:{fault}", ["--tp", "2"], wanted="fail")
-    yield Way("shared-expert", ENGINE, [], shared=True)
-    yield Way("tp-2-shared-expert", ENGINE, ["--tp", "2"], shared=True)
+    yield Way("shared-expert", ENGINE, [], form="shared")
+    yield Way("tp-2-shared-expert", ENGINE, ["--tp", "2"], form="shared")
     fault = "shared_expert_summed"
-    yield Way(f"planted-{fault}", f"{COLLAPSED}:{fault}", ["--tp", "2"], wanted="fail", shared=True)
-    for spec in registry.registered("dispatcher"):
-        family, _, name = spec.partition(":")
-        if family == "dispatchers":  # the engine's own; others are judged by the stage dispatcher
-            lacking = _lacking(name, devices)
-            yield Way(f"ep-2-{name}", ENGINE, ["--ep", "2", "--dispatcher", name], lacking)
+    yield Way(f"planted-{fault}", f"{COLLAPSED}:{fault}", ["--tp", "2"], wanted="fail", form="shared")
+    # The engine's own dispatchers; others are judged by the stage dispatcher.
+    own = [spec.partition(":")[2] for spec in registry.registered("dispatcher") if spec.startswith("dispatchers:")]
+    for ranks in WORLDS:
+        form = None if ranks == 2 else "wide"
+        if ranks > 2:
+            yield Way(f"tp-{ranks}", ENGINE, ["--tp", str(ranks)], _lacking(None, ranks, devices), form=form)
+        for name in own:
+            options = ["--ep", str(ranks), "--dispatcher", name]
+            yield Way(f"ep-{ranks}-{name}", ENGINE, options, _lacking(name, ranks, devices), form=form)
 
 
-def _lacking(dispatcher: str, devices: int) -> str | None:
-    if dispatcher in GPU_EACH and devices < 2:
-        return f"its two ranks need a GPU each, and there {'is' if devices == 1 else 'are'} {devices}"
+def _lacking(dispatcher: str | None, ranks: int, devices: int) -> str | None:
+    there = f"there {'is' if devices == 1 else 'are'} {devices}"
+    if dispatcher in GPU_EACH and devices < ranks:
+        return f"its {ranks} ranks need a GPU each, and {there}"
+    if ranks > max(2, 2 * devices):
+        return f"no more than two ranks share a GPU, and {there}"
     if dispatcher == "deepep" and find_spec("deep_ep") is None:
         return "deep_ep is not installed"
     return None
@@ -122,7 +133,7 @@ def answer(
     """
     asked = [str(folder / "requests.jsonl"), "--device", device, "--ledger", str(folder / "ledger"),
              "--timeout", str(seconds)]  # fmt: skip
-    models = {False: MODEL, True: _with_shared_expert(folder) if any(way.shared for way in planned) else MODEL}
+    models = {form: _written(form, folder) for form in {way.form for way in planned if way.left_out is None}}
     turns = itertools.cycle(gpus)
 
     def one(way: Way, gpu: str | None) -> dict[str, Any]:
@@ -130,7 +141,7 @@ def answer(
             print(f"{way.name}: left out: {way.left_out}", flush=True)
             return {"left_out": way.left_out}
         started, file = time.monotonic(), folder / f"{way.name}.jsonl"
-        spec = ["--model", str(models[way.shared]), "--impl", way.spec, *way.options]
+        spec = ["--model", str(models[way.form]), "--impl", way.spec, *way.options]
         status = _answer(*asked, *spec, "--out", str(file), gpu=gpu)
         ended = {"status": status, "seconds": round(time.monotonic() - started, 1), "spec": way.spec,
                  "options": way.options, "wanted": way.wanted}  # fmt: skip
@@ -147,11 +158,13 @@ def answer(
     return EXIT_CANNOT_JUDGE if any(way.get("status") for way in told.values()) else EXIT_PASS
 
 
-def _with_shared_expert(folder: Path) -> Path:
-    from moe_harness.fixtures.arithmetic.shared import write
-
-    write(folder / "shared-moe")
-    return folder / "shared-moe"
+def _written(form: str | None, folder: Path) -> Path:
+    """The model in a form, written beside the answers."""
+    if form is None:
+        return MODEL
+    out = folder / f"{form}-moe"
+    import_module(f"{fixtures.__name__}.arithmetic.{form}").write(out)
+    return out
 
 
 def judge(folder: Path) -> int:

@@ -22,12 +22,25 @@ def test_every_batch_size_and_every_dispatcher_of_the_engine_is_run():
     spread = {name.removeprefix("ep-2-") for name in names if name.startswith("ep-2-")}
     assert {"naive", "local_allreduce", "allgather_reducescatter", "all_to_all", "masked", "symmetric"} < spread
     assert not spread & {"megatron", "torchtitan"}  # which the engine does not take
-    assert {name for name, lacking in names.items() if lacking} <= {"ep-2-deepep"}  # which may not be installed
+    lacking = {name for name, lacks in names.items() if lacks and not name.endswith("-deepep")}  # may not be installed
+    assert lacking == {"ep-4-symmetric", "tp-8"} | {name for name in names if name.startswith("ep-8")} - {"ep-8-deepep"}
+
+
+def test_four_and_eight_ranks_are_asked_where_at_most_two_share_a_gpu():
+    spread = {name for name in planned("cuda", 2) if name.startswith(("tp-4", "tp-8", "ep-4", "ep-8"))}
+    assert len(spread) == 2 * len([name for name in planned("cuda", 2) if name.startswith("ep-2")]) + 2
+    for devices, left_out in ((1, spread), (4, {"ep-8-symmetric"}), (8, set())):
+        lacking = {name for name, lacks in planned("cuda", devices).items() if lacks}
+        assert {name for name in lacking & spread if not name.endswith("-deepep")} == {
+            name for name in left_out if not name.endswith("-deepep")
+        }
+    assert {way.form for way in nightly.ways("cuda", 8) if way.name in spread} == {"wide"}
 
 
 def test_what_a_machine_has_not_is_left_out_by_name():
     alone = planned("cuda", 1)
-    assert {name for name, lacking in alone.items() if lacking} == {"ep-2-symmetric", "ep-2-deepep"}
+    few = {name for name, lacking in alone.items() if lacking and not name.startswith(("tp-4", "tp-8", "ep-4", "ep-8"))}
+    assert few == {"ep-2-symmetric", "ep-2-deepep"}
     assert "there is 1" in alone["ep-2-symmetric"]
     assert {name for name, lacking in planned("cpu", 0).items() if lacking} - set(alone) == set()
     assert planned("cpu", 0)["transformers-triton"] == "Triton's kernels need a GPU"
@@ -58,7 +71,7 @@ def test_a_way_without_answers_is_told_and_no_pass(tmp_path, monkeypatch, capsys
     monkeypatch.setattr("moe_harness.harness.gate.steps.scored", scored)
     assert nightly.judge(tmp_path) == 3
     said = capsys.readouterr().out
-    assert "tp-2: not judged: there is no file" in said and "ep-2-symmetric: left out: its two ranks" in said
+    assert "tp-2: not judged: there is no file" in said and "ep-2-symmetric: left out: its 2 ranks" in said
 
 
 def test_ways_of_one_process_are_spread_over_the_gpus_and_ranks_see_all(tmp_path, monkeypatch):

@@ -5,8 +5,8 @@
 Random weights are written to DIR first, in the released layout (`--layers` where it has no room for 61 GB), and taken
 away at the end.  Caches are dropped before every measurement where this process may; the speed of reading one file
 from end to end is told beside.  Per rank: its share in bytes, seconds from the call of `load_model` to the last byte on
-the GPU, bytes of its share a second, and the peak of the host's memory over what the process held before, as a multiple
-of the share.
+the GPU, bytes of its share a second, and the peaks of the host's memory, over what the process held before, and of the
+GPU's, as multiples of the share; the latter holds a small cache besides.
 """
 
 import argparse
@@ -102,6 +102,7 @@ def measured(folder: Path, group: Any, layout: dict[str, Any]) -> dict[str, Any]
     from moe_harness.impls.qwen3_moe.model import load_model
 
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
+    torch.cuda.reset_peak_memory_stats()
     before, began = held("VmRSS"), time.perf_counter()
     device = f"cuda:{torch.cuda.current_device()}"
     model = load_model(folder, device=device, dtype="bf16", group=group, pages=64, **layout)
@@ -110,7 +111,8 @@ def measured(folder: Path, group: Any, layout: dict[str, Any]) -> dict[str, Any]
     share = sum(parameter.numel() * parameter.element_size() for parameter in model.network.p.values())
     peak = held("VmHWM") - before
     return {"share_bytes": share, "seconds": round(seconds, 2), "GB_per_s": round(share / seconds / 1e9, 2),
-            "peak_host_bytes": peak, "peak_over_share": round(peak / share, 3)}  # fmt: skip
+            "peak_host_bytes": peak, "peak_over_share": round(peak / share, 3),
+            "device_peak_over_share": round(torch.cuda.max_memory_allocated() / share, 3)}  # fmt: skip
 
 
 def run_rank(rank: int, ranks: int, store: str, folder: str, told: str) -> None:

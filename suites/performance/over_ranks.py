@@ -1,12 +1,15 @@
 """Qwen3-30B-A3B over the GPUs of one host: decoding steps of every layout beside one GPU's, in one call.
 
     python3 suites/performance/over_ranks.py [--ranks 2] [--json FILE] [--layers 48] [--ways tp ep:symmetric ...]
+    python3 suites/performance/over_ranks.py --ranks 4 --model qwen3-235b-a22b --ways tp ep:local_allreduce
 
 Random weights in bf16, made on the devices.  For each batch two times:
 
     step_us     of a whole step, from token ids to sampled tokens, as a CUDA graph with every sequence at the mean
                 context of the workload in whole_model.py; without a graph where a dispatcher reads counts back
     engine_us   of a step of the engine, the host's part included, over STEPS steps behind the prompts
+
+With --kernels, also microseconds of each kernel of that step on rank 0, waiting for other ranks included.
 
 Times are of the slowest rank.  Each way has its own time limit, and its processes are started anew behind one that
 failed: what was measured before stays.  `+nccl` sums over ranks by NCCL, all other ways through symmetric memory.
@@ -32,7 +35,7 @@ import torch.multiprocessing as mp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from moe_harness.suites.performance.step_parts import decoding, kernels
+from moe_harness.suites.performance.step_parts import decoding
 from moe_harness.suites.performance.whole_model import BATCHES, CONFIG, random_model, workload
 
 DISPATCHERS = (
@@ -40,7 +43,14 @@ DISPATCHERS = (
 )  # fmt: skip
 ONE = "one"  # GPU, rank 0's
 WAYS = (ONE, "tp", *(f"ep:{name}" for name in DISPATCHERS), "tp+nccl", "ep:local_allreduce+nccl")
+# 94 layers of twice the width; weights in bf16 are 470 GB.
+LARGE = {
+    "hidden_size": 4096, "num_hidden_layers": 94, "num_attention_heads": 64, "intermediate_size": 12288,
+    "moe_intermediate_size": 1536,
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {"qwen3-30b-a3b": CONFIG, "qwen3-235b-a22b": CONFIG | LARGE}
 STEPS, WARM, REPLAYS = 48, 4, 20
+PROFILED = 3  # steps
 LIMIT = 150.0  # seconds of one way
 PAGE = 32
 
@@ -53,7 +63,7 @@ def options_of(way: str) -> dict[str, Any]:
     return found | ({"expert_parallel": True, "dispatcher": dispatcher} if dispatcher else {})
 
 
-def build(way: str, layers: int, batches: list[int], longest: int) -> Any:
+def build(way: str, keys: dict[str, Any], layers: int, batches: list[int], longest: int) -> Any:
     """The model of this rank with a cache for the largest batch, in sequences of up to `longest` tokens."""
     columns = -(-longest // PAGE)
     limits = {
@@ -61,7 +71,7 @@ def build(way: str, layers: int, batches: list[int], longest: int) -> Any:
         "prefixes": False, "pages": max(batches) * columns,
     }  # fmt: skip
     spread = {} if way == ONE else {"group": dist.group.WORLD, **options_of(way)}
-    return random_model(layers, **limits, **spread)
+    return random_model(layers, keys, **limits, **spread)
 
 
 class Slowest:
@@ -85,18 +95,24 @@ class Slowest:
 
 
 @torch.inference_mode()
-def step_us(model: Any, batch: int, slowest: Slowest) -> float:
-    """Median microseconds of a decoding step, the slowest rank's."""
+def step_of(model: Any, batch: int, slowest: Slowest) -> Callable[[], Any]:
+    """Runs a decoding step, from a CUDA graph where the layout can be captured."""
     torch.cuda.manual_seed(batch)  # the same tokens on every rank
     filled, runner = decoding(model, batch, BATCHES[batch]), model.engine.runner
     run: Callable[[], Any] = lambda: runner.run(filled, padded=True)  # noqa: E731
     run()
-    if model.capturable:
-        slowest.together()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            run()
-        run = graph.replay
+    if not model.capturable:
+        return run
+    slowest.together()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        run()
+    return graph.replay
+
+
+@torch.inference_mode()
+def step_us(run: Callable[[], Any], slowest: Slowest) -> float:
+    """Median microseconds of a decoding step, the slowest rank's."""
     times = []
     for i in range(WARM + REPLAYS):
         slowest.together()
@@ -107,6 +123,18 @@ def step_us(model: Any, batch: int, slowest: Slowest) -> float:
         end.synchronize()
         times += [start.elapsed_time(end) * 1e3] if i >= WARM else []
     return slowest(statistics.median(times))
+
+
+@torch.inference_mode()
+def kernels(run: Callable[[], Any], slowest: Slowest) -> list[list[Any]]:
+    """Name, launches and microseconds of each kernel of a step of this rank, the longest first."""
+    slowest.together()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(PROFILED):
+            run()
+        torch.cuda.synchronize()
+    rows = sorted(profile.key_averages(), key=lambda row: -row.device_time_total)[:30]
+    return [[row.key[:90], row.count / PROFILED, round(row.device_time_total / PROFILED, 1)] for row in rows]
 
 
 def engine_us(model: Any, batch: int, slowest: Slowest) -> tuple[float, float]:
@@ -157,21 +185,25 @@ def measure(way: str, given: argparse.Namespace, tell: Callable[[dict[str, Any]]
     slowest, batches = Slowest(alone=way == ONE), given.batches
     began = time.perf_counter()
     longest = 2048 if given.runs else max(BATCHES.values()) + STEPS + 64
-    model = build(way, given.layers, batches, longest)
+    model = build(way, MODELS[given.model], given.layers, batches, longest)
     found: dict[str, Any] = {"way": way, "graphs": model.capturable, "batches": {}}
     found["build_seconds"] = round(time.perf_counter() - began, 1)
+    found["weights_GB"] = round(sum(p.numel() * p.element_size() for p in model.network.p.values()) / 1e9, 2)
     for batch in batches:
-        entry: dict[str, float] = {"step_us": round(step_us(model, batch, slowest), 1)}
+        run = step_of(model, batch, slowest)
+        entry: dict[str, float] = {"step_us": round(step_us(run, slowest), 1)}
+        if given.kernels:
+            found.setdefault("kernels", {})[str(batch)] = kernels(run, slowest)
+        del run
         told, prefill = engine_us(model, batch, slowest)
         entry |= {"engine_us": round(told, 1), "prefill_seconds": round(prefill, 3)}
         found["batches"][str(batch)] = entry | {"tokens_per_second": round(batch / told * 1e6, 1)}
         tell(found)
     if given.runs:
         found["workload_tokens_per_second"] = throughput(model, slowest, given.runs)
-        tell(found)
-    if given.kernels:
-        found["kernels"] = {str(b): kernels(model, decoding(model, b, BATCHES[b]), padded=True) for b in batches}
-        tell(found)
+    found["device_peak_GB"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    torch.cuda.reset_peak_memory_stats()
+    tell(found)
 
 
 def run_rank(rank: int, given: argparse.Namespace, store: str, folder: str, ways: list[str]) -> None:
@@ -240,20 +272,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--json", type=Path, default=Path("over_ranks.json"))
-    parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"])
+    parser.add_argument("--model", default="qwen3-30b-a3b", choices=list(MODELS))
+    parser.add_argument("--layers", type=int, help="all of the model's")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), help=", ".join(WAYS))
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES), choices=list(BATCHES))
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds of one way")
     parser.add_argument("--runs", type=int, default=0, help="of the workload of whole_model.py, beside the steps")
-    parser.add_argument("--kernels", action="store_true", help="time each kernel of a step called without a graph")
+    parser.add_argument("--kernels", action="store_true", help="time each kernel of a step")
     given = parser.parse_args()
+    given.layers = given.layers or MODELS[given.model]["num_hidden_layers"]
     if torch.cuda.device_count() < given.ranks:
         parser.error(f"--ranks is {given.ranks}, but there are {torch.cuda.device_count()} GPUs")
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     found: dict[str, Any] = {
         "command": " ".join(sys.argv), "device": torch.cuda.get_device_name(), "ranks": given.ranks,
         "versions": {"torch": torch.__version__, "nccl": ".".join(map(str, torch.cuda.nccl.version()))},
-        "model": "qwen3-30b-a3b", "layers": given.layers, "contexts": {str(b): BATCHES[b] for b in given.batches},
+        "model": given.model, "layers": given.layers, "contexts": {str(b): BATCHES[b] for b in given.batches},
         "ways": {}, "failures": {},
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
