@@ -105,11 +105,13 @@ def ways(device: str, devices: int) -> Iterator[Way]:
 
 
 def _lacking(dispatcher: str | None, ranks: int, devices: int) -> str | None:
-    there = f"there {'is' if devices == 1 else 'are'} {devices}"
     if dispatcher in GPU_EACH and devices < ranks:
-        return f"its {ranks} ranks need a GPU each, and {there}"
-    if ranks > max(2, 2 * devices):
-        return f"no more than two ranks share a GPU, and {there}"
+        return f"its {ranks} ranks need a GPU each, and there {'is' if devices == 1 else 'are'} {devices}"
+    places, of_what = (
+        (2 * devices, "than two ranks share a GPU") if devices else (os.cpu_count() or 1, "ranks than cores")
+    )
+    if ranks > max(2, places):
+        return f"no more {of_what}, and there are {devices or places}"
     if dispatcher == "deepep" and find_spec("deep_ep") is None:
         return "deep_ep is not installed"
     return None
