@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from moe_harness.harness.core.contracts import load
+from moe_harness.harness.core.contracts import OVER_RANKS, STAGES, load
 from moe_harness.harness.core.invocation import Trial
 from moe_harness.harness.core.plan import ON_CUDA_ONLY, Planned, Request, plan
 from moe_harness.harness.process.worker import judge_id
 from moe_harness.harness.run.session import RunOptions, judge
-from moe_harness.suites.meta.false_alarms import judge_run
+from moe_harness.suites.meta.false_alarms import judge_busy, judge_run, right, sampled
 from moe_harness.suites.meta.judging import functions_of
 
 SAMPLED = "quantized_experts"  # six formats times three dtypes: the quick profile of one takes half a minute
@@ -107,3 +107,14 @@ def test_the_count_of_false_alarms_counts_what_was_judged(monkeypatch):
     assert counted["elements"] > 0
     assert 0 < counted["worst"] < 1
     assert counted["alarms"] == []
+
+
+def test_alarms_on_a_busy_machine_are_counted_for_every_stage_and_by_what_was_judged(monkeypatch):
+    assert {stage for stage, _, worlds in right() if not worlds} == set(STAGES)
+    assert {stage for stage, _, worlds in right() if worlds} == set(OVER_RANKS)
+    one, other = (sampled("rms_norm", "torch", (), seed) for seed in (1, 2))
+    assert len(one) == len({case.split("/")[1] for case in one}) == 5 and one != other
+    told = {"failures": [{"case": one[0], "message": "late"}], "error": "no rank answers", "coverage": {"executed": 4}}
+    monkeypatch.setattr("moe_harness.harness.run.session.judge", lambda *asked, **options: told)
+    counted = judge_busy("rms_norm", "torch", (), 1)
+    assert [alarm["told"] for alarm in counted["alarms"]] == ["late", "no rank answers"] and counted["cases"] == 4
