@@ -19,15 +19,18 @@ def count_headroom(count: int, draws: int, probability: float) -> float:
 
 
 def count_headrooms(counts: Tensor, draws: int, probabilities: Tensor) -> Tensor:
-    """As `count_headroom` of many counts, each with its probability: one call of scipy costs as much as for one."""
-    from scipy.stats import binom
+    """As `count_headroom` of many counts, each with its probability: one call of scipy costs as much as for one.
+
+    Of scipy.special, which every process has: scipy.stats takes each of them two seconds to import.
+    """
+    from scipy.special import bdtr, bdtrc
 
     count, p = counts.double().numpy(), probabilities.double().clamp(max=1.0).numpy()
     above = count > draws * p
     tail = torch.empty(len(count), dtype=torch.float64)
-    tail[above] = torch.from_numpy(binom.logsf(count[above] - 1, draws, p[above]))
-    tail[~above] = torch.from_numpy(binom.logcdf(count[~above], draws, p[~above]))
-    used = (-(tail + log(2)) / log(10)).clamp(min=0.0) / -log10(statistic_limit())
+    tail[above] = torch.from_numpy(bdtrc(count[above] - 1, draws, p[above]))
+    tail[~above] = torch.from_numpy(bdtr(count[~above], draws, p[~above]))
+    used = (-(tail.log() + log(2)) / log(10)).clamp(min=0.0) / -log10(statistic_limit())
     return torch.where(probabilities > 0, used, torch.where(counts > 0, torch.inf, 0.0))
 
 
@@ -37,7 +40,7 @@ def spread_headroom(counts: Tensor, draws: int, probabilities: Tensor) -> float:
     At 20 the tail of a cell is heavier than a Gaussian's; the statistic is corrected by its known excess of variance,
     so that the limit stays on the safe side.
     """
-    from scipy.stats import chi2
+    from scipy.special import chdtrc
 
     expected = probabilities * draws
     kept = expected >= 20
@@ -46,5 +49,5 @@ def spread_headroom(counts: Tensor, draws: int, probabilities: Tensor) -> float:
         return 0.0
     statistic = float(((counts - expected).square() / expected)[kept].sum())
     excess = sqrt(1 + float((1 / expected[kept]).sum()) / (2 * cells))
-    tail = float(chi2.logsf(cells + (statistic - cells) / excess, cells))
-    return max(0.0, -tail / log(10)) / -log10(statistic_limit())
+    tail = torch.tensor(chdtrc(cells, cells + (statistic - cells) / excess)).log()
+    return max(0.0, float(-tail) / log(10)) / -log10(statistic_limit())
