@@ -1,12 +1,13 @@
 """Every fault of the stage shows in its own example, to the judge itself, and is hidden where it says so."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
 from moe_harness.harness.core.catalogue import Fault, all_faults
-from moe_harness.harness.core.contracts import load
+from moe_harness.harness.core.contracts import REJECTIONS, load
 from moe_harness.harness.core.invocation import Trial
 from moe_harness.harness.diagnosis.candidates import forget
 from moe_harness.harness.stages.quantized_experts.cases import QuantizedCase
@@ -44,3 +45,12 @@ def test_fault_shows_in_its_example(fault: Fault) -> None:
 @pytest.mark.parametrize(("fault", "case"), list(hidden()))
 def test_fault_is_hidden_where_it_says_so(fault: Fault, case: QuantizedCase) -> None:
     assert not killed(fault, case)
+
+
+def test_options_left_at_their_defaults_break_no_fault() -> None:
+    """Five read a bias that was not given and died of it: no evidence of what the judge sees, and named by no cause."""
+    call = Trial(load("quantized_experts", "torch:dequantized"), "cpu").build(QuantizedCase(variant="defaults", T=1))
+    left_out = {name: value for name, value in call.keywords.items() if name == "format"}
+    for fault in FAULTS:
+        with suppress(*REJECTIONS):
+            fault.function(*call.args.values(), **left_out)

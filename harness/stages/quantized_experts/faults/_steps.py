@@ -154,9 +154,10 @@ def run(
 
 
 def arguments(call: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name."""
+    """The arguments of a call by name, those that are left out too."""
     names = (
         "hidden_states", "gate_up_proj", "gate_up_scale", "down_proj", "down_scale", "topk_weights", "topk_ids",
         "format", "activation", "expert_map", "gate_up_bias", "down_bias",
     )  # fmt: skip
-    return dict(zip(names, call, strict=False)) | options
+    left_out = {"activation": "silu", "expert_map": None, "gate_up_bias": None, "down_bias": None}
+    return left_out | dict(zip(names, call, strict=False)) | options
