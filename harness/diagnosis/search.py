@@ -1,6 +1,5 @@
 """The search for a cause: suspects that explain the failing data, told apart and confirmed on other data."""
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -13,6 +12,7 @@ from moe_harness.harness.core.case import Case
 from moe_harness.harness.core.catalogue import Fault, all_faults
 from moe_harness.harness.core.invocation import Broken, Rejected, Trial
 from moe_harness.harness.core.memory import poisoned_allocations
+from moe_harness.harness.core.own_time import own_time
 from moe_harness.harness.core.stage import Stage
 from moe_harness.harness.diagnosis import plain, probed
 from moe_harness.harness.diagnosis.candidates import (
@@ -95,7 +95,7 @@ class Observation:
 
 class _Search:
     def __init__(self, trial: Trial, case: Case, seconds: float):
-        self.trial, self.case, self.end = trial, case, time.monotonic() + seconds
+        self.trial, self.case, self.end = trial, case, own_time() + seconds
         self.all: list[Fault] = []
         self.subtle = False
         self.views: dict[Dataset, Observation | None] = {}  # made once for all searches
@@ -172,7 +172,7 @@ class _Search:
         yield from probes(self.case)
 
     def _out_of_time(self) -> bool:
-        return time.monotonic() > self.end
+        return own_time() > self.end
 
     # ---------------------------------------------------------------------------------------------- one data set
 
@@ -217,9 +217,9 @@ class _Search:
     def _explaining(self, view: Observation) -> tuple[list[Candidate], list[Candidate]]:
         """(suspects that explain the result, the others), each nearest first."""
         tried: list[Candidate] = []
-        alone, half = len(view.calls) == 1, (self.end + time.monotonic()) / 2
+        alone, half = len(view.calls) == 1, (self.end + own_time()) / 2
         for fault in self.all:
-            if time.monotonic() > half and (self._out_of_time() or any(s.fit.explains(len(self.all)) for s in tried)):
+            if own_time() > half and (self._out_of_time() or any(s.fit.explains(len(self.all)) for s in tried)):
                 break  # the other half of the time is for telling apart what was found
             if alone and fault.stateful:  # what the implementation remembers here is not known
                 continue

@@ -4,6 +4,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Self
@@ -219,11 +220,9 @@ class Pool(Backend):
         """The answer of an idle worker to another task than judging; None where it dies or takes too long over it."""
         worker = self.workers[0]
         worker.connection.send(message)
-        try:
-            if worker.connection.poll(budget):
+        with suppress(EOFError, OSError):
+            if _speaks(worker, budget):
                 return worker.connection.recv()
-        except (EOFError, OSError):
-            pass
         worker.stop()
         self.workers[0] = fresh = self._make()
         self._await_loaded(fresh)
@@ -243,7 +242,7 @@ class Pool(Backend):
         try:
             self._await_loaded(worker)
             worker.connection.send(("explain", case_id, EXPLAIN_SECONDS))
-            return worker.connection.recv() if worker.connection.poll(4 * EXPLAIN_SECONDS) else None
+            return worker.connection.recv() if _speaks(worker, 4 * EXPLAIN_SECONDS) else None
         except (EOFError, OSError, HarnessError):  # the failure stands without a cause
             return None
         finally:
@@ -324,6 +323,15 @@ class Pool(Backend):
             error.add_note(told.traceback)
             raise error
         worker.loaded = told
+
+
+def _speaks(worker: Worker, budget: float) -> bool:
+    """Whether there is an answer within so many seconds of the worker's own; OSError where it died."""
+    worker.allow(budget)
+    while not worker.connection.poll(POLL):
+        if worker.is_late():
+            return False
+    return True
 
 
 def _memory_limit(workers: int) -> int:

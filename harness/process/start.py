@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import Any
 
 from moe_harness.harness.core.findings import Loaded
+from moe_harness.harness.core.own_time import waited_for_processor
 
 START_BUDGET = 180.0  # seconds for importing an implementation
 # Files of Triton's and Inductor's compilers and of torch's C++ extensions, as they stand in a stack.
@@ -70,14 +71,6 @@ def _without_main() -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = main
-
-
-def waited_for_processor(pid: int | None) -> float:
-    """Seconds that the main thread of a process was ready to run while others did; 0 where the kernel does not say."""
-    try:
-        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) * 1e-9
-    except (OSError, IndexError, ValueError):
-        return 0.0
 
 
 class Worker:

@@ -1,17 +1,24 @@
 """Whatever an implementation does to its process ends as a verdict, and what was judged before is kept."""
 
+import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from multiprocessing import Pipe
 from pathlib import Path
+from threading import Timer
+from types import SimpleNamespace
 
 import pytest
 
+from moe_harness.harness.core import own_time
 from moe_harness.harness.core.invocation import Broken, _check_entries
 from moe_harness.harness.core.plan import Request, plan
 from moe_harness.harness.process import pool
 from moe_harness.harness.process import start as start_module
 from moe_harness.harness.process.pool import Pool
+from moe_harness.harness.process.start import Worker
 from moe_harness.harness.run.session import RunOptions, judge
 
 HEAD = """
@@ -200,3 +207,31 @@ def test_waiting_for_a_processor_is_no_hang(tmp_path, monkeypatch):
             pool.start()
             statuses.append(pool.judge_one("shared_expert_gate/contract/lead=5").status)
     assert statuses == ["died", "passed"]
+
+
+class Asked(Worker):
+    """A worker that answers after 0.4 s."""
+
+    def __init__(self):
+        self.connection, self.theirs = Pipe()
+        self.process = SimpleNamespace(pid=os.getpid(), is_alive=lambda: False, join=lambda timeout: None)
+        Timer(0.4, self.answer).start()
+
+    def answer(self):
+        with suppress(BrokenPipeError):  # given up
+            self.theirs.send("told")
+
+
+def test_waiting_for_a_processor_costs_no_cause(monkeypatch):
+    """On a busy machine the search for a cause was cut short, and the process that searched was given up."""
+    told = []
+    for waited in (lambda pid: 0.0, lambda pid: time.monotonic()):
+        monkeypatch.setattr(start_module, "waited_for_processor", waited)
+        with Pool("shared_expert_gate", "kernel.py:gate", "cpu", 1, budget=1.0) as asked:
+            asked.workers = [Asked()]
+            monkeypatch.setattr(asked, "_make", Asked)
+            monkeypatch.setattr(asked, "_await_loaded", lambda worker: None)
+            told.append(asked.ask(0.1, "explain"))
+    assert told == [None, "told"]
+    monkeypatch.setattr(own_time, "waited_for_processor", lambda pid: time.monotonic())
+    assert abs(own_time.own_time()) < 0.1

@@ -12,7 +12,6 @@ and it is told where it explains all calls and the right distribution does not. 
 the sum of log p over the rows that draw with numbers of their own.
 """
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import inf, log
@@ -25,6 +24,7 @@ from moe_harness.harness.core.call import Call
 from moe_harness.harness.core.case import Case
 from moe_harness.harness.core.catalogue import Fault, all_faults
 from moe_harness.harness.core.invocation import Broken, Rejected, Trial
+from moe_harness.harness.core.own_time import own_time
 from moe_harness.harness.diagnosis.candidates import in_every_form, suspects
 from moe_harness.harness.diagnosis.datasets import probes
 from moe_harness.harness.stages.sampler.bound import count_headroom, spread_headroom
@@ -86,7 +86,7 @@ def known() -> int:
 
 def explain(trial: Trial, case: Case, seconds: float) -> list[dict[str, str]]:
     """The faults that explain what a sampler draws, best first; [] where none does."""
-    started = time.monotonic()
+    started = own_time()
     looked: list[tuple[View, Prediction, str]] = []
     wrong: list[tuple[View, Prediction, str]] = []
     seen: dict[Any, int] = {}
@@ -94,14 +94,14 @@ def explain(trial: Trial, case: Case, seconds: float) -> list[dict[str, str]]:
         right = Prediction(view.padded(distribution(view.call)), _places(view.call))
         message = _wrong(trial, view, right, seen)
         (wrong if message else looked).append((view, right, message))
-        if time.monotonic() - started > seconds / 2:  # the rest is for the suspects
+        if own_time() - started > seconds / 2:  # the rest is for the suspects
             break
     if not wrong:
         return []
     found = [Account(fault) for fault in in_every_form(suspects("sampler", trial.device, trial.subject.declared))]
     for view, right, message in [*wrong, *looked]:
         for account in found:
-            prediction = None if time.monotonic() - started > seconds else _predicted(account.fault, view)
+            prediction = None if own_time() - started > seconds else _predicted(account.fault, view)
             if prediction is not None:
                 _weigh(account, view, prediction, right if message else None)
         found = [account for account in found if not account.against]
