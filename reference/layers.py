@@ -104,7 +104,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, float, State], Tensor]
 def turn(rope: Rope, start: int, x: Tensor, state: State) -> Turn:
     """Cosine and sine at the positions `start` on of x [B, L, ...], both [L, 1, D / 2] in its dtype."""
     positions = torch.arange(start, start + x.shape[1], device=x.device).to(x.dtype)
-    angle = state.store("angle", positions[:, None] * rope.frequencies(x.dtype, x.device))[:, None, :]
+    angle = state.store("angle", positions[:, None] * rope.frequencies(x.dtype, x.device))[..., None, :]
     cosine, sine = (state.store("cosine", of * rope.magnitude) for of in (angle.cos(), angle.sin()))
     return cosine, sine
 

@@ -80,11 +80,11 @@ def likelihood(eager):
         whole, start = eager.tokens.gold(replace(requests(1)[0], prompt=prompt, gold=gold))
         ids = torch.tensor([whole])
 
-        def each(state):
-            return model(ids, state).log_softmax(-1).gather(-1, ids.roll(-1)[..., None])
+        def each(ids, state):
+            return model(ids, state).log_softmax(-1).gather(-1, ids.roll(-1, -1)[..., None])
 
         with torch.inference_mode():
-            bound, answer = noise_bound(model, each, torch.float32), slice(start - 1, -1)
+            bound, answer = noise_bound(model, each, ids, torch.float32), slice(start - 1, -1)
         assert bound.routed[0, answer].all()
         return float(bound.value[0, answer].sum()), bounds.max_limit() * float(bound.sigma[0, answer].sum())
 

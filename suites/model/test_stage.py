@@ -1,11 +1,18 @@
 """The stage `model` judges: right models pass, each wrong one fails, and what cannot be asked is said."""
 
 import pytest
+import torch
 
+from moe_harness.fixtures import checkpoints
 from moe_harness.harness.core.contracts import load
 from moe_harness.harness.core.invocation import Trial
 from moe_harness.harness.core.plan import Request, plan
 from moe_harness.harness.process.worker import judge_id
+from moe_harness.harness.stages.model import noise
+from moe_harness.harness.stages.model.cases import ModelCase
+from moe_harness.harness.stages.model.noise import logit_bound
+from moe_harness.harness.stages.model.stage import ask
+from moe_harness.reference.model import Model
 from moe_harness.suites.model import wrong_models
 
 FILE = "moe_harness.suites.model.wrong_models"
@@ -114,3 +121,25 @@ def fails(spec: str, cases: list[str]) -> bool:
         if status == "failed":
             return True
     return False
+
+
+def test_of_dense_models_in_bf16_enough_can_be_judged() -> None:
+    """Of four random prompts none had certain tokens for long: 55 to 65 %, where less than 50 % are an error."""
+    question = ask(ModelCase(variant="tokens", family="qwen3", dtype="bf16", B=5, new=8, seed=26))
+    assert question.certain is not None and float(question.certain.double().mean()) >= 0.75
+
+
+def test_runs_at_once_are_as_far_apart_as_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = checkpoints.config("qwen3", num_hidden_layers=2)
+    model, ids = Model(keys, checkpoints.tensors(keys)), torch.arange(2 * 50).view(2, 50) % keys["vocab_size"]
+    at_once = logit_bound(model, ids, torch.float32).sigma
+    monkeypatch.setattr(noise, "ELEMENTS", 1)
+    alone = logit_bound(model, ids, torch.float32).sigma
+    assert torch.allclose(at_once.mean(-1), alone.mean(-1), rtol=0.4)
+    assert float(at_once.mean()) == pytest.approx(float(alone.mean()), rel=0.05)
+
+
+def test_each_run_rounds_its_own_angles() -> None:
+    """They have no row of their own, and of a dozen runs at once all would have one rounding."""
+    rounded = noise.RandomRounding(torch.bfloat16, 64, rows=12, seed=0)("angle", torch.full((5, 4), 100.0).double())
+    assert rounded.shape == (12, 5, 4) and bool((rounded[0] != rounded[1:]).all())

@@ -6,7 +6,7 @@ begin as NaN, sequences are at different places, some steps have pad rows, and r
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def bound(size: str, dtype: torch.dtype) -> NoiseBound:
     keys = checkpoints.config(FAMILY, **SIZES[size])
     reference = Reference(keys, checkpoints.tensors(keys))
     with torch.no_grad():
-        return noise_bound(reference, lambda state: reference.attention(0, hidden().double(), state), dtype)
+        return noise_bound(reference, partial(reference.attention, 0), hidden().double(), dtype)
 
 
 def model_of(folder: Path, size: str, dtype: torch.dtype, step: Function | None, walk: Function) -> Model:

@@ -64,7 +64,7 @@ def bisect(
     state = State()
     for i in range(reference.layers):
         enters = hidden.to(dtype)
-        bound = noise_bound(reference, partial(reference.layer, i, enters.double()), dtype)
+        bound = noise_bound(reference, partial(reference.layer, i), enters.double(), dtype)
         judged = _judged(i, bound, model.layer(i, enters.to(device)).cpu())
         found.layers.append(judged)
         progress(judged)
@@ -91,7 +91,7 @@ def _halves(model: Any, reference: Model, i: int, enters: Tensor, dtype: torch.d
         return {}
     found = {}
     for name in HALVES:
-        bound = noise_bound(reference, partial(getattr(reference, name), i, enters.double()), dtype)
+        bound = noise_bound(reference, partial(getattr(reference, name), i), enters.double(), dtype)
         found[name] = _judged(i, bound, model.half(i, name, enters.to(device)).cpu())
         enters = getattr(reference, name)(i, enters.double(), State()).to(dtype)
     return found
@@ -105,7 +105,7 @@ def _explanations(result: Tensor, reference: Model, i: int, enters: Tensor, dtyp
         try:
             changed = change(dict(reference.config), dict(held))
             near = result.shape == enters.shape and _near(result, changed.layer(i, enters.double(), State()), dtype)
-            bound = noise_bound(changed, partial(changed.layer, i, enters.double()), dtype) if near else None
+            bound = noise_bound(changed, partial(changed.layer, i), enters.double(), dtype) if near else None
         except (KeyError, ValueError, RuntimeError, IndexError):
             continue  # this layer has nothing of the kind
         if bound is not None and not _judged(i, bound, result).wrong:

@@ -7,7 +7,6 @@
 A change is told where it explains the failing call and, where that fails too, a call of other weights and prompts.
 """
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,10 +19,11 @@ from moe_harness.harness.core.bounds import DTYPES
 from moe_harness.harness.core.case import Case
 from moe_harness.harness.core.errors import CannotJudge
 from moe_harness.harness.core.invocation import Broken, Rejected, Trial
+from moe_harness.harness.core.own_time import own_time
 from moe_harness.harness.diagnosis.plain import ADVICE, kind
 from moe_harness.harness.stages.model.cases import SERVED, ModelCase
 from moe_harness.harness.stages.model.changes import AROUND, IN_LAYERS
-from moe_harness.harness.stages.model.noise import NoiseBound, noise_bound
+from moe_harness.harness.stages.model.noise import NoiseBound, Run, noise_bound
 from moe_harness.harness.stages.model.stage import ModelCall, Question, continued, followed, prompts_of
 from moe_harness.reference.model import Model, State
 
@@ -100,7 +100,7 @@ def explain(trial: Trial, case: Case, seconds: float) -> list[dict[str, str]]:
     assert isinstance(case, ModelCase)
     if case.variant in SERVED:
         return []
-    end, first = time.monotonic() + seconds, _seen(trial, case)
+    end, first = own_time() + seconds, _seen(trial, case)
     if first is None:
         return []
     name, _ = kind(first.got, {})
@@ -120,7 +120,7 @@ def explain(trial: Trial, case: Case, seconds: float) -> list[dict[str, str]]:
 def of_logits(question: Question, case: ModelCase, logits: Tensor, seconds: float) -> list[dict[str, str]]:
     """What a model over ranks does instead, where its ranks do it alike, by the logits [B, L, V] of one of them."""
     reply = ModelReply(case, question, logits.flatten(0, 1))
-    found = _explaining(reply, _suspects(reply), time.monotonic() + seconds)
+    found = _explaining(reply, _suspects(reply), own_time() + seconds)
     return [{"fault": suspect.told(), "evidence": evidence} for suspect, evidence in found[:TOLD]]
 
 
@@ -153,7 +153,7 @@ def _explaining(reply: ModelReply, suspects: list[Suspect], end: float) -> list[
     right = Model(question.keys, {name: weight.double() for name, weight in question.weights.items()})
     found: list[tuple[Suspect, str]] = []
     for suspect in suspects:
-        if time.monotonic() > end or (suspect.where is not None and any(other.where is None for other, _ in found)):
+        if own_time() > end or (suspect.where is not None and any(other.where is None for other, _ in found)):
             break
         changed = suspect.model(right)
         try:
@@ -179,7 +179,7 @@ def _layers(reply: ModelReply, suspect: Suspect, changed: Model) -> str | None:
         right = _worst(own, got[i])
         if right <= bounds.max_limit():
             continue
-        z = _worst_of(partial(changed.layer, i, stream.double()), changed, own, reply, got[i])
+        z = _worst_of(partial(changed.layer, i), stream.double(), changed, own, reply, got[i])
         if z is None:
             return None
         wrong.append(i)
@@ -192,7 +192,7 @@ def _logits(reply: ModelReply, suspect: Suspect, changed: Model) -> str | None:
     bound = reply.question.bound
     assert bound is not None
     got = reply.got.view(bound.value.shape)
-    z = _worst_of(partial(changed, reply.question.ids), changed, bound, reply, got)
+    z = _worst_of(changed, reply.question.ids, changed, bound, reply, got)
     return None if z is None else _sigmas(z, _worst(bound, got))
 
 
@@ -201,16 +201,16 @@ def _sigmas(near: float, far: float) -> str:
 
 
 def _worst_of(
-    run: Callable[[State], Tensor], changed: Model, right: NoiseBound, reply: ModelReply, got: Tensor
+    run: Run, given: Tensor, changed: Model, right: NoiseBound, reply: ModelReply, got: Tensor
 ) -> float | None:
     """The largest |z| from a changed computation; None where it is not within rounding of that.
 
     Positions whose routing a rounding may change may differ, as long as HALF of all do not.
     """
-    value, noise = run(State()), right.sigma.square().mean() / right.value.square().mean()
+    value, noise = run(given, State()), right.sigma.square().mean() / right.value.square().mean()
     if not (got.double() - value).square().mean() <= NEAR**2 * noise * value.square().mean():
         return None
-    bound = noise_bound(changed, run, reply.dtype)
+    bound = noise_bound(changed, run, given, reply.dtype)
     z = bound.z(got).abs().nan_to_num(float("inf")).amax(-1)
     within = z <= bounds.max_limit()
     if bool((bound.routed & ~within).any()) or within.double().mean() < HALF:

@@ -22,7 +22,10 @@ from moe_harness.harness.core import bounds
 from moe_harness.reference import moe_block
 from moe_harness.reference.model import Model, Routing, State
 
+Run = Callable[[Tensor, State], Tensor]
+
 RUNS = 12
+ELEMENTS = 1 << 22  # of the results of runs that are made at once; more runs than that have one after the other
 PRODUCTS = ("qkv", "attention", "attention_output", "gate_up", "expert_output", "mlp_output", "logits")
 
 
@@ -30,20 +33,26 @@ class RandomRounding:
     """`State.store` with the error of one rounding to `dtype` at every place, half an ulp to either side.
 
     Results of products get the error of their fp32 accumulation over `depth` terms too, which is what counts in fp32.
-    Its terms' squares sum up to about the mean square of the results, as signs are random.
+    Its terms' squares sum up to about the mean square of the results, as signs are random.  Runs are made at once, as
+    more `rows` of a batch; angles have no rows of their own and are rounded for each.
     """
 
-    def __init__(self, dtype: torch.dtype, depth: int, seed: int):
-        self.dtype, self.accumulation = dtype, bounds.accumulation(depth)
+    def __init__(self, dtype: torch.dtype, depth: int, rows: int, seed: int):
+        self.dtype, self.accumulation, self.rows = dtype, bounds.accumulation(depth), rows
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, name: str, value: Tensor) -> Tensor:
         dtype = torch.float32 if name == "angle" else self.dtype
+        value = value.expand(self.rows, *value.shape) if name == "angle" else value
         width = bounds.ulp(value, dtype)
         if name in PRODUCTS:
             accumulated = self.accumulation * value.square().mean(-1, keepdim=True)
             width = (width.square() + 12 * accumulated).sqrt()  # one draw with the variance of both
-        return value + (torch.rand(value.shape, generator=self.generator, dtype=torch.float64) - 0.5) * width
+        return value + self.uniform(value) * width
+
+    def uniform(self, value: Tensor) -> Tensor:
+        """Numbers between -1/2 and 1/2, one for each of `value`; 24 bits of each are enough and half the time."""
+        return torch.rand(value.shape, generator=self.generator).sub_(0.5).double()
 
 
 @dataclass(frozen=True)
@@ -76,27 +85,29 @@ class NoiseBound:
 
 
 def noise_bound(
-    model: Model, run: Callable[[State], Tensor], dtype: torch.dtype, forced: Mapping[int, Routing] | None = None
-) -> NoiseBound:
-    """The bound of `run`, which computes [B, L, columns] with `model` and a State, in `dtype`.
+    model: Model, run: Run, given: Tensor, dtype: torch.dtype, forced: Mapping[int, Routing] | None = None,
+    runs: int = RUNS,
+) -> NoiseBound:  # fmt: skip
+    """The bound of `run`, which computes [B, L, columns] with `model` of `given` [B, ...] and a State, in `dtype`.
 
     The routing that fp64 chooses is forced in every noisy run, unless another one is given.
     """
     state = State(forced=forced or {})
-    value = run(state)
+    value = run(given, state)
     clean = {layer: logits for layer, (logits, _, _) in state.routed.items()}
     routing = {layer: (weights, ids) for layer, (_, weights, ids) in state.routed.items()}
-    sizes = ("hidden_size", "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size",
-             "kv_lora_rank", "q_lora_rank")  # fmt: skip
-    depth = max(model.config["num_attention_heads"] * model.head_dim, *(model.config.get(key) or 0 for key in sizes))
-    errors, wandering = [], {layer: torch.zeros_like(logits) for layer, logits in clean.items()}
-    for seed in range(RUNS):
-        noisy = State(forced=routing, store=RandomRounding(dtype, depth, seed))
-        errors.append(run(noisy) - value)
+    square, wandering = torch.zeros_like(value), {layer: torch.zeros_like(logits) for layer, logits in clean.items()}
+    at_once = max(1, min(runs, ELEMENTS // max(1, value.numel())))
+    for first in range(0, runs, at_once):
+        copies = min(at_once, runs - first)
+        rounding = RandomRounding(dtype, _depth(model), copies * len(given), first)
+        again = {layer: (_times(copies, weights), _times(copies, ids)) for layer, (weights, ids) in routing.items()}
+        noisy = State(forced=again, store=rounding)
+        error = run(_times(copies, given), noisy).unflatten(0, (copies, -1)) - value
+        square += error.square().sum(0) / runs
         for layer, (logits, _, _) in noisy.routed.items():
-            rounded = logits + (torch.rand_like(logits) - 0.5) * bounds.ulp(logits, dtype)
-            wandering[layer] += (rounded - clean[layer]).square() / RUNS
-    square = torch.stack(errors).square().mean(0)
+            rounded = logits + rounding.uniform(logits) * bounds.ulp(logits, dtype)
+            wandering[layer] += (rounded.unflatten(0, (copies, -1)) - clean[layer]).square().sum(0) / runs
     by_position, by_column = square.mean(-1, keepdim=True), square.mean((0, 1), keepdim=True)
     sigma = (by_position * by_column / square.mean()).sqrt()
     routed = torch.ones(value.shape[:2], dtype=torch.bool)
@@ -107,6 +118,18 @@ def noise_bound(
             )
             routed &= settled.view(routed.shape)
     return NoiseBound(value, sigma, routed.long().cumprod(-1).bool())
+
+
+def _depth(model: Model) -> int:
+    """The longest sum of a product."""
+    sizes = ("hidden_size", "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size",
+             "kv_lora_rank", "q_lora_rank")  # fmt: skip
+    return max(model.config["num_attention_heads"] * model.head_dim, *(model.config.get(key) or 0 for key in sizes))
+
+
+def _times(copies: int, rows: Tensor) -> Tensor:
+    """All rows, so many times."""
+    return rows.repeat(copies, *(1 for _ in rows.shape[1:]))
 
 
 def _settled(logits: Tensor, variance: Tensor, k: int, rule: moe_block.RoutingRule) -> Tensor:
@@ -134,7 +157,7 @@ def _apart(values: Tensor, k: int, spread: Tensor) -> Tensor:
 
 
 def logit_bound(
-    model: Model, ids: Tensor, dtype: torch.dtype, forced: Mapping[int, Routing] | None = None
+    model: Model, ids: Tensor, dtype: torch.dtype, forced: Mapping[int, Routing] | None = None, runs: int = RUNS
 ) -> NoiseBound:
     """The bound of all logits of ids [B, L]."""
-    return noise_bound(model, lambda state: model(ids, state), dtype, forced)
+    return noise_bound(model, model, ids, dtype, forced, runs)

@@ -26,12 +26,15 @@ from moe_harness.harness.core.invocation import Broken, Rejected
 from moe_harness.harness.core.stage import Declared, Output, Stage, Truths
 from moe_harness.harness.stages.model import served
 from moe_harness.harness.stages.model.cases import SERVED, ModelCase
-from moe_harness.harness.stages.model.noise import NoiseBound, logit_bound, noise_bound
+from moe_harness.harness.stages.model.noise import RUNS, NoiseBound, logit_bound, noise_bound
 from moe_harness.harness.stages.model.served import Draws, Served
 from moe_harness.reference.model import Model, State
 
 CANDIDATES = 4  # random prompts for each that is asked
 OF_LONG = 2  # ... of more than LONG tokens, whose bound takes seconds
+ROUNDS = 4  # of so many candidates, as long as less than PLENTY of the tokens are certain
+PLENTY = 0.8
+FEW_RUNS = 3  # enough to choose among them
 LONG = 100
 LENGTHS = 3  # of the prompts of one call
 FLOOR = 0.5  # of the positions, that at least are judged
@@ -196,7 +199,7 @@ def ask(case: ModelCase) -> Question:
         checkpoints.pair_experts(weights, keys)
     model = Model(keys, {name: weight.double() for name, weight in weights.items()})  # once, not in every run
     draw = torch.Generator().manual_seed(case.seed + 7)
-    ids = torch.randint(0, keys["vocab_size"], (_candidates(case) * case.B, case.L), generator=draw)
+    ids = torch.randint(0, keys["vocab_size"], (ROUNDS * _candidates(case) * case.B, case.L), generator=draw)
     make = {"logits": _logits, "layers": _layers, "drawn": _drawn, "temperature": _temperature}
     question = make.get(case.variant, _tokens)(case, model, ids)
     if case.variant in ("counts", "stops", "again"):
@@ -243,7 +246,7 @@ def _layers(case: ModelCase, model: Model, ids: Tensor) -> Question:
     hidden = model.embed(ids)
     for i in range(model.layers):
         streams.append(hidden.to(dtype))
-        found.append(noise_bound(model, partial(model.layer, i, streams[-1].double()), dtype))
+        found.append(noise_bound(model, partial(model.layer, i), streams[-1].double(), dtype))
         hidden = model.layer(i, hidden, state)
     bound = NoiseBound(*(torch.cat([getattr(one, part) for one in found]) for part in ("value", "sigma", "routed")))
     return _enough(Question(model.config, {}, ids, bound, streams), bound.routed)
@@ -252,24 +255,36 @@ def _layers(case: ModelCase, model: Model, ids: Tensor) -> Question:
 def _tokens(case: ModelCase, model: Model, ids: Tensor) -> Question:
     """Greedy tokens of the reference; certain up to where a rounding could change one, or a routing before it.
 
-    For each place the candidate is taken whose tokens stay certain longest.
+    For each place the candidate is taken whose tokens stay certain longest; those of the first round are enough but for
+    dense models in bf16, of which little more than FLOOR could be judged.
     """
     rows = ids.view(-1, case.B, case.L)
     if case.variant == "again":  # prompts of one length begin alike
         rows[:, :, : case.L // 2] = rows[0, 0, : case.L // 2]
-    places = torch.arange(case.B)
     chosen = torch.empty(case.B, case.L, dtype=torch.int64)
-    tokens, certain = torch.empty(case.B, case.new, dtype=torch.int64), torch.empty(case.B, case.new, dtype=torch.bool)
-    for shortened in range(LENGTHS):
-        here = places[places % LENGTHS == shortened]
-        if len(here):
-            prompts = rows[:, here, min(shortened, case.L - 1) :].flatten(0, 1)
-            found, sure = (part.view(len(rows), len(here), -1) for part in continued(case, model, prompts))
-            best = sure.sum(-1).argmax(0)
-            each = torch.arange(len(here))
-            tokens[here], certain[here], chosen[here] = found[best, each], sure[best, each], rows[best, here]
+    tokens, certain = torch.zeros(case.B, case.new, dtype=torch.int64), torch.zeros(case.B, case.new, dtype=torch.bool)
+    for candidates in rows.split(_candidates(case)):
+        left = (~certain.all(-1)).nonzero()[:, 0]
+        for here in (left[left % LENGTHS == shortened] for shortened in range(LENGTHS)):
+            if len(here):
+                found, sure, best = _best(case, model, candidates[:, here, min(int(here[0]) % LENGTHS, case.L - 1) :])
+                better = sure.sum(-1) >= certain[here].sum(-1)
+                at = here[better]
+                tokens[at], certain[at] = found[better], sure[better]
+                chosen[at] = candidates[best, here][better]
+        if float(certain.double().mean()) >= PLENTY:
+            break
     question = Question(model.config, {}, chosen, None, tokens=tokens, certain=certain)
     return _enough(question, certain)
+
+
+def _best(case: ModelCase, model: Model, candidates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of prompts [N, B, L] the best for each place: new tokens, which are certain, both [B, new], and its number."""
+    rows = followed(model, candidates.flatten(0, 1), case.new)
+    likely = certain_of(case, model, rows, runs=FEW_RUNS).view(*candidates.shape[:2], case.new)
+    best = likely.sum(-1).argmax(0)
+    rows = rows.view(*candidates.shape[:2], -1)[best, torch.arange(len(best))]
+    return rows[:, -case.new :], certain_of(case, model, rows), best
 
 
 def _tails(case: ModelCase, model: Model, prompts: list[list[int]]) -> list[served.Ask]:
@@ -295,9 +310,14 @@ def followed(model: Model, prompts: Tensor, new: int) -> Tensor:
 def continued(case: ModelCase, model: Model, prompts: Tensor) -> tuple[Tensor, Tensor]:
     """Greedy tokens [N, new] after prompts [N, L], and which of them are certain."""
     row = followed(model, prompts, case.new)
-    bound = logit_bound(model, row[:, :-1], DTYPES[case.dtype])
+    return row[:, -case.new :], certain_of(case, model, row)
+
+
+def certain_of(case: ModelCase, model: Model, row: Tensor, runs: int = RUNS) -> Tensor:
+    """Of greedy tokens at the end of rows [N, L + new] those, [N, new], that no permitted rounding changes."""
+    bound = logit_bound(model, row[:, :-1], DTYPES[case.dtype], runs=runs)
     sure = bound.routed & bound.decided()
-    return row[:, -case.new :], sure[:, -case.new :].long().cumprod(-1).bool()
+    return sure[:, -case.new :].long().cumprod(-1).bool()
 
 
 def _enough(question: Question, judged: Tensor) -> Question:
