@@ -57,10 +57,14 @@ class Trial:
     def prepare(self, case: Case) -> Call:
         """The call that `build` hands out next for the case, with what a right result is."""
         call = self._built(case)
-        if self.stage.count(call) <= PART:
-            call.truth = self.stage.truth(call, self.subject.declared.rounds)
+        self.expect(call)
         self.hand_out(call)
         return call
+
+    def expect(self, call: Call) -> None:
+        """Note what is right, where the result is judged at once."""
+        if call.truth is None and self.stage.count(call) <= PART:
+            call.truth = self.stage.truth(call, self.subject.declared.rounds)
 
     def hand_out(self, call: Call) -> None:
         """What `build` hands out next for the case of a call is this one."""

@@ -186,10 +186,17 @@ def likelihood_of(stage: Stage, call: Call) -> Any:
     outputs = stage.outputs(call)
     if not all(dtype.is_floating_point for output in outputs for dtype in output.dtypes):
         raise Undiagnosable(f"{stage.name} returns integers and has no likelihood.py")
-    found = stage.expect(call, None)
+    found = call.truth if _permits_all(call) else stage.expect(call, None)
     truths = found if isinstance(found, tuple) else (found,)
     parts = [Values(_bound(of), output.dtypes[0]) for of, output in zip(truths, outputs, strict=True)]
     return parts[0] if len(parts) == 1 else Several(parts)
+
+
+def _permits_all(call: Call) -> bool:
+    """Whether what the judge takes for right, where that is known, is what every permitted rounding may give."""
+    known = call.truth if isinstance(call.truth, tuple) else (call.truth,)
+    nothing_declared = call.declared is not None and call.declared.rounds is None
+    return nothing_declared and any(isinstance(of, Bound) for of in known)  # without a bound one value alone is right
 
 
 def _bound(truth: Truth) -> Bound:

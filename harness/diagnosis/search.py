@@ -178,8 +178,10 @@ class _Search:
 
     def _observe(self, dataset: Dataset) -> Observation | None:
         """What the implementation does there; None where it refuses or breaks."""
-        calls = [self.trial.build(case) for case in dataset.cases]
-        truths = self._truths(calls)
+        calls = self._calls(dataset)
+        return self._observed(dataset, calls, self._truths(calls))
+
+    def _observed(self, dataset: Dataset, calls: list[Call], truths: list[Any]) -> Observation | None:
         got = self._got(calls)
         if got is None:
             return None
@@ -200,7 +202,12 @@ class _Search:
             found.append(tuple(r.clone() for r in result) if isinstance(result, tuple) else result.clone())
         return found
 
+    def _calls(self, dataset: Dataset) -> list[Call]:
+        return [self.trial.build(case) for case in dataset.cases]
+
     def _truths(self, calls: Sequence[Call]) -> list[Any]:
+        for call in calls:
+            self.trial.expect(call)  # the bound of the likelihood is the judge's too, where nothing is declared
         return [likelihood_of(self.trial.stage, call) for call in calls]
 
     def _fit(self, view: Observation, candidate: Sequence[Any], wavering: Sequence[tuple] | None = None) -> Fit:
@@ -266,7 +273,7 @@ class _Search:
     def _try(self, alive: list[Candidate], dataset: Dataset) -> None:
         """One more data set, where the suspects differ from each other or one of them still has to be confirmed."""
         try:
-            calls = [self.trial.build(case) for case in dataset.cases]
+            calls = self._calls(dataset)
         except (RuntimeError, ValueError, IndexError):  # a shape for which this kind of data does not exist
             return
         outputs = [results(self.trial.stage, s.fault, calls) for s in alive]
@@ -278,7 +285,8 @@ class _Search:
         differ = any(out is None or not self._same(truths, outputs[0], out) for out in outputs) if outputs[0] else True
         if not differ and all(len(s.confirmed) >= CONFIRMATIONS for s in alive):
             return
-        view = self._observe(dataset)
+        untouched = all(out is not None for out in outputs)  # one that broke may have written into its operands
+        view = self._observed(dataset, calls, truths) if untouched else self._observe(dataset)
         if view is None:
             return
         for candidate, out, seen in zip(alive, outputs, shows, strict=True):
