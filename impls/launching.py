@@ -18,6 +18,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from math import prod
 from operator import itemgetter
 from threading import Lock
@@ -25,7 +26,6 @@ from types import BuiltinFunctionType
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 __all__ = ["Prepared", "Repeated", "empty", "launch"]
@@ -81,6 +81,8 @@ class Launcher:
 
 def _bare(run: Any) -> tuple[Callable[..., None], tuple[Callable[["_Tiles"], list[Any]], ...]] | None:
     """The function inside a launcher of Triton 3.6 that needs no scratch memory, and the makers of its descriptors."""
+    import triton  # here, since what is no kernel imports this module too: it takes each rank of a CPU a third of a second
+
     if not triton.__version__.startswith("3.6.") or type(run).__name__ != "CudaLauncher":
         return None
     if run.global_scratch_size or run.profile_scratch_size:
@@ -103,7 +105,14 @@ def ordered(kernel: Any, arguments: Sequence[Any], constants: Mapping[str, Any])
 
 def _current_stream(device: int) -> int:
     """The current stream of a device, as launchers take it."""
-    return triton.runtime.driver.active.get_current_stream(device)
+    return _streams()(device)
+
+
+@cache
+def _streams() -> Callable[[int], int]:
+    import triton
+
+    return triton.runtime.driver.active.get_current_stream
 
 
 def _current_device() -> int:
