@@ -81,7 +81,7 @@ class Launcher:
 
 def _bare(run: Any) -> tuple[Callable[..., None], tuple[Callable[["_Tiles"], list[Any]], ...]] | None:
     """The function inside a launcher of Triton 3.6 that needs no scratch memory, and the makers of its descriptors."""
-    import triton  # here, since what is no kernel imports this module too: it takes each rank of a CPU a third of a second
+    import triton  # here: dispatchers import this module too, and each rank of a CPU would wait a third of a second
 
     if not triton.__version__.startswith("3.6.") or type(run).__name__ != "CudaLauncher":
         return None
