@@ -22,4 +22,5 @@ INNER_FULL = (*INNER, 2, 3, 7, 17, 31, 33, 48, 65, 127, 128, 129, 192, 256, 257)
 
 WIDTHS_BEYOND_4096 = (4097, 5120, 7168, 8192)
 
+LAYOUTS_OF_ONE = ("unit", "padded", "strided", "outer_padded", "transposed")  # where a dimension of size 1 may mislead
 LAYOUTS = ("padded", "offset", "strided", "transposed", "outer_padded", "expanded", "unit")

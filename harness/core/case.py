@@ -5,9 +5,10 @@ their default are left out of the id.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Self
+from itertools import product
+from typing import Any, ClassVar, Self, TypeVar
 
 from moe_harness.harness.core.errors import UsageError, unknown
 from moe_harness.harness.core.registry import needed_part, stages_with
@@ -73,6 +74,21 @@ class Case:
     def part(self) -> str:
         """Which part of the core it belongs to: an implementation passes that is judged in all of one part."""
         return self.dtype
+
+
+Kind = TypeVar("Kind", bound=Case)
+
+
+def crossed(kind: type[Kind], **fields: Any) -> Iterator[Kind]:
+    """A case for every combination of the fields that are tuples, of which the last one changes first."""
+    choices = [values if isinstance(values, tuple) else (values,) for values in fields.values()]
+    for chosen in product(*choices):
+        yield kind(**dict(zip(fields, chosen, strict=True)))
+
+
+def layouts(operands: Sequence[str], kinds: Sequence[str]) -> tuple[str, ...]:
+    """Every operand laid out in every way, as cases spell it."""
+    return tuple(f"{operand}:{kind}" for operand in operands for kind in kinds)
 
 
 def in_shapes(cases: Iterable[Case], *shapes: Mapping[str, Any]) -> Iterator[Case]:

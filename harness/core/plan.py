@@ -102,6 +102,12 @@ class Planned(NamedTuple):
         return f"{self.case.stage}/{self.check}/{self.case.id()}"
 
 
+def on_cuda(small: Iterable[Case], large: Iterable[Case] = ()) -> dict[str, Iterable[Case]]:
+    """The checks of a GPU by name: of small cases in a graph or on a stream of their own, of large ones the offsets."""
+    small = list(small)
+    return {"graph_replay": small, "side_stream": small} | ({"large_offsets": large} if large else {})
+
+
 def plan(stage: str, request: Request) -> list[Planned]:
     """Every (check, case) of a run, in the order of judgement; equal ones appear once."""
     by_check = needed_part(stage, "cases").plan(request)

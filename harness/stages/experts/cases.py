@@ -1,13 +1,13 @@
 """Cases of the stage `experts`."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any, ClassVar, Self
 
 from moe_harness.harness.core import boundaries as at
-from moe_harness.harness.core.case import Case, in_shapes, tile_steps
-from moe_harness.harness.core.plan import Request, pairwise
+from moe_harness.harness.core.case import Case, crossed, in_shapes, layouts, tile_steps
+from moe_harness.harness.core.plan import Request, on_cuda, pairwise
 
 ROUTINGS = ("uniform", "one", "skewed", "duplicates", "last")
 MASKS = ("none", "some", "rows")
@@ -125,8 +125,8 @@ def _exact(request: Request) -> Iterator[Case]:
             experts, top_k = next(pairs)
             yield ExpertsCase(T=tokens, E=experts, k=top_k, dtype=dtype, **plain)
     for experts, top_k in (*at.RELEASED_EXPERTS, *at.ODD_EXPERTS):
-        for tokens in request.pick((3, 4, 40), (1, 3, 4, 16, 40, 64, 200)):
-            yield ExpertsCase(T=tokens, E=experts, k=top_k, dtype=request.dtypes[-1], **plain)
+        some = request.pick((3, 4, 40), (1, 3, 4, 16, 40, 64, 200))
+        yield from crossed(ExpertsCase, T=some, E=experts, k=top_k, dtype=request.dtypes[-1], **plain)
     tokens = request.shuffled(at.TOKENS[1:])
     yield from _from_rows(pairwise(_axes(request), request.seed), tokens, data="exact")
     last = request.dtypes[-1]
@@ -134,8 +134,8 @@ def _exact(request: Request) -> Iterator[Case]:
         yield ExpertsCase(T=21, H=width, I=inner, data="exact", dtype=last)
     for tokens, dtype in zip(at.TOKENS_MANY, cycle(request.dtypes)):  # noqa: B905 - dtypes repeat
         yield ExpertsCase(T=tokens, H=16, I=16, E=8, k=2, data="exact", dtype=dtype)
-    for tokens in (4095, 4096, 4097):  # T * k around 2^15
-        yield ExpertsCase(T=tokens, H=8, I=8, E=8, k=8, data="exact", dtype=last)
+    around = (4095, 4096, 4097)  # T * k around 2^15
+    yield from crossed(ExpertsCase, T=around, H=8, I=8, E=8, k=8, data="exact", dtype=last)
     yield ExpertsCase(T=33_000, H=4, I=8, E=2, k=1, routing="one", data="exact", dtype=last)
     yield ExpertsCase(T=9, H=8, I=4104, E=3, data="exact", dtype=last)
     yield ExpertsCase(T=9, H=4104, I=8, E=3, data="exact", dtype=last)
@@ -191,8 +191,8 @@ def _turning(request: Request) -> Iterator[Case]:
 def _numeric(request: Request) -> Iterator[Case]:
     for activation in ("silu", "gelu_tanh"):
         for dtype in request.dtypes:
-            for weights in ("fp32", "model"):
-                yield ExpertsCase(T=64, H=192, I=96, k=3, dtype=dtype, activation=activation, weights=weights)
+            either: dict[str, Any] = {"weights": ("fp32", "model"), "dtype": dtype, "activation": activation}
+            yield from crossed(ExpertsCase, T=64, H=192, I=96, k=3, **either)
             yield ExpertsCase(T=48, H=1024, I=384, E=4, dtype=dtype, activation=activation)
             # rows enough that one more rounding in the running sum shows
             yield ExpertsCase(T=600, H=96, I=48, E=16, k=8, dtype=dtype, activation=activation, weights="model")
@@ -207,12 +207,8 @@ def _numeric(request: Request) -> Iterator[Case]:
         for tokens in request.pick((1, 17), (1, 4, 17, 64, 129)):
             yield _of_model(request, shape, T=tokens)
     for dtype in request.dtypes:
-        for top_k in (
-            2,
-            3,
-            4,
-        ):  # of few partial sums each weighs little: many elements show one that is rounded too often
-            yield ExpertsCase(T=1200, H=96, I=32, E=8, k=top_k, dtype=dtype, weights="model")
+        few = (2, 3, 4)  # of few partial sums each weighs little: many elements show one that is rounded too often
+        yield from crossed(ExpertsCase, T=1200, H=96, I=32, E=8, k=few, dtype=dtype, weights="model")
     for width, inner, experts, top_k in ((256, 64, 16, 4), (80, 40, 6, 2)):  # a single token may take another way
         for dtype in (request.dtypes[0], request.dtypes[-1]):
             yield ExpertsCase(T=1, H=width, I=inner, E=experts, k=top_k, dtype=dtype, activation="gelu_tanh")
@@ -224,11 +220,8 @@ def _of_model(request: Request, shape: Any, **fields: Any) -> Case:
 
 
 def _sentinels(request: Request) -> Iterator[Case]:
-    for data in ("exact", "normal"):
-        for masked in ("some", "rows", "all", "one"):
-            for kind in MAPS:
-                for dtype in request.dtypes:
-                    yield ExpertsCase(T=19, E=6, k=3, masked=masked, map=kind, dtype=dtype, data=data)
+    axes = {"data": ("exact", "normal"), "masked": ("some", "rows", "all", "one"), "map": MAPS, "dtype": request.dtypes}
+    yield from crossed(ExpertsCase, **axes, T=19, E=6, k=3)
     for kind in MAPS:
         yield ExpertsCase(T=19, E=6, k=3, routing="duplicates", masked="some", map=kind, data="exact")
         yield ExpertsCase(T=1, E=128, k=8, masked="some", map=kind, data="exact", dtype=request.dtypes[-1])
@@ -248,10 +241,9 @@ def _layouts(request: Request) -> Iterator[Case]:
                 )
     for kind in at.LAYOUTS[:3]:  # widths that end inside a block, so that what lies behind a row is in reach
         for dtype in request.dtypes:
-            yield ExpertsCase(T=13, H=37, I=21, layout=f"hidden_states:{kind}", dtype=dtype, data="exact")
-            yield ExpertsCase(T=13, H=37, I=21, layout=f"gate_up_proj:{kind}", dtype=dtype, data="exact")
-            yield ExpertsCase(T=13, H=37, I=21, layout=f"down_proj:{kind}", dtype=dtype, data="exact")
-            yield ExpertsCase(T=13, H=37, I=21, layout=f"all:{kind}", dtype=dtype, data="exact", map="block")
+            odd: dict[str, Any] = {"T": 13, "H": 37, "I": 21, "dtype": dtype, "data": "exact"}
+            yield from crossed(ExpertsCase, layout=layouts(OPERANDS[:3], (kind,)), **odd)
+            yield ExpertsCase(layout=f"all:{kind}", map="block", **odd)
 
     yield from _odd_strides(request)
 
@@ -259,16 +251,14 @@ def _layouts(request: Request) -> Iterator[Case]:
 def _odd_strides(request: Request) -> Iterator[Case]:
     """Strides that a shape hides: those of square weights, and those of a dimension of size 1 among many rows."""
     for width, inner in ((32, 32), (32, 16), (48, 48)):  # I == H, 2I == H: transposed, a matrix fits as it is
-        for operand in (*OPERANDS[:3], "all"):
-            for kind in at.LAYOUTS[:5]:
-                dtype = request.dtypes[-1 if width == 32 else 0]
-                yield ExpertsCase(T=33, H=width, I=inner, layout=f"{operand}:{kind}", data="exact", dtype=dtype)
+        laid_out, dtype = layouts((*OPERANDS[:3], "all"), at.LAYOUTS[:5]), request.dtypes[-1 if width == 32 else 0]
+        yield from crossed(ExpertsCase, T=33, H=width, I=inner, layout=laid_out, data="exact", dtype=dtype)
     flat: dict[str, dict[str, int]] = {
         "hidden_states": {"H": 1}, "gate_up_proj": {"E": 1, "k": 1}, "down_proj": {"I": 1}, "topk_weights": {"k": 1},
         "topk_ids": {"k": 1}, "all": {"T": 1},
     }  # fmt: skip
     for operand, sizes in flat.items():
-        for kind in ("unit", "padded", "strided", "outer_padded", "transposed"):
+        for kind in at.LAYOUTS_OF_ONE:
             for others in ("", "all"):
                 shape: dict[str, Any] = {"T": 29, "H": 24, "I": 16, "E": 5} | sizes
                 layout = f"{others or operand}:{kind}"
@@ -291,8 +281,8 @@ def _special(request: Request) -> Iterator[Case]:
             # Widths in 32s: elsewhere the CPU's own bf16 product lets a NaN spread (harness.core.memory tells how).
             yield ExpertsCase(T=20, I=32, E=6, k=2, dtype=dtype, data=variant)
             if dtype == request.dtypes[-1] and variant in ("token_nan", "token_inf", "unused_expert_nan"):
-                for tokens in (1, 2, 3, 5):  # the way of few tokens may be another one
-                    yield ExpertsCase(T=tokens, I=32, E=6, k=2, dtype=dtype, data=variant)
+                few = (1, 2, 3, 5)  # their way may be another one
+                yield from crossed(ExpertsCase, T=few, I=32, E=6, k=2, dtype=dtype, data=variant)
             if request.profile != "quick":
                 width, inner = (130, 65) if request.device == "cuda" else (128, 64)
                 yield ExpertsCase(T=130, H=width, I=inner, E=16, k=4, dtype=dtype, data=variant)
@@ -302,8 +292,8 @@ def _partial_sums(request: Request) -> Iterator[Case]:
     # a single token, and many, may be summed elsewhere than the others
     shapes = ((17, 6, 2), (5, 8, 2), (40, 16, 3), (9, 7, 4), (33, 60, 4), (21, 128, 8), (1, 12, 6), (300, 9, 5))
     for tokens, experts, top_k in shapes:
-        for dtype in request.dtypes:
-            yield ExpertsCase(T=tokens, H=48, I=24, E=experts, k=top_k, dtype=dtype, data="partial_sums")
+        sizes = {"T": tokens, "H": 48, "I": 24, "E": experts, "k": top_k}
+        yield from crossed(ExpertsCase, **sizes, dtype=request.dtypes, data="partial_sums")
 
 
 def _laws(request: Request) -> Iterator[Case]:
@@ -317,25 +307,21 @@ def _repeats(request: Request) -> Iterator[Case]:
     for dtype in request.dtypes:
         yield ExpertsCase(T=37, H=128, I=96, E=8, k=4, dtype=dtype)
         yield ExpertsCase(T=5, H=256, I=64, E=16, k=8, dtype=dtype)
-    for tokens in (65, 130, 257):  # where another tile, or a product split over K, may begin
-        yield ExpertsCase(T=tokens, H=128, I=96, E=4, k=3, dtype=request.dtypes[0])
+    turning = (65, 130, 257)  # where another tile, or a product split over K, may begin
+    yield from crossed(ExpertsCase, T=turning, H=128, I=96, E=4, k=3, dtype=request.dtypes[0])
     yield ExpertsCase(T=130, H=128, I=96, E=4, k=1, dtype=request.dtypes[0], routing="last")
 
 
-def _cuda_cases(request: Request) -> dict[str, Sequence[Case]]:
+def _cuda_cases(request: Request) -> dict[str, Iterable[Case]]:
     last = request.dtypes[-1]
-    small = [
-        ExpertsCase(T=tokens, H=256, I=128, E=16, k=4, dtype=dtype, map=kind)
-        for tokens in (1, 8, 64) for dtype in request.dtypes for kind in ("none", "block")
-    ]  # fmt: skip
+    sizes: dict[str, Any] = {"H": 256, "I": 128, "E": 16, "k": 4}
+    small = [*crossed(ExpertsCase, T=(1, 8, 64), dtype=request.dtypes, map=("none", "block"), **sizes)]
     # what is captured may be a simpler way than what is called
-    small += [
-        ExpertsCase(T=t, H=256, I=128, E=16, k=4, dtype=last, activation="gelu_tanh", masked="some") for t in (1, 64)
-    ]
+    small += crossed(ExpertsCase, T=(1, 64), dtype=last, activation="gelu_tanh", masked="some", **sizes)
     # 2^31 elements are passed in the weights, in the activations and in the routed rows; 5 to 13 GB each.
     large = [
         ExpertsCase(T=16, H=4096, I=1024, E=300, k=8, routing="last", data="exact", dtype=last),
         ExpertsCase(T=1_050_000, H=2056, I=16, E=4, k=1, data="exact", dtype=last),
         ExpertsCase(T=300_000, H=64, I=520, E=8, k=8, data="exact", dtype=last),
     ]
-    return {"graph_replay": small, "side_stream": small, "large_offsets": large}
+    return on_cuda(small, large)

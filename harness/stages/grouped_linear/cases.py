@@ -1,13 +1,13 @@
 """Cases of the stage `grouped_linear`."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any, ClassVar, Self
 
 from moe_harness.harness.core import boundaries as at
-from moe_harness.harness.core.case import Case, in_shapes, tile_steps
-from moe_harness.harness.core.plan import Request, pairwise
+from moe_harness.harness.core.case import Case, crossed, in_shapes, layouts, tile_steps
+from moe_harness.harness.core.plan import Request, on_cuda, pairwise
 
 SIZES = ("random", "sparse", "first", "last", "even", "ones")
 SPECIALS = (
@@ -91,10 +91,8 @@ def _exact(request: Request) -> Iterator[Case]:
         yield GroupedLinearCase(data="exact", **row)
     for width, inner in ((64, 64), (16, 16), (33, 33), (4104, 8), (8, 4104), (520, 264)):
         yield GroupedLinearCase(S=70, K=width, N=inner, E=3, data="exact", dtype=request.dtypes[-1])
-    for rows in (*at.TOKENS_MANY, 32767, 32769):
-        yield GroupedLinearCase(S=rows, K=8, N=8, E=5, data="exact", dtype=request.dtypes[-1])
-    if request.profile != "quick":
-        yield GroupedLinearCase(S=70001, K=8, N=8, E=5, data="exact", dtype=request.dtypes[-1])
+    many = (*at.TOKENS_MANY, 32767, 32769, *request.pick((), (70001,)))
+    yield from crossed(GroupedLinearCase, S=many, K=8, N=8, E=5, data="exact", dtype=request.dtypes[-1])
     for shape in request.configs:
         for rows in (8, 65):
             yield _of_model(request, shape, S=rows, data="exact")
@@ -150,8 +148,7 @@ def _numeric(request: Request) -> Iterator[Case]:
     for shape in request.configs:
         yield _of_model(request, shape, S=33)
     for width in at.WIDTHS_BEYOND_4096:  # where a sum is split, its parts are not stored in 16 bits
-        for dtype in request.dtypes:
-            yield GroupedLinearCase(S=9, K=width, N=24, E=3, dtype=dtype, bias=width % 2 == 1)
+        yield from crossed(GroupedLinearCase, S=9, K=width, N=24, E=3, dtype=request.dtypes, bias=width % 2 == 1)
 
 
 def _layouts(request: Request) -> Iterator[Case]:
@@ -164,22 +161,20 @@ def _layouts(request: Request) -> Iterator[Case]:
                 )
 
     for kind in at.LAYOUTS[:5]:  # square, where strides of one operand fit another
-        for dtype in request.dtypes:
-            yield GroupedLinearCase(S=32, K=32, N=32, E=3, layout=f"x:{kind}", data="exact", dtype=dtype)
-            yield GroupedLinearCase(S=32, K=32, N=32, E=3, layout=f"weight:{kind}", data="exact", dtype=dtype)
-
-    for rows in (64, 70, 130):  # enough of them for a path that sorts or tiles
-        for operand in ("x", "weight"):
-            for kind in at.LAYOUTS[:5]:
-                yield GroupedLinearCase(S=rows, K=37, N=24, E=3, layout=f"{operand}:{kind}", data="exact")
+        either = layouts(("x", "weight"), (kind,))
+        square: dict[str, Any] = {"S": 32, "K": 32, "N": 32, "E": 3, "data": "exact"}
+        yield from crossed(GroupedLinearCase, dtype=request.dtypes, layout=either, **square)
+    of_either = layouts(("x", "weight"), at.LAYOUTS[:5])
+    rows = (64, 70, 130)  # enough of them for a path that sorts or tiles
+    yield from crossed(GroupedLinearCase, S=rows, K=37, N=24, E=3, layout=of_either, data="exact")
     flat: dict[str, dict[str, int]] = {"x": {"K": 1}, "weight": {"E": 1}, "bias": {"N": 1}, "all": {"S": 1}}
     for operand, sizes in flat.items():
-        for kind in ("unit", "padded", "strided", "outer_padded", "transposed"):
+        for kind in at.LAYOUTS_OF_ONE:
             for layout in dict.fromkeys((f"{operand}:{kind}", f"all:{kind}")):
                 fields: dict[str, Any] = {"S": 29, "K": 24, "N": 16, "E": 4, "bias": True, "data": "exact"} | sizes
                 yield GroupedLinearCase(layout=layout, dtype=request.dtypes[-1], **fields)
-    for rows, width in ((7, 40), (48, 16), (24, 24)):  # results as wide as x
-        yield GroupedLinearCase(S=rows, K=width, N=width, E=3, layout="x:transposed", data="exact")
+    for number, width in ((7, 40), (48, 16), (24, 24)):  # results as wide as x
+        yield GroupedLinearCase(S=number, K=width, N=width, E=3, layout="x:transposed", data="exact")
     for experts, inner in ((3, 24), (7, 7)):  # columns by experts
         yield GroupedLinearCase(S=40, K=32, N=inner, E=experts, layout="weight:permuted", data="exact")
 
@@ -194,22 +189,19 @@ def _memory(request: Request) -> Iterator[Case]:
 
 def _special(request: Request) -> Iterator[Case]:
     for data in SPECIALS:
-        for dtype in request.dtypes_of(data):
-            yield GroupedLinearCase(S=24, data=data, sizes="sparse", dtype=dtype)
+        yield from crossed(GroupedLinearCase, S=24, data=data, sizes="sparse", dtype=request.dtypes_of(data))
 
 
 def _laws(request: Request) -> Iterator[Case]:
     for law in LAWS:
-        for dtype in request.dtypes:
-            yield GroupedLinearCase(
-                S=40, K=48, N=32, dtype=dtype, variant=law, bias=law not in ("power_of_two", "additivity")
-            )
+        bias = law not in ("power_of_two", "additivity")
+        yield from crossed(GroupedLinearCase, S=40, K=48, N=32, dtype=request.dtypes, variant=law, bias=bias)
 
 
-def _cuda_cases(request: Request) -> dict[str, Sequence[Case]]:
-    small = [GroupedLinearCase(S=rows, K=256, N=128, dtype=dtype) for rows in (1, 8, 64) for dtype in request.dtypes]
+def _cuda_cases(request: Request) -> dict[str, Iterable[Case]]:
+    small = crossed(GroupedLinearCase, S=(1, 8, 64), K=256, N=128, dtype=request.dtypes)
     large = [
         GroupedLinearCase(S=40, K=4096, N=2048, E=300, sizes="last", data="exact", dtype=request.dtypes[-1]),
         GroupedLinearCase(S=1_100_000, K=2048, N=16, E=3, data="exact", dtype=request.dtypes[-1]),
     ]
-    return {"graph_replay": small, "side_stream": small, "large_offsets": large}
+    return on_cuda(small, large)

@@ -6,8 +6,8 @@ from itertools import cycle
 from typing import Any, ClassVar, Self
 
 from moe_harness.harness.core import boundaries as at
-from moe_harness.harness.core.case import Case, in_shapes
-from moe_harness.harness.core.plan import Request
+from moe_harness.harness.core.case import Case, crossed, in_shapes, layouts
+from moe_harness.harness.core.plan import Request, on_cuda
 
 FAMILIES = (
     "qwen2_moe",
@@ -80,8 +80,7 @@ def plan(request: Request) -> dict[str, Iterable[Case]]:
         "determinism": _small(request),
         "batch_invariance": _small(request),
         "leak": [MoeBlockCase(T=64, H=256, E=4, k=2, dtype=request.dtypes[0])],
-        "graph_replay": list(_small(request)),
-        "side_stream": list(_small(request)),
+        **on_cuda(_small(request)),
     }
 
 
@@ -120,9 +119,8 @@ def _turning(request: Request) -> Iterator[Case]:
         few = (1, 2, 4, 8) if family.startswith("deepseek") else ()  # a router in fp32: 16 bits choose otherwise
         for tokens in (*few, 16, 17, 127, 128, 129):
             yield MoeBlockCase(family=family, T=tokens, E=64, k=6, H=32, I=16, shared=16, dtype=request.dtypes[-1])
-        for dtype in request.dtypes:
-            for tokens in (3, 18):
-                yield MoeBlockCase(family=family, T=tokens, k=1, renorm="no", H=48, I=24, shared=24, dtype=dtype)
+        one: dict[str, Any] = {"k": 1, "renorm": "no", "H": 48, "I": 24, "shared": 24}
+        yield from crossed(MoeBlockCase, family=family, dtype=request.dtypes, T=(3, 18), **one)
         yield MoeBlockCase(family=family, T=next(turning), H=16, I=16, shared=16, dtype=next(dtypes))
     for experts, top_k in at.LARGE_K:
         for family in ("qwen3_moe", "deepseek_v3"):
@@ -147,16 +145,15 @@ def _once_more(request: Request) -> Iterator[Case]:
     """Conditions that one shape above meets, in two others."""
     for tokens, width in ((3, 32), (40, 48)):
         small: dict[str, Any] = {"T": tokens, "H": width, "I": 16, "shared": 16}
-        for dtype in request.dtypes:
-            yield MoeBlockCase(family="qwen3_next", renorm="default", optional=True, dtype=dtype, **small)
+        default: dict[str, Any] = {"family": "qwen3_next", "renorm": "default", "optional": True}
+        yield from crossed(MoeBlockCase, dtype=request.dtypes, **default, **small)
         yield MoeBlockCase(E=128, k=8, dtype=request.dtypes[-1], **small)
         for experts, top_k in ((12, 3), (24, 5)):
-            for renorm in ("yes", "no"):
-                yield MoeBlockCase(family="qwen2_moe", E=experts, k=top_k, renorm=renorm, **small)
+            yield from crossed(MoeBlockCase, family="qwen2_moe", E=experts, k=top_k, renorm=("yes", "no"), **small)
         yield MoeBlockCase(E=6, k=6, **small | {"H": 2 * width})
     for tokens, width in ((5, 1531), (12, 2047)):  # long sums, and an odd width
-        for dtype in request.dtypes:
-            yield MoeBlockCase(family="qwen2_moe", T=tokens, H=width, I=16, E=5, k=3, shared=16, dtype=dtype)
+        sizes: dict[str, Any] = {"T": tokens, "H": width, "I": 16, "E": 5, "k": 3, "shared": 16}
+        yield from crossed(MoeBlockCase, family="qwen2_moe", dtype=request.dtypes, **sizes)
     yield from _other_configs(request)
 
 
@@ -180,18 +177,10 @@ def _layouts(request: Request) -> Iterator[Case]:
         "experts.down_proj",
         "shared_expert_gate.weight",
     )
-    for operand in operands:
-        for kind in at.LAYOUTS:
-            if kind not in ("unit", "expanded"):
-                yield MoeBlockCase(
-                    family="qwen2_moe", T=13, H=37, I=21, layout=f"{operand}:{kind}", dtype=request.dtypes[-1]
-                )
-
-    for width, inner in ((32, 32), (32, 16)):  # I == H, 2I == H
-        for operand in (*operands[:4], "all"):
-            for kind in at.LAYOUTS[:5]:
-                layout = f"{operand}:{kind}"
-                yield MoeBlockCase(family="qwen2_moe", T=13, H=width, I=inner, layout=layout, dtype=request.dtypes[-1])
+    qwen: dict[str, Any] = {"family": "qwen2_moe", "T": 13, "dtype": request.dtypes[-1]}
+    yield from crossed(MoeBlockCase, layout=layouts(operands, at.LAYOUTS[:5]), H=37, I=21, **qwen)
+    for inner in (32, 16):  # I == H, 2I == H
+        yield from crossed(MoeBlockCase, layout=layouts((*operands[:4], "all"), at.LAYOUTS[:5]), H=32, I=inner, **qwen)
     for sizes in ({"I": 1}, {"T": 1}, {"shared": 1}, {"E": 1, "k": 1}):
         for kind in ("unit", "padded", "strided"):
             shape: dict[str, Any] = {"T": 13, "H": 24, "I": 16, "E": 8, "k": 2} | sizes
@@ -199,15 +188,13 @@ def _layouts(request: Request) -> Iterator[Case]:
 
 
 def _small(request: Request) -> Iterator[Case]:
-    for family in request.pick(("qwen3_moe", "qwen2_moe", "deepseek_v3"), FAMILIES):
-        for dtype in request.dtypes:
-            yield MoeBlockCase(family=family, T=13, dtype=dtype)
+    families = request.pick(("qwen3_moe", "qwen2_moe", "deepseek_v3"), FAMILIES)
+    return crossed(MoeBlockCase, family=families, T=13, dtype=request.dtypes)
 
 
 def _special(request: Request) -> Iterator[Case]:
-    for family in FAMILIES:
-        for data in ("token_nan", "token_inf", "tiny"):
-            yield MoeBlockCase(family=family, T=12, data=data, dtype=request.dtypes[-1])
+    data = ("token_nan", "token_inf", "tiny")
+    return crossed(MoeBlockCase, family=FAMILIES, T=12, data=data, dtype=request.dtypes[-1])
 
 
 def _partial_sums(request: Request) -> Iterator[Case]:
@@ -221,6 +208,4 @@ def _partial_sums(request: Request) -> Iterator[Case]:
 
 
 def _laws(request: Request) -> Iterator[Case]:
-    for law in LAWS:
-        for family in FAMILIES:
-            yield MoeBlockCase(family=family, T=14, variant=law, dtype=request.dtypes[-1])
+    return crossed(MoeBlockCase, variant=LAWS, family=FAMILIES, T=14, dtype=request.dtypes[-1])

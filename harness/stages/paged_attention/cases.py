@@ -1,13 +1,13 @@
 """Cases of the stage `paged_attention`."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from random import Random
 from typing import Any, ClassVar, Self
 
 from moe_harness.harness.core import boundaries as at
-from moe_harness.harness.core.case import Case
-from moe_harness.harness.core.plan import Request, pairwise
+from moe_harness.harness.core.case import Case, crossed, layouts
+from moe_harness.harness.core.plan import Request, on_cuda, pairwise
 
 HEADS = ((8, 2), (4, 4), (6, 2), (5, 1), (1, 1), (16, 1), (32, 4))  # query heads, key/value heads
 WIDTHS = (8, 16, 20, 64, 80, 96, 128)
@@ -130,8 +130,8 @@ def _exact(request: Request) -> Iterator[PagedAttentionCase]:
 
 def _numeric(request: Request) -> Iterator[PagedAttentionCase]:
     for dtype in request.dtypes:
-        for queries in QUERIES:
-            yield PagedAttentionCase(Hq=32, Hk=4, D=128, page=16, S=3, length=70, queries=queries, dtype=dtype)
+        model: dict[str, Any] = {"Hq": 32, "Hk": 4, "D": 128, "page": 16, "S": 3, "length": 70}
+        yield from crossed(PagedAttentionCase, queries=QUERIES, dtype=dtype, **model)
         yield PagedAttentionCase(Hq=8, Hk=1, D=128, page=32, S=2, length=request.pick(1100, 4100), dtype=dtype)
     axes = {
         "S": (1, 2, 4, 7), "length": (1, 2, 15, 16, 17, 33, 65, 130), "queries": QUERIES, "heads": HEADS, "D": WIDTHS,
@@ -181,9 +181,8 @@ def _layouts(request: Request) -> Iterator[PagedAttentionCase]:
             for sequences, heads, width in ((2, 4, 32), (7, 3, 20)):
                 shape = {"S": sequences, "length": 21, "Hq": 2 * heads, "Hk": heads, "D": width, "page": 8}
                 yield PagedAttentionCase(layout=f"{operand}:{kind}", dtype=request.dtypes[0], **shape)
-    for operand in ("q", "key_cache", "value_cache"):  # heads by tokens
-        for queries in ("decode", "mixed"):
-            yield PagedAttentionCase(layout=f"{operand}:permuted", queries=queries, dtype=request.dtypes[0])
+    by_tokens = layouts(("q", "key_cache", "value_cache"), ("permuted",))  # heads
+    yield from crossed(PagedAttentionCase, layout=by_tokens, queries=("decode", "mixed"), dtype=request.dtypes[0])
 
 
 def _memory(request: Request) -> list[PagedAttentionCase]:
@@ -196,26 +195,20 @@ def _memory(request: Request) -> list[PagedAttentionCase]:
 def _special(request: Request) -> Iterator[PagedAttentionCase]:
     for data in SPECIALS:
         for dtype in request.dtypes:
-            for queries in ("decode", "few"):
-                yield PagedAttentionCase(data=data, queries=queries, dtype=dtype)
+            yield from crossed(PagedAttentionCase, data=data, queries=("decode", "few"), dtype=dtype)
             yield PagedAttentionCase(data=data, S=2, length=130, page=16, dtype=dtype)
-    for data in SPECIALS:
-        yield PagedAttentionCase(data=data, S=3, length=70, page=8, Hq=6, Hk=3, D=32, dtype=request.dtypes[0])
+    shape: dict[str, Any] = {"S": 3, "length": 70, "page": 8, "Hq": 6, "Hk": 3, "D": 32}
+    yield from crossed(PagedAttentionCase, data=SPECIALS, dtype=request.dtypes[0], **shape)
 
 
 def _laws(request: Request) -> Iterator[PagedAttentionCase]:
     for law in LAWS:
-        for dtype in request.dtypes:
-            for queries in ("mixed",) if law == "chunk_in_two" else ("decode", "mixed"):
-                yield PagedAttentionCase(S=4, length=45, queries=queries, variant=law, dtype=dtype)
+        queries = "mixed" if law == "chunk_in_two" else ("decode", "mixed")
+        yield from crossed(PagedAttentionCase, S=4, length=45, variant=law, dtype=request.dtypes, queries=queries)
 
 
-def _cuda_cases(request: Request) -> dict[str, Sequence[Case]]:
-    small = [
-        PagedAttentionCase(S=sequences, length=700, Hq=32, Hk=4, D=128, page=32, dtype=dtype, order="head")
-        for sequences in (1, 9) for dtype in request.dtypes
-    ]  # fmt: skip
-    large = [
-        PagedAttentionCase(S=3, length=200, page=32, Hk=4, D=128, data="large", scale=1.0, dtype=request.dtypes[-1])
-    ]
-    return {"graph_replay": small, "side_stream": small, "large_offsets": large}
+def _cuda_cases(request: Request) -> dict[str, Iterable[Case]]:
+    model: dict[str, Any] = {"page": 32, "Hk": 4, "D": 128}
+    small = crossed(PagedAttentionCase, S=(1, 9), dtype=request.dtypes, length=700, Hq=32, order="head", **model)
+    large = PagedAttentionCase(S=3, length=200, data="large", scale=1.0, dtype=request.dtypes[-1], **model)
+    return on_cuda(small, [large])

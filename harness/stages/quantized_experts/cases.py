@@ -1,13 +1,13 @@
 """Cases of the stage `quantized_experts`."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any, ClassVar, Self
 
 from moe_harness.harness.core import boundaries as at
-from moe_harness.harness.core.case import Case
-from moe_harness.harness.core.plan import Request, pairwise
+from moe_harness.harness.core.case import Case, crossed
+from moe_harness.harness.core.plan import Request, on_cuda, pairwise
 from moe_harness.harness.stages.experts.cases import MAPS, MASKS, ROUTINGS, ExpertsCase
 from moe_harness.harness.stages.quantized_experts.contract import FORMATS
 
@@ -79,8 +79,7 @@ def plan(request: Request) -> dict[str, Iterable[Case]]:
 
 def _contract(request: Request) -> Iterator[Case]:
     for format in FORMATS:
-        for dtype in request.dtypes:
-            yield QuantizedCase(T=5, format=format, dtype=dtype)
+        yield from crossed(QuantizedCase, T=5, format=format, dtype=request.dtypes)
         last = request.dtypes[-1]
         yield QuantizedCase(T=0, format=format, dtype=last)
         yield QuantizedCase(T=7, format=format, dtype=last, variant="defaults")
@@ -102,13 +101,8 @@ def _exact(request: Request) -> Iterator[Case]:
     for experts, top_k in ((128, 8), (256, 8), (32, 4), (60, 4), (3, 2), (1, 1)):
         for tokens in (3, 40):
             yield QuantizedCase(T=tokens, E=experts, k=top_k, format=next(formats), data="exact", dtype=next(dtypes))
-    for width, inner in (
-        (200, 72),
-        (160, 96),
-        (136, 200),
-        (264, 130),
-        (129, 65),
-    ):  # a block is cut, gate and up share one
+    # a block is cut, gate and up share one
+    for width, inner in ((200, 72), (160, 96), (136, 200), (264, 130), (129, 65)):
         for format in ("plain", *FP8, "int8_channel"):
             yield QuantizedCase(T=21, H=width, I=inner, format=format, data="exact", dtype=next(dtypes))
     for width, inner in ((96, 160), (64, 32), (288, 96), (160, 192)):
@@ -173,10 +167,8 @@ def _sentinels(request: Request) -> Iterator[Case]:
                 yield QuantizedCase(
                     T=19, k=3, masked=masked, map=kind, format=next(formats), bias=True, dtype=next(dtypes), data=data
                 )
-    for kind in MAPS:
-        for format in SCALED:
-            yield QuantizedCase(T=19, k=3, routing="duplicates", masked="some", map=kind, format=format, data="exact",
-                                bias=True, dtype=request.dtypes[-1])  # fmt: skip
+    twice: dict[str, Any] = {"routing": "duplicates", "masked": "some", "bias": True, "data": "exact"}
+    yield from crossed(QuantizedCase, T=19, k=3, map=MAPS, format=SCALED, dtype=request.dtypes[-1], **twice)
 
 
 def _layouts(request: Request) -> Iterator[Case]:
@@ -204,11 +196,9 @@ def _memory(request: Request) -> Iterator[Case]:
 
 def _special(request: Request) -> Iterator[Case]:
     for data, formats in SPECIALS.items():
-        for format in formats or FORMATS:
-            yield QuantizedCase(T=20, format=format, data=data, dtype=request.dtypes[-1], I=256)
+        yield from crossed(QuantizedCase, T=20, format=formats or FORMATS, data=data, dtype=request.dtypes[-1], I=256)
         if data in OF_CODES:  # where a code's last bit shows
-            for format in formats:
-                yield QuantizedCase(T=20, format=format, data=data, dtype=request.dtypes[0], I=256)
+            yield from crossed(QuantizedCase, T=20, format=formats, data=data, dtype=request.dtypes[0], I=256)
 
 
 def _special_in_shapes(request: Request) -> Iterator[Case]:
@@ -226,10 +216,8 @@ def _special_in_shapes(request: Request) -> Iterator[Case]:
 def _partial_sums(request: Request) -> Iterator[Case]:
     """In each format three shapes: many implementations have a single one."""
     for tokens, width, experts, top_k in ((17, 256, 16, 3), (9, 128, 7, 4), (33, 128, 20, 8)):
-        for format in FORMATS:
-            for dtype in request.narrow():
-                yield QuantizedCase(T=tokens, H=width, E=experts, k=top_k, format=format, dtype=dtype,
-                                    data="partial_sums")  # fmt: skip
+        sizes: dict[str, Any] = {"T": tokens, "H": width, "E": experts, "k": top_k}
+        yield from crossed(QuantizedCase, format=FORMATS, dtype=request.narrow(), data="partial_sums", **sizes)
 
 
 def _laws(request: Request) -> Iterator[Case]:
@@ -248,18 +236,14 @@ def _laws(request: Request) -> Iterator[Case]:
 
 
 def _repeats(request: Request) -> Iterator[Case]:
-    for format in SCALED:
-        yield QuantizedCase(T=37, E=8, k=4, format=format, dtype=request.dtypes[-1], bias=True)
+    yield from crossed(QuantizedCase, T=37, E=8, k=4, format=SCALED, dtype=request.dtypes[-1], bias=True)
     yield QuantizedCase(T=130, E=4, k=1, format="fp8_block", dtype=request.dtypes[-1], routing="last")
 
 
-def _cuda_cases(request: Request) -> dict[str, Sequence[Case]]:
-    small = [
-        QuantizedCase(T=tokens, format=format, E=16, k=4, dtype=request.dtypes[-1], bias=True)
-        for tokens in (1, 8, 64) for format in SCALED
-    ]  # fmt: skip
+def _cuda_cases(request: Request) -> dict[str, Iterable[Case]]:
+    small = crossed(QuantizedCase, T=(1, 8, 64), format=SCALED, E=16, k=4, dtype=request.dtypes[-1], bias=True)
     large = [
         QuantizedCase(T=16, H=4096, I=1024, E=300, k=8, routing="last", data="exact", format="fp8_block",
                       dtype=request.dtypes[-1]),
     ]  # fmt: skip
-    return {"graph_replay": small, "side_stream": small, "large_offsets": large}
+    return on_cuda(small, large)

@@ -1,13 +1,13 @@
 """Cases of the stage `rms_norm`."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from moe_harness.harness.core import boundaries as at
-from moe_harness.harness.core.case import Case, in_shapes
-from moe_harness.harness.core.plan import Request, pairwise
+from moe_harness.harness.core.case import Case, crossed, in_shapes, layouts
+from moe_harness.harness.core.plan import Request, on_cuda, pairwise
 
 LEADS = ("1", "7", "33", "2x3", "5x1x4", "0", "129", "2x0x3", "", "300")
 SPECIALS = ("row_nan", "row_inf", "zero_row", "tiny", "huge", "offset", "spike", "cancelling", "outside_fp16")
@@ -76,9 +76,8 @@ def _exact(request: Request) -> Iterator[RmsNormCase]:
 
 def _numeric(request: Request) -> Iterator[RmsNormCase]:
     for width in request.pick((128, 2048), (*HEADS, *MODELS)):
-        for dtype in request.dtypes:
-            for residual in (False, True):
-                yield RmsNormCase(lead="9" if width > 256 else "9x4", H=width, residual=residual, dtype=dtype)
+        lead = "9" if width > 256 else "9x4"
+        yield from crossed(RmsNormCase, lead=lead, H=width, dtype=request.dtypes, residual=(False, True))
     axes = {
         "lead": LEADS,
         "H": request.pick(at.WIDTHS, at.WIDTHS_FULL),
@@ -100,8 +99,8 @@ def _numeric(request: Request) -> Iterator[RmsNormCase]:
         dtype = request.dtypes[place % len(request.dtypes)]
         yield RmsNormCase(lead="2", H=width, residual=place % 2 == 0, dtype=dtype)
     yield RmsNormCase(lead=str(at.TOKENS_BEYOND_16_BITS), H=2, dtype=request.dtypes[-1])
-    for residual in (False, True):
-        yield RmsNormCase(lead="12", H=65, data="tiny", residual=residual, eps=0.0, dtype=request.dtypes[0])
+    yield from crossed(RmsNormCase, lead="12", H=65, data="tiny", residual=(False, True), eps=0.0,
+                       dtype=request.dtypes[0])  # fmt: skip
 
 
 def _layouts(request: Request) -> Iterator[RmsNormCase]:
@@ -111,37 +110,31 @@ def _layouts(request: Request) -> Iterator[RmsNormCase]:
                 lead = "1" if kind == "unit" else "13"
                 yield RmsNormCase(lead=lead, H=37, residual=True, layout=f"{operand}:{kind}", dtype=dtype)
             yield RmsNormCase(lead="2x1x5", H=40, residual=operand == "residual", layout=f"{operand}:{kind}")
-    for operand in OPERANDS:
-        for kind in at.LAYOUTS[:5]:
-            yield RmsNormCase(lead="7", H=64, residual=True, layout=f"{operand}:{kind}")
+    yield from crossed(RmsNormCase, lead="7", H=64, residual=True, layout=layouts(OPERANDS, at.LAYOUTS[:5]))
     for lead in ("3x4", "2x3x5"):  # heads by tokens
         for operand, residual in (("x", False), ("residual", True), ("all", True)):
             yield RmsNormCase(lead=lead, H=40, residual=residual, layout=f"{operand}:permuted")
 
 
 def _memory(request: Request) -> list[RmsNormCase]:
-    cases = [RmsNormCase(lead="33", H=128, residual=added, dtype=d) for d in request.dtypes for added in (False, True)]
+    cases = crossed(RmsNormCase, lead="33", H=128, dtype=request.dtypes, residual=(False, True))
     return [*cases, RmsNormCase(lead="3x4", H=33, residual=True, dtype=request.dtypes[-1])]
 
 
 def _special(request: Request) -> Iterator[RmsNormCase]:
     for data in SPECIALS:
-        for dtype in request.dtypes_of(data):
-            for residual in (False, True):
-                yield RmsNormCase(lead="12", H=65, data=data, residual=residual, dtype=dtype)
+        dtypes = request.dtypes_of(data)
+        yield from crossed(RmsNormCase, lead="12", H=65, data=data, dtype=dtypes, residual=(False, True))
 
 
 def _laws(request: Request) -> Iterator[RmsNormCase]:
     for law in LAWS:
-        for dtype in request.dtypes:
-            for residual in (True,) if law in ("residual_swapped", "sum_then_norm") else (False, True):
-                yield RmsNormCase(lead="24", H=48, residual=residual, eps=2.0**-10, dtype=dtype, variant=law)
+        added = True if law in ("residual_swapped", "sum_then_norm") else (False, True)
+        shape: dict[str, Any] = {"lead": "24", "H": 48, "eps": 2.0**-10}
+        yield from crossed(RmsNormCase, variant=law, dtype=request.dtypes, residual=added, **shape)
 
 
-def _cuda_cases(request: Request) -> dict[str, Sequence[Case]]:
-    small = [
-        RmsNormCase(lead=lead, H=2048, residual=added, dtype=dtype)
-        for lead in ("1", "33") for added in (False, True) for dtype in request.dtypes
-    ]  # fmt: skip
+def _cuda_cases(request: Request) -> dict[str, Iterable[Case]]:
+    small = crossed(RmsNormCase, lead=("1", "33"), H=2048, residual=(False, True), dtype=request.dtypes)
     large = [RmsNormCase(lead="1050000", H=2056, dtype=request.dtypes[-1])]
-    return {"graph_replay": small, "side_stream": small, "large_offsets": large}
+    return on_cuda(small, large)

@@ -1,12 +1,12 @@
 """Cases of the stage `rope_cache`."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from moe_harness.harness.core import boundaries as at
-from moe_harness.harness.core.case import Case
-from moe_harness.harness.core.plan import Request, pairwise
+from moe_harness.harness.core.case import Case, crossed, layouts
+from moe_harness.harness.core.plan import Request, on_cuda, pairwise
 
 HEADS = ((32, 4), (16, 2), (8, 8), (6, 2), (5, 1), (1, 1), (64, 4), (40, 8))  # query heads, key/value heads
 WIDTHS = (2, 4, 16, 20, 64, 80, 96, 128)
@@ -57,7 +57,7 @@ def plan(request: Request) -> dict[str, Iterable[Case]]:
         "numeric": _numeric(request),
         "layouts": _layouts(request),
         "memory": _memory(request),
-        "special": _special(request),
+        "special": crossed(RopeCacheCase, data=SPECIALS, dtype=request.dtypes, norms=("both", "none")),
         "laws": _laws(request),
         "determinism": _memory(request),
         "batch_invariance": _memory(request),
@@ -85,9 +85,7 @@ def _exact(request: Request) -> Iterator[RopeCacheCase]:
 
 
 def _numeric(request: Request) -> Iterator[RopeCacheCase]:
-    for dtype in request.dtypes:
-        for positions in POSITIONS:
-            yield RopeCacheCase(Hq=32, Hk=4, D=128, page=16, T=5, positions=positions, dtype=dtype)
+    yield from crossed(RopeCacheCase, Hq=32, Hk=4, D=128, page=16, T=5, dtype=request.dtypes, positions=POSITIONS)
     axes = {
         "T": (1, 3, 8, 17), "heads": HEADS, "D": WIDTHS, "page": PAGES, "norms": NORMS, "slots": SLOTS,
         "positions": POSITIONS, "theta": THETAS, "eps": (1e-6, 1e-5), "order": ("token", "head"),
@@ -126,21 +124,13 @@ def _layouts(request: Request) -> Iterator[RopeCacheCase]:
             for tokens, heads, width in ((5, 1, 32), (13, 3, 20)):
                 shape = {"T": tokens, "Hq": 2 * heads, "Hk": heads, "D": width}
                 yield RopeCacheCase(layout=f"{operand}:{kind}", dtype=request.dtypes[0], **shape)
-    for operand in ("q", "k", "v", "key_cache", "value_cache"):  # heads by tokens
-        for tokens in (5, 12):
-            yield RopeCacheCase(T=tokens, layout=f"{operand}:permuted", dtype=request.dtypes[0])
+    heads_by_tokens = layouts(("q", "k", "v", "key_cache", "value_cache"), ("permuted",))
+    yield from crossed(RopeCacheCase, layout=heads_by_tokens, T=(5, 12), dtype=request.dtypes[0])
 
 
 def _memory(request: Request) -> list[RopeCacheCase]:
-    cases = [RopeCacheCase(T=11, order=order, dtype=d) for d in request.dtypes for order in ("token", "head")]
+    cases = crossed(RopeCacheCase, T=11, dtype=request.dtypes, order=("token", "head"))
     return [*cases, RopeCacheCase(T=20, Hq=6, Hk=2, D=20, page=3, norms="none", dtype=request.dtypes[-1])]
-
-
-def _special(request: Request) -> Iterator[RopeCacheCase]:
-    for data in SPECIALS:
-        for dtype in request.dtypes:
-            yield RopeCacheCase(data=data, dtype=dtype)
-            yield RopeCacheCase(data=data, dtype=dtype, norms="none")
 
 
 def _laws(request: Request) -> Iterator[RopeCacheCase]:
@@ -150,10 +140,8 @@ def _laws(request: Request) -> Iterator[RopeCacheCase]:
             yield RopeCacheCase(T=12, variant=law, norms=norms, slots="all", dtype=dtype)
 
 
-def _cuda_cases(request: Request) -> dict[str, Sequence[Case]]:
-    small = [
-        RopeCacheCase(T=tokens, Hq=32, Hk=4, D=128, page=16, order=order, dtype=dtype)
-        for tokens in (1, 8, 65) for order in ("token", "head") for dtype in request.dtypes
-    ]  # fmt: skip
+def _cuda_cases(request: Request) -> dict[str, Iterable[Case]]:
+    model: dict[str, Any] = {"Hq": 32, "Hk": 4, "D": 128, "page": 16}
+    small = crossed(RopeCacheCase, T=(1, 8, 65), order=("token", "head"), dtype=request.dtypes, **model)
     large = [RopeCacheCase(T=64, Hq=8, Hk=4, D=128, page=1 << 16, data="large", norms="none", dtype=request.dtypes[-1])]
-    return {"graph_replay": small, "side_stream": small, "large_offsets": large}
+    return on_cuda(small, large)

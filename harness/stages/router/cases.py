@@ -1,13 +1,13 @@
 """Cases of the stage `router`."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any, ClassVar, Self
 
 from moe_harness.harness.core import boundaries as at
-from moe_harness.harness.core.case import Case
-from moe_harness.harness.core.plan import Request, pairwise
+from moe_harness.harness.core.case import Case, crossed, layouts
+from moe_harness.harness.core.plan import Request, on_cuda, pairwise
 
 LAWS = ("token_permutation", "expert_relabelling", "batch_split", "row_alone", "softmax_shift", "scale_is_linear")
 SPECIALS = (
@@ -117,9 +117,8 @@ def _of_model(shape: Any) -> dict[str, Any]:
 
 def _routing(request: Request) -> Iterator[Case]:
     for fields in _models(request):
-        for tokens in request.pick((1, 3, 33), (1, 2, 3, 4, 33, 65, 257)):
-            for dtype in request.dtypes:
-                yield RouterCase(T=tokens, dtype=dtype, **fields)
+        tokens_of = request.pick((1, 3, 33), (1, 2, 3, 4, 33, 65, 257))
+        yield from crossed(RouterCase, T=tokens_of, dtype=request.dtypes, **fields)
     for data in ("negative", "far_negative", "peaked", "ties"):
         for fields in _models(request):
             yield RouterCase(T=17, dtype=request.dtypes[-1], data=data, **fields)
@@ -140,8 +139,7 @@ def _routing(request: Request) -> Iterator[Case]:
             yield RouterCase(T=next(tokens), E=experts, k=top_k, **row)
     for tokens in at.TOKENS:
         yield RouterCase(T=tokens, dtype=request.dtypes[tokens % len(request.dtypes)], renorm=bool(tokens % 2))
-    for tokens in (*at.TOKENS_MANY, 4095, 4097, *request.pick((), (65537,))):
-        yield RouterCase(T=tokens, E=16, k=2)
+    yield from crossed(RouterCase, T=(*at.TOKENS_MANY, 4095, 4097, *request.pick((), (65537,))), E=16, k=2)
     yield from _turning(request)
 
 
@@ -170,8 +168,8 @@ def _turning(request: Request) -> Iterator[Case]:
                 yield RouterCase(T=tokens, E=experts, data=data, scoring=scoring, dtype=next(dtypes))
     for bias in ("small", "negative", "offset"):  # without groups, and E no power of two
         for experts in (7, 60, 128, 160):
-            for scoring in ("softmax", "sigmoid"):
-                yield RouterCase(T=17, E=experts, k=4, scoring=scoring, bias=bias, renorm=experts != 60)
+            scorings, renorm = ("softmax", "sigmoid"), experts != 60
+            yield from crossed(RouterCase, T=17, E=experts, k=4, scoring=scorings, bias=bias, renorm=renorm)
     for experts, top_k, tokens in ((8, 2, 5), (60, 4, 33), (128, 8, 65), (64, 6, 130), (256, 8, 1409)):
         for scoring in ("softmax", "sigmoid"):
             yield RouterCase(T=tokens, E=experts, k=top_k, scoring=scoring, dtype=next(dtypes), variant="poisoned")
@@ -189,8 +187,7 @@ def _turning(request: Request) -> Iterator[Case]:
 def _special(request: Request) -> Iterator[Case]:
     for data in SPECIALS:
         for scoring in ("softmax", "sigmoid"):
-            for dtype in request.dtypes:
-                yield RouterCase(T=12, E=60, k=4, data=data, scoring=scoring, dtype=dtype)
+            yield from crossed(RouterCase, T=12, E=60, k=4, data=data, scoring=scoring, dtype=request.dtypes)
             yield RouterCase(T=9, E=64, k=8, data=data, scoring=scoring, bias="small", groups="8x4")
             yield RouterCase(T=9, E=6, k=6, data=data, scoring=scoring, renorm=False)
     for data in SPECIALS:
@@ -209,16 +206,13 @@ def _layouts(request: Request) -> Iterator[Case]:
         )
 
     for kind in at.LAYOUTS[:5]:  # T == E: transposed, the table fits as it is
-        for dtype in request.dtypes:
-            yield RouterCase(T=32, E=32, k=4, layout=f"router_logits:{kind}", dtype=dtype)
-    for kind in ("unit", "padded", "strided", "outer_padded", "transposed"):  # one expert, one row
+        yield from crossed(RouterCase, T=32, E=32, k=4, layout=f"router_logits:{kind}", dtype=request.dtypes)
+    for kind in at.LAYOUTS_OF_ONE:  # one expert, one row
         yield RouterCase(T=19, E=1, k=1, layout=f"router_logits:{kind}", dtype=request.dtypes[-1])
         yield RouterCase(T=1, E=24, k=3, layout=f"router_logits:{kind}", dtype=request.dtypes[-1])
-        for bias in ("small", "negative"):
-            fields: dict[str, Any] = {"bias": bias, "scoring": "sigmoid", "layout": f"correction_bias:{kind}"}
-            yield RouterCase(T=19, E=24, k=3, **fields)
-    for kind in at.LAYOUTS[:5]:
-        yield RouterCase(T=7, E=60, k=4, layout=f"router_logits:{kind}")
+        fields: dict[str, Any] = {"scoring": "sigmoid", "layout": f"correction_bias:{kind}"}
+        yield from crossed(RouterCase, T=19, E=24, k=3, bias=("small", "negative"), **fields)
+    yield from crossed(RouterCase, T=7, E=60, k=4, layout=layouts(("router_logits",), at.LAYOUTS[:5]))
 
 
 def _memory(request: Request) -> Iterator[Case]:
@@ -242,11 +236,7 @@ def _laws(request: Request) -> Iterator[Case]:
             yield RouterCase(T=18, E=128, k=8, dtype=dtype, variant=law, renorm=False)
 
 
-def _cuda_cases(request: Request) -> dict[str, Sequence[Case]]:
-    small = [RouterCase(T=tokens, dtype=dtype) for tokens in (1, 8, 64) for dtype in request.dtypes]
-    small.append(RouterCase(T=9, E=64, scoring="sigmoid", bias="small", groups="8x4", scale=2.5))
-    return {
-        "graph_replay": small,
-        "side_stream": small,
-        "large_offsets": [RouterCase(T=5_000_000, E=512, k=2, dtype="bf16")],
-    }
+def _cuda_cases(request: Request) -> dict[str, Iterable[Case]]:
+    small = crossed(RouterCase, T=(1, 8, 64), dtype=request.dtypes)
+    grouped = RouterCase(T=9, E=64, scoring="sigmoid", bias="small", groups="8x4", scale=2.5)
+    return on_cuda([*small, grouped], [RouterCase(T=5_000_000, E=512, k=2, dtype="bf16")])

@@ -4,14 +4,14 @@ Rows of the kind `draws` are many draws from few distributions, so that counts c
 has logits of its own, and a token has to be one that may be drawn.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any, ClassVar, Self
 
 from moe_harness.harness.core import boundaries as at
-from moe_harness.harness.core.case import Case
-from moe_harness.harness.core.plan import Request, pairwise
+from moe_harness.harness.core.case import Case, crossed
+from moe_harness.harness.core.plan import Request, on_cuda, pairwise
 
 WIDTHS = (1, 2, 3, 7, 16, 17, 33, 64, 129, 1000, 2049)
 CUTS = ("none", "k", "p", "both", "rows")  # "rows": each row in turn without a cut, with one, with both
@@ -81,12 +81,10 @@ def _draws(request: Request) -> Iterator[SamplerCase]:
                 dtype = request.dtypes[(number + place) % len(request.dtypes)]
                 width = next(widths)
                 yield SamplerCase(B=many, V=width, data="draws", cut=cut, vary=vary, ids=ids, dtype=dtype)
-    for width in (2, 5, 64, 300):
-        for temperature in (0.3, 1.0, 2.5):
-            yield SamplerCase(B=many, V=width, data="draws", temperature=temperature, dtype=request.dtypes[0])
+    first: dict[str, Any] = {"B": many, "data": "draws", "dtype": request.dtypes[0]}
+    yield from crossed(SamplerCase, V=(2, 5, 64, 300), temperature=(0.3, 1.0, 2.5), **first)
     yield from _few_draws(request)
-    for width in (240, 400):  # rare tokens
-        yield SamplerCase(B=many, V=width, data="draws", temperature=1.0, dtype=request.dtypes[0])
+    yield from crossed(SamplerCase, V=(240, 400), temperature=1.0, **first)  # rare tokens
     for dtype in request.dtypes:
         width = next(widths)
         yield SamplerCase(B=many, V=width, data="draws", temperature=-1.0, cut="rows", vary="grid", dtype=dtype)
@@ -150,7 +148,7 @@ def _layouts(request: Request) -> Iterator[SamplerCase]:
 
 
 def _memory(request: Request) -> list[SamplerCase]:
-    return [SamplerCase(B=33, V=70, temperature=-1.0, cut=c, dtype=d) for d in request.dtypes for c in ("none", "both")]
+    return list(crossed(SamplerCase, B=33, V=70, temperature=-1.0, dtype=request.dtypes, cut=("none", "both")))
 
 
 def _laws(request: Request) -> Iterator[SamplerCase]:
@@ -161,7 +159,7 @@ def _laws(request: Request) -> Iterator[SamplerCase]:
                 yield SamplerCase(B=next(rows), V=50, temperature=-1.0, cut=cut, vary="grid", dtype=dtype, variant=law)
 
 
-def _cuda_cases(request: Request) -> dict[str, Sequence[Case]]:
-    small = [SamplerCase(B=b, V=5000, temperature=-1.0, cut=c) for b in (1, 33) for c in ("none", "both")]
+def _cuda_cases(request: Request) -> dict[str, Iterable[Case]]:
+    small = crossed(SamplerCase, B=(1, 33), V=5000, temperature=-1.0, cut=("none", "both"))
     large = [SamplerCase(B=14200, V=151936, temperature=0.0, data="greedy", dtype=request.dtypes[-1])]
-    return {"graph_replay": small, "side_stream": small, "large_offsets": large}
+    return on_cuda(small, large)

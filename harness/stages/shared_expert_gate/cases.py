@@ -1,13 +1,13 @@
 """Cases of the stage `shared_expert_gate`."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar, Self
 
 from moe_harness.harness.core import boundaries as at
-from moe_harness.harness.core.case import Case, in_shapes
-from moe_harness.harness.core.plan import Request, pairwise
+from moe_harness.harness.core.case import Case, crossed, in_shapes, layouts
+from moe_harness.harness.core.plan import Request, on_cuda, pairwise
 
 LEADS = ("1", "7", "33", "2x3", "5x1x4", "0", "129", "2x0x3", "", "1x1x1x6", "1024")
 SPECIALS = (
@@ -47,7 +47,7 @@ def plan(request: Request) -> dict[str, Iterable[Case]]:
         "layouts": _layouts(request),
         "memory": _memory(request),
         "special": in_shapes(_special(request), {"lead": "2x9", "H": 96, "D": 24}, {"lead": "33", "H": 32, "D": 64}),
-        "laws": _laws(request),
+        "laws": crossed(GateCase, lead="24", H=48, D=40, variant=LAWS, dtype=request.dtypes),
         "determinism": _memory(request),
         "batch_invariance": _memory(request),
         "leak": [GateCase(lead="512", H=64, D=256, dtype=request.dtypes[0])],
@@ -88,8 +88,7 @@ def _exact(request: Request) -> Iterator[Case]:
         dtype = request.dtypes[place % len(request.dtypes)]
         yield GateCase(lead="33", H=width, D=16, data="exact", dtype=dtype)
         yield GateCase(lead="17", H=16, D=width, data="exact", dtype=dtype)
-    for lead in ("33001", "5x8003"):
-        yield GateCase(lead=lead, H=8, D=16, data="exact", dtype=request.dtypes[0])
+    yield from crossed(GateCase, lead=("33001", "5x8003"), H=8, D=16, data="exact", dtype=request.dtypes[0])
 
 
 def _numeric(request: Request) -> Iterator[Case]:
@@ -105,8 +104,8 @@ def _numeric(request: Request) -> Iterator[Case]:
     axes = {"lead": LEADS[:-1], "H": (1, 16, 33, 129, 256), "D": (1, 5, 24, 63, 130), "dtype": request.dtypes}
     for row in pairwise(axes, request.seed + 1):
         yield GateCase(optional=not row["lead"], **row)
-    for lead in ("2x1x3x1x2", "2x2x1x3x2x2"):  # more dimensions than a kernel may have arguments for
-        yield GateCase(lead=lead, H=24, D=16, dtype=request.dtypes[0])
+    many_dimensions = ("2x1x3x1x2", "2x2x1x3x2x2")  # more than a kernel may have arguments for
+    yield from crossed(GateCase, lead=many_dimensions, H=24, D=16, dtype=request.dtypes[0])
     for shape in request.configs:
         yield GateCase(lead="33", H=shape.hidden_size, D=shape.hidden_size, dtype=request.dtypes[-1])
 
@@ -127,35 +126,27 @@ def _layouts(request: Request) -> Iterator[Case]:
         ("hidden_states", "29", 1, 24), ("shared_output", "29", 24, 1), ("all", "1x29", 24, 1), ("all", "29x1", 1, 1),
         ("gate_weight", "29", 40, 24), ("all", "1", 24, 40),
     ):  # fmt: skip
-        for kind in ("unit", "padded", "strided", "outer_padded", "transposed"):
-            dtype = request.dtypes[-1]
-            yield GateCase(lead=lead, H=width, D=depth, layout=f"{operand}:{kind}", data="exact", dtype=dtype)
-    for operand in ("hidden_states", "shared_output", "all"):  # sequences by tokens
-        for lead in ("3x4", "2x3x5"):
-            yield GateCase(lead=lead, H=40, D=24, layout=f"{operand}:permuted", dtype=request.dtypes[0])
+        laid_out = layouts((operand,), at.LAYOUTS_OF_ONE)
+        yield from crossed(
+            GateCase, lead=lead, H=width, D=depth, layout=laid_out, data="exact", dtype=request.dtypes[-1]
+        )
+    by_tokens = layouts(("hidden_states", "shared_output", "all"), ("permuted",))  # sequences
+    yield from crossed(GateCase, layout=by_tokens, lead=("3x4", "2x3x5"), H=40, D=24, dtype=request.dtypes[0])
 
 
 def _memory(request: Request) -> Iterator[Case]:
     for dtype in request.dtypes:
         yield GateCase(lead="33", H=128, D=40, dtype=dtype)
         yield GateCase(lead="3x4", H=33, D=17, dtype=dtype)
-    for lead in ("1", "2x3x4", "2x1x2x3"):
-        yield GateCase(lead=lead, H=32, D=24, dtype=request.dtypes[-1])
+    yield from crossed(GateCase, lead=("1", "2x3x4", "2x1x2x3"), H=32, D=24, dtype=request.dtypes[-1])
 
 
 def _special(request: Request) -> Iterator[Case]:
     for data in SPECIALS:
-        for dtype in request.dtypes_of(data):
-            yield GateCase(lead="12", H=64, D=33, data=data, dtype=dtype)
+        yield from crossed(GateCase, lead="12", H=64, D=33, data=data, dtype=request.dtypes_of(data))
 
 
-def _laws(request: Request) -> Iterator[Case]:
-    for law in LAWS:
-        for dtype in request.dtypes:
-            yield GateCase(lead="24", H=48, D=40, dtype=dtype, variant=law)
-
-
-def _cuda_cases(request: Request) -> dict[str, Sequence[Case]]:
-    small = [GateCase(lead=lead, H=256, D=256, dtype=dtype) for lead in ("1", "33") for dtype in request.dtypes]
+def _cuda_cases(request: Request) -> dict[str, Iterable[Case]]:
+    small = crossed(GateCase, lead=("1", "33"), H=256, D=256, dtype=request.dtypes)
     large = [GateCase(lead="1050000", H=2056, D=2056, dtype=request.dtypes[-1])]
-    return {"graph_replay": small, "side_stream": small, "large_offsets": large}
+    return on_cuda(small, large)
