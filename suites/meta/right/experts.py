@@ -14,18 +14,35 @@ def to_local(topk_ids, expert_map):
     return torch.where(ids < 0, ids, expert_map.long()[ids.clamp(min=0)])
 
 
-def loop_fp32(x, w13, w2, topk_weights, topk_ids, *, activation="silu", expert_map=None):
-    """Everything in fp32, one rounding at the end, expert by expert."""
+def _product(rows, weight):
+    return rows @ weight.mT
+
+
+def _by_expert(x, w13, w2, topk_weights, topk_ids, *, activation="silu", expert_map=None, mm=_product, glu=None,
+              weighted=None, kind=torch.float32):  # fmt: skip
+    """Expert by expert, all in `kind`, one rounding at the end.
+
+    `mm` is the product, `glu` what stands for act(g) * u; with `weighted`, which stores them, the hidden values are
+    multiplied by the routing weight, and not the output.
+    """
+    act = ACTIVATIONS[activation]
+    glu = glu or (lambda g, u: act(g) * u)
     ids = to_local(topk_ids, expert_map)
-    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for e in range(w13.shape[0]):
+    out = torch.zeros(x.shape, dtype=kind, device=x.device)
+    for e in ids[ids >= 0].unique().tolist():
         t, j = torch.where(ids == e)
-        if t.numel() == 0:
-            continue
-        g, u = (x[t].float() @ w13[e].float().mT).chunk(2, dim=-1)
-        y = (ACTIVATIONS[activation](g) * u) @ w2[e].float().mT
-        out.index_add_(0, t, y * topk_weights[t, j, None].float())
+        g, u = mm(x[t].to(kind), w13[e].to(kind)).chunk(2, dim=-1)
+        hidden, weight = glu(g, u), topk_weights[t, j, None].to(kind)
+        if weighted is None:
+            out.index_add_(0, t, mm(hidden, w2[e].to(kind)) * weight)
+        else:
+            out.index_add_(0, t, mm(weighted(hidden * weight), w2[e].to(kind)))
     return out.to(x.dtype)
+
+
+def loop_fp32(x, *call, **options):
+    """Everything in fp32, one rounding at the end, expert by expert."""
+    return _by_expert(x, *call, **options)
 
 
 loop_fp32.rounds = ()
@@ -84,21 +101,14 @@ def slots_in_reverse(x, w13, w2, topk_weights, topk_ids, *, activation="silu", e
 slots_in_reverse.rounds = ("weighted",)
 
 
-def weight_before_down(x, w13, w2, topk_weights, topk_ids, *, activation="silu", expert_map=None):
+def weight_before_down(x, *call, **options):
     """The routing weight multiplies the activation, which is linear from there on."""
-    ids = to_local(topk_ids, expert_map)
-    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for e in ids[ids >= 0].unique().tolist():
-        t, j = torch.where(ids == e)
-        g, u = (x[t].float() @ w13[e].float().mT).chunk(2, dim=-1)
-        a = ACTIVATIONS[activation](g) * u * topk_weights[t, j, None].float()
-        out.index_add_(0, t, a @ w2[e].float().mT)
-    return out.to(x.dtype)
+    return _by_expert(x, *call, **options, weighted=lambda hidden: hidden)
 
 
-def weight_in_model_dtype(x, w13, w2, topk_weights, topk_ids, *, activation="silu", expert_map=None):
+def weight_in_model_dtype(x, w13, w2, topk_weights, *ids, **options):
     """Routing weights are cast to the model's dtype first, as most of the model code does."""
-    return loop_fp32(x, w13, w2, topk_weights.to(x.dtype), topk_ids, activation=activation, expert_map=expert_map)
+    return _by_expert(x, w13, w2, topk_weights.to(x.dtype), *ids, **options)
 
 
 def sorted_and_grouped(x, w13, w2, topk_weights, topk_ids, *, activation="silu", expert_map=None):
@@ -143,24 +153,22 @@ def gather_and_bmm(x, w13, w2, topk_weights, topk_ids, *, activation="silu", exp
 gather_and_bmm.graph_capturable = True
 
 
-def split_k(x, w13, w2, topk_weights, topk_ids, *, activation="silu", expert_map=None):
+def split_k(x, *call, **options):
     """K in chunks of 48 with a partial last one; the partial results are added in fp32."""
 
     def mm(a, b):
         parts = [a[:, s : s + 48] @ b[:, s : s + 48].mT for s in range(0, a.shape[1], 48)]
         return torch.stack(parts).sum(0) if parts else a.new_zeros(a.shape[0], b.shape[0])
 
-    return _with_product(mm, x, w13, w2, topk_weights, topk_ids, activation, expert_map)
+    return _by_expert(x, *call, **options, mm=mm)
 
 
-def k_backwards(x, w13, w2, topk_weights, topk_ids, *, activation="silu", expert_map=None):
+def k_backwards(x, *call, **options):
     """K summed from its end."""
-    return _with_product(
-        lambda a, b: a.flip(1) @ b.flip(1).mT, x, w13, w2, topk_weights, topk_ids, activation, expert_map
-    )
+    return _by_expert(x, *call, **options, mm=lambda a, b: a.flip(1) @ b.flip(1).mT)
 
 
-def sequential_chunks(x, w13, w2, topk_weights, topk_ids, *, activation="silu", expert_map=None):
+def sequential_chunks(x, *call, **options):
     """K in chunks of 16 added to a running fp32 accumulator, as tensor cores do."""
 
     def mm(a, b):
@@ -169,63 +177,33 @@ def sequential_chunks(x, w13, w2, topk_weights, topk_ids, *, activation="silu", 
             acc = acc + a[:, s : s + 16] @ b[:, s : s + 16].mT
         return acc
 
-    return _with_product(mm, x, w13, w2, topk_weights, topk_ids, activation, expert_map)
+    return _by_expert(x, *call, **options, mm=mm)
 
 
-def _with_product(mm, x, w13, w2, topk_weights, topk_ids, activation, expert_map):
-    ids = to_local(topk_ids, expert_map)
-    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for e in ids[ids >= 0].unique().tolist():
-        t, j = torch.where(ids == e)
-        g, u = mm(x[t].float(), w13[e].float()).chunk(2, dim=-1)
-        y = mm(ACTIVATIONS[activation](g) * u, w2[e].float())
-        out.index_add_(0, t, y * topk_weights[t, j, None].float())
-    return out.to(x.dtype)
-
-
-def double_inside(x, w13, w2, topk_weights, topk_ids, *, activation="silu", expert_map=None):
+def double_inside(x, *call, **options):
     """fp64 throughout, rounded once."""
-    ids = to_local(topk_ids, expert_map)
-    out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
-    for e in ids[ids >= 0].unique().tolist():
-        t, j = torch.where(ids == e)
-        g, u = (x[t].double() @ w13[e].double().mT).chunk(2, dim=-1)
-        y = (ACTIVATIONS[activation](g) * u) @ w2[e].double().mT
-        out.index_add_(0, t, y * topk_weights[t, j, None].double())
-    return out.to(x.dtype)
+    return _by_expert(x, *call, **options, kind=torch.float64)
 
 
 double_inside.rounds = ()
 
 
-def silu_by_tanh(x, w13, w2, topk_weights, topk_ids, *, activation="silu", expert_map=None):
+def silu_by_tanh(x, *call, activation="silu", **options):
     """sigmoid(g) as 0.5 * (1 + tanh(g / 2)); only SiLU is supported."""
     if activation != "silu":
         raise NotImplementedError(f"activation {activation!r}; only 'silu' is supported")
-    return _with_glu(
-        lambda g, u: g * (0.5 * (1 + torch.tanh(g * 0.5))) * u, x, w13, w2, topk_weights, topk_ids, expert_map
-    )
+    return _by_expert(x, *call, **options, glu=lambda g, u: g * (0.5 * (1 + torch.tanh(g * 0.5))) * u)
 
 
-def silu_by_exp(x, w13, w2, topk_weights, topk_ids, *, activation="silu", expert_map=None):
+def silu_by_exp(x, *call, activation="silu", **options):
     """g / (1 + exp(-g)): exp overflows to infinity for very negative g, and g / inf is the right 0."""
     if activation != "silu":
         raise ValueError("only silu")
-    return _with_glu(_exp_glu, x, w13, w2, topk_weights, topk_ids, expert_map)
+    return _by_expert(x, *call, **options, glu=_exp_glu)
 
 
 def _exp_glu(g, u):
     return torch.where(torch.isinf(g), F.silu(g), g / (1 + torch.exp(-g))) * u
-
-
-def _with_glu(glu, x, w13, w2, topk_weights, topk_ids, expert_map):
-    ids = to_local(topk_ids, expert_map)
-    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for e in ids[ids >= 0].unique().tolist():
-        t, j = torch.where(ids == e)
-        g, u = (x[t].float() @ w13[e].float().mT).chunk(2, dim=-1)
-        out.index_add_(0, t, (glu(g, u) @ w2[e].float().mT) * topk_weights[t, j, None].float())
-    return out.to(x.dtype)
 
 
 def int32_inside(x, w13, w2, topk_weights, topk_ids, *, activation="silu", expert_map=None):
@@ -248,22 +226,22 @@ int32_inside.deterministic = True
 int32_inside.batch_invariant = True
 
 
-def only_bf16(x, w13, w2, topk_weights, topk_ids, *, activation="silu", expert_map=None):
+def only_bf16(x, *call, **options):
     """A kernel compiled for bf16 that says so."""
     if x.dtype != torch.bfloat16:
         raise NotImplementedError(f"dtype {x.dtype}; only bfloat16 is supported")
-    return sorted_and_grouped(x, w13, w2, topk_weights, topk_ids, activation=activation, expert_map=expert_map)
+    return sorted_and_grouped(x, *call, **options)
 
 
 only_bf16.dtypes = ("bf16",)
 
 
-def only_contiguous(x, w13, w2, topk_weights, topk_ids, *, activation="silu", expert_map=None):
+def only_contiguous(x, *call, **options):
     """A kernel without strides in its signature, which refuses what it cannot read."""
-    for name, t in (("x", x), ("w13", w13), ("w2", w2), ("topk_weights", topk_weights), ("topk_ids", topk_ids)):
+    for name, t in zip(("x", "w13", "w2", "topk_weights", "topk_ids"), (x, *call), strict=True):
         if not t.is_contiguous():
             raise ValueError(f"{name} must be contiguous, but has strides {t.stride()}")
-    return gather_and_bmm(x, w13, w2, topk_weights, topk_ids, activation=activation, expert_map=expert_map)
+    return gather_and_bmm(x, *call, **options)
 
 
 def round_gate_up(x, w13, w2, topk_weights, topk_ids, *, activation="silu", expert_map=None):
@@ -301,16 +279,10 @@ def compensated_sum(x, w13, w2, topk_weights, topk_ids, *, activation="silu", ex
     return total.to(x.dtype)
 
 
-def activation_twice_rounded(x, w13, w2, topk_weights, topk_ids, *, activation="silu", expert_map=None):
+def activation_twice_rounded(x, *call, activation="silu", **options):
     """act(g), and its product with u, in the model's dtype; all else in fp32."""
-    ids = to_local(topk_ids, expert_map)
-    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for e in ids[ids >= 0].unique().tolist():
-        t, j = torch.where(ids == e)
-        g, u = (x[t].float() @ w13[e].float().mT).chunk(2, dim=-1)
-        hidden = (ACTIVATIONS[activation](g).to(x.dtype).float() * u).to(x.dtype)
-        out.index_add_(0, t, hidden.float() @ w2[e].float().mT * topk_weights[t, j, None].float())
-    return out.to(x.dtype)
+    act = ACTIVATIONS[activation]
+    return _by_expert(x, *call, **options, glu=lambda g, u: (act(g).to(x.dtype).float() * u).to(x.dtype).float())
 
 
 activation_twice_rounded.rounds = ("activation",)

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from moe_harness.suites.meta.right.experts import ACTIVATIONS, _with_product, to_local
+from moe_harness.suites.meta.right.experts import ACTIVATIONS, _by_expert, to_local
 
 
 def persistent_programs(x, w13, w2, topk_weights, topk_ids, *, activation="silu", expert_map=None):
@@ -51,16 +51,9 @@ def split_along_i(x, w13, w2, topk_weights, topk_ids, *, activation="silu", expe
 split_along_i.rounds = ("activation",)
 
 
-def weighted_hidden_stored(x, w13, w2, topk_weights, topk_ids, *, activation="silu", expert_map=None):
+def weighted_hidden_stored(x, *call, **options):
     """The routing weight is folded into the hidden values before these are stored for the down projection."""
-    ids = to_local(topk_ids, expert_map)
-    out = torch.zeros(x.shape)
-    for e in ids[ids >= 0].unique().tolist():
-        t, j = torch.where(ids == e)
-        g, u = (x[t].float() @ w13[e].float().mT).chunk(2, dim=-1)
-        hidden = ACTIVATIONS[activation](g) * u * topk_weights[t, j, None].float()
-        out.index_add_(0, t, hidden.to(x.dtype).float() @ w2[e].float().mT)
-    return out.to(x.dtype)
+    return _by_expert(x, *call, **options, weighted=lambda hidden: hidden.to(x.dtype).float())
 
 
 weighted_hidden_stored.rounds = ("weighted",)
@@ -78,7 +71,7 @@ def operands_swapped(x, w13, w2, topk_weights, topk_ids, *, activation="silu", e
     return out.to(x.dtype).mT
 
 
-def three_parts_of_bf16(x, w13, w2, topk_weights, topk_ids, *, activation="silu", expert_map=None):
+def three_parts_of_bf16(x, *call, **options):
     """Products of fp32 from bf16 tensor cores: operands are sums of three parts, of nine products six are made."""
 
     def parts(a):
@@ -92,4 +85,4 @@ def three_parts_of_bf16(x, w13, w2, topk_weights, topk_ids, *, activation="silu"
         small = a0 @ b2.mT + a1 @ b1.mT + a2 @ b0.mT
         return small + (a0 @ b1.mT + a1 @ b0.mT) + a0 @ b0.mT
 
-    return _with_product(mm, x, w13, w2, topk_weights, topk_ids, activation, expert_map)
+    return _by_expert(x, *call, **options, mm=mm)
