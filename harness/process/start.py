@@ -31,7 +31,8 @@ START_BUDGET = 180.0  # seconds for importing an implementation
 COMPILERS = re.compile(r"triton/(compiler/|backends/\w+/compiler)|torch/(_inductor/|_dynamo/|utils/cpp_extension)")
 _ONE_AT_A_TIME = threading.Lock()  # the kill matrix starts processes from several threads
 # A program has one such server, whoever asks first: it imports what any process needs, 2 s that each would take alone.
-PRELOADED = ["moe_harness.harness.process.worker", "moe_harness.harness.ranks.worker", "scipy.special"]
+PRELOADED = ["moe_harness.harness.process.worker", "moe_harness.harness.ranks.worker", "scipy.special",
+             "moe_harness.harness.process.frozen"]  # fmt: skip
 
 
 def fork_server() -> Any:
