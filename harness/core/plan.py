@@ -104,8 +104,8 @@ class Planned(NamedTuple):
 
 def on_cuda(small: Iterable[Case], large: Iterable[Case] = ()) -> dict[str, Iterable[Case]]:
     """The checks of a GPU by name: of small cases in a graph or on a stream of their own, of large ones the offsets."""
-    small = list(small)
-    return {"graph_replay": small, "side_stream": small} | ({"large_offsets": large} if large else {})
+    found: dict[str, Iterable[Case]] = dict.fromkeys(("graph_replay", "side_stream"), list(small))
+    return found | ({"large_offsets": large} if large else {})
 
 
 def plan(stage: str, request: Request) -> list[Planned]:
