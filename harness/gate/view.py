@@ -88,18 +88,12 @@ def show(result: dict[str, Any], console: "Console") -> None:
 
 def write_html(result: dict[str, Any], path: Path) -> None:
     """A page of its own, with the questions on which the two differ."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from moe_harness.harness.report.pages import rendered
 
-    environment = Environment(
-        loader=PackageLoader("moe_harness.harness.gate", "."), autoescape=True, undefined=StrictUndefined
-    )
-    template = environment.get_template("page.html.j2")
     # Lost answers first, then won ones: the page shows no more than the first hundred.
     differing = sorted(
         (row for row in result["rows"] if row["texts"] is not None),
         key=lambda row: (row["baseline"]["right"] == row["candidate"]["right"], row["candidate"]["right"]),
     )
-    path.write_text(
-        template.render(result=result, facts=facts(result), summary=summary(result), differing=differing),
-        "utf-8",
-    )
+    shown = {"result": result, "facts": facts(result), "summary": summary(result), "differing": differing}
+    path.write_text(rendered(Path(__file__).with_name("page.html.j2"), shown), "utf-8")

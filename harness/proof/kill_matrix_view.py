@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_harness.harness.proof.kill_matrix import Cell, Matrix, Row
+from moe_harness.harness.report.pages import rendered
 
 SHORT = {
     "contract": "contr", "numeric": "num", "routing": "rout", "sentinels": "sent", "layouts": "layout",
@@ -103,19 +104,9 @@ def write_json(result: Matrix, path: Path) -> None:
 
 def write_html(result: Matrix, path: Path) -> None:
     """One self-contained page."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     stages = {stage: [r for r in result["rows"] if r["stage"] == stage] for stage in _stages(result)}
-    page = environment.get_template("kill_matrix.html.j2").render(
-        result=result, stages=stages, headline=headline(result), colour=colour, told=told
-    )
+    shown = {"result": result, "stages": stages, "headline": headline(result), "colour": colour, "told": told}
+    page = rendered(Path(__file__).with_name("kill_matrix.html.j2"), shown, trimmed=True)
     path.write_text(page, encoding="utf-8")
 
 

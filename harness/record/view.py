@@ -45,16 +45,12 @@ def write_html(
     found: Comparison, old: Mapping[tuple[str, str], Line], new: Mapping[tuple[str, str], Line], path: Path
 ) -> None:
     """A page of its own: what differs, then both runs side by side."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from moe_harness.harness.report.pages import rendered
 
-    environment = Environment(
-        loader=PackageLoader("moe_harness.harness.record", "."), autoescape=True, undefined=StrictUndefined
-    )
     sides = [(key, old.get(key), new.get(key)) for key in dict.fromkeys([*old, *new])]
     changes = sorted(found.changes, key=lambda change: LEVELS.index(change.level))
-    page = environment.get_template("page.html.j2").render(
-        summary=summary(found), changes=changes, sides=sides, regressed=found.regressed, digest=digest
-    )
+    shown = {"summary": summary(found), "changes": changes, "sides": sides, "regressed": found.regressed}
+    page = rendered(Path(__file__).with_name("page.html.j2"), {**shown, "digest": digest})
     path.write_text(page, "utf-8")
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_harness.harness.report import figures
+from moe_harness.harness.report.pages import rendered
 from moe_harness.harness.report.results import Result, completed, verdict_of, worst_verdict
 from moe_harness.harness.report.terminal import colour, verdict_reason
 from moe_harness.harness.report.words import (
@@ -19,29 +20,19 @@ from moe_harness.harness.report.words import (
     signature,
 )
 
-TEMPLATE = "page.html.j2"
+TEMPLATE = Path(__file__).with_name("page.html.j2")
 
 
 def render(results: Sequence[Result]) -> str:
     """The page as text."""
-    # Imported here: jinja2 costs a tenth of a second, and most runs write no page.
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["number"] = number
     full = [completed(result) for result in results]
-    return environment.get_template(TEMPLATE).render(
-        verdict=worst_verdict(results),
-        title=", ".join(dict.fromkeys(result["stage"] for result in full)) or "nothing judged",
-        matrix=matrix(full),
-        runs=[run(result) for result in full],
-    )
+    shown = {
+        "verdict": worst_verdict(results),
+        "title": ", ".join(dict.fromkeys(result["stage"] for result in full)) or "nothing judged",
+        "matrix": matrix(full),
+        "runs": [run(result) for result in full],
+    }
+    return rendered(TEMPLATE, shown, trimmed=True, number=number)
 
 
 def write_html(results: Sequence[Result], path: str | Path) -> None:
