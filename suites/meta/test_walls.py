@@ -51,6 +51,16 @@ def test_suites_name_implementations_by_spec() -> None:
             assert not {m for m in KNOWS[name] if reached(m) == "impls"}, name
 
 
+@pytest.mark.parametrize("module", ["dispatchers.dispatcher", "parallel.parallel_linear", "parallel.reduction"])
+def test_what_runs_over_ranks_of_a_cpu_imports_no_triton(module: str) -> None:
+    """One of them starts kernels, and all are imported with it: none was found where Triton is not installed."""
+    todo, seen = [f"moe_harness.impls.{module}"], set()
+    while todo:
+        seen.add(name := todo.pop())
+        todo += [m for m in imports(TREES[name].body, False) if m in FILES and m not in seen]
+        assert "triton" not in {reached(m) for m in imports(TREES[name].body, False)}, name
+
+
 def test_nobody_goes_in_circles() -> None:
     direct = {name: {m for m in imports(tree.body, False) if m in FILES} - {name} for name, tree in TREES.items()}
     left = dict(direct)
