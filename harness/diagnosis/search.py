@@ -131,6 +131,8 @@ class _Search:
         return self._search(made) or self._by_size() if made else told
 
     def _search(self, among: list[Fault]) -> list[dict[str, str]]:
+        if not among:  # a stage without faults of precision: every data set would be looked at for none
+            return []
         self.all = among
         unexplained, most = 0, UNEXPLAINED_ROUNDINGS if self.subtle else UNEXPLAINED
         for dataset in self._datasets():
