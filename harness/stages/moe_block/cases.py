@@ -88,6 +88,8 @@ def _contract(request: Request) -> Iterator[Case]:
     for family in FAMILIES:
         yield MoeBlockCase(family=family, dtype=request.dtypes[0])
         yield MoeBlockCase(family=family, T=0, dtype=request.dtypes[-1])
+    for family, width in (("qwen3_moe", 32), ("qwen2_moe", 40)):
+        yield MoeBlockCase(family=family, T=0, H=width, I=16, shared=16, E=8, k=2, dtype=request.dtypes[0])
 
 
 def _numeric(request: Request) -> Iterator[Case]:
@@ -167,6 +169,8 @@ def _other_configs(request: Request) -> Iterator[Case]:
         yield MoeBlockCase(family="deepseek_v2", method="greedy", scale=1.0, dtype=next(dtypes), **small)
         for family in FAMILIES[place::3]:
             yield MoeBlockCase(family=family, act="gelu_pytorch_tanh", dtype=next(dtypes), **small)
+    for family, width in (("qwen3_moe", 32), ("qwen2_moe", 40)):  # matrices whose transpose fits
+        yield MoeBlockCase(family=family, T=12, H=width, I=width, shared=16, E=8, k=2, dtype=next(dtypes))
 
 
 def _layouts(request: Request) -> Iterator[Case]:

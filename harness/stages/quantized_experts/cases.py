@@ -136,9 +136,20 @@ def _numeric(request: Request) -> Iterator[Case]:
             yield QuantizedCase(T=40, H=width, I=inner, format=format, dtype=request.dtypes[-1])
     for width, inner in ((96, 160), (288, 96)):
         yield QuantizedCase(T=40, H=width, I=inner, format="mxfp4", dtype=request.dtypes[-1], activation="swiglu_oai")
+    yield from _gelu(request)
     for shape in request.configs:
         for format in request.pick(_shipped(shape), SCALED):
             yield from _of_model(request, shape, format, T=4, bias=format == "mxfp4")
+
+
+def _gelu(request: Request) -> Iterator[Case]:
+    """In the other shapes of `_numeric`, which has it in one."""
+    for format, tokens, width, inner in (
+        ("plain", 20, 96, 160),
+        ("fp8_channel", 33, 128, 384),
+        ("int8_channel", 9, 80, 24),
+    ):
+        yield QuantizedCase(T=tokens, H=width, I=inner, format=format, dtype=request.dtypes[-1], activation="gelu_tanh")
 
 
 def _shipped(shape: Any) -> tuple[str, ...]:

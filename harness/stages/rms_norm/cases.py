@@ -101,6 +101,8 @@ def _numeric(request: Request) -> Iterator[RmsNormCase]:
     yield RmsNormCase(lead=str(at.TOKENS_BEYOND_16_BITS), H=2, dtype=request.dtypes[-1])
     yield from crossed(RmsNormCase, lead="12", H=65, data="tiny", residual=(False, True), eps=0.0,
                        dtype=request.dtypes[0])  # fmt: skip
+    for place, width in enumerate((24, 40, 100)):  # a lost tail of 16 looked like odd widths
+        yield RmsNormCase(lead="9", H=width, dtype=request.dtypes[place % len(request.dtypes)])
 
 
 def _layouts(request: Request) -> Iterator[RmsNormCase]:

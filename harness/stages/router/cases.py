@@ -87,6 +87,7 @@ def _contract(request: Request) -> Iterator[Case]:
         yield RouterCase(T=3, E=4, k=4, dtype=dtype)
         yield RouterCase(T=3, E=1, k=1, dtype=dtype)
         yield RouterCase(T=0, E=64, k=8, groups="8x4", bias="small", scoring="sigmoid", dtype=dtype)
+    yield RouterCase(T=0, E=5, k=3, renorm=False, dtype=request.dtypes[-1])
 
 
 def _models(request: Request) -> Iterator[dict[str, Any]]:
