@@ -42,7 +42,7 @@ class LocalAllreduce(Dispatcher):
 
     def combine(self, expert_output: Tensor, d: Dispatched) -> Tensor:
         """expert_output [T, H] -> the sum over ranks, [T, H], on every rank."""
-        total = expert_output.clone()
+        total = expert_output.clone(memory_format=torch.contiguous_format)  # NCCL takes no other
         dist.all_reduce(total, group=self.group)
         return total
 

@@ -7,6 +7,7 @@ the router's logits and routes again on every rank; it is right only where ties 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -59,7 +60,7 @@ class Naive(Dispatcher):
 
     def combine(self, expert_output: Tensor, d: Dispatched) -> Tensor:
         """expert_output [S, H] -> this rank's tokens, [T_r, H]."""
-        total = expert_output.clone()
+        total = expert_output.clone(memory_format=torch.contiguous_format)  # NCCL takes no other
         dist.all_reduce(total, group=self.group)
         return total.split(d.route)[self.rank].clone()
 

@@ -13,6 +13,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -68,7 +69,7 @@ def _reduced(value: Tensor, state: str, group: Group, rows: Sequence[int] | None
     if state == PARTIAL and rows is not None:
         return scatter_sum(value, rows, group)
     own = value.split(list(rows))[dist.get_rank(group)] if rows is not None and state == REPLICATED else value
-    own = own.clone()
+    own = own.clone(memory_format=torch.contiguous_format)  # NCCL takes no other
     if state == PARTIAL:
         dist.all_reduce(own, group=group)
     return own

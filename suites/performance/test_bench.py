@@ -128,7 +128,7 @@ def test_on_a_gpu_the_wrong_one_is_refused_and_the_right_one_timed(tmp_path: Pat
     layer = TimedLayer(replace(LAYER.model, hidden_size=256))
     report = bench.bench("experts", specs, layer, [1, 33], rounds=3)
     (tmp_path / "report.json").write_text(report.as_json())
-    assert bench.Report.read(tmp_path / "report.json") == report
+    assert bench.BenchReport.read(tmp_path / "report.json") == report
     for timing in report.timings:
         assert timing.floor >= report.launch > 0
         if timing.spec == "torch:loop":
