@@ -135,6 +135,8 @@ SECTIONS = {
     "symmetric": ranked_figures.symmetric,
     "expert_parallel": ranked_figures.expert_parallel,
     "over_ranks": spread_figures.over_ranks,
+    "large": spread_figures.large,
+    "workload": spread_figures.workload,
     "reduction": spread_figures.reduction,
 }
 

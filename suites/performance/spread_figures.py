@@ -5,6 +5,7 @@ A file's name says how many GPUs it is of; every number of them that was run has
 
 import json
 import re
+from statistics import median
 from typing import Any
 
 from moe_harness.suites.performance import DATA, header, row
@@ -31,26 +32,52 @@ def told_of(way: str) -> str:
     return words + (", sums by NCCL" if sums else "")
 
 
-def over_ranks() -> list[str]:
+def over_ranks(name: str = "over_ranks") -> list[str]:
     """Milliseconds of a decoding step by layout and dispatcher, and how many times one GPU's speed that is."""
     lines: list[str] = []
-    for file, run in files("over_ranks"):
-        one = run["ways"]["one"]["batches"]
-        batches = list(one)
+    for file, run in files(name):
+        one = run["ways"].get("one", {"batches": {}})["batches"]
+        batches = list(run["contexts"])
         contexts = ", ".join(str(run["contexts"][batch]) for batch in batches)
         lines += [f"{about(file, run)}, {run['layers']} layers; sequences with {contexts} keys each:", ""]
         lines += header("sequences", *batches)
         for way, told in run["ways"].items():
-            cells = [_cell(told["batches"].get(batch), one[batch]) for batch in batches]
+            cells = [_cell(told["batches"].get(batch), one.get(batch)) for batch in batches]
             lines.append(row(told_of(way) + ("" if told["graphs"] else ", no graph"), *cells))
         lines.append("")
     return lines[:-1]
 
 
-def _cell(entry: dict[str, float] | None, one: dict[str, float]) -> str:
+def _cell(entry: dict[str, float] | None, one: dict[str, float] | None) -> str:
     if entry is None:
         return "-"
+    if one is None:
+        return f"{entry['engine_us'] / 1e3:.2f}"
     return f"{entry['engine_us'] / 1e3:.2f} ({one['engine_us'] / entry['engine_us']:.2f})"
+
+
+def large() -> list[str]:
+    """The same of a model that no GPU holds alone, with output tokens per second and what a GPU holds."""
+    lines = over_ranks("over_ranks_235b")
+    for _, run in files("over_ranks_235b"):
+        for way, told in run["ways"].items():
+            speeds = ", ".join(f"{entry['tokens_per_second']:,.0f}" for entry in told["batches"].values())
+            held = f"{told['weights_GB']:.1f} GB of weights on each GPU, {told['device_peak_GB']:.1f} GB with the cache"
+            lines += ["", f"{told_of(way).capitalize()}: {speeds} output tokens/s;", f"{held}."]
+    return lines
+
+
+def workload() -> list[str]:
+    """Output tokens/s of the workload of whole_model.py on two GPUs, beside vLLM's."""
+    (_, ours), (_, theirs) = *files("workload"), *files("workload_vllm")
+    own, other = ours["ways"]["tp"]["workload_tokens_per_second"], theirs["runs"]["tokens_per_second"]
+    told = [f"{median(runs):,.0f} ({', '.join(f'{run:,.0f}' for run in runs)})" for runs in (own, other)]
+    more = f"{median(own) / median(other) - 1:.1%}"
+    return [
+        "Two GPUs, columns of all experts, the workload of `whole_model.py` in one call:",
+        f"ours {told[0]} output tokens/s,",
+        f"vLLM {theirs['versions']['vllm']} with `--tp 2` {told[1]}, so ours {more} more.",
+    ]
 
 
 def reduction() -> list[str]:
