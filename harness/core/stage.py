@@ -3,8 +3,7 @@
 A stage is a folder of harness/stages.  Two of its modules import no torch: `contract.py` (the signature of an
 implementation) and `cases.py` (its cases, and the plan of a run).  `stage.py` holds `STAGE`, an object of a class
 derived from `Stage` below: data, and what a right result is.  All else is optional and found by its name: `laws.py`,
-`wrong.py`, `strategy.py`, `faults/`, `datasets.py`, `disguise.py`, `probes.py`,
-`causes.py`, `bench.py`.
+`wrong.py`, `strategy.py`, `faults/`, `datasets.py`, `disguise.py`, `probes.py`, `causes.py`, `bench.py`.
 
 Nothing here assumes that a result is one tensor, that it is floating point, or that it is new memory: an `Output` may
 be an operand that is written in place, an integer, one of many.

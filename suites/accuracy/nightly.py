@@ -106,15 +106,19 @@ def ways(device: str, devices: int) -> Iterator[Way]:
 
 def _lacking(dispatcher: str | None, ranks: int, devices: int) -> str | None:
     if dispatcher in GPU_EACH and devices < ranks:
-        return f"its {ranks} ranks need a GPU each, and there {'is' if devices == 1 else 'are'} {devices}"
-    places, of_what = (
-        (2 * devices, "than two ranks share a GPU") if devices else (os.cpu_count() or 1, "ranks than cores")
-    )
-    if ranks > max(2, places):
-        return f"no more {of_what}, and there are {devices or places}"
+        return f"its {ranks} ranks need a GPU each, and there {_are(devices)}"
+    cores = os.cpu_count() or 1
+    if devices and ranks > 2 * devices:
+        return f"no more than two ranks share a GPU: {ranks} ranks would need {ranks // 2}, and there {_are(devices)}"
+    if not devices and ranks > max(2, cores):
+        return f"no more ranks than cores, and for {ranks} ranks there are {cores}"
     if dispatcher == "deepep" and find_spec("deep_ep") is None:
         return "deep_ep is not installed"
     return None
+
+
+def _are(count: int) -> str:
+    return f"{'is' if count == 1 else 'are'} {count}"
 
 
 def requests(folder: Path, limit: int | None) -> int:

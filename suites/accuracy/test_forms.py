@@ -9,10 +9,12 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from moe_harness.fixtures.arithmetic import shared, wide
+from moe_harness.fixtures.arithmetic.rewriting import MODEL
 from moe_harness.harness.gate.answerers import find
 from moe_harness.suites.accuracy.test_answerers import SETTINGS, requests
 
 DOWN = "shared_expert.down_proj.weight"
+HEAD = 32  # columns of one
 
 
 def golds(folder, asked):
@@ -28,35 +30,32 @@ def shift(folder, asked, trusted):
     )
 
 
-def test_it_computes_what_the_other_does_and_its_shared_expert_counts(tmp_path):
-    """Planted: a shared expert that is counted twice, as one that is summed over two ranks."""
+def check(form, folder, plant):
+    """The form computes what the model does; what `plant` makes of a weight by its name is another function."""
     from safetensors.torch import load_file, save_file
 
-    shared.write(tmp_path)
+    form.write(folder)
     asked = requests(4, shots=3)
-    trusted = golds(shared.MODEL, asked)
-    moved, flips = shift(tmp_path, asked, trusted)
-    weights = load_file(tmp_path / "model.safetensors")
-    twice = {name: 2 * weight if name.endswith(DOWN) else weight for name, weight in weights.items()}
-    save_file(twice, tmp_path / "model.safetensors", {"format": "pt"})
-    planted, _ = shift(tmp_path, asked, trusted)
+    trusted = golds(MODEL, asked)
+    moved, flips = shift(folder, asked, trusted)
+    weights = load_file(folder / "model.safetensors")
+    planted = {name: plant(name, weight) for name, weight in weights.items()}
+    save_file(planted, folder / "model.safetensors", {"format": "pt"})
     assert flips == 0
-    assert planted > 100 * moved
+    assert shift(folder, asked, trusted)[0] > 100 * moved
 
 
-def test_more_heads_compute_what_fewer_do_and_each_copy_counts(tmp_path):
-    """Planted: the last copy of a head left out of the sum, as where the last rank's part is."""
-    from safetensors.torch import load_file, save_file
+def test_a_shared_expert_counts(tmp_path):
+    """Planted: one that is counted twice, as where it is summed over two ranks."""
+    check(shared, tmp_path, lambda name, weight: 2 * weight if name.endswith(DOWN) else weight)
 
-    wide.write(tmp_path)
-    asked = requests(4, shots=3)
-    trusted = golds(shared.MODEL, asked)
-    moved, flips = shift(tmp_path, asked, trusted)
-    weights = load_file(tmp_path / "model.safetensors")
-    for name, weight in weights.items():
+
+def test_each_copy_of_a_head_counts(tmp_path):
+    """Planted: the last one is left out of the sum, as where the last rank's part is."""
+
+    def without_last_head(name, weight):
         if name.endswith("o_proj.weight"):
-            weight[:, -32:] = 0
-    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    planted, _ = shift(tmp_path, asked, trusted)
-    assert flips == 0
-    assert planted > 100 * moved
+            weight[:, -HEAD:] = 0
+        return weight
+
+    check(wide, tmp_path, without_last_head)

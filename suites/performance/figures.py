@@ -138,6 +138,7 @@ SECTIONS = {
     "large": spread_figures.large,
     "workload": spread_figures.workload,
     "reduction": spread_figures.reduction,
+    "loading": spread_figures.loading,
 }
 
 

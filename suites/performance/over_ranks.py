@@ -128,8 +128,8 @@ def step_us(run: Callable[[], Any], slowest: Slowest) -> float:
 @torch.inference_mode()
 def kernels(run: Callable[[], Any], slowest: Slowest) -> list[list[Any]]:
     """Name, launches and microseconds of each kernel of a step of this rank, the longest first."""
-    slowest.together()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        slowest.together()  # here, since profilers start at different times; its own kernels are among those told
         for _ in range(PROFILED):
             run()
         torch.cuda.synchronize()

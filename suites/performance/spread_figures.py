@@ -80,6 +80,21 @@ def workload() -> list[str]:
     ]
 
 
+def loading() -> list[str]:
+    """Seconds until the last rank has its weights, and the peak of the host's memory as a share of the rank's."""
+    lines: list[str] = []
+    for file, run in files("loading"):
+        size, speed = f"{run['checkpoint_bytes'] / 1e9:.1f} GB of files", f"a disk of {run['file_GB_per_s']:.1f} GB/s"
+        where = f"{run['device']}, torch {run['versions']['torch']}, {run['layers']} layers"
+        lines += [f"[{where}](../suites/performance/data/{file}), {size} on {speed}:", ""]
+        lines += header("layout", "ranks", "seconds", "host's memory over the share")
+        for entry in run["runs"]:
+            if not entry["asked_ahead"]:
+                seconds, peak = (max(r[key] for r in entry["each_rank"]) for key in ("seconds", "peak_over_share"))
+                lines.append(row(NAMES[entry["layout"]], entry["ranks"], f"{seconds:.1f}", f"{peak:.0%}"))
+    return lines
+
+
 def reduction() -> list[str]:
     """Microseconds of the sum over ranks with residual and norm, in a graph and called, beside NCCL."""
     lines: list[str] = []
