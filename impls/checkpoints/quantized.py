@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_harness.impls.qwen3_moe.loader import shards
+from moe_harness.impls.qwen3_moe.loader import files_of
 
 __all__ = ["Weights", "load"]
 
@@ -52,7 +52,7 @@ def load(folder: Path, prefix: str) -> Weights:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder, but should hold config.json and *.safetensors")
     owners: dict[str, Path] = {}
-    for file in shards(folder):
+    for file in files_of(folder):
         with safe_open(file, framework="pt") as opened:
             owners |= {key: file for key in opened.keys() if key.startswith(f"{prefix}.")}  # noqa: SIM118
 

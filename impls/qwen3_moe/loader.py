@@ -1,27 +1,25 @@
 """Checkpoints into parameters, strictly: every key is used, every element of every parameter is written exactly once.
 
-All files are looked at before the first byte is copied, so that a wrong checkpoint is refused in a moment and its
-message lists everything that is wrong.  Then of one tensor after the other this rank's slice is mapped, copied and let
-go of: beside the parameters the host holds MAPPED of them, and of what other ranks hold nothing is read.
+All files are looked at before the first tensor is read, so that a wrong checkpoint is refused in a moment and its
+message lists everything that is wrong.  Then the rows that this rank keeps something of are read in runs
+(`shards.read`), and of them its columns are copied: beside the parameters the host holds a few buffers.
 """
 
 import json
-from collections.abc import Callable, Iterator
-from math import prod
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from moe_harness.impls.qwen3_moe import shards
 from moe_harness.impls.qwen3_moe.config import CheckpointError
+from moe_harness.impls.qwen3_moe.pieces import Piece
+from moe_harness.impls.qwen3_moe.shards import DTYPES, REASONS, Stored
 from moe_harness.impls.qwen3_moe.weights import Layout
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-DTYPES = ("BF16", "F16", "F32")
 LISTED = 6  # complaints of one message
-MAPPED = 1 / 32  # of this rank's bytes that may stay mapped before the file is opened anew, which lets go of them
-REASONS = "was the download complete, and is config.json this checkpoint's own?"
 
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
 
@@ -33,20 +31,20 @@ def load(folder: Path, layout: Layout, parameters: dict[str, Tensor], progress: 
         CheckpointError: absent, truncated or foreign files; keys missing, left over or in two files; wrong shapes or
             dtypes; a NaN in the weights.
     """
-    files = shards(folder)
-    owners = _look(files, layout)
+    files = files_of(folder)
+    held = {file: shards.opened(file) for file in files}
+    owners = _look(held, layout)
     total, done = sum(file.stat().st_size for file in files), 0
     written = dict.fromkeys(parameters, 0)
-    limit = MAPPED * sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
+    pinned = any(parameter.is_cuda for parameter in parameters.values())
     for file in files:
-        for key, stored in _stored(file, layout, limit):
-            piece = layout.pieces[key]
+        kept = [tensor for key, tensor in held[file].items() if _is_kept(key, layout)]
+        pieces = {tensor.key: layout.pieces[tensor.key] for tensor in kept}
+        wanted = (run for tensor in kept for run in shards.runs(tensor, pieces[tensor.key].rows))
+        for run, rows in shards.read(wanted, pinned):
+            piece = pieces[run.stored.key]
             assert piece.parameter is not None
-            kept, place = piece.read(stored), piece.place(parameters)
-            assert place.shape == kept.shape, f"{key}: {kept.shape} goes into {place.shape}"
-            place.copy_(kept)
-            written[piece.parameter] += kept.numel()
-            del kept, stored
+            written[piece.parameter] += _copy(piece, run, rows, parameters)
         done += file.stat().st_size
         if progress is not None:
             progress(done, total)
@@ -54,25 +52,26 @@ def load(folder: Path, layout: Layout, parameters: dict[str, Tensor], progress: 
     _copies_equal(owners, layout)
 
 
-def _stored(file: Path, layout: Layout, limit: float) -> Iterator[tuple[str, Any]]:
-    """Each key of `file` of which this rank keeps something, with the file's own slice of it.
+def _is_kept(key: str, layout: Layout) -> bool:
+    """Whether this rank keeps something of the tensor."""
+    if key in layout.copies or layout.config.foreign(key):
+        return False
+    return layout.pieces[key].parameter is not None
 
-    What was read stays mapped as long as the file is open, and so counts as memory of this process.
+
+def _copy(piece: Piece, run: shards.Run, rows: Tensor, parameters: dict[str, Tensor]) -> int:
+    """Put these rows where they belong; how many elements that are.
+
+    A GPU gets whole rows and takes its columns of them itself: a copy of columns by the host is slower than the link.
     """
-    with _open(file) as shard:
-        keys = [key for key in shard.keys() if key not in layout.copies]  # noqa: SIM118 - not a dict
-    keys = [key for key in keys if not layout.config.foreign(key) and layout.pieces[key].parameter is not None]
-    while keys:
-        mapped = 0.0
-        with _open(file) as shard:
-            while keys and mapped <= limit:
-                stored = shard.get_slice(keys[0])
-                mapped += prod(layout.pieces[keys[0]].shape) * (4 if stored.get_dtype() == "F32" else 2)
-                yield keys.pop(0), stored
-                del stored
+    place, first = piece.place(parameters), run.start - piece.rows.start
+    assert len(place) == len(piece.rows), f"{run.stored.key}: {len(piece.rows)} rows go into {len(place)}"
+    kept = piece.of_rows(rows.to(place.device))
+    place[first : first + len(rows)].copy_(kept)
+    return kept.numel()
 
 
-def shards(folder: Path) -> list[Path]:
+def files_of(folder: Path) -> list[Path]:
     """The checkpoint's files in order, as its index names them, or its single file."""
     index = folder / INDEX
     if not index.is_file():
@@ -99,47 +98,33 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise CheckpointError(f"{index}: got {error!r}, wanted an object with the key weight_map") from error
 
 
-def _open(file: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(file, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        size = file.stat().st_size if file.exists() else 0
-        raise CheckpointError(
-            f"{file}: got {size:,} bytes that are no whole safetensors file ({error}); {REASONS}"
-        ) from error
-
-
-def _look(files: list[Path], layout: Layout) -> dict[str, Path]:
-    """The file of each key; everything that is wrong with names, shapes and dtypes in one CheckpointError."""
-    owners: dict[str, Path] = {}
+def _look(held: dict[Path, dict[str, Stored]], layout: Layout) -> dict[str, Stored]:
+    """What the files hold by its key; everything that is wrong with names, shapes, dtypes in one CheckpointError."""
+    owners: dict[str, Stored] = {}
     wrong: list[str] = []
-    for file in files:
-        with _open(file) as shard:
-            for key in shard.keys():  # noqa: SIM118
-                if layout.config.foreign(key):
-                    continue
-                if key in owners:
-                    wrong.append(f"{file}: {key} is in {owners[key].name} too, wanted once")
-                    continue
-                owners[key] = file
-                known = layout.pieces.get(layout.copies.get(key, key))
-                if known is None:
-                    wrong.append(f"{file}: {key} is left over, wanted no such key in a {layout.config.model_type}")
-                    continue
-                found = shard.get_slice(key)
-                shape, dtype, wanted = tuple(found.get_shape()), found.get_dtype(), known.shape
-                if shape != wanted:
-                    wrong.append(f"{file}: {key} has the shape {list(shape)}, wanted {list(wanted)}")
-                if dtype not in DTYPES:
-                    wrong.append(f"{file}: {key} has the dtype {dtype}, wanted one of {', '.join(DTYPES)}")
+    for file, tensors in held.items():
+        for key, found in tensors.items():
+            if layout.config.foreign(key):
+                continue
+            if key in owners:
+                wrong.append(f"{file}: {key} is in {owners[key].file.name} too, wanted once")
+                continue
+            owners[key] = found
+            known = layout.pieces.get(layout.copies.get(key, key))
+            if known is None:
+                wrong.append(f"{file}: {key} is left over, wanted no such key in a {layout.config.model_type}")
+                continue
+            if found.shape != known.shape:
+                wrong.append(f"{file}: {key} has the shape {list(found.shape)}, wanted {list(known.shape)}")
+            if found.dtype not in DTYPES:
+                wrong.append(f"{file}: {key} has the dtype {found.dtype}, wanted one of {', '.join(DTYPES)}")
+    folder = next(iter(held)).parent
     missing = [key for key in layout.pieces if key not in owners]
     if missing:
-        wrong.append(f"{files[0].parent}: {_some(missing)} missing, wanted in one of its {len(files)} files")
-    index = files[0].parent / INDEX
+        wrong.append(f"{folder}: {_some(missing)} missing, wanted in one of its {len(held)} files")
+    index = folder / INDEX
     if index.is_file():
-        moved = [key for key, name in _weight_map(index).items() if key in owners and owners[key].name != name]
+        moved = [key for key, name in _weight_map(index).items() if key in owners and owners[key].file.name != name]
         if moved:
             wrong.append(f"{index}: {_some(moved)} not in the file that the index names")
     if wrong:
@@ -166,14 +151,14 @@ def _holds_nan(parameter: Tensor) -> bool:
     return parameter.numel() > 0 and bool(parameter.max().isnan())
 
 
-def _copies_equal(owners: dict[str, Path], layout: Layout) -> None:
+def _copies_equal(owners: dict[str, Stored], layout: Layout) -> None:
     """A tensor that the config calls a copy of another one is one."""
     for key, original in layout.copies.items():
         if key not in owners:
             continue
-        with _open(owners[key]) as copy, _open(owners[original]) as source:
-            own = layout.pieces[original]  # each rank looks at its own part
-            if not torch.equal(own.read(copy.get_slice(key)), own.read(source.get_slice(original))):
-                raise CheckpointError(
-                    f"{owners[key]}: {key} differs from {original}, wanted equal ones: tie_word_embeddings is true"
-                )
+        rows = layout.pieces[original].rows  # each rank looks at its own part
+        pairs = zip(*(shards.read(shards.runs(owners[name], rows)) for name in (key, original)), strict=True)
+        if not all(torch.equal(copy, source) for (_, copy), (_, source) in pairs):
+            raise CheckpointError(
+                f"{owners[key].file}: {key} differs from {original}, wanted equal ones: tie_word_embeddings is true"
+            )

@@ -1,7 +1,7 @@
 """Where one key of a checkpoint goes: the part of its tensor that a rank keeps, and its place in a parameter."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -31,12 +31,16 @@ class Piece:
         """The kept part of the checkpoint's tensor."""
         return tensor if self.cut is None else tensor.narrow(*self.cut)
 
-    def read(self, stored: Any) -> Tensor:
-        """The kept part of a tensor in a file (safetensors' slice of it), nothing else of which is read."""
-        if self.cut is None:
-            return stored[:]
-        here = slice(self.cut.start, self.cut.start + self.cut.size)
-        return stored[here] if self.cut.dim == 0 else stored[:, here]
+    @property
+    def rows(self) -> range:
+        """Those of the checkpoint's tensor that hold what is kept."""
+        if self.cut is None or self.cut.dim != 0:
+            return range(self.shape[0])
+        return range(self.cut.start, self.cut.start + self.cut.size)
+
+    def of_rows(self, rows: Tensor) -> Tensor:
+        """The kept columns of some of these rows."""
+        return rows if self.cut is None or self.cut.dim == 0 else rows.narrow(*self.cut)
 
     def place(self, parameters: dict[str, Tensor]) -> Tensor:
         """The view of the parameter that the kept part is written to."""
