@@ -2,6 +2,7 @@
 
     python3 suites/performance/over_ranks.py [--ranks 2] [--json FILE] [--layers 48] [--ways tp ep:symmetric ...]
     python3 suites/performance/over_ranks.py --ranks 4 --model qwen3-235b-a22b --ways tp ep:local_allreduce
+    python3 suites/performance/over_ranks.py --ranks 2 --model qwen3-next-80b-a3b --ways tp ep:local_allreduce
 
 Random weights in bf16, made on the devices.  For each batch two times:
 
@@ -48,7 +49,18 @@ LARGE = {
     "hidden_size": 4096, "num_hidden_layers": 94, "num_attention_heads": 64, "intermediate_size": 12288,
     "moe_intermediate_size": 1536,
 }  # fmt: skip
-MODELS: dict[str, dict[str, Any]] = {"qwen3-30b-a3b": CONFIG, "qwen3-235b-a22b": CONFIG | LARGE}
+# Three of four layers keep a state instead of keys; 512 experts. Weights in bf16 are 160 GB.
+NEXT = {
+    "model_type": "qwen3_next", "architectures": ["Qwen3NextForCausalLM"], "num_attention_heads": 16,
+    "num_key_value_heads": 2, "head_dim": 256, "intermediate_size": 5120, "moe_intermediate_size": 512,
+    "num_experts": 512, "num_experts_per_tok": 10, "shared_expert_intermediate_size": 512, "rope_theta": 1e7,
+    "partial_rotary_factor": 0.25, "full_attention_interval": 4, "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
+    "max_position_embeddings": 262144,
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen3-30b-a3b": CONFIG, "qwen3-235b-a22b": CONFIG | LARGE, "qwen3-next-80b-a3b": CONFIG | NEXT,
+}  # fmt: skip
 STEPS, WARM, REPLAYS = 48, 4, 20
 PROFILED = 3  # steps
 LIMIT = 150.0  # seconds of one way

@@ -42,6 +42,7 @@ def decoding(model: Any, batch: int, context: int) -> Any:
     b["context"][:batch], b["positions"][:batch] = context, context - 1
     b["slots"][:batch] = b["tables"][:batch, columns - 1] * page + (context - 1) % page
     b["rows"][:batch], b["temperature"][:batch] = torch.arange(batch, device="cuda"), 0.6
+    b["states"][:batch] = torch.arange(batch, device="cuda")  # of layers that keep one instead of keys
     b["ids"][:batch] = torch.randint(0, 10000, (batch,), device="cuda")
     return Filled(batch, batch, batch, batch, cut=False)
 
