@@ -25,8 +25,8 @@ from torch import Tensor
 from moe_harness.impls.qwen3_moe.config import CheckpointError
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-READERS = 4  # threads
-BLOCK = 4 << 20  # bytes of one buffer
+READERS = 8  # threads
+BLOCK = 8 << 20  # bytes of one buffer
 REASONS = "was the download complete, and is config.json this checkpoint's own?"
 
 
