@@ -1,8 +1,9 @@
-"""What is missing on this machine, in words that lead to it: packages, and a device for Triton."""
+"""What is missing on this machine, in words that lead to it: packages, a device for Triton, versions that fit."""
 
 import os
 import platform
 import sys
+import traceback
 from importlib.metadata import PackageNotFoundError, version
 
 # The extra of this project that brings a package; of others only the package itself can be named.
@@ -32,7 +33,22 @@ def what_is_missing(error: BaseException) -> str | None:
             "its Triton kernels found no GPU. Set TRITON_INTERPRET=1 to judge them on the CPU in Triton's interpreter "
             "(TRITON_INTERPRET=1 moe-harness check ...), or use --device cuda on a machine that has one"
         )
+    if _interpreting() and _raised_in(error, "triton/runtime/interpreter.py", "only 0-dimensional arrays"):
+        found = f"Triton {version('triton')} does not go with NumPy {version('numpy')}"
+        return f"the interpreter of {found}: pip install 'numpy<2.4', or a newer triton"
     return None
+
+
+def _raised_in(error: BaseException, file: str, words: str) -> bool:
+    """Whether what first went wrong said `words` in `file`.
+
+    Triton 3.6's interpreter makes a number of an array of one element, as in `for i in range(loaded, end)`, which NumPy
+    refuses from 2.4 on.
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
+    frames = traceback.extract_tb(error.__traceback__)
+    return words in str(error) and bool(frames) and frames[-1].filename.endswith(file)
 
 
 def _interpreting() -> bool:

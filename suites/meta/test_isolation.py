@@ -162,7 +162,8 @@ def test_a_leak_is_a_failure(folder):
     assert result["verdict"] == "fail" and "memory grew" in result["failures"][0]["message"]
 
 
-def test_a_failure_that_depends_on_earlier_calls_is_told(folder):
+def test_a_failure_that_depends_on_earlier_calls_is_told(folder, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})  # with 8 workers none is called nine times
     code = (
         f"{HEAD}\ndef f(*a, **kw):\n    kept.append(1)\n    return right(*a, **kw) * (2.0 if len(kept) == 9 else 1.0)\n"
     )

@@ -5,8 +5,10 @@ import json
 import tomllib
 from pathlib import Path
 
+import pytest
 import torch
 
+from moe_harness.harness.core import environment
 from moe_harness.harness.core.environment import EXTRAS
 from moe_harness.suites.command import run, run_apart
 
@@ -74,3 +76,20 @@ def test_every_extra_that_is_named_exists():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for package, extra in EXTRAS.items():
         assert any(package.replace("_", "-") in line for line in project["optional-dependencies"][extra])
+
+
+@pytest.mark.parametrize(
+    ("file", "found"), [("/lib/triton/runtime/interpreter.py", True), ("/home/me/kernel.py", False)]
+)
+def test_a_numpy_that_is_too_new_for_tritons_interpreter_is_no_failure(file, found, monkeypatch):
+    """As Triton 3.6 fails with `for i in range(loaded, end)`; the same words of the kernel itself are its own."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(environment, "version", {"triton": "3.6.0", "numpy": "2.4.6"}.__getitem__)
+    older = "raise TypeError('only 0-dimensional arrays can be converted to Python scalars')"
+    with pytest.raises(RuntimeError) as raised:
+        try:
+            exec(compile(older, file, "exec"))  # noqa: S102
+        except TypeError as error:
+            raise RuntimeError(repr(error)) from error
+    told = environment.what_is_missing(raised.value)
+    assert (told is not None and "pip install 'numpy<2.4'" in told) == found
