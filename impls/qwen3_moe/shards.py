@@ -1,9 +1,10 @@
 """The files of a checkpoint, read by offsets: few large requests, several under way at once.
 
 Mapped pages of a file are faulted in one after the other, and where ranks keep halves of tensors each fault is a short
-request of its own: columns of Qwen3-30B-A3B took two ranks 2.4 times as long as one GPU took for all, four ranks 5.4
-times (suites/performance/data/loading_h200x4.json).  Here threads read runs of whole rows into a few buffers, ahead of
-whoever copies them on, so that the host holds these buffers and nothing else of the files.
+request of its own: columns of Qwen3-30B-A3B took two ranks 13.0 s, 1.5 times what one GPU took for all, and read by
+offsets 7.2, as fast as the disk (suites/performance/data/loading_readers_h200x2.json).  Here threads read runs of whole
+rows into a few buffers, ahead of whoever copies them on, so that the host holds these buffers and nothing else of the
+files.
 
 A safetensors file is 8 bytes with the length of its header, the header, a JSON object of {key: dtype, shape, the first
 and the last byte}, and the bytes of the tensors (github.com/huggingface/safetensors, "Format").

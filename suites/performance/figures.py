@@ -4,6 +4,7 @@ python -m moe_harness.suites.performance.figures            rewrites docs/benche
 """
 
 import re
+from functools import partial
 
 from moe_harness.harness.bench.pictures import remarks
 from moe_harness.harness.bench.timing import BenchReport, Timing
@@ -136,9 +137,11 @@ SECTIONS = {
     "expert_parallel": ranked_figures.expert_parallel,
     "over_ranks": spread_figures.over_ranks,
     "large": spread_figures.large,
+    "next": partial(spread_figures.large, "over_ranks_next"),
     "workload": spread_figures.workload,
     "reduction": spread_figures.reduction,
     "loading": spread_figures.loading,
+    "readers": spread_figures.readers,
 }
 
 

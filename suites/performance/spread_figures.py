@@ -43,7 +43,8 @@ def over_ranks(name: str = "over_ranks") -> list[str]:
         lines += header("sequences", *batches)
         for way, told in run["ways"].items():
             cells = [_cell(told["batches"].get(batch), one.get(batch)) for batch in batches]
-            lines.append(row(told_of(way) + ("" if told["graphs"] else ", no graph"), *cells))
+            name = told_of(way) + ("" if told["graphs"] else ", no graph")
+            lines.append(row(name + (" (an earlier call)" if told.get("earlier") else ""), *cells))
         lines.append("")
     return lines[:-1]
 
@@ -56,10 +57,10 @@ def _cell(entry: dict[str, float] | None, one: dict[str, float] | None) -> str:
     return f"{entry['engine_us'] / 1e3:.2f} ({one['engine_us'] / entry['engine_us']:.2f})"
 
 
-def large() -> list[str]:
+def large(name: str = "over_ranks_235b") -> list[str]:
     """The same of a model that no GPU holds alone, with output tokens per second and what a GPU holds."""
-    lines = over_ranks("over_ranks_235b")
-    for _, run in files("over_ranks_235b"):
+    lines = over_ranks(name)
+    for _, run in files(name):
         for way, told in run["ways"].items():
             speeds = ", ".join(f"{entry['tokens_per_second']:,.0f}" for entry in told["batches"].values())
             held = f"{told['weights_GB']:.1f} GB of weights on each GPU, {told['device_peak_GB']:.1f} GB with the cache"
@@ -82,16 +83,32 @@ def workload() -> list[str]:
 
 def loading() -> list[str]:
     """Seconds until the last rank has its weights, and the peak of the host's memory as a share of the rank's."""
-    lines: list[str] = []
-    for file, run in files("loading"):
-        size, speed = f"{run['checkpoint_bytes'] / 1e9:.1f} GB of files", f"a disk of {run['file_GB_per_s']:.1f} GB/s"
-        where = f"{run['device']}, torch {run['versions']['torch']}, {run['layers']} layers"
-        lines += [f"[{where}](../suites/performance/data/{file}), {size} on {speed}:", ""]
-        lines += header("layout", "ranks", "seconds", "host's memory over the share")
-        for entry in run["runs"]:
-            if not entry["asked_ahead"]:
-                seconds, peak = (max(r[key] for r in entry["each_rank"]) for key in ("seconds", "peak_over_share"))
-                lines.append(row(NAMES[entry["layout"]], entry["ranks"], f"{seconds:.1f}", f"{peak:.0%}"))
+    ((file, run),) = files("loading")
+    size, speed = f"{run['checkpoint_bytes'] / 1e9:.1f} GB of files", f"{run['file_GB_per_s']:.2f} GB/s"
+    where = f"{run['device']}, torch {run['versions']['torch']}, {run['layers']} layers"
+    lines = [
+        f"[{where}](../suites/performance/data/{file}), {size}, one of which is read from end to end at {speed}:",
+        "",
+    ]
+    lines += header("layout", "ranks", "seconds", "host's memory over the share")
+    for layout, told in run["layouts"].items():
+        ranks = told["ranks"]
+        seconds, peak = (max(r[key] for r in ranks) for key in ("seconds", "peak_over_share"))
+        lines.append(row(NAMES[layout], len(ranks), f"{seconds:.1f}", f"{peak:.0%}"))
+    return lines
+
+
+def readers() -> list[str]:
+    """Seconds by the way in which the loader reads, all in one call."""
+    found: dict[tuple[str, int, int], dict[str, float]] = {}
+    ((_, run),) = files("loading_readers")
+    for entry in run["runs"]:
+        times = found.setdefault((entry["reader"], entry["threads"], entry["buffer_MB"]), {})
+        times[entry["layout"]] = max(r["seconds"] for r in entry["each_rank"])
+    lines = header("reader", *(NAMES[layout] for layout in NAMES))
+    for (reader, threads, size), times in found.items():
+        name = f"{reader}, {threads} thread{'s' * (threads > 1)}, {size} MB at a time" if threads else reader
+        lines.append(row(name, *(f"{times[layout]:.1f}" if layout in times else "-" for layout in NAMES)))
     return lines
 
 
