@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from moe_harness.harness.core import registry
+from moe_harness.harness.gate.answerers import Settings
 from moe_harness.harness.gate.exchange import Gold
 from moe_harness.harness.proof import gate_matrix
 from moe_harness.harness.proof.gate_matrix import counts, expected_by_accuracy, floor, kept, seen
-from moe_harness.harness.proof.gate_matrix_bench import Measured, compared
+from moe_harness.harness.proof.gate_matrix_bench import Measured, Planted, Questions, compared
 from moe_harness.harness.proof.gate_matrix_view import page
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -73,6 +74,70 @@ def test_an_interrupted_matrix_goes_on_under_the_same_settings_alone(tmp_path):
     assert [row["name"] for row in kept(file, about)] == ["c"]
     for change in ({"seed": 2}, {"documents": 12}, {"identity": {"model": "b"}}):
         assert kept(file, about | change) == []
+
+
+PLANTED = {"seen": (measured(lost=9), "other"), "absent": (measured(), "own"), "raises": (None, None)}
+
+
+@pytest.fixture
+def asked_of(monkeypatch):
+    """A matrix of three faults and one right implementation in four layers; what was measured is noted."""
+
+    def planted(kind, names):
+        return lambda layer=None: [Planted(kind, name, "experts", layer) for name in names]
+
+    told = {"generated": 12, "identity": {"model": "a"}}
+    monkeypatch.setattr(gate_matrix, "about", lambda asked: (told, "as it is", 4))
+    monkeypatch.setattr(gate_matrix, "rights", planted("right", ["own"]))
+    monkeypatch.setattr(gate_matrix, "faults", planted("fault", PLANTED))
+    done = []
+
+    def each(asked, left, ends=0.0):
+        for one in left:
+            done.append((asked.seed, one.name, one.layer))
+            found, bits = PLANTED.get(one.name, (measured([0.001]), "own"))
+            if found is None:
+                yield {**vars(one), "error": "ValueError: no"}, None
+            else:
+                yield {**vars(one), **compared(measured(), found)}, bits
+
+    return each, done
+
+
+@pytest.fixture
+def kills(tmp_path):
+    file = tmp_path / "kills.json"
+    checks = {"numeric": {"status": "killed"}, "laws": {"status": "survived"}}
+    file.write_text(json.dumps({"rows": [{"fault": "seen", "checks": checks}]}))
+    return file
+
+
+def test_a_matrix_is_what_was_planted_in_all_layers_and_what_shows_there_in_one(asked_of, kills, tmp_path):
+    each, done = asked_of
+    asked, keep = Questions(Settings(None), 24, seed=7), tmp_path / "matrix.json"
+    found = gate_matrix.run(asked, 60.0, keep, kills, each)
+    assert done == [
+        (8, "own", None), (7, "own", None), (7, "own", 2), *((7, name, None) for name in PLANTED), (7, "seen", 2)
+    ]  # fmt: skip
+    rows = {(row["name"], row["layer"]): row for row in found["rows"]}
+    assert [rows[name, None]["present"] for name in ("own", *PLANTED)] == [False, True, False, None]
+    assert [rows[name, None]["checks"] for name in ("own", *PLANTED)] == [None, ["numeric"], None, None]
+    assert rows["seen", None]["by_accuracy"] and not rows["absent", None]["by_gold"]
+    assert found["planned"] == 3 and found["floor"]["largest"] == pytest.approx(gate_matrix.NOISE * 0.001)
+    assert found["seen"] == counts(found["rows"]) and found["seen"]["all_layers"]["by_accuracy"] == 1
+    assert json.loads(keep.read_text()) == found
+
+
+def test_a_matrix_that_was_interrupted_measures_no_fault_twice(asked_of, kills, tmp_path):
+    each, done = asked_of
+    asked, keep = Questions(Settings(None), 24, seed=7), tmp_path / "matrix.json"
+    whole = gate_matrix.run(asked, 60.0, keep, kills, each)
+    first = [row for row in whole["rows"] if row["name"] != "absent"]
+    keep.write_text(json.dumps({**whole, "rows": first}))
+    done.clear()
+    again = gate_matrix.run(asked, 60.0, keep, kills, each)
+    assert [name for seed, name, _ in done if seed == 7] == ["own", "own", "absent"]
+    assert sorted(map(str, again["rows"])) == sorted(map(str, whole["rows"])) and again["seen"] == whole["seen"]
 
 
 def test_what_raised_is_counted_apart():
