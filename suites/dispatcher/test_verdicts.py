@@ -20,7 +20,7 @@ from moe_harness.harness.ranks.calls import RecordedCall
 from moe_harness.harness.ranks.failure import Evidence, RankFailure, classify
 from moe_harness.harness.ranks.heartbeat import RankStatus, State
 from moe_harness.harness.ranks.jobs import Reply
-from moe_harness.harness.ranks.pool import BUSY, _Watch
+from moe_harness.harness.ranks.pool import BUSY, STALL, _Watch
 from moe_harness.harness.ranks.rank_process import Share
 from moe_harness.harness.report.results import verdict_of
 from moe_harness.harness.run import session
@@ -129,6 +129,17 @@ def test_what_nobody_needs_to_refuse_is_judged_in_some_dtype_or_nothing_passes(r
     result = account.result()
     assert verdict_of(result) == verdict
     assert any(said["name"] == "core" for said in result["observations"]) is (verdict == "unsupported")
+
+
+def test_the_case_that_nobody_needs_to_refuse_is_named() -> None:
+    """Also where it is the only one, and not one that may be refused."""
+    account = ResultBuilder("dispatcher", "somebody:Dispatcher", Request(), Listener())
+    only = next(planned for planned in cases.plan([2]) if planned.check == "dense" and planned.case.core())
+    may = next(planned for planned in cases.plan([2]) if planned.check == "dense" and not planned.case.core())
+    for planned in (may, only):
+        account.take(Answer(planned.id, "unsupported", "not here"))
+    (told,) = [said["text"] for said in account.result()["observations"] if said["name"] == "core"]
+    assert told.startswith("1 ") and told.endswith(f"refused, as {only.id}")
 
 
 def test_only_the_checks_that_are_asked_for() -> None:
@@ -252,6 +263,25 @@ def test_waiting_for_a_processor_is_not_taken_from_the_budget(waited: float, bud
     evidence = _Watch([Kept(0.0), Kept(waited)], 1, 0.1).wait()  # type: ignore[list-item]
     assert time.monotonic() - began >= 0.1 * budgets * 0.95
     assert set(evidence.computed) == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("ticks", "idle"), [((7, 7, 8), True), ((7, 8, 9), False), ((2, 9, 9), False), ((7, None, 7), False)]
+)
+def test_idle_is_who_slept_at_every_look(ticks: tuple[int | None, ...], idle: bool) -> None:
+    """A rank that computes is none that hangs; a tick of the processor may belong to what was before."""
+    member, said = Kept(0.0), iter(ticks)
+    member.ticks = lambda: next(said)  # type: ignore[assignment, method-assign, return-value]
+    watch = _Watch([member], 1, 60.0)  # type: ignore[list-item]
+    seen = [watch._is_idle(0, 1000.0 + part * STALL) for part in (0, 0.5, 1)]
+    assert seen == [False, False, idle]
+
+
+def test_what_was_before_the_last_moments_is_forgotten() -> None:
+    member, said = Kept(0.0), iter((2, 9, 9, 9))
+    member.ticks = lambda: next(said)  # type: ignore[assignment, method-assign]
+    watch = _Watch([member], 1, 60.0)  # type: ignore[list-item]
+    assert [watch._is_idle(0, part * STALL) for part in (0, 0.5, 1, 1.5)] == [False, False, False, True]
 
 
 def test_late_is_who_computes_not_who_has_not_had_a_processor() -> None:

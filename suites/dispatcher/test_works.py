@@ -14,3 +14,11 @@ def test_a_work_that_holds_none_is_handed_on(monkeypatch: pytest.MonkeyPatch) ->
     boxed, recorder = object(), SimpleNamespace(works=[], started={})
     assert comm._with_work(boxed, lambda work: comm._watched(work, recorder, None, None, None, True)) is boxed
     assert not recorder.works
+
+
+@pytest.mark.parametrize("outputs", [(None,), ("out",), ("out", None)])
+def test_of_several_results_the_last_is_the_work(outputs: tuple[object, ...]) -> None:
+    """Whatever comes before it is handed on; some operators have no work."""
+    assert comm._with_work((*outputs, "work"), str.upper) == (*outputs, "WORK")
+    assert comm._with_work((*outputs, None), str.upper) == (*outputs, None)
+    assert comm._with_work("work", str.upper) == "WORK" and comm._with_work(None, str.upper) is None

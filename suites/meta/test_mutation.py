@@ -92,7 +92,7 @@ def test_no_rule_and_no_exclusion_is_left_over() -> None:
 
 
 def test_a_new_module_is_judged_by_the_tests_of_the_judge() -> None:
-    assert suites_of("harness/new.py") == suites_of("harness/core/memory.py")
+    assert suites_of("harness/new.py") == suites_of("harness/core/invocation.py")
 
 
 ROWS = [

@@ -80,6 +80,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("harness/core/error_patterns.py", (DIAGNOSIS,)),
     ("harness/core/errors.py", (CLI,)),
     ("harness/core/environment.py", (f"{META}lacking.py", CLI)),
+    ("harness/core/memory.py", (f"{META}memory.py", *JUDGE)),
     ("harness/core/ranked_*.py", (f"{META}new_stage.py {META}diagnosis_ranked.py", *WORLDS)),
     ("harness/core/*.py", JUDGE),
     ("harness/run/property_search.py", (f"{ALL_STAGES} -k property",)),
