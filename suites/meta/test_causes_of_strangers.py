@@ -4,6 +4,7 @@ None is built from the catalogue's parts, and each is judged on a case on which 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from moe_harness.harness.stages.rms_norm.cases import RmsNormCase
 from moe_harness.harness.stages.rope_cache.cases import RopeCacheCase
 from moe_harness.harness.stages.router.cases import RouterCase
 from moe_harness.harness.stages.sampler.cases import SamplerCase
+from moe_harness.harness.stages.sampler.causes import Account, _told
 from moe_harness.reference import router as reference
 
 GENEROUS = 600.0  # seconds; the verdict of a test must not depend on how busy the machine is
@@ -250,6 +252,19 @@ def test_a_sampler_with_random_numbers_of_its_own(sampler: Callable[..., Tensor]
 @pytest.mark.parametrize("case", [DRAWS.but(cut="rows", vary="grid", temperature=-1.0), SamplerCase(cut="both")])
 def test_a_right_sampler_has_no_cause(case: Case) -> None:
     assert causes(sampler_of(), case) == []
+
+
+def test_of_faults_that_explain_what_is_drawn_the_likeliest_come_first() -> None:
+    """Each once, in whichever form, and how far the others are behind where that says something."""
+    seed, place, kept = (get(name) for name in ("seed_ignored", "position_ignored", "one_more_than_top_k"))
+    other = replace(seed, form="size=7")
+    odds = [(place, -100.0), (seed, -50.0), (other, -60.0), (kept, -51.0)]
+    told = _told([Account(fault, likelihood) for fault, likelihood in odds], "4 tokens")
+    assert [entry["fault"] for entry in told] == ["seed_ignored", "one_more_than_top_k", "position_ignored"]
+    assert all(entry["evidence"].endswith("So it is in 4 tokens") for entry in told[:2])
+    assert told[2]["evidence"].endswith("seed_ignored is likelier by 10^22")  # e^50
+    told = _told([Account(fault, 0.0) for fault in (other, place, kept, get("temperature_ignored"))], "")
+    assert len(told) == 3 and "Here size=7." in told[0]["evidence"]
 
 
 @pytest.mark.parametrize("stage", ["rms_norm", "rope_cache", "paged_attention", "sampler"])

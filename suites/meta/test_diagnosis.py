@@ -203,6 +203,54 @@ def test_a_choice_from_a_row_of_nan_may_be_any_but_no_choice_twice() -> None:
     assert not routing.fit((weights, ids), (weights, twice)).equal()
 
 
+def test_of_equal_scores_any_choice_is_the_same_one() -> None:
+    """Of unequal ones it is not, and neither is one that makes up for the best expert by the worst."""
+    call = router.build(RouterCase(T=2, E=8, k=2, dtype="fp32"), "cpu")
+    call.args["router_logits"].copy_(torch.tensor([0.30, 0.20, 0.20, 0.10, 0.08, 0.06, 0.04, 0.02]).log())
+    weights, ids = reference(call.args["router_logits"], **call.keywords)
+    routing = likelihood_of(router, call)
+
+    def alike(one: list[int], two: list[int]) -> bool:
+        chosen = (torch.stack([ids[0], torch.tensor(choice)]) for choice in (one, two))
+        return routing.fit(*((weights, choice) for choice in chosen)).equal()
+
+    assert alike([0, 1], [0, 2]) and alike([2, 0], [0, 1])
+    assert not alike([0, 1], [0, 3]) and not alike([0, 1], [2, 1]) and not alike([0, 3], [1, 2])
+
+
+def test_the_figures_are_shares_of_the_faults_that_a_quick_run_sees() -> None:
+    places = [(1, 0.5), (1, 2.0), (2, 9.0), (3, 0.1), (None, 4.0)]
+    rows = [{"failed": "experts/numeric/T=3", "place": place, "seconds": seconds} for place, seconds in places]
+    unseen = {"failed": None, "place": None, "seconds": 99.0}
+    assert summary([*rows, unseen]) == {"faults": 5, "first": 2, "among_three": 4, "longest_seconds": 9.0}
+    assert summary([unseen]) == {"faults": 0, "first": 0, "among_three": 0, "longest_seconds": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (range(16), "all 16 rows hold wrong elements"),
+        ([4], "only row 4 of 16 holds wrong elements"),
+        (range(3, 9), "wrong rows are 3 to 8 of 16"),
+        (range(9, 16), "wrong rows are 9 to 15 of 16, up to the last"),
+        (range(2, 16, 3), "one row in 3 is wrong, from 2 on"),
+        ([1, 2, 7], "3 of 16 rows hold wrong elements: [1, 2, 7]"),
+        ([8, 9, 10, 11, 12, 13, 15], "7 of 16 rows hold wrong elements, none before 8: [8, 9, 10, 11, 12, 13] ..."),
+    ],
+)
+def test_the_places_of_wrong_elements_are_told(rows, words: str) -> None:
+    class Stage:
+        def row_groups(self, call: object) -> dict[str, Tensor]:
+            return {}
+
+    value = torch.randn(16, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    out, wrong = value.clone(), torch.zeros(16, 8, dtype=torch.bool)
+    wrong[list(rows), ::2] = True
+    out[wrong] = -value.flip(1)[wrong] - 2.0
+    assert words in structure(Stage(), None, value, out, wrong)
+    assert words.replace("row", "column") in structure(Stage(), None, value.T, out.T, wrong.T)
+
+
 def seen(name: str, case: Case) -> str:
     return "; ".join(looks(trial_of(get(name)), case))
 
