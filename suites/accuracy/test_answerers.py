@@ -14,6 +14,7 @@ from moe_harness import fixtures
 from moe_harness.fixtures.arithmetic import problems
 from moe_harness.harness.core.errors import CannotJudge, UsageError
 from moe_harness.harness.gate.answerers import Settings, find
+from moe_harness.harness.gate.answerers.finding import resolve
 from moe_harness.harness.gate.exchange import Request
 
 torch = pytest.importorskip("torch")
@@ -240,6 +241,32 @@ def test_what_is_put_in_computes(kernels, likelihood, name):
     (wrong,) = find(f"{kernels}:{name}", SETTINGS).answer([asked])
     value, reach = likelihood(asked)
     assert wrong.gold.loglikelihood < value - reach
+
+
+FUNCTIONS = """
+def positional(x, gate_up, down, weights, ids): ...
+def any_number(*operands): ...
+def four(x, gate_up, down, weights): ...
+def hook(self, hidden_states, top_k_index, top_k_weights): ...
+def block(hidden_states, weights, config): ...
+def load_model(model_dir, *, device, dtype, a, b): ...
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [("positional", "experts"), ("any_number", "experts"), ("hook", "hook"), ("block", "moe_block"),
+     ("load_model", "model")],
+)  # fmt: skip
+def test_a_function_is_of_the_stage_that_its_arguments_tell(tmp_path, name, stage):
+    """Whatever they are called, five are those of experts."""
+    file = tmp_path / "functions.py"
+    file.write_text(FUNCTIONS)
+    told, function, layer = resolve(f"{file}:{name}")
+    assert (told, function.__name__, layer) == (stage, name, None)
+    assert resolve(f"{file}:{name}@3")[::2] == (stage, 3)
+    with pytest.raises(UsageError, match=r"takes \(x, gate_up, down, weights\), which is no stage"):
+        resolve(f"{file}:four")
 
 
 def test_what_was_put_in_is_taken_out(eager):

@@ -47,6 +47,25 @@ def test_distinct_tokens_are_no_replicated_batch() -> None:
         reference.dispatch("local_allreduce", _batches(False), torch.tensor([0, 2, 2, 0, 2]))
 
 
+@pytest.mark.parametrize("field", Batch._fields)
+def test_one_other_value_is_no_replicated_batch(field: str) -> None:
+    batches, owner = _batches(True), torch.tensor([0, 2, 2, 0, 2])
+    other = getattr(batches[2], field).clone()
+    other[0, 0] += 1
+    assert len(reference.dispatch("local_allreduce", batches, owner)) == RANKS
+    with pytest.raises(ValueError, match="the same tokens"):
+        reference.dispatch("local_allreduce", [*batches[:2], batches[2]._replace(**{field: other})], owner)
+
+
+def test_a_run_holds_as_many_rows_as_it_is_given_and_no_more() -> None:
+    batches, owner = _batches(False), torch.tensor([0, 0, 1, 1, 2])
+    most = max(sum(int((batch.topk_ids == expert).sum()) for batch in batches) for expert in range(EXPERTS))
+    received = reference.dispatch("masked", batches, owner, capacity=most)
+    assert [len(rows.source_token) for rows in received] == [2 * most, 2 * most, most]
+    with pytest.raises(ValueError, match=f"gets {most} rows, but has {most - 1} slots"):
+        reference.dispatch("masked", batches, owner, capacity=most - 1)
+
+
 def _values(count: int = 2) -> list[torch.Tensor]:
     return [torch.arange(4.0).view(2, 2) + rank for rank in range(count)]
 

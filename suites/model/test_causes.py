@@ -100,6 +100,19 @@ def test_wrong_tokens_have_their_cause(name: str, cause: str) -> None:
     assert causes(name, "tokens") == [cause]
 
 
+@torch.no_grad()
+def test_a_cause_of_wrong_tokens_explains_so_many_of_them() -> None:
+    """Fewer come about by chance, or by a rounding."""
+    case = ModelCase(variant="tokens", B=3, L=9, new=8)
+    asked = ask(case)
+    assert asked.tokens is not None
+    got, turned = asked.tokens.flip(0), Suspect("answers are in the reverse order of the prompts")
+    wrong = int((got != asked.tokens).sum())
+    assert wrong
+    for telling, told in ((wrong, True), (wrong + 1, False)):
+        assert bool(_explaining(ModelReply(case, asked, got, telling), [turned], float("inf"))) is told
+
+
 @pytest.mark.parametrize("name", ["one_layer_scaled", "epsilon_too_large"])
 def test_what_no_change_explains_has_no_cause(name: str) -> None:
     assert causes(name, "layers") == []
