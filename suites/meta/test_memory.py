@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_harness.harness.core import memory
+from moe_harness.harness.core.emulation import read_past, read_strided
 from moe_harness.harness.core.memory import GUARD, INT_POISON, Arena, allocations_of_zeros, poisoned_allocations
 
 FRESH = {
@@ -116,3 +117,14 @@ def test_a_large_operand_is_compared_by_a_checksum(monkeypatch: pytest.MonkeyPat
     x[2, 3] = 0.5
     assert arena.violations() == [("x", "was modified")]
     assert arena.violations(written=("x",)) == []
+
+
+def test_what_is_read_by_other_strides_stays_inside_the_storage() -> None:
+    """As a fault reads it: right where the strides are right, and never beyond the last element."""
+    whole = torch.arange(24.0)
+    x = whole.reshape(4, 6)[1:, :4]
+    assert torch.equal(read_strided(x, (3, 4), (6, 1)), x)
+    assert torch.equal(read_strided(x, (3, 4), (4, 1)), whole[6:18].reshape(3, 4))
+    assert torch.equal(read_past(x, 6), whole[6:].reshape(3, 6))
+    assert read_strided(x, (3, 4), (8, 1))[2].tolist() == [22.0, 23.0, 23.0, 23.0]
+    assert read_strided(torch.empty(0), (2, 3), (3, 1)).eq(0).all()
