@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +137,8 @@ def read(path: Path, kind: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 def read_requests(path: Path) -> tuple[dict[str, Any], list[Request]]:
     """A file that `gate requests` wrote."""
     about, rows = read(path, "gate-requests")
-    known = {field.name for field in fields(Request)}
     try:
-        return about, [Request(**{**row, "until": tuple(row["until"])}) for row in rows if known >= set(row)]
+        return about, [Request(**{**row, "until": tuple(row["until"])}) for row in rows]
     except (KeyError, TypeError) as error:
         raise CannotJudge(f"{path} has a line that is no request: {error}") from error
 

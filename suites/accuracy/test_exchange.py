@@ -1,6 +1,7 @@
 """Requests, answers and the ledger: what lies in a file comes back, and nobody is served another's answers."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -66,6 +67,30 @@ def test_a_file_of_another_kind_is_refused(tmp_path, text, error, told):
         (tmp_path / "a").write_text(text)
     with pytest.raises(error, match=told):
         exchange.read_answers(tmp_path / "a")
+
+
+@pytest.mark.parametrize("change", [{"doc": 7}, {"until": None}, {"key": "k"}])
+def test_a_line_that_is_no_request_is_refused_and_not_left_out(tmp_path, change):
+    """Fewer questions than were asked would decide without a word."""
+    path = tmp_path / "r"
+    exchange.write(path, "gate-requests", {"asked": {}}, [REQUEST, REQUEST])
+    first, second, last = path.read_text().splitlines()
+    path.write_text("\n".join([first, second, json.dumps(json.loads(last) | change)]))
+    with pytest.raises(CannotJudge, match="no request"):
+        exchange.read_requests(path)
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    """And what was there before stays until then."""
+
+    def broken_off():
+        yield REQUEST
+        raise KeyboardInterrupt
+
+    exchange.write(tmp_path / "r", "gate-requests", {}, [REQUEST])
+    with pytest.raises(KeyboardInterrupt):
+        exchange.write(tmp_path / "r", "gate-requests", {}, broken_off())
+    assert exchange.read_requests(tmp_path / "r")[1] == [REQUEST]
 
 
 @pytest.mark.parametrize(
@@ -183,6 +208,15 @@ def test_who_answers_ends_with_who_asked_for_it():
     assert asks.stdout.readline() == "answering\n"
     asks.kill()
     asks.communicate(timeout=60)  # the output of the two ends once both have ended
+
+
+def test_how_far_the_answers_are_is_told_with_those_that_were_there(tmp_path):
+    ask(Echo("a"), tmp_path, batches(requests(10), 4)[0])
+    told, who = [], Echo("a")
+    kept = Ledger(tmp_path, who.identity())
+    answer_all(who, requests(10), kept, batch_size=4, timeout=60, told=lambda *said: told.append(said))
+    assert [said[:2] for said in told] == [(4, 10), (8, 10), (10, 10)]
+    assert math.isnan(told[0][2]) and told[1][2] > 0 and told[2][2] == 0
 
 
 def test_a_kernel_that_calls_exit_is_no_wrong_answer(tmp_path):
