@@ -101,6 +101,28 @@ def test_order_of_the_slots(name: str, words: str) -> None:
     assert f"sums the slots of a token one after the other, {words}" in how_it_computes(right("experts", name))
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("sequential_chunks", "accumulates the products in fp32 (24 bits), 16 terms at a time"),
+        ("running_sum_over_slots", "accumulates the products in fp32 (24 bits), no neighbouring terms beforehand"),
+        ("double_inside", "more than 27 bits, or in an order in which none are lost. In fp32 it accumulates"),
+    ],
+)
+def test_accumulators_are_told_in_words(name: str, words: str) -> None:
+    told = how_it_computes(right("experts", name))
+    assert words in told
+    assert "sums the slots of a token in " not in told, "that the running sum is stored is told already"
+
+
+def test_what_is_narrower_in_one_place_is_told_there() -> None:
+    told = how_it_computes(trial("experts", f"{STAGES}.experts.faults.precision:bf16_accumulator"))
+    assert "the first product in bf16 (8 bits), 16 terms at a time; accumulates the second product in fp32" in told
+    told = how_it_computes(trial("grouped_linear", f"{STAGES}.grouped_linear.faults.products:silent_tf32"))
+    assert "rounds the operands of products to 11 bits (fp16 or tf32)" in told.partition("In fp32")[2]
+    assert "rounds the operands" not in told.partition("In fp32")[0]
+
+
 def test_the_paragraph_claims_only_what_was_probed() -> None:
     assert how_it_computes(right("experts", "only_bf16")).startswith("In bf16 it ")
     assert "fp16" not in how_it_computes(right("experts", "only_bf16"))
