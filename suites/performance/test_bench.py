@@ -60,6 +60,33 @@ def test_quantised_weights_are_judged_as_their_format_has_them_and_cost_the_byte
     assert batch.fp8 == (format == "fp8_block")
 
 
+def costs(batch: TimedBatch) -> tuple[float, float]:
+    """Bytes and operations of a batch, from the tensors of its first call."""
+    args = batch.calls[0][0]
+    size = sum(tensor.nbytes for tensor in args.values() if tensor.is_floating_point())
+    if batch.stage == "router":
+        return size + args["router_logits"].shape[0] * 3 * (4 + 8), 0.0
+    if batch.stage == "shared_expert_gate":
+        return size + args["shared_output"].nbytes, 0.0
+    if batch.stage == "grouped_linear":
+        rows, touched = len(args["x"]), int((args["group_sizes"] > 0).sum())
+        one = args["weight"][0]
+        return args["x"].nbytes + touched * one.nbytes + rows * len(one) * 2, 2.0 * rows * one.numel()
+    local, ids = len(args["gate_up_proj"]), args["topk_ids"]
+    up, down, here = args["gate_up_proj"][0], args["down_proj"][0], ids[ids < local]
+    size = len(here.unique()) * (up.nbytes + down.nbytes) + 2 * args["hidden_states"].nbytes
+    return size, 2.0 * len(here) * (up.numel() + down.numel())
+
+
+@pytest.mark.parametrize("stage", ["router", "shared_expert_gate", "grouped_linear", "experts"])
+@pytest.mark.parametrize("layer", [LAYER, replace(LAYER, ep_size=4)], ids=["whole", "a rank's"])
+def test_bytes_and_operations_are_those_of_the_tensors(stage: str, layer: TimedLayer) -> None:
+    """Of the weights those of experts that have tokens: the floor and the share of the device's speed rest on them."""
+    for tokens in (2, 21):
+        batch = batch_of(stage, layer, tokens)
+        assert (batch.bytes, batch.flops) == costs(batch)
+
+
 def test_one_rank_of_many_and_sigmoid_with_groups_are_judged_by_their_own_rule() -> None:
     assert told(load("experts", "torch:loop"), batch_of("experts", replace(LAYER, ep_size=4))) == ""
     assert told(load("router", "torch:loop"), batch_of("router", SIGMOID)) == ""
