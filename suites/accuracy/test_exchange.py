@@ -289,6 +289,8 @@ def test_a_line_that_was_cut_off_is_asked_again(tmp_path):
     assert len(ask(again, tmp_path, asked)) == 3
     assert len(again.asked) == 1
     assert all(json.loads(line) for line in file.read_text().splitlines() if line.endswith("}"))
+    third = Echo("a")
+    assert len(ask(third, tmp_path, asked)) == 3 and not third.asked  # what stands behind it is read
 
 
 def test_a_ledger_of_another_identity_is_not_read(tmp_path):
@@ -296,6 +298,15 @@ def test_a_ledger_of_another_identity_is_not_read(tmp_path):
     ledger.add([Answer(REQUEST.key, "a", 1, "stop")])
     ledger.path.rename(Ledger(tmp_path, {"spec": "b"}).path)
     assert Ledger(tmp_path, {"spec": "b"}).answers == {}
+
+
+@pytest.mark.parametrize("first", ["nonsense", "3", "{}", ""])
+def test_a_ledger_that_does_not_say_whose_it_is_is_not_read(tmp_path, first):
+    ledger = Ledger(tmp_path, {"spec": "a"})
+    ledger.add([Answer(REQUEST.key, "a", 1, "stop")])
+    answers = ledger.path.read_text().split("\n")[1:]
+    ledger.path.write_text("\n".join([first, *answers]))
+    assert Ledger(tmp_path, {"spec": "a"}).answers == {}
 
 
 def test_an_answer_with_a_line_of_its_own_is_kept_whole(tmp_path):
