@@ -33,6 +33,14 @@ def test_without_a_pair_that_differs_the_limit_is_known():
         assert tango(0, 0, n)[1] == pytest.approx(z**2 / (n + z**2), rel=1e-4)
 
 
+def test_no_interval_leaves_what_a_drop_may_be():
+    """Where all are lost, or all are won, it ends there; and it always holds the drop itself."""
+    assert tango(10, 0, 10)[1] == pytest.approx(1) == -tango(0, 10, 10)[0]
+    for worse, better in ((10, 0), (0, 10), (9, 1), (5, 5), (0, 0)):
+        low, high = tango(worse, better, 10)
+        assert -1 <= low < high <= 1 and low - 1e-9 <= (worse - better) / 10 <= high + 1e-9
+
+
 def test_the_interval_is_that_of_the_turned_comparison_turned():
     low, high = tango(12, 3, 200)
     assert tango(3, 12, 200) == pytest.approx((-high, -low))

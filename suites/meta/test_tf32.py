@@ -133,6 +133,14 @@ def test_grouped_linear_passes(case: GroupedLinearCase, convert: Cut) -> None:
     assert against_bound(stage, call, stage.expect(call, ()), out).findings
 
 
+def test_the_columns_of_a_row_share_the_errors_of_what_is_cut_and_no_others() -> None:
+    """Seven operands cut make 64 columns err together; the roundings of fp32 are each column's own."""
+    stage = find_stage("grouped_linear")
+    call = stage.build(GroupedLinearCase(S=9, K=7, N=64, E=2), "cpu")
+    assert bool((stage.expect(call, DECLARED).sources[:, 0] <= 7).all())
+    assert bool(stage.expect(call, ()).sources[:, 0].isinf().all())
+
+
 @pytest.mark.parametrize("convert", [cut, near])
 def test_the_gate_passes(convert: Cut) -> None:
     stage = find_stage("shared_expert_gate")
