@@ -75,6 +75,17 @@ def test_tritons_interpreter_leaves_out_no_law_and_no_kind_of_data(stage):
     assert judged == kinds
 
 
+@pytest.mark.parametrize(
+    ("case", "rows"),
+    [("experts/numeric/T=3,k=4", 12), ("moe_block/numeric/T=3,k=4", 12), ("router/routing/T=3,k=4", 3),
+     ("shared_expert_gate/numeric/lead=2x3", 6), ("rms_norm/numeric/lead=2x3", 6), ("rms_norm/numeric/lead=0x3", 0),
+     ("model/numeric/variant=tokens,B=2,L=5,new=3", 16), ("dispatcher/dense/R=2,E=4,k=2,T=3+4", 7)],
+)  # fmt: skip
+def test_a_case_has_as_many_rows_as_its_kernel_computes(case, rows):
+    """The smallest failing case is that of the fewest, and one of none decides nothing."""
+    assert parse_id(case)[2].rows() == rows
+
+
 def test_pairwise_covers_every_allowed_pair():
     axes = {"a": (1, 2, 3), "b": "xyz", "c": (True, False), "d": (0, 5)}
 

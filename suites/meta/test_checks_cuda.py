@@ -13,7 +13,7 @@ from moe_harness.harness.core.catalogue import get
 from moe_harness.harness.core.contracts import Declarations, Subject
 from moe_harness.harness.core.invocation import Trial
 from moe_harness.harness.core.plan import Request, plan
-from moe_harness.harness.process.worker import judge_id
+from moe_harness.harness.process.worker import _is_device_lost, judge_id
 from moe_harness.harness.stages.rope_cache.cases import RopeCacheCase
 from moe_harness.harness.stages.rope_cache.faults import cuda as faults
 
@@ -121,3 +121,15 @@ def test_an_error_that_a_launch_leaves_behind_is_the_implementations() -> None:
     planned = next(p for p in plan("rms_norm", Request(device="cuda")) if p.check == "contract")
     answer = judge_id(trial, planned.id)
     assert answer.status == "failed" and "CUDA error" in answer.findings[0].message, answer
+
+
+def test_a_device_is_lost_where_it_cannot_be_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All later calls of that process would fail, whoever makes them; a CPU is never lost."""
+
+    def poisoned() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert not _is_device_lost("cuda")
+    monkeypatch.setattr(torch.cuda, "synchronize", poisoned)
+    assert _is_device_lost("cuda") and not _is_device_lost("cpu")

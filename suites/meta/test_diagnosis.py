@@ -2,6 +2,7 @@
 
 import json
 import time
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from moe_harness.harness.core.contracts import Declarations, Subject, load
 from moe_harness.harness.core.error_patterns import structure
 from moe_harness.harness.core.invocation import Trial
 from moe_harness.harness.core.plan import Request, plan
+from moe_harness.harness.core.registry import needed_part
 from moe_harness.harness.diagnosis import search
 from moe_harness.harness.diagnosis.disguise import hidden
 from moe_harness.harness.diagnosis.likelihood import likelihood_of
@@ -114,6 +116,31 @@ def test_hidden_faults_have_other_bits() -> None:
     ours, theirs = fault.function(*call.args.values()), hidden(fault)(*call.args.values())
     assert not torch.equal(ours, theirs)
     assert (ours != theirs).double().mean() > 0.1
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_a_fault_is_hidden_behind_is_right(stage: str) -> None:
+    """Else the diagnosis would be measured on two mistakes at once; its bits are others than the catalogue's."""
+    run = import_module(f"moe_harness.harness.stages.{stage}.faults._steps").run
+    other_steps, others = needed_part(stage, "disguise").other_steps, 0
+
+    def disguised(*call: Tensor, **options: object) -> object:
+        return run(*call, **options, steps=other_steps(call[0].dtype))
+
+    plain, trial = trial_of_function(stage, run), trial_of_function(stage, disguised)
+    planned = plan(stage, Request(dtypes=("bf16", "fp32")))
+    cases = sorted((case for check, case in planned if check in ("numeric", "routing")), key=lambda case: case.steps())
+    for case in cases[len(cases) // 3 :: len(cases) // 6]:
+        call = trial.build(case)
+        got = trial.invoke(call)
+        assert trial.judge(call, got).findings == [], case.id()
+        others += not equal(got, plain.invoke(trial.build(case)))
+    assert others
+
+
+def equal(one: object, two: object) -> bool:
+    pairs = zip(one, two, strict=True) if isinstance(one, tuple) else [(one, two)]
+    return all(torch.equal(a, b) for a, b in pairs)
 
 
 @pytest.mark.parametrize(("stage", "spec"), right_trials())

@@ -187,6 +187,16 @@ def test_every_excuse_holds_for_planned_data_and_not_for_all_of_them(stage: str,
         assert any(name in find_stage(stage).wrong_outputs(find_stage(stage).build(case, "cpu")) for case in excused)
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_plain_data_are_excused_from_nothing(stage: str) -> None:
+    """An excuse that holds for them would let data stand that tell no wrong output of that kind."""
+    case = next(planned(stage, MAIN_CHECK.get(stage, "numeric"))).case
+    call = find_stage(stage).build(case, "cpu")
+    call.truth = find_stage(stage).truth(call, None)
+    wrong = find_stage(stage).wrong_outputs(call)
+    assert wrong and [name for name in wrong if data_power.excused(case, name)] == []
+
+
 def test_one_row_is_enough_to_know_the_groups() -> None:
     """The sample keeps each row's expert, and its neighbour to be confused with."""
     case = GroupedLinearCase(S=70, E=128, sizes="sparse", bias=True)

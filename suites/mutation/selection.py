@@ -104,6 +104,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("harness/process/parent_watch.py", (f"{META}isolation.py -k ends_with",)),
     ("harness/process/deaths.py", (f"{META}deaths.py",)),
     ("harness/process/pool.py", ("suites/router", f"{META}deaths.py", ISOLATION)),
+    ("harness/process/worker.py", (f"{META}checks_cuda.py {META}deaths.py {META}power.py", "suites/router", ISOLATION)),
     ("harness/process/*.py", ("suites/router", f"{META}power.py", f"{META}deaths.py", ISOLATION)),
     ("harness/api.py", (f"{META}api.py",)),
     ("harness/ranks/backend.py", (f"{RANKED}strangers.py", DIAGNOSIS_RANKED)),
