@@ -79,7 +79,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("harness/core/own_time.py", (f"{META}isolation.py -k waiting", DIAGNOSIS)),
     ("harness/core/registry.py", (f"{META}new_stage.py {META}init.py", CLI)),
     ("harness/core/stage.py", (f"{META}power.py {META}audit.py {META}rows.py", *JUDGE)),
-    ("harness/core/error_patterns.py", (DIAGNOSIS,)),
+    ("harness/core/error_patterns.py", (f"{META}error_patterns.py", DIAGNOSIS)),
     ("harness/core/errors.py", (CLI,)),
     ("harness/core/environment.py", (f"{META}lacking.py", CLI)),
     ("harness/core/memory.py", (f"{META}memory.py", *JUDGE)),
@@ -113,6 +113,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("harness/record/*.py", (RECORD,)),
     ("harness/gate/answerers/server.py", (f"{GATE}server.py",)),
     ("harness/gate/answerers/*.py", (f"{GATE}answerers.py",)),
+    ("harness/gate/identity.py", (f"{GATE}identity.py {GATE}exchange.py",)),
     ("harness/gate/statistics.py", (f"{GATE}statistics.py {GATE}judging.py",)),
     ("harness/gate/*.py", (f"{GATE}judging.py {GATE}exchange.py", f"{GATE}server.py {GATE}answerers.py")),
     ("*.py", JUDGE),  # what is new, until a rule names it
