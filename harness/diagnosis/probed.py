@@ -66,16 +66,28 @@ def of_same_size(tried: list[Fault], seen: dict[str, list[tuple[float, float]]])
 
 
 def summed_in_16_bits(trial: Trial, case: Case) -> list[dict[str, str]]:
-    """The fault of data on which a rounded sum over slots alone can show, where the result is right but for that."""
-    if case.data != "partial_sums":
-        return []
-    call = trial.build(case.once())
-    if undeclared_roundings(trial, call, trial.invoke(call)) != ["partial_sum"]:
+    """The fault of data on which one sum in 16 bits alone can show, where the result is right but for that."""
+    seen = {"partial_sums": _slots_alone, "deep_sums": _depth_alone}.get(case.data)
+    evidence = seen(trial, case.once()) if seen else None
+    if evidence is None:
         return []
     known = all_faults(trial.subject.stage)
     fault = next(each for each in known if ((each.part or each).shows or {}).get("data") == case.data)
-    evidence = "On these data no other rounding shows; the result is right if `rounds` holds partial_sum"
     return [{"fault": fault.name, "evidence": f"{fault.consequence} {evidence}"}]
+
+
+def _slots_alone(trial: Trial, case: Case) -> str | None:
+    call = trial.build(case)
+    if undeclared_roundings(trial, call, trial.invoke(call)) != ["partial_sum"]:
+        return None
+    return "On these data no other rounding shows; the result is right if `rounds` holds partial_sum"
+
+
+def _depth_alone(trial: Trial, case: Case) -> str | None:
+    call = trial.build(case.but(data="normal"))
+    if trial.stage.judge(call, trial.invoke(call), trial.subject.declared.rounds).findings:
+        return None
+    return "Ordinary data of these sizes, whose sums are no larger on their way than at their end, are right"
 
 
 def undeclared_store(trial: Trial, case: Case) -> list[dict[str, str]]:

@@ -43,7 +43,7 @@ def prove(trial: Trial, case: Case) -> Proof:
     The call it was proved on is the one that `trial.build` returns next.
     """
     first: list[str] | None = None
-    if case.data in ("exact", "partial_sums") and not trial.stage.one_result(case, trial.subject.declared):
+    if case.data in ("exact", "partial_sums", "deep_sums") and not trial.stage.one_result(case, trial.subject.declared):
         case = case.but(data="normal")  # ordinary data of the shape tell more
     for candidate in _candidates(case):
         call = trial.prepare(candidate)

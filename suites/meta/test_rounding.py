@@ -21,6 +21,7 @@ from moe_harness.harness.stages.moe_block.bound import _routing_variance
 from moe_harness.harness.stages.moe_block.faults import _steps as blocks
 from moe_harness.harness.stages.quantized_experts.faults import _steps as quantized
 from moe_harness.harness.stages.shared_expert_gate.bound import gate_bound
+from moe_harness.harness.stages.shared_expert_gate.faults import _steps as gates
 from moe_harness.reference.experts import activate
 from moe_harness.reference.moe_block import RoutingRule
 from moe_harness.reference.router import combine_weights, expert_scores
@@ -257,6 +258,27 @@ def test_a_sum_over_few_slots_in_16_bits_is_seen_beside_every_other_declared_rou
     assert {p.case.k for p in cases} == FROM_TWO
     status = {p.id: judge_id(trial, p.id).status for p in cases}
     assert status == {p.id: "failed" if p.case.k in seen else "passed" for p in cases}
+
+
+SPLIT = {  # a depth whose shares are added in 16 bits; what is right
+    "experts": ("depth_split_in_16_bits", right.run), "moe_block": ("depth_split_in_16_bits_in_block", blocks.run),
+    "quantized_experts": ("depth_of_codes_split_in_16_bits", quantized.run),
+    "shared_expert_gate": ("dot_product_split_in_16_bits", gates.run),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("stage", SPLIT)
+def test_a_depth_whose_shares_are_added_in_16_bits_fails_in_three_shapes_and_is_told(stage, dtype):
+    """Beside every permitted rounding, which says nothing of sums over depth; the same kernel with wide sums passes."""
+    fault, wide = SPLIT[stage]
+    planned = [p for p in plan(stage, Request(dtypes=(dtype,))) if p.case.data == "deep_sums"]
+    for function, status in ((get(fault).function, "failed"), (wide, "passed")):
+        trial = Trial(Subject(stage, "kernel.py:kernel", function, Declarations(), None), "cpu")
+        assert {p.id: judge_id(trial, p.id).status for p in planned} == dict.fromkeys((p.id for p in planned), status)
+        if status == "failed":
+            assert [entry["fault"] for entry in explain_id(trial, planned[0].id, 5.0).diagnosis] == [fault]
+    assert len({p.case.shape() for p in planned}) >= 3
 
 
 SUMMED = {

@@ -72,7 +72,7 @@ def plan(request: Request) -> dict[str, Iterable[Case]]:
         "sentinels": _sentinels(request),
         "layouts": _layouts(request),
         "memory": _memory(request),
-        "special": [*in_shapes(_special(request), *SPECIAL_SHAPES), *_partial_sums(request)],
+        "special": [*in_shapes(_special(request), *SPECIAL_SHAPES), *_partial_sums(request), *_deep_sums(request)],
         "laws": _laws(request),
         "determinism": _repeats(request),
         "batch_invariance": _repeats(request),
@@ -294,6 +294,16 @@ def _partial_sums(request: Request) -> Iterator[Case]:
     for tokens, experts, top_k in shapes:
         sizes = {"T": tokens, "H": 48, "I": 24, "E": experts, "k": top_k}
         yield from crossed(ExpertsCase, **sizes, dtype=request.dtypes, data="partial_sums")
+
+
+def _deep_sums(request: Request) -> Iterator[Case]:
+    if request.device == "cuda":  # deep_sums.py says why
+        return
+    shapes = ((5, 64, 48, 8, 2), (33, 136, 264, 6, 3), (1, 1040, 40, 4, 2), (17, 40, 1032, 4, 2), (140, 2056, 16, 3, 1),
+              (3, 16, 4104, 3, 2), (64, 256, 512, 4, 2))  # fmt: skip
+    for tokens, width, inner, experts, top_k in shapes:
+        sizes = {"T": tokens, "H": width, "I": inner, "E": experts, "k": top_k}
+        yield from crossed(ExpertsCase, **sizes, dtype=request.dtypes, data="deep_sums")
 
 
 def _laws(request: Request) -> Iterator[Case]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from moe_harness.harness.core import bounds
 from moe_harness.harness.core.call import INTS, Builder, Call
 from moe_harness.harness.core.stage import Declared, Output, Stage, Truths
-from moe_harness.harness.stages.experts import exact, partial_sums, routing
+from moe_harness.harness.stages.experts import deep_sums, exact, partial_sums, routing
 from moe_harness.harness.stages.experts.bound import experts_bound
 from moe_harness.harness.stages.experts.cases import ExpertsCase
 from moe_harness.reference.experts import local_ids
@@ -30,11 +30,13 @@ class Experts(Stage):
         if paired:
             topk_ids = partial_sums.pair_up(topk_ids, case.E, draw)
         topk_weights = routing.weights(case, draw)
-        if case.data == "exact" or paired:
+        if case.data in ("exact", "deep_sums") or paired:
             counted = partial_sums.others(topk_ids, case.E) if paired else topk_ids  # those that add to a result
             hidden, gate_up, down, topk_weights = exact.draw(case, draw, counted, topk_weights, expert_map, local)
             if paired:
                 partial_sums.cancel(case, topk_ids, gate_up, down, topk_weights)
+            if case.data == "deep_sums":
+                deep_sums.spread(case, hidden, gate_up, down)
         else:
             hidden, gate_up, down = _normal(case, draw, local)
             _make_special(case, hidden, gate_up, down, topk_ids, topk_weights)
@@ -57,7 +59,7 @@ class Experts(Stage):
 
     def truth(self, call: Call, declared: Declared) -> Truths | None:
         case: Any = call.case
-        if case.data == "partial_sums" and partial_sums.is_exact(case, declared):
+        if case.data == "deep_sums" or (case.data == "partial_sums" and partial_sums.is_exact(case, declared)):
             return self.exact_value(call)
         return super().truth(call, declared)
 

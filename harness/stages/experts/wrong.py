@@ -15,10 +15,11 @@ NAMES = (
     "one_token_to_wrong_expert",
 )  # fmt: skip
 
+SATURATED = ("exact", "partial_sums", "deep_sums", "outside_fp16")
 EXCUSES = (
     Excuse("flat_weights", lambda c: c.routing == "duplicates" and c.k == 2, "both slots on one expert"),
     Excuse("flat_weights", lambda c: c.layout == "expert_map:expanded", "every slot on one expert"),
-    Excuse("other_activation", lambda c: c.data in ("exact", "partial_sums", "outside_fp16"), "both saturate"),
+    Excuse("other_activation", lambda c: c.data in SATURATED, "both saturate"),
 )
 
 

@@ -33,6 +33,7 @@ MORE_SHAPES: tuple[dict[str, Any], ...] = (
     {"T": 19, "H": 96, "E": 32, "k": 6},
 )
 LAWS = ("token_permutation", "batch_split", "row_alone")
+CANCELLING = ("partial_sums", "deep_sums")  # data of which all experts are chosen alike, and whose sums cancel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,7 @@ def plan(request: Request) -> dict[str, Iterable[Case]]:
         "numeric": _numeric(request),
         "layouts": _layouts(request),
         "memory": [*_small(request), *(MoeBlockCase(dtype=request.dtypes[0], **shape) for shape in MORE_SHAPES)],
-        "special": [*in_shapes(_special(request), *MORE_SHAPES), *_partial_sums(request)],
+        "special": [*in_shapes(_special(request), *MORE_SHAPES), *_partial_sums(request), *_deep_sums(request)],
         "laws": _laws(request),
         "determinism": _small(request),
         "batch_invariance": _small(request),
@@ -209,6 +210,17 @@ def _partial_sums(request: Request) -> Iterator[Case]:
         shape: dict[str, Any] = {"T": tokens, "H": width, "I": inner, "shared": 16, "E": top_k, "k": top_k}
         for dtype in request.narrow():
             yield MoeBlockCase(family=family, method="greedy", data="partial_sums", dtype=dtype, **shape)
+
+
+def _deep_sums(request: Request) -> Iterator[Case]:
+    if request.device == "cuda":  # experts/deep_sums.py says why
+        return
+    for family, tokens, width, inner, top_k in (
+        ("qwen3_moe", 17, 136, 48, 4), ("mixtral", 9, 64, 264, 8), ("qwen2_moe", 3, 1040, 24, 4),
+    ):  # fmt: skip
+        shape: dict[str, Any] = {"T": tokens, "H": width, "I": inner, "shared": 16, "E": top_k, "k": top_k}
+        for dtype in request.narrow():
+            yield MoeBlockCase(family=family, method="greedy", data="deep_sums", dtype=dtype, **shape)
 
 
 def _laws(request: Request) -> Iterator[Case]:

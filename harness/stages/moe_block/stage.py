@@ -14,10 +14,10 @@ from moe_harness.harness.core import bounds
 from moe_harness.harness.core.bounds import DTYPES
 from moe_harness.harness.core.call import Builder, Call
 from moe_harness.harness.core.stage import Declared, Output, Stage, Truths
-from moe_harness.harness.stages.experts import exact, partial_sums
+from moe_harness.harness.stages.experts import deep_sums, exact, partial_sums
 from moe_harness.harness.stages.experts.cases import ExpertsCase
 from moe_harness.harness.stages.moe_block.bound import block_bound
-from moe_harness.harness.stages.moe_block.cases import MoeBlockCase
+from moe_harness.harness.stages.moe_block.cases import CANCELLING, MoeBlockCase
 from moe_harness.reference import moe_block as reference
 from moe_harness.reference import router
 
@@ -39,7 +39,7 @@ class MoeBlock(Stage):
         draw = Builder(case, device)
         config = _config(case)
         weights = _weights(case, draw)
-        if case.data == "partial_sums":
+        if case.data in CANCELLING:
             hidden = _cancelling(case, draw, weights)
         else:
             hidden = _decided_tokens(case, draw, weights, config)
@@ -57,7 +57,8 @@ class MoeBlock(Stage):
     def truth(self, call: Call, declared: Declared) -> Truths | None:
         """The value itself on data whose sums are exact: silu(g) is g in fp64 as well."""
         case, bound = _experts_case(call.case), self.expect(call, declared)
-        is_exact = case.data == "partial_sums" and partial_sums.is_exact(case, declared)
+        paired = case.data == "partial_sums" and partial_sums.is_exact(case, declared)
+        is_exact = paired or case.data == "deep_sums"
         return bound.value if is_exact else bound
 
     def expect(self, call: Call, declared: Declared) -> bounds.Bound:
@@ -134,17 +135,19 @@ def _experts_case(case: Any) -> ExpertsCase:
 
 
 def _cancelling(case: MoeBlockCase, draw: Builder, weights: dict[str, Tensor]) -> Tensor:
-    """Hidden states on which a sum over slots in 16 bits shows; `weights` are changed in place to such.
+    """Hidden states on which a sum in 16 bits shows, over slots or over depth; `weights` are changed in place to such.
 
     Every expert is chosen, all with the same weight, and the shared expert adds nothing.
     """
-    experts = _experts_case(case)
+    experts, paired = _experts_case(case), case.data == "partial_sums"
     ids = torch.arange(case.E).expand(case.T, case.E)
-    hidden, gate_up, down, _ = exact.draw(
-        experts, draw, partial_sums.others(ids, case.E), draw.uniform(*ids.shape), None, torch.arange(case.E)
-    )
-    partial_sums.oppose(gate_up, down)
-    down[[0, -1]] *= 2.0 ** (partial_sums.BITS[case.dtype] + 1)
+    counted = partial_sums.others(ids, case.E) if paired else ids
+    hidden, gate_up, down, _ = exact.draw(experts, draw, counted, draw.uniform(*ids.shape), None, torch.arange(case.E))
+    if paired:
+        partial_sums.oppose(gate_up, down)
+        down[[0, -1]] *= 2.0 ** (partial_sums.BITS[case.dtype] + 1)
+    else:
+        deep_sums.spread(experts, hidden, gate_up, down)
     weights |= {"experts.gate_up_proj": gate_up, "experts.down_proj": down}
     for name in weights:
         if name == "gate.weight" or name.startswith("shared") and name.endswith("down_proj.weight"):

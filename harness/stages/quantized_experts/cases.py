@@ -68,7 +68,7 @@ def plan(request: Request) -> dict[str, Iterable[Case]]:
         "sentinels": _sentinels(request),
         "layouts": _layouts(request),
         "memory": _memory(request),
-        "special": [*_special(request), *_special_in_shapes(request), *_partial_sums(request)],
+        "special": [*_special(request), *_special_in_shapes(request), *_partial_sums(request), *_deep_sums(request)],
         "laws": _laws(request),
         "determinism": _repeats(request),
         "batch_invariance": _repeats(request),
@@ -229,6 +229,14 @@ def _partial_sums(request: Request) -> Iterator[Case]:
     for tokens, width, experts, top_k in ((17, 256, 16, 3), (9, 128, 7, 4), (33, 128, 20, 8)):
         sizes: dict[str, Any] = {"T": tokens, "H": width, "E": experts, "k": top_k}
         yield from crossed(QuantizedCase, format=FORMATS, dtype=request.narrow(), data="partial_sums", **sizes)
+
+
+def _deep_sums(request: Request) -> Iterator[Case]:
+    if request.device == "cuda":  # experts/deep_sums.py says why
+        return
+    for tokens, width, inner, experts, top_k in ((17, 128, 256, 6, 2), (40, 256, 512, 4, 2), (3, 128, 384, 8, 4)):
+        sizes: dict[str, Any] = {"T": tokens, "H": width, "I": inner, "E": experts, "k": top_k}
+        yield from crossed(QuantizedCase, format=FORMATS, dtype=request.narrow(), data="deep_sums", **sizes)
 
 
 def _laws(request: Request) -> Iterator[Case]:

@@ -10,7 +10,7 @@ from moe_harness.harness.core.bounds import Bound
 from moe_harness.harness.core.call import INTS, Builder, Call
 from moe_harness.harness.core.contracts import Declarations
 from moe_harness.harness.core.stage import Declared, Truths
-from moe_harness.harness.stages.experts import exact, partial_sums, routing
+from moe_harness.harness.stages.experts import deep_sums, exact, partial_sums, routing
 from moe_harness.harness.stages.experts.stage import Experts
 from moe_harness.harness.stages.quantized_experts import encoding, special
 from moe_harness.harness.stages.quantized_experts.bound import quantized_experts as bound_of
@@ -38,7 +38,7 @@ class QuantizedExperts(Experts):
             topk_ids = partial_sums.pair_up(topk_ids, case.E, draw)
         topk_weights = routing.weights(case, draw)
         experts, hidden, inner = len(local), case.H, case.I
-        if case.data in EXACT or paired:
+        if case.data in (*EXACT, "deep_sums") or paired:
             gates = "signs" if case.data != "codes" else "halves" if case.format in FP8 else "alike"
             counted = partial_sums.others(topk_ids, case.E) if paired else topk_ids  # those that add to a result
             x, gate_up, down, topk_weights = exact.draw(
@@ -47,6 +47,8 @@ class QuantizedExperts(Experts):
             if paired:
                 partial_sums.oppose(gate_up, down)
                 partial_sums.weigh(case, topk_ids, topk_weights)
+            if case.data == "deep_sums":
+                deep_sums.spread_codes(case, gate_up, down)
             first, second = (encoding.exact(matrix, case.format, draw) for matrix in (gate_up, down))
             if paired:
                 _enlarge(second, partial_sums.BITS[case.dtype])
@@ -108,8 +110,8 @@ class QuantizedExperts(Experts):
         """
         exact_data, quantizes = call.case.data in EXACT, _quantizes(call)
         case: Any = call.case
-        if case.data == "partial_sums":
-            exact_data = quantizes is None and partial_sums.is_exact(case, declared)
+        if case.data in ("partial_sums", "deep_sums"):
+            exact_data = quantizes is None and (case.data == "deep_sums" or partial_sums.is_exact(case, declared))
         if not exact_data or (quantizes is not None and call.case.data == "exact"):
             return self.expect(call, declared)
         if quantizes is None:

@@ -11,6 +11,7 @@ from moe_harness.harness.core.stage import Declared, Output, Stage
 from moe_harness.harness.stages.shared_expert_gate.bound import gate_bound
 from moe_harness.harness.stages.shared_expert_gate.cases import GateCase
 
+END = {"fp32": 4096.0, "fp16": 4096.0, "bf16": 512.0}  # 16 bits hold that in steps of 4
 SATURATED = 110.0  # sigmoid(110) is 1 and sigmoid(-110) is 0 in fp32; exp(110) overflows there
 
 
@@ -95,6 +96,9 @@ def _make_special(case: GateCase, hidden: Tensor, weight: Tensor, shared: Tensor
     elif case.data == "cancelling":
         hidden[..., 1::2] = hidden[..., 0::2][..., : hidden[..., 1::2].shape[-1]]
         weight[..., 1::2] = -0.9375 * weight[..., 0::2][..., : weight[..., 1::2].shape[-1]]
+    elif case.data == "deep_sums":  # ends that cancel: a part of the dot product does not fit into 16 bits
+        hidden[..., 0] = hidden[..., -1] = 1.0
+        weight[0, 0], weight[0, -1] = END[case.dtype], -END[case.dtype]
     elif case.data in ("saturated", "saturated_off"):
         sign = 1.0 if case.data == "saturated" else -1.0
         weight.fill_(0.0)

@@ -115,6 +115,21 @@ def slots_summed_in_the_inputs_dtype(*call: Tensor, **options: Any) -> Tensor:
     return run(*call, **options, combine=running)
 
 
+@fault(
+    "precision", source="flagos-ai/FlagGems/pull/5876", condition="16-bit inputs, sums that are larger on their way",
+    shows={"dtype": "bf16", "data": "deep_sums"}, hidden=("dtype=fp32", "data=normal"),
+)  # fmt: skip
+def depth_split_in_16_bits(hidden_states: Tensor, *call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
+    """Each half of the depth has a program of its own, and the two add their shares in memory, in 16 bits."""
+
+    def in_halves(rows: Tensor, weight: Tensor) -> Tensor:
+        shares = zip(rows.tensor_split(2, -1), weight.tensor_split(2, -1), strict=True)
+        first, second = (steps.matmul(*share).to(hidden_states.dtype) for share in shares)
+        return (first + second).to(rows.dtype)
+
+    return run(hidden_states, *call, **options, steps=steps, first=in_halves, second=in_halves)
+
+
 @fault("precision", condition="fp32 or fp16 inputs", hidden=("dtype=bf16",))
 def weights_cast_to_bf16(*call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """Routing weights are cast to bf16 whatever the model's dtype is."""

@@ -132,6 +132,7 @@ def run(
     plus: Callable[[Tensor, Tensor | None, int, bool], Tensor] = plus,
     split: Callable[[Tensor], tuple[Tensor, Tensor]] = halves,
     glu: Callable[[Tensor, Tensor, str], Tensor] | None = None,
+    second: Callable[[Tensor, Tensor], Tensor] = lambda rows, weight: rows @ weight.T,
     combine: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     locate: Callable[[Tensor, Tensor | None], Tensor] = locate,
     scale_of: Callable[[int], int] = lambda expert: expert,
@@ -149,7 +150,7 @@ def run(
         rows = plus(entering(hidden_states[tokens].float(), True) @ real(matrices[0]).T, gate_up_bias, expert, True)
         gate, up = split(rows)
         hidden = entering(glu(gate, up, activation), False)
-        slots[tokens, places] = plus(hidden @ real(matrices[1]).T, down_bias, expert, False)
+        slots[tokens, places] = plus(second(hidden, real(matrices[1])), down_bias, expert, False)
     return combine(slots, topk_weights, ids).to(hidden_states.dtype)
 
 

@@ -274,6 +274,22 @@ def slots_added_in_the_inputs_dtype(*call: Any, **options: Any) -> Tensor:
     return run(*call, **options, combine=wrong)
 
 
+@fault(
+    "slots", source="vllm-project/vllm/pull/6795", condition="16-bit inputs, sums that are larger on their way",
+    shows={"dtype": "bf16", "data": "deep_sums"}, hidden=("dtype=fp32", "data=normal"),
+)  # fmt: skip
+def depth_of_codes_split_in_16_bits(hidden_states: Tensor, *call: Any, steps: Steps = RIGHT, **options: Any) -> Tensor:
+    """Each half of the depth has a program of its own, and the two add their shares in memory, in 16 bits."""
+    to = hidden_states.dtype
+
+    def in_halves(rows: Tensor, weight: Tensor) -> Tensor:
+        shares = zip(rows.tensor_split(2, -1), weight.tensor_split(2, -1), strict=True)
+        first, second = ((row @ part.T).to(to) for row, part in shares)
+        return (first + second).to(rows.dtype)
+
+    return run(hidden_states, *call, **options, steps=steps, second=in_halves)
+
+
 @fault("slots", condition="always", shows={})
 def weights_averaged(*call: Any, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """The output is scaled by the number of slots."""

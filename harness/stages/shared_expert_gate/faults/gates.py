@@ -200,6 +200,21 @@ def bf16_dot_product(*call: Tensor, steps: Steps = RIGHT) -> Tensor:
     return run(*call, steps=steps, dot=rounded)
 
 
+@fault(
+    "precision", condition="16-bit inputs, sums that are larger on their way",
+    shows={"dtype": "bf16", "data": "deep_sums"}, hidden=("dtype=fp32", "data=normal"),
+)  # fmt: skip
+def dot_product_split_in_16_bits(hidden_states: Tensor, *call: Tensor, steps: Steps = RIGHT) -> Tensor:
+    """Each half of the dot product has a program of its own, and the two are added in memory, in 16 bits."""
+
+    def in_halves(rows: Tensor, weight: Tensor) -> Tensor:
+        shares = zip(rows.tensor_split(2, -1), weight.tensor_split(2, -1), strict=True)
+        first, second = (steps.dot(*share).to(hidden_states.dtype) for share in shares)
+        return first + second
+
+    return run(hidden_states, *call, steps=steps, dot=in_halves)
+
+
 @fault("precision", condition="fp32 inputs", hidden=("dtype=bf16",))
 def gate_in_tf32(*call: Tensor, steps: Steps = RIGHT) -> Tensor:
     """fp32 operands are rounded to tf32 without saying so."""
