@@ -99,8 +99,9 @@ def _verdicts(old: Line, new: Line) -> Iterator[Change]:
         if now is None:
             yield Change("regression", name, case, was["verdict"], "absent", "it was judged before")
         elif was["verdict"] != now["verdict"]:
-            worse = RANK[now["verdict"]] < RANK[was["verdict"]]
-            yield Change("regression" if worse else "improvement", name, case, was["verdict"], now["verdict"])
+            moved = RANK[now["verdict"]] - RANK[was["verdict"]]
+            level = "note" if not moved else "improvement" if moved > 0 else "regression"
+            yield Change(level, name, case, was["verdict"], now["verdict"])
         elif now.get("judged", 0) < was.get("judged", 0) and case != "all":
             yield Change("regression", name, case, f"{was['judged']} cases judged", f"{now['judged']}", "fewer judged")
     for case in after.keys() - before.keys():

@@ -71,6 +71,21 @@ def test_a_verdict_that_was_won_is_none():
     assert levels(between(with_verdict("numeric", verdict="fail"), check_line())) == ["improvement"]
 
 
+def test_what_was_judged_in_neither_run_is_neither_better_nor_worse():
+    """A run that broke off is no improvement on one that judged nothing."""
+    undecided = [with_verdict("numeric", verdict=verdict, judged=0) for verdict in ("unsupported", "error")]
+    assert levels(between(*undecided)) == levels(between(*undecided[::-1])) == ["note"]
+
+
+def test_a_comparison_is_refused_where_nothing_could_be_compared():
+    other = [bench_line([[10.0] * 5], device) | {"name": "a"} for device in ("NVIDIA H200", "NVIDIA H100")]
+    assert between(*other).refused and not between(check_line(), check_line()).refused
+    whole = [store.newest([line, check_line()]) for line in other]
+    assert levels(compare(*whole)) == ["refused"] and not compare(*whole).refused
+    worse = [store.newest([other[0], check_line()]), store.newest([other[1], with_verdict("numeric", verdict="fail")])]
+    assert compare(*worse).regressed and not compare(*worse).refused
+
+
 def test_a_check_or_a_result_that_is_gone_is_a_regression_and_a_new_one_is_not():
     fewer = copy.deepcopy(check_line())
     del fewer["verdicts"]["layouts"]
