@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from moe_harness.harness.core import blame
+from moe_harness.harness.core.errors import CannotJudge
 from moe_harness.harness.core.plan import Request
 from moe_harness.harness.process import start
 from moe_harness.harness.report.results import exit_status, verdict_of
@@ -50,6 +51,50 @@ def test_a_refusal_is_raised_by_the_author() -> None:
     assert not blame.own_refusal(_raised(blame.hand_over, _unpacks))
     assert not blame.own_refusal(_raised(blame.hand_over, blame.pass_on, _refuses))
     assert "_refuses" in blame.place(_raised(blame.hand_over, _refuses))
+
+
+def _raised_in(folder: str, error: type[Exception]) -> BaseException:
+    """Raised by a function of torch's, in that folder, which the author has called."""
+    scope: dict[str, object] = {"error": error}
+    file = os.path.join(os.path.dirname(torch.__file__), folder, "module.py")
+    exec(compile("def inner():\n    raise error('no')", file, "exec"), scope)
+
+    def calls() -> None:
+        scope["inner"]()  # type: ignore[operator]
+
+    return _raised(blame.hand_over, calls)
+
+
+def test_not_implemented_is_a_refusal_unless_it_is_of_the_process_group_that_the_judge_made() -> None:
+    assert blame.own_refusal(_raised_in("nn", NotImplementedError))
+    assert not blame.own_refusal(_raised_in("distributed", NotImplementedError))
+    assert not blame.own_refusal(_raised_in("nn", ValueError))
+
+
+def _calls_on() -> None:
+    _refuses()
+
+
+def test_the_place_is_the_authors_own_line_nearest_to_the_error() -> None:
+    for function, name in ((_calls_on, "_refuses"), (_breaks_the_judge, "_breaks_the_judge")):
+        assert blame.place(_raised(blame.hand_over, function)).endswith(f" in {name}")
+    beneath = blame.place(_raised_in("nn", ValueError))
+    assert Path(__file__).name in beneath and beneath.endswith(" in calls"), "not torch's"
+    assert "in _locked" in blame.place(_raised(_breaks_the_judge)), "nobody's code was entered"
+    assert blame.place(ValueError()) == "(nowhere)"
+
+
+def test_what_the_machine_lacks_ends_the_run_and_nothing_else_does() -> None:
+    full = os.strerror(errno.ENOSPC)
+    for error in (OSError(errno.ENOSPC, full), RuntimeError(f"write failed: {full}\nat line 3")):
+        words = r"not the implementation: .*No space left on device\S*\n  free"
+        with pytest.raises(CannotJudge, match=words) as told, blame.judging():
+            raise error
+        assert told.value.__cause__ is error
+    for error in (OSError(errno.ENOENT, "gone"), RuntimeError("boom"), ValueError(full)):
+        with pytest.raises(type(error)) as left, blame.judging():
+            raise error
+        assert left.value is error
 
 
 def _adds() -> None:
