@@ -254,7 +254,7 @@ def test_a_right_sampler_has_no_cause(case: Case) -> None:
     assert causes(sampler_of(), case) == []
 
 
-def test_of_faults_that_explain_what_is_drawn_the_likeliest_come_first() -> None:
+def test_of_faults_that_explain_a_sampler_the_likeliest_come_first() -> None:
     """Each once, in whichever form, and how far the others are behind where that says something."""
     seed, place, kept = (get(name) for name in ("seed_ignored", "position_ignored", "one_more_than_top_k"))
     other = replace(seed, form="size=7")

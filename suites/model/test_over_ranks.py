@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from moe_harness.harness.commands.app import app
@@ -14,6 +16,8 @@ from moe_harness.harness.ranks import judge
 from moe_harness.harness.report.results import verdict_of
 from moe_harness.harness.run import session
 from moe_harness.harness.run.session import RunOptions
+from moe_harness.harness.stages.model.rank_task import _are_tokens
+from moe_harness.harness.stages.model.spread import form
 from moe_harness.suites.model.strangers_over_ranks import SAID
 
 CASES = [case for case, _ in SAID.values()]
@@ -57,6 +61,29 @@ def test_what_is_no_model_is_failed_by_what_it_lacks() -> None:
     for name, words in (("seeds_by_rank", "no method generate"), ("head_not_gathered", "cannot be called")):
         (finding, *_) = judge.judge("moe_harness.suites.model.wrong_models:nothing", SAID[name][0]).findings
         assert words in finding.message
+
+
+@pytest.mark.parametrize(
+    ("tokens", "is_so"),
+    [([[0, 9], [3, 4]], True), (torch.tensor([[0, 9], [3, 4]]), True), (((1, 2), (3, 4)), True),
+     ([[0, 10], [3, 4]], False), ([[-1, 2], [3, 4]], False), ([[1, 2]], False), ([[1, 2], [3]], False),
+     ([[1, 2], [3, 4, 5]], False), ([[1, 2], ["a", 4]], False), ([[1, 2], [None, 4]], False), ([1, 2], False),
+     (None, False)],
+)  # fmt: skip
+def test_tokens_are_as_many_numbers_below_the_vocabulary_as_were_asked_for(tokens: object, is_so: bool) -> None:
+    assert _are_tokens(tokens, prompts=2, new=2, vocabulary=10) is is_so
+
+
+@pytest.mark.parametrize(
+    ("got", "cause"),
+    [(None, "only some ranks have the result"), (torch.zeros(3, 5, 26), "shards of the vocabulary are not gathered"),
+     (torch.zeros(3, 5, 25), "shards of the vocabulary are not gathered"), (torch.zeros(3, 5, 51), None),
+     (torch.zeros(()), None), ([[1, 2]], None)],
+)  # fmt: skip
+def test_a_result_of_another_form_has_its_cause_where_that_is_known(got: object, cause: str | None) -> None:
+    asked = SimpleNamespace(keys={"vocab_size": 51})
+    told = [entry["fault"] for entry in form(got, asked, 2)]  # type: ignore[arg-type]
+    assert told == [] if cause is None else len(told) == 1 and cause in told[0]
 
 
 def test_what_supports_half_of_it_is_told_so() -> None:

@@ -108,6 +108,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("harness/process/*.py", ("suites/router", f"{META}power.py", f"{META}deaths.py", ISOLATION)),
     ("harness/api.py", (f"{META}api.py",)),
     ("harness/ranks/backend.py", (f"{RANKED}strangers.py", DIAGNOSIS_RANKED)),
+    ("harness/ranks/comm.py", (f"{RANKED}works.py", *PROCESSES)),
     ("harness/ranks/failure.py", (f"{RANKED}classify.py", VERDICTS, *PROCESSES)),
     ("harness/ranks/launch.py", (f"{MODEL}ranked_calls.py",)),
     ("harness/ranks/*.py", (VERDICTS, *PROCESSES)),
