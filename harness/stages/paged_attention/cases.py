@@ -159,6 +159,7 @@ def _beyond(request: Request) -> Iterator[PagedAttentionCase]:
         {"queries": "chunk", "S": 2, "length": 700, "Hq": 2, "Hk": 1, "page": 16, "D": 8},
         {"S": 1, "length": 9_000, "Hk": 1, "page": 16, "D": 8},
         {"S": 1, "length": 35_000, "Hq": 1, "Hk": 1, "page": 1, "D": 8},
+        {"queries": "prompt", "S": 1, "length": 2_100, "Hq": 1, "Hk": 1, "page": 16, "D": 8},
     )  # fmt: skip
     for place, shape in enumerate(shapes):
         yield PagedAttentionCase(dtype=request.dtypes[place % len(request.dtypes)], **{"S": 2, **shape})
