@@ -101,14 +101,15 @@ def read(wanted: Iterable[Run], pinned: bool = False) -> Iterator[tuple[Run, Ten
     Raises:
         CheckpointError: a file that ends early.
     """
-    free = [torch.empty(0, dtype=torch.uint8) for _ in range(2 * READERS)]
+    free = [torch.empty(0, dtype=torch.uint8) for _ in range(READERS + 2)]  # one is looked at, one waits for a reader
     under_way: deque[tuple[Run, Future[Tensor]]] = deque()
     left = iter(wanted)
     with ThreadPoolExecutor(READERS) as readers:
         try:
             while True:
                 while free and (run := next(left, None)) is not None:
-                    under_way.append((run, readers.submit(_fill, run, free.pop(), pinned)))
+                    buffer = _large_enough(free.pop(), run.bytes, pinned)
+                    under_way.append((run, readers.submit(_fill, run, buffer)))
                 if not under_way:
                     return
                 run, filled = under_way.popleft()
@@ -120,10 +121,13 @@ def read(wanted: Iterable[Run], pinned: bool = False) -> Iterator[tuple[Run, Ten
                 waiting.cancel()
 
 
-def _fill(run: Run, buffer: Tensor, pinned: bool) -> Tensor:
-    """`buffer`, or a larger one, with the bytes of `run` in front."""
-    if buffer.numel() < run.bytes:
-        buffer = torch.empty(run.bytes, dtype=torch.uint8, pin_memory=pinned)
+def _large_enough(buffer: Tensor, size: int, pinned: bool) -> Tensor:
+    """`buffer`, or a larger one: made by whoever reads, since what a thread has let go of stays its own."""
+    return buffer if buffer.numel() >= size else torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+
+
+def _fill(run: Run, buffer: Tensor) -> Tensor:
+    """`buffer` with the bytes of `run` in front."""
     view, at = memoryview(buffer.numpy().data)[: run.bytes], run.stored.offset + run.start * run.stored.row_bytes
     descriptor = os.open(run.stored.file, os.O_RDONLY)
     try:
