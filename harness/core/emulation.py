@@ -90,6 +90,17 @@ def matmul_rounding_sums(rows: Tensor, weight: Tensor, dtype: torch.dtype, block
     return total.to(wide(rows))
 
 
+def halves_added_in(dtype: torch.dtype, product: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """`product` of rows and weight over either half of their depth, the two stored in `dtype` and added there."""
+
+    def in_halves(rows: Tensor, weight: Tensor) -> Tensor:
+        shares = zip(rows.tensor_split(2, -1), weight.tensor_split(2, -1), strict=True)
+        first, second = (product(*share).to(dtype) for share in shares)
+        return (first + second).to(wide(rows))
+
+    return in_halves
+
+
 def product_in(dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
     """A product in fp64 whose sums are rounded to `dtype`."""
 

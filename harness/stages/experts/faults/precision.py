@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_harness.harness.core.catalogue import fault
-from moe_harness.harness.core.emulation import BLOCK, matmul_rounding_sums, to_tf32, wide
+from moe_harness.harness.core.emulation import BLOCK, halves_added_in, matmul_rounding_sums, to_tf32, wide
 from moe_harness.harness.stages.experts.faults._steps import RIGHT, Steps, live, locate, run
 
 
@@ -121,13 +121,8 @@ def slots_summed_in_the_inputs_dtype(*call: Tensor, **options: Any) -> Tensor:
 )  # fmt: skip
 def depth_split_in_16_bits(hidden_states: Tensor, *call: Tensor, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """Each half of the depth has a program of its own, and the two add their shares in memory, in 16 bits."""
-
-    def in_halves(rows: Tensor, weight: Tensor) -> Tensor:
-        shares = zip(rows.tensor_split(2, -1), weight.tensor_split(2, -1), strict=True)
-        first, second = (steps.matmul(*share).to(hidden_states.dtype) for share in shares)
-        return (first + second).to(rows.dtype)
-
-    return run(hidden_states, *call, **options, steps=steps, first=in_halves, second=in_halves)
+    product = halves_added_in(hidden_states.dtype, steps.matmul)
+    return run(hidden_states, *call, **options, steps=steps, first=product, second=product)
 
 
 @fault("precision", condition="fp32 or fp16 inputs", hidden=("dtype=bf16",))

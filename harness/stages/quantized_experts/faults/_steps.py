@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_harness.harness.core.emulation import matmul
 from moe_harness.harness.stages.experts.faults._steps import combine, halves, locate
 
 TABLE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -132,7 +133,7 @@ def run(
     plus: Callable[[Tensor, Tensor | None, int, bool], Tensor] = plus,
     split: Callable[[Tensor], tuple[Tensor, Tensor]] = halves,
     glu: Callable[[Tensor, Tensor, str], Tensor] | None = None,
-    second: Callable[[Tensor, Tensor], Tensor] = lambda rows, weight: rows @ weight.T,
+    second: Callable[[Tensor, Tensor], Tensor] = matmul,
     combine: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     locate: Callable[[Tensor, Tensor | None], Tensor] = locate,
     scale_of: Callable[[int], int] = lambda expert: expert,

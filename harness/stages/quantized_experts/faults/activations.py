@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_harness.harness.core.catalogue import fault
+from moe_harness.harness.core.emulation import halves_added_in, matmul
 from moe_harness.harness.stages.experts.faults._steps import live
 from moe_harness.harness.stages.quantized_experts.faults._steps import (
     RIGHT,
@@ -280,14 +281,8 @@ def slots_added_in_the_inputs_dtype(*call: Any, **options: Any) -> Tensor:
 )  # fmt: skip
 def depth_of_codes_split_in_16_bits(hidden_states: Tensor, *call: Any, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """Each half of the depth has a program of its own, and the two add their shares in memory, in 16 bits."""
-    to = hidden_states.dtype
-
-    def in_halves(rows: Tensor, weight: Tensor) -> Tensor:
-        shares = zip(rows.tensor_split(2, -1), weight.tensor_split(2, -1), strict=True)
-        first, second = ((row @ part.T).to(to) for row, part in shares)
-        return (first + second).to(rows.dtype)
-
-    return run(hidden_states, *call, **options, steps=steps, second=in_halves)
+    product = halves_added_in(hidden_states.dtype, matmul)
+    return run(hidden_states, *call, **options, steps=steps, second=product)
 
 
 @fault("slots", condition="always", shows={})

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moe_harness.harness.core.catalogue import fault
 from moe_harness.harness.core.emulation import (
+    halves_added_in,
     matmul_rounding_sums,
     read_as_contiguous,
     read_past,
@@ -206,13 +207,7 @@ def bf16_dot_product(*call: Tensor, steps: Steps = RIGHT) -> Tensor:
 )  # fmt: skip
 def dot_product_split_in_16_bits(hidden_states: Tensor, *call: Tensor, steps: Steps = RIGHT) -> Tensor:
     """Each half of the dot product has a program of its own, and the two are added in memory, in 16 bits."""
-
-    def in_halves(rows: Tensor, weight: Tensor) -> Tensor:
-        shares = zip(rows.tensor_split(2, -1), weight.tensor_split(2, -1), strict=True)
-        first, second = (steps.dot(*share).to(hidden_states.dtype) for share in shares)
-        return first + second
-
-    return run(hidden_states, *call, steps=steps, dot=in_halves)
+    return run(hidden_states, *call, steps=steps, dot=halves_added_in(hidden_states.dtype, steps.dot))
 
 
 @fault("precision", condition="fp32 inputs", hidden=("dtype=bf16",))
