@@ -10,7 +10,8 @@ be an operand that is written in place, an integer, one of many.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -63,6 +64,24 @@ def without_last(hidden: Tensor, columns: int) -> Tensor:
     return kept
 
 
+@contextmanager
+def whole_sums() -> Iterator[None]:
+    """Let torch's own products on a GPU add the parts of a split depth in fp32, not in 16 bits as they may by default.
+
+    What is judged is a kernel's sum; how torch is set is whoever runs it to decide.
+    """
+    settings = torch.backends.cuda.matmul
+    names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
+    before = [getattr(settings, name) for name in names]
+    try:
+        for name in names:
+            setattr(settings, name, False)
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(settings, name, value)
+
+
 Declared = tuple[str, ...] | None  # roundings that an implementation declares; None: the contract's default set
 Truth = Bound | Tensor  # of one output: within a bound, or exactly this (floating point or integer)
 Truths = Truth | tuple[Truth, ...]
@@ -104,7 +123,8 @@ class Stage(ABC):
 
     def run(self, subject: Subject, call: Call) -> Any:
         """What the implementation yields for a call."""
-        return subject.call(call.args, call.keywords)
+        with whole_sums() if call.case.data == "deep_sums" else nullcontext():
+            return subject.call(call.args, call.keywords)
 
     @abstractmethod
     def outputs(self, call: Call) -> list[Output]:

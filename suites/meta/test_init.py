@@ -1,6 +1,7 @@
 """`moe-harness init` and `explain`: the files run and pass, the adapters fit, every name has its words."""
 
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,16 @@ SOME = {"router": "contract,special", "experts": "contract", "moe_block": "contr
 INTERPRETED = {"grouped_linear": "contract,layouts", "shared_expert_gate": "contract,layouts"}  # others: one check
 
 
+def skip_without_interpreter(library):
+    """Triton 3.6's interpreter fails with NumPy from 2.4 on, which the command says with status 3."""
+    numbers = [tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy")]
+    if library == "triton" and numbers[0] <= (3, 6) and numbers[1] >= (2, 4):
+        pytest.skip(f"the interpreter of Triton {version('triton')} does not go with NumPy {version('numpy')}")
+
+
 @pytest.mark.parametrize(("stage", "library"), templates())
 def test_a_template_passes_as_it_is(stage, library, tmp_path):
+    skip_without_interpreter(library)
     made = run(tmp_path, "init", stage, "--library", library)
     assert made.returncode == 0 and (tmp_path / f"my_{stage}.py").exists(), made.stderr
     assert f"my_{stage}.py:" in made.stdout
@@ -41,6 +50,7 @@ def test_the_samplers_templates_draw_and_one_that_always_takes_the_likeliest_tok
     library, tmp_path, monkeypatch
 ):
     """Form and support are right of a greedy sampler too: only counts tell it."""
+    skip_without_interpreter(library)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     run(tmp_path, "init", "sampler", "--library", library)
     kernel = (tmp_path / "my_sampler.py").read_text()

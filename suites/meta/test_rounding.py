@@ -281,6 +281,25 @@ def test_a_depth_whose_shares_are_added_in_16_bits_fails_in_three_shapes_and_is_
     assert len({p.case.shape() for p in planned}) >= 3
 
 
+@pytest.mark.parametrize("stage", SPLIT)
+def test_a_gpu_is_asked_for_deep_sums_too_and_torch_adds_no_shares_in_16_bits_meanwhile(stage):
+    settings, seen = torch.backends.cuda.matmul, []
+
+    def watching(*call, **options):
+        seen.append((settings.allow_bf16_reduced_precision_reduction, settings.allow_fp16_reduced_precision_reduction))
+        return SPLIT[stage][1](*call, **options)
+
+    before = settings.allow_bf16_reduced_precision_reduction, settings.allow_fp16_reduced_precision_reduction
+    here, there = (
+        [p for p in plan(stage, Request(device=device)) if p.case.data == "deep_sums"] for device in ("cpu", "cuda")
+    )
+    assert {p.id for p in here} == {p.id for p in there}
+    trial = Trial(Subject(stage, "kernel.py:kernel", watching, Declarations(), None), "cpu")
+    assert judge_id(trial, here[0].id).status == "passed"
+    assert set(seen) == {(False, False)}
+    assert before == (settings.allow_bf16_reduced_precision_reduction, settings.allow_fp16_reduced_precision_reduction)
+
+
 SUMMED = {
     "experts": ("slots_summed_in_the_inputs_dtype", right.run),
     "quantized_experts": ("slots_added_in_the_inputs_dtype", quantized.run),

@@ -8,8 +8,8 @@ takes more bits than the dtype has; ordinary data of a few hundred columns hide 
 values, and elsewhere in the exact data such sums are small integers.  Codes hold no 2^b: there some columns at either
 end of down are 3 and -3, values of every format.
 
-Not asked of a GPU: torch's own products may add the parts of a split depth in 16 bits there
-(torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction, on unless switched off).
+Torch's own products may add the parts of a split depth in 16 bits on a GPU; for these data that is switched off
+(`core.stage.whole_sums`).
 """
 
 from torch import Tensor

@@ -232,8 +232,6 @@ def _partial_sums(request: Request) -> Iterator[Case]:
 
 
 def _deep_sums(request: Request) -> Iterator[Case]:
-    if request.device == "cuda":  # experts/deep_sums.py says why
-        return
     for tokens, width, inner, experts, top_k in ((17, 128, 256, 6, 2), (40, 256, 512, 4, 2), (3, 128, 384, 8, 4)):
         sizes: dict[str, Any] = {"T": tokens, "H": width, "I": inner, "E": experts, "k": top_k}
         yield from crossed(QuantizedCase, format=FORMATS, dtype=request.narrow(), data="deep_sums", **sizes)

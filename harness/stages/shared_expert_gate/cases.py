@@ -144,8 +144,7 @@ def _memory(request: Request) -> Iterator[Case]:
 def _special(request: Request) -> Iterator[Case]:
     for data in SPECIALS:
         yield from crossed(GateCase, lead="12", H=64, D=33, data=data, dtype=request.dtypes_of(data))
-    # Not asked of a GPU, as stages/experts/deep_sums.py says.
-    for lead, width, depth in (("12", 64, 33), ("2x3", 264, 16), ("33", 1040, 8)) if request.device == "cpu" else ():
+    for lead, width, depth in (("12", 64, 33), ("2x3", 264, 16), ("33", 1040, 8)):
         yield from crossed(GateCase, lead=lead, H=width, D=depth, data="deep_sums", dtype=request.narrow())
 
 
