@@ -17,6 +17,7 @@ from moe_harness.impls.triton._common import (
     on,
     quick_sigmoid,
 )
+from moe_harness.impls.triton._half_bytes import weave_rows
 
 RUN_OF = {"fp8_block": 128, "int4_group": 128, "mxfp4": 32}  # columns under one scale of the weights
 PACKED = ("int4_group", "mxfp4")  # two codes a byte
@@ -32,11 +33,20 @@ class Matrix(NamedTuple):
     format: str
 
 
+def columns_of(matrix: Matrix) -> int:
+    """K of matrices [E, N, K]."""
+    return matrix.codes.shape[2] * (2 if matrix.format in PACKED else 1)
+
+
 class Rows(NamedTuple):
-    """Activations [S, K]: numbers, or codes with a scale for each 128 columns."""
+    """Activations [S, K]: numbers, or codes with a scale for each 128 columns.
+
+    `woven`: numbers in the order in which codes of four bits meet them, 128 columns at a time, zeros behind the last.
+    """
 
     values: Tensor
     scale: Tensor | None = None
+    woven: bool = False
 
 
 class Routing(NamedTuple):
@@ -70,6 +80,11 @@ def biased(acc, bias, e, n, N, b_e, b_n, BIAS: tl.constexpr):
     return acc
 
 
+def weavable(format: str, dtype: torch.dtype) -> bool:
+    """Whether rows for `format` may be woven: fp16 has steps of 32 columns for mxfp4, not of 128."""
+    return format in PACKED and (format != "mxfp4" or dtype != torch.float16)
+
+
 def quantise(x: Tensor) -> Rows:
     """x [S, K], operand of a call, as codes of e4m3 [S, K] and scales fp32 [S, ceil(K / 128)].
 
@@ -88,6 +103,21 @@ def quantise(x: Tensor) -> Rows:
             launch_pdl=early, num_warps=4,
         )  # fmt: skip
     return Rows(codes, scales)
+
+
+def weave(x: Tensor) -> Rows:
+    """x [S, K], operand of a call, woven; launched as `quantise` is."""
+    rows, columns = x.shape
+    groups = triton.cdiv(columns, 128)
+    out = empty(x, rows, groups * 128)
+    across = min(16 if rows >= 1024 else 4, triton.next_power_of_2(groups))
+    early = early_start(x.device)
+    with on(x.device):
+        launch(
+            weave_rows, (rows, triton.cdiv(groups, across)), x, out, columns, *x.stride(), out.stride(0),
+            GROUPS=across, PDL=early, launch_pdl=early, num_warps=4,
+        )  # fmt: skip
+    return Rows(out, woven=True)
 
 
 def codes_for(like: Tensor, rows: int, columns: int) -> Tensor:

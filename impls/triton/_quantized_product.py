@@ -17,8 +17,8 @@ from moe_harness.impls.launching import empty, launch
 from moe_harness.impls.triton._codes import RUN
 from moe_harness.impls.triton._common import after_previous, early_start, let_next_start, on, on_hopper
 from moe_harness.impls.triton._few_codes import few_quantized
-from moe_harness.impls.triton._quantized_operands import Matrix, Routing, Rows, codes_for, scale_strides
-from moe_harness.impls.triton._quantized_tile import constants_of, product_tile
+from moe_harness.impls.triton._quantized_operands import Matrix, Routing, Rows, codes_for, columns_of, scale_strides
+from moe_harness.impls.triton._quantized_tile import constants_of, limit, product_tile
 from moe_harness.impls.triton._slot_product import slot_quantized
 from moe_harness.impls.triton._tiles import expert_runs, find_tile
 from moe_harness.impls.triton.configs import Tiling, grid_size
@@ -32,8 +32,9 @@ def _product(
     a, a_scale, w, scale, bias, out, out_scale, counts, slots, E, N, K, top_k, a_row, a_col, as_row, w_e, w_n, w_k,
     s_e, s_n, s_k, b_e, b_n, o_row, os_row, BLOCK_E: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr, FORMAT: tl.constexpr,
-    PACKED: tl.constexpr, IN_TILE: tl.constexpr, ROWS: tl.constexpr, ACT: tl.constexpr, CODES: tl.constexpr,
-    BIAS: tl.constexpr, TO: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
+    PACKED: tl.constexpr, WORDS: tl.constexpr, PAIRED: tl.constexpr, IN_TILE: tl.constexpr, ROWS: tl.constexpr,
+    ACT: tl.constexpr, CODES: tl.constexpr, BIAS: tl.constexpr, WOVEN: tl.constexpr, TO: tl.constexpr,
+    WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Tiles of BM rows and BN columns of out."""
     after_previous(PDL)
@@ -49,8 +50,8 @@ def _product(
         product_tile(
             a, a_scale, w, scale, bias, out, out_scale, e, slot // top_k if ACT != "" else row, live,
             row if ACT != "" else slot, live, n * BN, N, K, a_row, a_col, as_row, w_e, w_n, w_k, s_e, s_n, s_k,
-            b_e, b_n, o_row, os_row, BM, BN, BK, EVEN_K, TMA, FORMAT, PACKED, IN_TILE, ROWS, ACT, CODES, BIAS, TO,
-            WIDEN,
+            b_e, b_n, o_row, os_row, BM, BN, BK, EVEN_K, TMA, FORMAT, PACKED, WORDS, PAIRED, IN_TILE, ROWS, ACT,
+            CODES, BIAS, WOVEN, TO, WIDEN,
         )  # fmt: skip
 
 
@@ -59,6 +60,8 @@ def quantized_product(
     activation: str = "", quantize: bool = False, codes: bool = False,
 ) -> Rows:  # fmt: skip
     """The first product with an `activation`, rows [S, N / 2] in the order of the runs; else the second, in slot order.
+
+    Of woven rows the first gives woven ones.
 
     Args:
         expected: the number of rows the grid is sized for; more are handled.
@@ -76,9 +79,10 @@ def quantized_product(
     if codes and tiling.n != RUN.value:
         raise ValueError(f"tiles of {tiling.n} columns cannot be quantised, but those of {RUN.value} can")
     out_scale = empty(a.values, total, triton.cdiv(columns, RUN.value), dtype=torch.float32) if codes else None
-    out = Rows(
-        codes_for(a.values, total, columns) if codes else empty(a.values, total, columns, dtype=dtype), out_scale
-    )
+    woven = a.woven and first
+    width = triton.cdiv(columns, RUN.value) * RUN.value if woven else columns
+    values = codes_for(a.values, total, columns) if codes else empty(a.values, total, width, dtype=dtype)
+    out = Rows(values, out_scale, woven)
     if tiling.copier and codes == first and on_hopper(out.values.device):
         from moe_harness.impls.triton._fp8_hopper import fits, fp8_hopper
 
@@ -94,8 +98,8 @@ def _in_tiles(
     activation: str, quantize: bool,
 ) -> None:  # fmt: skip
     """Write `out` with the kernel of this module."""
-    experts, depth, columns = len(matrix.codes), a.values.shape[1], out.values.shape[1]
-    source, constants = constants_of(a, matrix, tiling, dtype, activation, quantize)
+    experts, depth, columns = len(matrix.codes), columns_of(matrix), matrix.codes.shape[1] // (2 if activation else 1)
+    (source, strides), constants = constants_of(a, matrix, tiling, dtype, activation, quantize)
     early = early_start(out.values.device)
     none = a.values
     with on(out.values.device):
@@ -105,8 +109,9 @@ def _in_tiles(
             none if matrix.bias is None else matrix.bias, out.values, none if out.scale is None else out.scale,
             routing.counts, routing.slots, experts, columns, depth, routing.ids.shape[1],
             *a.values.stride(), 0 if a.scale is None else a.scale.stride(0),
-            *matrix.codes.stride(), *scale_strides(matrix), *((0, 0) if matrix.bias is None else matrix.bias.stride()),
+            *strides, *scale_strides(matrix), *((0, 0) if matrix.bias is None else matrix.bias.stride()),
             out.values.stride(0), 0 if out.scale is None else out.scale.stride(0),
             BLOCK_E=max(32, triton.next_power_of_2(experts)), GROUP=tiling.group, CODES=out.scale is not None,
             **constants, PDL=early, launch_pdl=early, num_warps=tiling.warps, num_stages=tiling.stages,
+            **limit(tiling),
         )  # fmt: skip

@@ -14,7 +14,7 @@ import triton.language as tl
 from moe_harness.impls.launching import empty, launch
 from moe_harness.impls.triton._common import after_previous, early_start, let_next_start, on
 from moe_harness.impls.triton._quantized_operands import Matrix, Routing, Rows, scale_strides
-from moe_harness.impls.triton._quantized_tile import constants_of, product_tile
+from moe_harness.impls.triton._quantized_tile import constants_of, limit, product_tile
 from moe_harness.impls.triton.alignment import local_expert
 from moe_harness.impls.triton.configs import Tiling
 
@@ -29,8 +29,9 @@ def slot_product(
     a, a_scale, w, scale, bias, out, ids, emap, S, E, N, K, top_k, map_len, id_row, id_col, a_row, a_col, as_row,
     w_e, w_n, w_k, s_e, s_n, s_k, b_e, b_n, o_row, HAS_MAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr, FORMAT: tl.constexpr, PACKED: tl.constexpr,
-    IN_TILE: tl.constexpr, ROWS: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr, TO: tl.constexpr,
-    WIDEN: tl.constexpr, PDL: tl.constexpr,
+    WORDS: tl.constexpr, PAIRED: tl.constexpr, IN_TILE: tl.constexpr, ROWS: tl.constexpr,
+    ACT: tl.constexpr, BIAS: tl.constexpr, WOVEN: tl.constexpr, TO: tl.constexpr, WIDEN: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """BN columns of out at one slot; nothing is written for a masked one."""
     FIRST: tl.constexpr = ACT != ""
@@ -48,7 +49,8 @@ def slot_product(
         product_tile(
             a, a_scale, w, scale, bias, out, out, e, row * 0 + (slot // top_k if FIRST else slot), row == 0,
             lane * 0 + slot, lane == 0, tl.program_id(1) * BN, N, K, a_row, a_col, as_row, w_e, w_n, w_k, s_e, s_n, s_k,
-            b_e, b_n, o_row, 0, BM, BN, BK, EVEN_K, TMA, FORMAT, PACKED, IN_TILE, ROWS, ACT, False, BIAS, TO, WIDEN,
+            b_e, b_n, o_row, 0, BM, BN, BK, EVEN_K, TMA, FORMAT, PACKED, WORDS, PAIRED, IN_TILE, ROWS, ACT,
+            False, BIAS, WOVEN, TO, WIDEN,
         )  # fmt: skip
 
 
@@ -62,7 +64,7 @@ def slot_quantized(
     ids, experts = routing.ids, len(matrix.codes)
     out = empty(x, ids.numel(), columns, dtype=dtype)
     emap = ids if routing.expert_map is None else routing.expert_map
-    source, constants = constants_of(a, matrix, tiling, dtype, activation, quantize)
+    (source, strides), constants = constants_of(a, matrix, tiling, dtype, activation, quantize)
     early = early_start(out.device)
     with on(out.device):
         launch(
@@ -70,8 +72,9 @@ def slot_quantized(
             x, x if a.scale is None else a.scale, source, x if matrix.scale is None else matrix.scale,
             x if matrix.bias is None else matrix.bias, out, ids, emap, ids.numel(), experts, columns, x.shape[1],
             ids.shape[1], emap.numel(), *ids.stride(), *x.stride(), 0 if a.scale is None else a.scale.stride(0),
-            *matrix.codes.stride(), *scale_strides(matrix), *((0, 0) if matrix.bias is None else matrix.bias.stride()),
+            *strides, *scale_strides(matrix), *((0, 0) if matrix.bias is None else matrix.bias.stride()),
             out.stride(0), HAS_MAP=routing.expert_map is not None, **constants, PDL=early, launch_pdl=early,
             num_warps=tiling.warps, num_stages=tiling.stages,
+            **limit(tiling),
         )  # fmt: skip
     return Rows(out)

@@ -67,7 +67,8 @@ class Tiling:
     that many rows more, so that its weights are read once for both (first product only).  `by_expert`: a program takes
     all rows of one expert, and finds its tile with one load.  `copier`: where the device is a Hopper GPU and the layout
     allows, the kernel in which some warps copy and the others multiply, in tiles of up to 192 rows by 256 rows of the
-    weights; the other fields but `group` are for everywhere else.
+    weights; the other fields but `group` are for everywhere else.  `registers`: the most a thread may hold, so that
+    more programs run at once (0: as many as the compiler takes); of the quantised experts alone.
     """
 
     m: int
@@ -84,6 +85,7 @@ class Tiling:
     extra: int = 0
     by_expert: bool = False
     copier: bool = False
+    registers: int = 0
 
 
 @dataclass(frozen=True)

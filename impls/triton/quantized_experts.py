@@ -21,7 +21,7 @@ from torch import Tensor
 from moe_harness.impls.launching import Repeated
 from moe_harness.impls.triton._combine import combine
 from moe_harness.impls.triton._common import interpreting, require
-from moe_harness.impls.triton._quantized_operands import PACKED, Matrix, Routing, Rows, quantise
+from moe_harness.impls.triton._quantized_operands import PACKED, Matrix, Routing, Rows, quantise, weavable, weave
 from moe_harness.impls.triton._quantized_product import quantized_product
 from moe_harness.impls.triton.alignment import align
 from moe_harness.impls.triton.configs import Shape
@@ -106,7 +106,11 @@ def _experts(
     shape = Shape(experts, x.shape[1], up.shape[1] // 2, ids.shape[1], x.element_size())
     plan = plan_of(shape, format, slots, quantize, x.device)
     routing = Routing(ids, expert_map, *((None, None) if plan.few else align(ids, experts, expert_map)))
-    rows = quantise(x) if quantize and plan.ahead else Rows(x)
+    rows = Rows(x)
+    if plan.ahead and quantize:
+        rows = quantise(x)
+    elif plan.ahead and weavable(format, x.dtype):
+        rows = weave(x)
     act = quantized_product(
         rows, Matrix(up, up_scale, up_bias, format), routing, plan.gate_up, slots, x.dtype,
         activation=activation, quantize=quantize, codes=quantize and plan.ahead and not plan.few,

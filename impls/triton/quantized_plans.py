@@ -34,7 +34,8 @@ class Plan:
     `few`: each slot is a product of its own, in the tensor cores as a tile of m rows of which one counts, or, where m
     is 1, without them: n columns a program, k pieces of 16 bytes of a row in one turn.  `ahead`: activations that
     become codes do so before the products, and not in every program that reads them.  Where the slots are aligned the
-    tiles of the first product are then 128 columns wide, as it gives codes; otherwise its m is more than 1.
+    tiles of the first product are then 128 columns wide, as it gives codes; otherwise its m is more than 1.  For codes
+    of four bits, behind an alignment alone: activations are woven before the products.
     """
 
     few: bool
@@ -80,7 +81,7 @@ def tables(format: str, quantize: bool, capability: tuple[int, int]) -> tuple[Ta
 def plan_of(shape: Shape, format: str, slots: int, quantize: bool, device: torch.device) -> Plan:
     """The plan for `slots` slots that are expected to have a local expert."""
     if device.type != "cuda":
-        return _interpreted(shape, slots, quantize)
+        return _interpreted(shape, format, slots, quantize)
     capability, name = torch.cuda.get_device_capability(device), device_name(device)
     near = [(shape.distance(t.shape), t.device != name, t) for t in tables(format, quantize, capability) if t.plans]
     near = sorted((n for n in near if n[0] <= NEAR), key=lambda n: n[:2])
@@ -96,6 +97,7 @@ def plan_of(shape: Shape, format: str, slots: int, quantize: bool, device: torch
 def rules(shape: Shape, format: str, slots: int, quantize: bool) -> Plan:
     """By rows per expert, for shapes and devices without a table."""
     rows = slots / shape.experts
+    ahead = quantize or (format in PACKED and shape.element_size == 2)
     large = 3 * shape.hidden * shape.width > 2**24  # codes of an expert: a program has time to fill its stages
     if slots <= WALKED and shape.element_size == 2 and format != "plain" and (quantize or format in PACKED or large):
         tile = Tiling(16, 64, 128, warps=4, stages=4)
@@ -110,10 +112,10 @@ def rules(shape: Shape, format: str, slots: int, quantize: bool) -> Plan:
     if rows <= 24:  # bytes: few rows of activations, many loads in flight
         tiling = Tiling(16 if rows <= 12 else 32, 64, step, warps=4, stages=4, copier=quantize)
         # In every program the codes were made 24 times over: 903 us at 256 tokens of Qwen3-30B-A3B, 282 without codes.
-        return Plan(False, quantize, replace(tiling, n=128) if quantize else tiling, tiling)
+        return Plan(False, ahead, replace(tiling, n=128) if quantize else tiling, tiling)
     first = Tiling(64, 128, step, warps=8, stages=3, waves=1, copier=quantize)  # two sums of 64 x 128 a program
     second = Tiling(64 if rows <= 96 else 128, 128, step, warps=8, stages=3, waves=1, copier=quantize)
-    return Plan(False, quantize, first, second)
+    return Plan(False, ahead, first, second)
 
 
 def _walk(n: int) -> Tiling:
@@ -121,7 +123,7 @@ def _walk(n: int) -> Tiling:
     return Tiling(1, n, 128, warps=4)
 
 
-def _interpreted(shape: Shape, slots: int, quantize: bool) -> Plan:
+def _interpreted(shape: Shape, format: str, slots: int, quantize: bool) -> Plan:
     """Small tiles; under the interpreter every path is met on small data."""
     if slots <= 2:
         return Plan(True, False, _walk(64), _walk(64))
@@ -130,6 +132,9 @@ def _interpreted(shape: Shape, slots: int, quantize: bool) -> Plan:
         return Plan(True, quantize and slots == 4, tiling, tiling)
     rows = 64.0 if slots > 24 else slots / shape.experts
     ahead = quantize and rows > 24
+    if format in PACKED and rows > 24:
+        tiling = replace(tiling, m=64 if slots > 48 else 16, k=128)
+        return Plan(False, True, tiling, tiling)
     return Plan(False, ahead, replace(tiling, n=128) if ahead else tiling, tiling)
 
 

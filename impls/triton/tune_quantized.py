@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from moe_harness.impls.triton import tune
-from moe_harness.impls.triton._quantized_operands import PACKED, Matrix, Routing, Rows, quantise
+from moe_harness.impls.triton._quantized_operands import PACKED, Matrix, Routing, Rows, quantise, weave
 from moe_harness.impls.triton._quantized_product import quantized_product
+from moe_harness.impls.triton._quantized_tile import PAIRED_FROM
 from moe_harness.impls.triton.alignment import align
 from moe_harness.impls.triton.configs import Shape, Tiling
 from moe_harness.impls.triton.quantized_experts import CODES, scale_shape
@@ -66,7 +67,7 @@ def candidates(layer: Layer, way: str, product: str, rows: float) -> Iterator[Ti
         yield from (replace(tile, copier=True, group=group) for group in groups)
     if rows <= 24:
         for m in [16] if rows <= 8 else [16, 32]:
-            yield from _tilings(layer, way, product, m, [3, 4, 5, 6], [0])
+            yield from _tilings(layer, way, product, m, [3, 4, 6], [0])
     elif way != "ahead":
         for m in [32, 64] if rows <= 64 else [64, 128, 256]:
             yield from _tilings(layer, way, product, m, [3, 4], [0, 1])
@@ -75,19 +76,28 @@ def candidates(layer: Layer, way: str, product: str, rows: float) -> Iterator[Ti
 def _tilings(layer: Layer, way: str, product: str, m: int, depths: list[int], waves: list[int]) -> Iterator[Tiling]:
     """Tiles of m rows that fit: every width, number of warps, depth and grid."""
     most = LARGEST_TILE // (2 if product == "gate_up" else 1)  # two sums of the first product lie in registers
-    for n, warps in ((64, 4), (128, 4), (128, 8)):
+    paired = product == "gate_up" and layer.format in PACKED and m >= PAIRED_FROM
+    for n, warps in ((64, 4), (128, 4), (128, 8), *([(64, 8)] if paired else [])):
         if (way == "ahead" and product == "gate_up" and n != 128) or m * n > most:
             continue
         for stages in depths:
             if _fits(layer, way, product, m, n, stages):
-                yield from (Tiling(m, n, 128, warps=warps, stages=stages, waves=wave) for wave in waves)
+                for wave in waves:
+                    yield from _limited(Tiling(m, n, 128, warps=warps, stages=stages, waves=wave))
+
+
+def _limited(tiling: Tiling) -> Iterator[Tiling]:
+    """A tiling as the compiler has it, and with fewer registers a thread, where its sums leave room for that."""
+    yield tiling
+    if tiling.m <= 32:
+        yield from (replace(tiling, registers=most) for most in ((96, 128) if tiling.n == 64 else (128, 168)))
 
 
 def _slots(layer: Layer, product: str, stages: int) -> Iterator[Tiling]:
     """Tiles of one slot."""
     for n, warps in ((64, 4), (128, 8)):
         if _fits(layer, "ahead" if layer.quantize else "few", product, 16, n, stages):
-            yield Tiling(16, n, 128, warps=warps, stages=stages)
+            yield from _limited(Tiling(16, n, 128, warps=warps, stages=stages))
 
 
 def _fits(layer: Layer, way: str, product: str, m: int, n: int, stages: int) -> bool:
@@ -133,11 +143,12 @@ def _calls(layer: Layer, job: Job, tokens: int, weights: list[tuple[Matrix, Matr
     torch.manual_seed(0)
     ids = torch.rand(tokens, shape.experts, device="cuda").topk(shape.top_k, dim=-1).indices
     few = job.way.startswith("few")
+    woven = not few and layer.format in PACKED
     ints: tuple[Tensor | None, ...] = (None, None) if few else align(ids, shape.experts)
     routing, total, ahead = Routing(ids, None, *ints), ids.numel(), job.way.endswith("ahead")
     if job.product == "down":
         act = Rows(torch.randn(total, shape.width, dtype=torch.bfloat16, device="cuda"))
-        act = quantise(act.values) if ahead and not few else act
+        act = quantise(act.values) if ahead and not few else weave(act.values) if woven else act
         return [
             partial(quantized_product, act, down, routing, job.tiling, total, torch.bfloat16, quantize=layer.quantize)
             for _, down in weights
@@ -145,7 +156,7 @@ def _calls(layer: Layer, job: Job, tokens: int, weights: list[tuple[Matrix, Matr
     x = torch.randn(tokens, shape.hidden, dtype=torch.bfloat16, device="cuda")
 
     def first(up: Matrix) -> Rows:
-        rows = quantise(x) if ahead else Rows(x)
+        rows = quantise(x) if ahead else weave(x) if woven else Rows(x)
         return quantized_product(
             rows,
             up,
@@ -228,7 +239,8 @@ def _best(layer: Layer, tokens: int, jobs: dict[tuple[str, str], list[Job]], don
         if all(halves):
             (up_us, up), (down_us, down) = halves  # type: ignore[misc]
             few = way.startswith("few")
-            found.append((up_us + down_us + (0.0 if few else ALIGNMENT_US), Plan(few, way.endswith("ahead"), up, down)))
+            ahead = way.endswith("ahead") or (not few and layer.format in PACKED)
+            found.append((up_us + down_us + (0.0 if few else ALIGNMENT_US), Plan(few, ahead, up, down)))
     if not found:
         return rules(layer.shape, layer.format, tokens * layer.shape.top_k, layer.quantize), 0.0
     us, plan = min(found, key=lambda f: f[0])
