@@ -163,11 +163,23 @@ def row_order(rows):
 
 
 @triton.jit
-def woven_column(n):
-    """Where column n stands among woven ones: `row_order` of its 128 columns."""
-    inside = n % 128
-    thread, chunk, pair, half, odd = inside // 32, inside // 8 % 4, inside // 4 % 2, inside // 2 % 2, inside % 2
-    return n - inside + odd * 64 + chunk * 16 + half * 8 + thread * 2 + pair
+def woven_places(n0, BN: tl.constexpr):
+    """Where columns n0.. of a `woven_tile` lie."""
+    p = tl.arange(0, BN)
+    if BN == 128:
+        at = n0 + p
+    else:  # told what is contiguous, the compiler stores 8 bytes at a time
+        at = tl.max_contiguous(tl.multiple_of(n0 // 128 * 128 + n0 % 128 // 16 + p // 4 * 8 + p % 4, 4), 4)
+    return at
+
+
+@triton.jit
+def woven_tile(y):
+    """y [BN, BM], columns of BM rows (a run of 128 or half of one), in the order in which they lie when woven."""
+    BN: tl.constexpr = y.shape[0]
+    BM: tl.constexpr = y.shape[1]
+    columns = tl.reshape(y, (BN // 32, 4, 2, 2, 2, BM))  # thread, chunk, pair, half, odd
+    return tl.reshape(tl.permute(columns, (4, 1, 3, 0, 2, 5)), (BN, BM))
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_harness.impls.triton._codes import as_float, as_stored, half_power, quantised, row_scales, wide
 from moe_harness.impls.triton._common import interpreting, narrow, product, tile_source
-from moe_harness.impls.triton._half_bytes import numbers, row_order, word_tile, woven_column
+from moe_harness.impls.triton._half_bytes import numbers, row_order, word_tile, woven_places, woven_tile
 from moe_harness.impls.triton._quantized_operands import (
     PACKED,
     RUN_OF,
@@ -160,17 +160,17 @@ def product_tile(
         acc = hidden_values(acc, biased(up, bias, e, n + N, 2 * N, b_e, b_n, BIAS), ACT, TO)
     inside = (n < N)[:, None] & live[None, :]
     to = out + to_row[None, :].to(tl.int64) * o_row
-    at = to + (woven_column(n) if WOVEN and GATED else n)[:, None]
     if CODES:  # columns past the last one have scales of 0, so they count as 0 in the largest
         code, by_out = quantised(acc, 0, WIDEN)
-        tl.store(at, as_stored(code, out.dtype.element_ty, WIDEN), mask=inside)
+        tl.store(to + n[:, None], as_stored(code, out.dtype.element_ty, WIDEN), mask=inside)
         tl.store(out_scale + to_row.to(tl.int64) * os_row + n0 // BN, by_out, mask=live)
+    elif WOVEN and GATED:  # with zeros up to a whole run of columns
+        y = woven_tile(narrow(tl.where((n < N)[:, None], acc, 0.0), out.dtype.element_ty, WIDEN))
+        tl.store(to + woven_places(n0, BN)[:, None], y, mask=live[None, :])
+        if n0 + BN >= N and (n0 + BN) % 128 != 0:
+            tl.store(to + woven_places(n0 + BN, BN)[:, None], tl.zeros_like(y), mask=live[None, :])
     else:
-        tl.store(at, narrow(acc, out.dtype.element_ty, WIDEN), mask=inside)
-        if WOVEN and GATED and n0 + BN >= N and N % 128 != 0:
-            rest = N + tl.arange(0, 128)
-            behind = (rest < (N + 127) // 128 * 128)[:, None] & live[None, :]
-            tl.store(to + woven_column(rest)[:, None], tl.zeros((128, BM), out.dtype.element_ty), mask=behind)
+        tl.store(to + n[:, None], narrow(acc, out.dtype.element_ty, WIDEN), mask=inside)
 
 
 def limit(tiling: Tiling) -> dict[str, int]:
@@ -180,9 +180,8 @@ def limit(tiling: Tiling) -> dict[str, int]:
 
 def as_words(codes: Tensor) -> Tensor:
     """Bytes [E, N, B] as words of 32 bits [E, N, B / 4] where they are whole in memory, else as they are."""
-    whole = codes.stride(-1) == 1 and codes.data_ptr() % 4 == 0 and codes.shape[2] % 4 == 0
-    rows = all(n == 1 or s % 4 == 0 for n, s in zip(codes.shape[:2], codes.stride()[:2], strict=True))
-    return codes.view(torch.int32) if whole and rows else codes
+    sizes = (codes.data_ptr(), codes.shape[2], *codes.stride()[:2])  # a dimension of size 1 may have any stride
+    return codes.view(torch.int32) if codes.stride(-1) == 1 and all(n % 4 == 0 for n in sizes) else codes
 
 
 def constants_of(

@@ -51,10 +51,15 @@ if [[ $steps == *check* ]]; then
 fi
 if [[ $steps == *bench* ]]; then
     fp8=(--impl triton:fp8_group128 --impl triton)
-    python -c 'import vllm' 2>/dev/null && fp8+=(--impl vllm:fp8)
+    int4=(--impl triton) mxfp4=(--impl triton)
+    if python -c 'import vllm' 2>/dev/null; then
+        fp8+=(--impl vllm:fp8)
+        int4+=(--impl moe_harness.suites.performance.marlin:int4)
+        mxfp4+=(--impl moe_harness.suites.performance.marlin:mxfp4)
+    fi
     bench qwen3-30b-a3b fp8_block --config qwen3-30b-a3b "${fp8[@]}" || failed=1
     bench deepseek-v3-ep8 fp8_block --config deepseek-v3 --ep-size 8 "${fp8[@]}" || failed=1
-    bench qwen3-30b-a3b int4_group --config qwen3-30b-a3b --impl triton || failed=1
-    bench gpt-oss-20b mxfp4 --config gpt-oss-20b --impl triton || failed=1
+    bench qwen3-30b-a3b int4_group --config qwen3-30b-a3b "${int4[@]}" || failed=1
+    bench gpt-oss-20b mxfp4 --config gpt-oss-20b "${mxfp4[@]}" || failed=1
 fi
 exit $failed

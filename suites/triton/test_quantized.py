@@ -47,6 +47,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"format": "int4_group", "data": "exact", "dtype": "fp16", "I": 384, **IN_PAIRS},
         {"format": "int4_group", "dtype": "bf16", "layout": "gate_up_proj:transposed", **IN_PAIRS},
         {"format": "mxfp4", "dtype": "bf16", "layout": "down_proj:transposed", **TOGETHER},
+        {"format": "int4_group", "dtype": "bf16", "layout": "gate_up_proj:unit", "T": 33, "E": 1, "k": 1},
         {"format": "mxfp4", "data": "largest_code", "dtype": "fp32", "T": 3},
         {"format": "fp8_block", "H": 200, "I": 72, "dtype": "bf16", "activation": "gelu_tanh", "T": 5},
         {"format": "fp8_channel", "data": "nan_code", "dtype": "bf16", "T": 7},
