@@ -196,15 +196,16 @@ def constants_of(
     if a.woven and step != 128:
         raise ValueError(f"rows are woven 128 columns at a time, but the product goes by {step}")
     codes = as_words(matrix.codes) if packed else matrix.codes
-    width = step // 8 if codes.dtype == torch.int32 else step
+    words = codes.dtype == torch.int32
+    width, by_engine = step // 8 if words else step, tiling.tma and (words or not packed)
     paired = packed and activation != "" and tiling.m >= PAIRED_FROM
     if paired:
-        source, tma = pair_source(codes, tiling.n, width, tiling.tma)
+        source, tma = pair_source(codes, tiling.n, width, by_engine)
     else:
-        source, tma = tile_source(codes, [1, tiling.n, width], tiling.tma)
+        source, tma = tile_source(codes, [1, tiling.n, width], by_engine)
     return (source, codes.stride()), {
         "BM": tiling.m, "BN": tiling.n, "BK": step, "EVEN_K": depth % step == 0, "TMA": tma, "FORMAT": matrix.format,
-        "PACKED": packed, "WORDS": codes.dtype == torch.int32, "PAIRED": paired, "IN_TILE": in_tile,
+        "PACKED": packed, "WORDS": words, "PAIRED": paired, "IN_TILE": in_tile,
         "ROWS": "codes" if a.scale is not None else "quantised" if quantize else "kept", "ACT": activation,
         "BIAS": matrix.bias is not None, "WOVEN": a.woven, "TO": TYPES[dtype], "WIDEN": interpreting(),
     }  # fmt: skip

@@ -7,10 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from moe_harness.harness.core.contracts import load
 from moe_harness.harness.core.invocation import Trial
 from moe_harness.harness.stages.quantized_experts.cases import QuantizedCase
+from moe_harness.impls.triton import _quantized_tile
+from moe_harness.impls.triton._quantized_operands import Matrix, Rows
+from moe_harness.impls.triton._quantized_tile import constants_of
+from moe_harness.impls.triton.configs import Tiling
 from moe_harness.suites.compiled import for_hopper
 from moe_harness.suites.triton import DEVICE, runnable
 
@@ -147,6 +152,17 @@ def test_what_does_not_fit_is_refused() -> None:
     other = load("quantized_experts", "triton:fp8_group128").function
     with pytest.raises(NotImplementedError, match="fp8_block"):
         other(*call.args.values(), **call.keywords)
+
+
+@pytest.mark.parametrize(("offset", "engine"), [(0, True), (1, False)])
+def test_the_copy_engine_reads_whole_words_alone(monkeypatch: pytest.MonkeyPatch, offset: int, engine: bool) -> None:
+    """It takes codes of a single expert at any stride, but the kernel makes words of single bytes itself."""
+    asked = []
+    monkeypatch.setattr(_quantized_tile, "tile_source", lambda t, block, wanted: (asked.append(wanted), (t, False))[1])
+    codes = torch.empty(1 << 14, dtype=torch.uint8).as_strided((1, 128, 64), ((1 << 13) + offset, 64, 1))
+    matrix = Matrix(codes, torch.empty(1, 128, 1), None, "int4_group")
+    _, constants = constants_of(Rows(torch.empty(4, 128)), matrix, Tiling(16, 64, 128), torch.bfloat16, "", False)
+    assert asked == [engine] and constants["WORDS"] is engine
 
 
 def test_products_compile_for_hopper() -> None:
