@@ -193,8 +193,8 @@ def constants_of(
     # fp16 has not the range of powers of two: there a step is one run, and its sum is scaled.
     in_tile = matrix.format == "mxfp4" and dtype != torch.float16
     step = tiling.k if in_tile or matrix.format == "plain" else RUN_OF.get(matrix.format, 128)
-    if a.woven and step != 128:
-        raise ValueError(f"rows are woven 128 columns at a time, but the product goes by {step}")
+    if a.woven and (step != 128 or tiling.n not in (64, 128)):
+        raise ValueError(f"rows are woven 128 columns at a time, but the product goes by {step} and {tiling.n}")
     codes = as_words(matrix.codes) if packed else matrix.codes
     words = codes.dtype == torch.int32
     width, by_engine = step // 8 if words else step, tiling.tma and (words or not packed)
