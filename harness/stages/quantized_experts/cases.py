@@ -26,6 +26,7 @@ SPECIALS: dict[str, tuple[str, ...]] = {
     "outlier": (), "scale_zero": ("fp8_block", "fp8_channel", "int8_channel", "int4_group"),
     "subnormal_codes": FP8, "largest_code": SCALED, "nan_code": FP8, "scale_nan": (*FP8, "int8_channel"),
     "exponents": ("mxfp4",), "signed_weights": (), "uneven_scales": SCALED,
+    "outside_fp16": SCALED,
 }  # fmt: skip
 OF_CODES = ("largest_code", "subnormal_codes", "exponents", "uneven_scales")
 OF_TOKENS = (
@@ -207,7 +208,8 @@ def _memory(request: Request) -> Iterator[Case]:
 
 def _special(request: Request) -> Iterator[Case]:
     for data, formats in SPECIALS.items():
-        yield from crossed(QuantizedCase, T=20, format=formats or FORMATS, data=data, dtype=request.dtypes[-1], I=256)
+        dtypes = request.dtypes_of(data)[-1:]
+        yield from crossed(QuantizedCase, T=20, format=formats or FORMATS, data=data, dtype=dtypes, I=256)
         if data in OF_CODES:  # where a code's last bit shows
             yield from crossed(QuantizedCase, T=20, format=formats, data=data, dtype=request.dtypes[0], I=256)
 
@@ -219,9 +221,10 @@ def _special_in_shapes(request: Request) -> Iterator[Case]:
             fields: dict[str, Any] = {"T": tokens, "I": inner, "E": experts, "k": top_k}
             one = (known[tokens % len(known)] if known else next(formats),)
             # What a code means is another matter in each format, and its last bit shows in fp32.
-            dtype = request.dtypes[0 if data in OF_CODES else -1]
-            for format in known if data in OF_CODES else one:
-                yield QuantizedCase(data=data, format=format, dtype=dtype, **fields)
+            dtypes = request.dtypes[:1] if data in OF_CODES else request.dtypes_of(data)[-1:]
+            yield from crossed(
+                QuantizedCase, data=data, format=known if data in OF_CODES else one, dtype=dtypes, **fields
+            )
 
 
 def _partial_sums(request: Request) -> Iterator[Case]:

@@ -25,6 +25,10 @@ def make(case: QuantizedCase, x: Tensor, first: Matrix, second: Matrix, ids: Ten
         x[::2, case.H // 2] = 40.0
     elif case.data == "signed_weights":
         weights[:, ::2] *= -1.0
+    elif case.data == "outside_fp16":  # results of 10^5, which the dtype holds
+        scale = second[1]
+        assert scale is not None
+        scale += 17 if scale.dtype == torch.uint8 else scale * (2.0**17 - 1)
     elif case.data == "unused_expert_nan":
         ids[ids == UNUSED] = 0
         _poison(first, UNUSED)

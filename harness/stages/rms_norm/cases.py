@@ -10,7 +10,9 @@ from moe_harness.harness.core.case import Case, crossed, in_shapes, layouts
 from moe_harness.harness.core.plan import Request, on_cuda, pairwise
 
 LEADS = ("1", "7", "33", "2x3", "5x1x4", "0", "129", "2x0x3", "", "300")
-SPECIALS = ("row_nan", "row_inf", "zero_row", "tiny", "huge", "offset", "spike", "cancelling", "outside_fp16")
+SPECIALS = (
+    "row_nan", "row_inf", "zero_row", "tiny", "huge", "offset", "spike", "cancelling", "outside_fp16", "large_weight",
+)  # fmt: skip
 LAWS = ("row_permutation", "batch_split", "row_alone", "weight_times_four", "scale_with_eps", "residual_swapped",
         "sum_then_norm")  # fmt: skip
 OPERANDS = ("x", "weight", "residual")

@@ -95,7 +95,7 @@ def _heads(case: RopeCacheCase, draw: Builder, heads: int, name: str) -> Tensor:
         x[middle, 0, case.D // 3] = float(case.data[2:])
     elif case.data == "spike":
         x[:, :, case.D // 2] = 300.0  # its square is beyond fp16
-    return x * {"tiny": 2.0**-9, "huge": 2.0**9}.get(case.data, 1.0)
+    return x * {"tiny": 2.0**-9, "huge": 2.0 ** (9 if case.dtype == "fp16" else 20)}.get(case.data, 1.0)
 
 
 def _positions(case: RopeCacheCase, draw: Builder) -> Tensor:

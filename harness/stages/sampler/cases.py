@@ -15,6 +15,8 @@ from moe_harness.harness.core.plan import Request, on_cuda, pairwise
 
 WIDTHS = (1, 2, 3, 7, 16, 17, 33, 64, 129, 1000, 2049)
 CUTS = ("none", "k", "p", "both", "rows")  # "rows": each row in turn without a cut, with one, with both
+APART = 8192  # of a vocabulary wider than that two tokens are drawn, as many columns apart as a power of two allows
+MANY = 500  # draws with cuts from a vocabulary wider than that have more candidates (`stage.LIKELY`)
 VARY = ("seeds", "positions", "grid")  # what tells the draws of one distribution apart
 # Beside them the cut "edges", options that cut nothing or all but one token, and "far", large seeds and positions.
 SPECIALS = ("masked", "masked_hot", "ties", "all_equal", "peaked", "far_down", "large", "hot", "cold", "edge_values")
@@ -103,6 +105,11 @@ def _draws(request: Request) -> Iterator[SamplerCase]:
         yield SamplerCase(B=128, V=24, data="draws", temperature=3.0, cut="edges", dtype=dtype)
     # Wider than one block of a kernel, and no block without weight.
     yield SamplerCase(B=1024, V=4100, data="draws", temperature=1.5, dtype=request.dtypes[0])
+    # More candidates than a kernel keeps that sorts a few of them.
+    for cut, width in (("k", 4100), ("k", 1800), ("k", 700), ("p", 700), ("both", 900), ("p", 1200)):
+        yield SamplerCase(B=1024, V=width, data="draws", cut=cut, temperature=2.5, dtype=request.dtypes[0])
+    for rows, width in ((256, 8200), (300, 8219), (256, 16500)):  # two tokens alone, far apart (`APART`)
+        yield SamplerCase(B=rows, V=width, data="draws", temperature=1.0, dtype=request.dtypes[0])
 
 
 def _few_draws(request: Request) -> Iterator[SamplerCase]:

@@ -16,7 +16,7 @@ from moe_harness.harness.core.call import INTS, Builder, Call
 from moe_harness.harness.core.findings import Record
 from moe_harness.harness.core.stage import Declared, Output, Stage
 from moe_harness.harness.stages.sampler.bound import count_headroom, count_headrooms, spread_headroom
-from moe_harness.harness.stages.sampler.cases import SamplerCase
+from moe_harness.harness.stages.sampler.cases import APART, MANY, SamplerCase
 from moe_harness.reference.sampler import probabilities
 
 FEW_KINDS = 4  # distributions among many draws
@@ -24,6 +24,7 @@ SIDE = 64  # of the square of (seed, position)
 TEMPERATURES = (0.7, 0.0, 1.3, 0.4)
 TOP_K, TOP_P = (3, 0, 8, 1, 1000), (0.8, 1.0, 0.5, 0.95)
 TOP_K_AT_EDGES, TOP_P_AT_EDGES = (-1, 0, -1, 1), (1.0, 1.5, 1e-6, 2.0)  # a row in two is cut to one token
+TOP_K_OF_MANY, LIKELY = (100, 400, 1500, 70), 200  # tokens of nearly all weight, where top_p cuts a wide vocabulary
 FAR_SEED, FAR_STEP = {"int64": 1 << 62, "int32": (1 << 31) - SIDE}, 1 << 16  # of positions
 
 
@@ -174,15 +175,16 @@ def _judge_neighbours(p: Tensor, tokens: Tensor, record: Record) -> None:
     """Draws of one distribution at related (seed, position) are equal as often as independent ones."""
     square = tokens[: len(tokens) // SIDE * SIDE].view(-1, SIDE)  # [seed, position]
     for kind in range(FEW_KINDS):
-        chance, near = float(p[kind].square().sum()), square[:, kind::FEW_KINDS]
+        chance, near = float(p[kind].square().sum()), square[:, kind::FEW_KINDS]  # at positions in a row (`_position`)
         if chance >= 1 or len(near) < SIDE:
             continue
-        lattice = near[kind::FEW_KINDS][: near.shape[1]]  # [seed, position], as many seeds, of the kind too
+        side = near.shape[1]
+        lattice = near[kind * side : (kind + 1) * side]  # [seed, position], the same numbers of both
         above = torch.ones_like(lattice).triu(1).bool()
         pairs = {
             "at seeds next to each other": (near[1:], near[:-1]),
             "at positions next to each other": (near[:, 1:], near[:, :-1]),
-            "of equal seed + position": (near[FEW_KINDS:, :-1], near[:-FEW_KINDS, 1:]),
+            "of equal seed + position": (near[1:, :-1], near[:-1, 1:]),
             "with seed and position exchanged": (lattice[above], lattice.T[above]),
         }
         for name, (first, second) in pairs.items():
@@ -209,6 +211,8 @@ def _options(case: SamplerCase) -> tuple[Tensor, Tensor | None, Tensor | None]:
         temperature = temperature * 1e-6
     top_k = torch.tensor(TOP_K)[rows % (FEW_KINDS if case.data == "draws" else len(TOP_K))]
     top_p = torch.tensor(TOP_P)[(kind + rows // FEW_KINDS * (case.data != "draws")) % FEW_KINDS]
+    if _has_many(case):
+        top_k = torch.tensor(TOP_K_OF_MANY)[kind]
     if case.cut == "edges":
         top_k, top_p = torch.tensor(TOP_K_AT_EDGES)[kind], torch.tensor(TOP_P_AT_EDGES)[kind]
     elif case.cut == "rows":
@@ -218,6 +222,10 @@ def _options(case: SamplerCase) -> tuple[Tensor, Tensor | None, Tensor | None]:
         top_k if case.cut in ("k", "both", "rows", "edges") else None,
         (top_p if case.cut in ("p", "both", "rows", "edges") else None),
     )
+
+
+def _has_many(case: SamplerCase) -> bool:
+    return case.data == "draws" and case.cut != "none" and case.V > MANY
 
 
 def _logits(case: SamplerCase, draw: Builder) -> Tensor:
@@ -234,6 +242,12 @@ def _logits(case: SamplerCase, draw: Builder) -> Tensor:
         logits[:, case.V // 2] += 25.0
     elif case.data == "edge_values":
         logits[::2, 0], logits[1::2, -1] = 12.0, 12.0
+    if _has_many(case) and case.cut != "k":  # of more tokens no sum of probabilities would be clear of top_p
+        logits = torch.where(torch.arange(case.V) % (case.V // LIKELY) == 0, logits * 0.5, -60.0)
+    if case.data == "draws" and case.V > APART:  # who counts random numbers within a block never draws one of the two
+        place = torch.arange(case.V)
+        likely = (place == 3) | (place == 3 + (1 << (case.V - 4).bit_length() - 1))
+        logits = torch.where(likely, logits * 0.1, -60.0)
     logits = logits + {"far_down": -1000.0, "large": 3000.0}.get(case.data, 0.0)
     if case.data == "draws" and case.B:
         logits = logits.repeat(-(-case.B // FEW_KINDS), 1)[: case.B]
@@ -260,6 +274,12 @@ def _clear_of_edges(
     return logits
 
 
+def _position(rows: Tensor) -> Tensor:
+    """Positions on a square of SIDE: rows of one distribution, every fourth, have neighbouring ones."""
+    column = rows % SIDE
+    return column % FEW_KINDS * (SIDE // FEW_KINDS) + column // FEW_KINDS
+
+
 def _places(case: SamplerCase, draw: Builder) -> tuple[Tensor, Tensor]:
     rows = torch.arange(case.B)
     if case.vary == "seeds":
@@ -267,5 +287,5 @@ def _places(case: SamplerCase, draw: Builder) -> tuple[Tensor, Tensor]:
     if case.vary == "positions":
         return torch.full((case.B,), 42), rows
     if case.vary == "far":  # what keeps a seed as a float or 16 bits of a position draws alike
-        return FAR_SEED[case.ids] + rows // SIDE, rows % SIDE * FAR_STEP
-    return rows // SIDE, rows % SIDE
+        return FAR_SEED[case.ids] + rows // SIDE, _position(rows) * FAR_STEP
+    return rows // SIDE, _position(rows)

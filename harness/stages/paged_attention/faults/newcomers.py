@@ -235,3 +235,13 @@ def running_result_not_rescaled(*call: Tensor, size: int = 16, **options: Any) -
 def running_sum_not_rescaled(*call: Tensor, size: int = 16, **options: Any) -> Tensor:
     """Where a block has a larger maximum, the result so far is brought to it and the sum of the weights is not."""
     return run(*call, **options, attend=mistaken(lambda parts: _running(parts, True, False), size))
+
+
+@fault(
+    "values", condition="values beyond fp16, which the dtype holds", shows={"dtype": "bf16", "data": "huge_values"},
+    hidden=("data=normal", "dtype=fp16"),
+)  # fmt: skip
+def weighted_values_in_fp16(*call: Tensor, **options: Any) -> Tensor:
+    """The sum of the values is stored in fp16 on its way, whatever their dtype is."""
+    out = run(*call, **options)
+    return out.half().to(out.dtype)

@@ -289,3 +289,13 @@ def depth_of_codes_split_in_16_bits(hidden_states: Tensor, *call: Any, steps: St
 def weights_averaged(*call: Any, steps: Steps = RIGHT, **options: Any) -> Tensor:
     """The output is scaled by the number of slots."""
     return run(*call, **options, steps=steps, combine=lambda s, w, ids: steps.combine(s, w, ids) * ids.shape[1])
+
+
+@fault(
+    "slots", condition="results beyond fp16, which the dtype holds", shows={"dtype": "bf16", "data": "outside_fp16"},
+    hidden=("data=normal",),
+)  # fmt: skip
+def result_of_codes_by_way_of_fp16(*call: Any, **options: Any) -> Tensor:
+    """The output is stored in fp16 on its way, whatever its dtype is."""
+    out = run(*call, **options)
+    return out.half().to(out.dtype)

@@ -1,5 +1,6 @@
 """Mistakes of first kernels of root mean square normalisation."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -133,3 +134,23 @@ def mean_over_the_padded_width(*call: Tensor, **options: Any) -> Any:
         return torch.rsqrt(s.square().sum(-1, keepdim=True) / width + eps)
 
     return run(*call, **options, root=padded)
+
+
+def _returned(result: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """What a call yields with its rows changed, and the sum as it is."""
+    return (change(result[0]), result[1]) if isinstance(result, tuple) else change(result)
+
+
+@fault("range", condition="results beyond 448", shows={"data": "large_weight"}, hidden=("data=normal",))
+def result_saturated_at_448(*call: Tensor, **options: Any) -> Any:
+    """Rows are clamped to what e4m3 holds, as where codes are stored next."""
+    return _returned(run(*call, **options), lambda out: out.clamp(-448.0, 448.0))
+
+
+@fault(
+    "range", condition="results beyond fp16, which the dtype holds", shows={"dtype": "bf16", "data": "large_weight"},
+    hidden=("data=normal", "dtype=fp16"),
+)  # fmt: skip
+def result_by_way_of_fp16(*call: Tensor, **options: Any) -> Any:
+    """Rows are stored in fp16 on their way, whatever their dtype is."""
+    return _returned(run(*call, **options), lambda out: out.half().to(out.dtype))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_harness.harness.core.catalogue import fault
-from moe_harness.harness.stages.sampler.faults._steps import Step, run
+from moe_harness.harness.stages.sampler.faults._steps import Step, mixed, run
 from moe_harness.reference.sampler import probabilities
 
 DRAWS = {"data": "draws", "B": 4096, "V": 17}
@@ -199,3 +199,54 @@ def positions_in_few_bits(logits: Tensor, *, positions: Tensor, bits: int = 8, *
 def seed_of_the_first_row(logits: Tensor, *, seeds: Tensor, **options: Any) -> Tensor:
     """The seed of the first row serves the whole batch."""
     return run(logits, seeds=seeds[:1].expand(len(seeds)), **options)
+
+
+WIDE = {"data": "draws", "B": 256, "V": 16500, "temperature": 1.0}
+
+
+@fault("randomness", condition="vocabularies wider than a block", shows=WIDE, hidden=("V=300",),
+       variants={"block": (4096, 1024, 2048, 8192)})  # fmt: skip
+def random_numbers_of_each_block_alike(logits: Tensor, *, block: int = 4096, **options: Any) -> Tensor:
+    """Random numbers are counted within a block of the vocabulary: tokens a block apart have the same one."""
+
+    def uniform(seeds: Tensor, positions: Tensor, count: int) -> Tensor:
+        return mixed(seeds, positions, min(count, block)).repeat(1, -(-count // block))[:, :count]
+
+    return run(logits, **options, uniform=uniform)
+
+
+@fault(
+    "top_k", condition="a top_k above 64", hidden=("V=24",), variants={"most": (64, 32, 256)},
+    shows={"data": "draws", "B": 1024, "V": 4100, "cut": "k", "temperature": 2.5},
+)  # fmt: skip
+def top_k_of_64_at_most(logits: Tensor, *, top_k: Tensor | None = None, most: int = 64, **options: Any) -> Tensor:
+    """As many candidates as one pass sorts: a larger top_k is cut down to them."""
+    few = None if top_k is None else torch.where(top_k < 1, top_k, top_k.clamp(max=most))
+    return run(logits, top_k=few, **options)
+
+
+@fault("top_p", condition="more than 64 tokens in the nucleus",
+       shows={"data": "draws", "B": 1024, "V": 700, "cut": "p", "temperature": 2.5}, hidden=("V=24",),
+       variants={"most": (64, 32, 100)})  # fmt: skip
+def nucleus_of_64_at_most(
+    logits: Tensor, *, top_k: Tensor | None = None, top_p: Tensor | None = None, most: int = 64, **options: Any
+) -> Tensor:
+    """The nucleus is looked for among the 64 likeliest tokens."""
+    if top_p is not None:
+        limit = torch.where(top_p < 1, most, logits.shape[1])
+        top_k = limit if top_k is None else torch.where(top_k < 1, limit, torch.minimum(top_k.long(), limit))
+    return run(logits, top_k=top_k, top_p=top_p, **options)
+
+
+@fault("randomness", condition="more than one position", shows=DRAWS | {"vary": "grid"}, hidden=("vary=seeds",),
+       variants={"step": (2, 4, 8)})  # fmt: skip
+def positions_in_steps(logits: Tensor, *, positions: Tensor, step: int = 2, **options: Any) -> Tensor:
+    """Positions next to each other, two at a time, draw with the same random numbers."""
+    return run(logits, positions=positions // step, **options)
+
+
+@fault("randomness", condition="more than one seed", shows=DRAWS | {"vary": "grid"}, hidden=("vary=positions",),
+       variants={"step": (2, 4, 8)})  # fmt: skip
+def seeds_in_steps(logits: Tensor, *, seeds: Tensor, step: int = 2, **options: Any) -> Tensor:
+    """Seeds next to each other, two at a time, draw with the same random numbers."""
+    return run(logits, seeds=seeds // step, **options)
