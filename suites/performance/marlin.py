@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moe_harness.impls.foreign import refuse
 from moe_harness.impls.vllm._common import of
 
-MARLIN = "vllm.model_executor.layers.quantization.utils"
 HIDDEN, WIDTH = 256, 128  # vLLM fills up mxfp4's sizes to multiples of these
 
 
@@ -119,6 +119,7 @@ def int4(
     down_bias: Tensor | None = None,
 ) -> Tensor:
     """Marlin for int4_group without biases and maps."""
+    refuse("the bench of Marlin in int4", expert_map=expert_map, gate_up_bias=gate_up_bias, down_bias=down_bias)
     kept = _prepared((gate_up_proj, gate_up_scale, down_proj, down_scale), _int4)
     return _run(hidden_states, kept, topk_weights, topk_ids, "uint4b8", activation, len(gate_up_proj))
 
@@ -139,6 +140,7 @@ def mxfp4(
     down_bias: Tensor | None = None,
 ) -> Tensor:
     """Marlin for mxfp4 with the biases and the activation of gpt-oss."""
+    refuse("the bench of Marlin in mxfp4", expert_map=expert_map)
     given = (gate_up_proj, gate_up_scale, down_proj, down_scale, gate_up_bias, down_bias)
     kept = _prepared(given, partial(_mxfp4, dtype=hidden_states.dtype))
     hidden = kept.up.shape[1] * 16

@@ -1,5 +1,6 @@
 """What the module of vLLM's Marlin kernels keeps of weights that it has put into their order, without vLLM."""
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -28,3 +29,9 @@ def test_rows_of_gate_and_up_come_in_turn_and_sizes_are_filled_up() -> None:
     assert marlin._in_turn(rows).tolist() == [[10, 20, 11, 21]]
     assert marlin._filled(torch.ones(1, 2), 2, 3).tolist() == [[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
     assert [marlin._up(size, 256) for size in (2880, 256, 1)] == [3072, 256, 256]
+
+
+@pytest.mark.parametrize("kernel", [marlin.int4, marlin.mxfp4])
+def test_experts_of_one_rank_are_refused(kernel) -> None:
+    with pytest.raises(NotImplementedError, match="expert map"):
+        kernel(*[torch.zeros(1)] * 7, format="plain", expert_map=torch.zeros(1))
